@@ -1,0 +1,333 @@
+//! Ceph as the rest of the program sees it: RBD images and RADOS objects behind two traits, as plain types.
+//!
+//! [`Storage`] holds what a job does to images, [`Objects`] what the job store needs of RADOS. [`Client`] implements
+//! both over librados and librbd; the engine's simulation implements them in memory. Everything `unsafe` of the
+//! program lives below this folder. Calls are asynchronous: the blocking C functions run on threads of their own.
+
+mod error;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+pub use error::{Error, ErrorKind, Result};
+
+/// An RBD image: a pool and the image's name in it, or its internal id (an image in the trash has no name).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ImageSpec {
+    pub pool: String,
+    pub image: ImageKey,
+}
+
+/// How an image is found in its pool.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum ImageKey {
+    Name(String),
+    /// The internal id, under which an image is found in the trash too.
+    Id(String),
+}
+
+impl ImageSpec {
+    pub fn named(pool: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { pool: pool.into(), image: ImageKey::Name(name.into()) }
+    }
+
+    pub fn with_id(pool: impl Into<String>, id: impl Into<String>) -> Self {
+        Self { pool: pool.into(), image: ImageKey::Id(id.into()) }
+    }
+}
+
+impl fmt::Display for ImageSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.image {
+            ImageKey::Name(name) => write!(f, "{}/{}", self.pool, name),
+            ImageKey::Id(id) => write!(f, "{}/(id {})", self.pool, id),
+        }
+    }
+}
+
+/// What librbd tells of an image, at its head or at a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Internal id; empty for an image of format 1.
+    pub id: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes; a power of two.
+    pub object_size: u64,
+    /// Bytes.
+    pub stripe_unit: u64,
+    /// Objects.
+    pub stripe_count: u64,
+    pub features: Features,
+    /// Bits of `RBD_FLAG_*`: an invalid object map or fast-diff.
+    pub flags: u64,
+    pub parent: Option<Parent>,
+    pub snapshots: Vec<Snapshot>,
+    /// Pool of the data objects where it is not the image's own (erasure-coded data pools).
+    pub data_pool: Option<String>,
+    pub old_format: bool,
+}
+
+/// Bits of `RBD_FEATURE_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    pub const LAYERING: Self = Self(1);
+    pub const STRIPINGV2: Self = Self(2);
+    pub const EXCLUSIVE_LOCK: Self = Self(4);
+    pub const OBJECT_MAP: Self = Self(8);
+    pub const FAST_DIFF: Self = Self(16);
+    pub const DEEP_FLATTEN: Self = Self(32);
+    pub const JOURNALING: Self = Self(64);
+    pub const DATA_POOL: Self = Self(128);
+    pub const OPERATIONS: Self = Self(256);
+    pub const MIGRATING: Self = Self(512);
+
+    /// What every published image has.
+    pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);
+
+    pub fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// The snapshot that an image was cloned from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parent {
+    pub pool: String,
+    pub namespace: String,
+    pub image: String,
+    pub image_id: String,
+    pub snapshot: String,
+    /// Bytes from the start that the clone still shares with it.
+    pub overlap: u64,
+    /// The parent image lies in the trash.
+    pub in_trash: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    pub id: u64,
+    pub name: String,
+    /// Bytes of the image at the snapshot.
+    pub size: u64,
+    pub protected: bool,
+}
+
+/// Whether a step found something to do; a repeated step finds nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Made,
+    AlreadyThere,
+}
+
+/// Progress of a transfer in bytes, shared between the thread that moves them and whoever shows them.
+#[derive(Debug, Default)]
+pub struct Progress {
+    total: AtomicU64,
+    done: AtomicU64,
+}
+
+impl Progress {
+    pub fn set_total(&self, bytes: u64) {
+        self.total.store(bytes, Ordering::Relaxed);
+    }
+
+    pub fn set_done(&self, bytes: u64) {
+        self.done.store(bytes, Ordering::Relaxed);
+    }
+
+    pub fn add(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes done, never more than the total.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed).min(self.total())
+    }
+
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+}
+
+/// Limits of [`Storage::copy`] and [`Storage::fill`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransferLimits {
+    /// Objects in flight.
+    pub concurrency: usize,
+    /// Bytes a second; 0: none.
+    pub bytes_per_second: u64,
+    /// Objects a second; 0: none.
+    pub objects_per_second: u64,
+}
+
+/// What a transfer moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes written to the destination.
+    pub bytes: u64,
+    /// Bytes that crossed this host, in and out.
+    pub through_host: u64,
+    /// Objects written.
+    pub objects: u64,
+}
+
+/// What a job does to RBD images. Every call is idempotent or tells that the thing was there already, so that a job
+/// may be run again from any point. Errors name the operation and the image.
+#[async_trait]
+pub trait Storage: Send + Sync + 'static {
+    /// The cluster's fsid, as a lower-case UUID.
+    async fn fsid(&self) -> Result<String>;
+
+    async fn pools(&self) -> Result<Vec<String>>;
+
+    /// `None` when there is no such image. With `snapshot`, size, parent and overlap are those at the snapshot, and a
+    /// missing snapshot is [`ErrorKind::NotFound`].
+    async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>>;
+
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+
+    /// Unprotects it and removes it. `AlreadyThere` when there was none, or no such image. [`ErrorKind::Busy`] while it
+    /// has clones.
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+
+    /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is taken.
+    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
+
+    /// Creates an empty image with the size, object size and striping of `source@snapshot` and [`Features::PUBLISHED`].
+    /// [`ErrorKind::Exists`] when the name is taken.
+    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
+
+    /// Copies into the clone what it shares with its parent, and cuts the parent off. Nothing to do without a parent.
+    /// [`ErrorKind::Cancelled`] soon after `cancel` fires (librbd's flatten is stopped, or its call is left to end while
+    /// nobody waits: the image may then be busy for a moment).
+    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved>;
+
+    /// Reads `source@snapshot` through librbd, its data only and that of its parents, and writes it into `destination`,
+    /// which [`create_like`](Self::create_like) made. Chunks of zeros are left out. Memory is bounded by `limits`.
+    async fn copy(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved>;
+
+    /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into the clone `destination`, then rebuilds
+    /// the object map. What it leaves out is for [`flatten`](Self::flatten). [`ErrorKind::Unsupported`] where the
+    /// cluster or the shape does not allow it.
+    async fn fill(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved>;
+
+    /// At most `length` bytes from `offset` of the image's head, fewer at its end.
+    async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>>;
+
+    /// Renames within the pool. [`ErrorKind::Exists`] when the name is taken, [`ErrorKind::NotFound`] when there is no source.
+    async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()>;
+
+    /// Removes the image with all its snapshots. `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a
+    /// snapshot has clones or somebody has the image open.
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
+
+    /// `None` when the key (or the image) is not there.
+    async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>>;
+
+    async fn set_metadata(&self, image: &ImageSpec, key: &str, value: &str) -> Result<()>;
+
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change>;
+
+    /// Names of all images of the pool that start with `prefix`.
+    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>>;
+
+    /// Snapshots whose name starts with `prefix`, of all images of the pool, those in the trash (by id) included. Read
+    /// from the image headers without opening the images; `pace` bounds the headers read a second.
+    async fn snapshots(&self, pool: &str, prefix: &str, pace: u32) -> Result<Vec<(ImageSpec, String)>>;
+
+    /// This client's address as the OSDs know it, which [`fence`](Self::fence) takes.
+    async fn address(&self) -> Result<String>;
+
+    /// Shuts the client with that address out of the cluster (`osd blocklist add`), and returns once every later
+    /// operation here goes by a map that says so. `AlreadyThere` if this handle has done it before.
+    async fn fence(&self, address: &str) -> Result<Change>;
+}
+
+/// A version of an object, as RADOS counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(pub u64);
+
+/// A cls lock that its holder names when it writes, so that a write without the lock is refused by the OSD.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LockKey {
+    /// Name of the lock.
+    pub name: String,
+    /// Tells this holder from others of the same client.
+    pub cookie: String,
+}
+
+/// What became of asking for a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locked {
+    Acquired,
+    /// Somebody else holds it, and its time has not run out by the OSD's clock.
+    Held,
+    /// There is no such object.
+    NoObject,
+}
+
+/// What the job store needs of RADOS: small objects with guarded writes in one pool and namespace.
+#[async_trait]
+pub trait Objects: Send + Sync + 'static {
+    /// The whole object (1 MiB at most; larger is an error) and its version. `None` when it is not there.
+    async fn read(&self, object: &str) -> Result<Option<(Vec<u8>, Version)>>;
+
+    /// [`ErrorKind::Exists`] when it is there.
+    async fn create(&self, object: &str, data: &[u8]) -> Result<Version>;
+
+    /// Replaces the whole object if it still has that version, and, with `lock`, if that lock is still held:
+    /// otherwise [`ErrorKind::Conflict`] (version) or [`ErrorKind::NotLocked`]. [`ErrorKind::NotFound`] when it is gone.
+    async fn replace(&self, object: &str, data: &[u8], version: Version, lock: Option<&LockKey>) -> Result<Version>;
+
+    /// Removes it if it still has that version; errors as of [`replace`](Self::replace).
+    async fn remove(&self, object: &str, version: Version, lock: Option<&LockKey>) -> Result<()>;
+
+    /// Takes the exclusive lock for `duration` (by the OSD's clock). Never creates the object. Taking it again with the
+    /// same key renews it.
+    async fn lock(&self, object: &str, lock: &LockKey, description: &str, duration: Duration) -> Result<Locked>;
+
+    /// Prolongs a lock that is still held: [`ErrorKind::NotLocked`] once it ran out or somebody else has it.
+    async fn renew(&self, object: &str, lock: &LockKey, description: &str, duration: Duration) -> Result<()>;
+
+    /// `AlreadyThere` when it was not held any more.
+    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Change>;
+
+    /// Whether anybody holds the lock now.
+    async fn is_locked(&self, object: &str, lock_name: &str) -> Result<bool>;
+
+    /// Keys and values of the object's omap in order, at most `max`, after the key `after`. Empty when there is no object.
+    async fn omap(&self, object: &str, after: &str, max: usize) -> Result<Vec<(String, Vec<u8>)>>;
+
+    /// Sets keys; creates the object where needed.
+    async fn set_omap(&self, object: &str, entries: &[(String, Vec<u8>)]) -> Result<()>;
+
+    async fn remove_omap(&self, object: &str, keys: &[String]) -> Result<()>;
+
+    /// Names of all objects of the namespace. Slow in a large pool: it walks every placement group.
+    async fn list(&self) -> Result<Vec<String>>;
+}

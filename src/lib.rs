@@ -1,0 +1,22 @@
+//! rbd-offload turns a volume, a volume snapshot or an instance's disk into a Glance image inside the Ceph cluster.
+//!
+//! One request's way through the house, in one direction; every stage hands a plain type to the next:
+//!
+//! ```text
+//! AMQP delivery → notification → request → job (stored in RADOS, then acked) → claim (lease)
+//!   → plan → transfer → publish → clean up
+//! ```
+//!
+//! `ceph`, `openstack` and `config` know nothing of jobs; `unsafe` lives in `ceph` only.
+
+pub mod ceph;
+pub mod cli;
+pub mod config;
+pub mod job;
+pub mod notification;
+pub mod openstack;
+pub mod plan;
+pub mod publish;
+pub mod request;
+pub mod telemetry;
+pub mod transfer;

@@ -1,0 +1,3 @@
+//! The command line of rbd-offload, and nothing else.
+
+fn main() {}

@@ -1,0 +1,185 @@
+//! OpenStack as the rest of the program sees it: the calls that a job makes, as plain types.
+//!
+//! [`Cloud`] is implemented by [`Session`] over HTTP, and by the engine's simulation in memory. Answers are outside
+//! input: a field that is missing or of another type is an [`ErrorKind::Protocol`] error, never a panic.
+
+mod error;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use async_trait::async_trait;
+
+pub use error::{Error, ErrorKind, Result};
+
+/// A Glance image record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Image {
+    pub id: String,
+    pub name: Option<String>,
+    /// `queued`, `saving`, `importing`, `active`, `deactivated`, `killed`, `deleted`, `pending_delete`.
+    pub status: String,
+    /// Project id.
+    pub owner: Option<String>,
+    pub disk_format: Option<String>,
+    pub container_format: Option<String>,
+    /// GiB.
+    pub min_disk: u64,
+    /// Bytes.
+    pub size: Option<u64>,
+    pub tags: Vec<String>,
+    /// Every property that is not one of Glance's own attributes; values that are no strings are left out.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// One change of an image record; a list of them is one PATCH, all or nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ImageChange {
+    /// Adds the property or replaces its value.
+    Set {
+        property: String,
+        value: String,
+    },
+    /// Replaces the value of a property that is there; the whole PATCH is refused (`Conflict`) where it is not.
+    Replace {
+        property: String,
+        value: String,
+    },
+    Remove {
+        property: String,
+    },
+    DiskFormat(String),
+    ContainerFormat(String),
+    /// GiB.
+    MinDisk(u64),
+    /// MiB.
+    MinRam(u64),
+    Tags(Vec<String>),
+}
+
+/// What became of posting a location.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocationAnswer {
+    /// Glance works on it (202) or has done it (200).
+    Accepted,
+    /// 409: the image is active or saving already, or a task of it runs. Look before judging.
+    Conflict,
+}
+
+/// Hash of the image's bytes, told to Glance with the location.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Validation {
+    /// `sha512`.
+    pub algorithm: String,
+    /// Lower-case hexadecimal.
+    pub value: String,
+}
+
+/// A Glance task that belongs to an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageTask {
+    pub id: String,
+    /// `pending`, `processing`, `success`, `failure`.
+    pub status: String,
+    pub message: String,
+}
+
+/// One of Glance's stores, as `GET /v2/info/stores/detail` tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    pub id: String,
+    /// `rbd`, `file`, …
+    pub kind: String,
+    pub pool: Option<String>,
+    pub fsid: Option<String>,
+    pub default: bool,
+}
+
+/// A Cinder volume.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Volume {
+    pub id: String,
+    /// `os-vol-tenant-attr:tenant_id`.
+    pub project_id: String,
+    pub status: String,
+    /// GiB.
+    pub size: u64,
+    /// `os-vol-host-attr:host`: `node@backend#pool`.
+    pub host: Option<String>,
+    /// `os-vol-mig-status-attr:name_id`: the id in the RBD image's name after a migration.
+    pub name_id: Option<String>,
+    pub encrypted: bool,
+    /// `volume_image_metadata` as the API gives it, Glance's own attributes (`min_disk`, `image_id`, `size`, …) included.
+    pub image_metadata: BTreeMap<String, String>,
+}
+
+/// A Cinder snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeSnapshot {
+    pub id: String,
+    pub volume_id: String,
+    /// `os-extended-snapshot-attributes:project_id`.
+    pub project_id: String,
+    pub status: String,
+    /// GiB.
+    pub size: u64,
+}
+
+/// A Nova server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    pub id: String,
+    /// `tenant_id`.
+    pub project_id: String,
+    pub status: String,
+    /// `OS-EXT-SRV-ATTR:host`.
+    pub host: Option<String>,
+    /// Image that it was made from; `None` when it is volume-backed.
+    pub image_id: Option<String>,
+    /// GiB of the flavor's root disk.
+    pub root_disk: Option<u64>,
+}
+
+/// What a job asks of Glance, Cinder, Nova and Keystone. `None` stands for "there is no such thing" (404).
+#[async_trait]
+pub trait Cloud: Send + Sync + 'static {
+    async fn image(&self, id: &str) -> Result<Option<Image>>;
+
+    /// `None` when the image is gone. [`ErrorKind::Conflict`] where a change does not apply,
+    /// [`ErrorKind::Forbidden`] where the record's state forbids it.
+    async fn update_image(&self, id: &str, changes: &[ImageChange]) -> Result<Option<Image>>;
+
+    /// Registers `url` the way `[glance] register` says. `None` when the image is gone.
+    async fn add_location(
+        &self,
+        id: &str,
+        url: &str,
+        validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>>;
+
+    /// The image's tasks, newest first; empty where Glance does not know the call.
+    async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>>;
+
+    /// One page (of at most `limit`) of the images in status `queued`, of all projects, after the image `marker`.
+    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>>;
+
+    /// Bytes that the project's images take by Glance's count, all statuses that count included.
+    async fn image_usage(&self, project_id: &str) -> Result<u64>;
+
+    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud has none.
+    async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>>;
+
+    async fn stores(&self) -> Result<Vec<Store>>;
+
+    async fn volume(&self, id: &str) -> Result<Option<Volume>>;
+
+    async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>>;
+
+    async fn server(&self, id: &str) -> Result<Option<Server>>;
+}
+
+impl fmt::Display for ImageTask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "task {} {}: {}", self.id, self.status, self.message)
+    }
+}
