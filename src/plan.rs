@@ -1,1 +1,410 @@
-//! plan
+//! The plan: from a request to what is to be done, or why it cannot be done here.
+//!
+//! Nothing of the notification is believed: the image, its owner and its tags are read from Glance, the source from
+//! Cinder or Nova, the disk from Ceph. A refusal is a sentence for the tenant, so a source that does not exist and one
+//! of another project read the same.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
+use crate::config::{Config, Method};
+use crate::openstack::{self, Cloud, Image, Volume};
+use crate::request::{self, Asked, Source, Trigger};
+
+/// Prefix of the properties that the daemon keeps on a queued record for the tenant.
+pub const PROPERTY_PREFIX: &str = "rbd_offload_";
+
+/// Image attributes that Cinder keeps among a volume's image metadata; they are no properties of the new image.
+const CORE_ATTRIBUTES: [&str; 9] =
+    ["checksum", "container_format", "disk_format", "image_id", "image_name", "min_disk", "min_ram", "name", "size"];
+
+/// Prefixes of properties that never go from a volume to an image: Glance's own, ours, signatures of other bytes, and
+/// the encryption key, which dies with the volume that it belongs to.
+const RESERVED: [&str; 5] =
+    ["os_glance", PROPERTY_PREFIX, "img_signature", "signature_verified", "cinder_encryption_key"];
+
+/// What is asked of the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    pub image_id: Uuid,
+    pub trigger: Trigger,
+    /// The source that the job's record names; for a request with a tag, the tag decides.
+    pub source: Option<Source>,
+    /// Started by `retry`, which needs no tag.
+    pub retried: bool,
+}
+
+/// What is to be done for a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The record as it was read.
+    pub image: Image,
+    /// Owner of image and source.
+    pub project_id: String,
+    pub source: Source,
+    pub origin: ImageSpec,
+    /// Internal id of the origin.
+    pub origin_id: String,
+    /// A snapshot of Cinder's, where that is the source; otherwise the job makes one.
+    pub snapshot: Option<String>,
+    /// The origin at its head or at that snapshot.
+    pub info: ImageInfo,
+    pub dest_pool: String,
+    pub method: Method,
+    /// GiB.
+    pub min_disk: u64,
+    /// Properties that the image gets from the volume.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum NoPlan {
+    /// Final: this cannot be done here.
+    #[error("{0}")]
+    Declined(String),
+    /// The image is gone: there is nobody to do it for.
+    #[error("the image was deleted")]
+    Gone,
+    #[error(transparent)]
+    Ceph(#[from] ceph::Error),
+    #[error(transparent)]
+    OpenStack(#[from] openstack::Error),
+}
+
+type Result<T> = std::result::Result<T, NoPlan>;
+
+fn declined<T>(reason: impl Into<String>) -> Result<T> {
+    Err(NoPlan::Declined(reason.into()))
+}
+
+/// Reads the image of a request.
+///
+/// # Errors
+/// [`NoPlan::Gone`] when there is none.
+pub async fn read_image(cloud: &dyn Cloud, image_id: Uuid) -> Result<Image> {
+    match cloud.image(&image_id.to_string()).await? {
+        Some(image) if image.status != "deleted" && image.status != "pending_delete" => Ok(image),
+        Some(_) | None => Err(NoPlan::Gone),
+    }
+}
+
+/// Which source the record asks for.
+///
+/// # Errors
+/// [`NoPlan::Declined`] when the record or its tags do not ask for one.
+pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
+    if image.status != "queued" {
+        return declined(format!(
+            "the image is {}, not queued: somebody else writes it or has written it",
+            image.status
+        ));
+    }
+    let tagged = match request::asked_by(&image.tags) {
+        Asked::For(source) => Some(source),
+        Asked::Unclear(reason) => return declined(reason),
+        Asked::Nothing => None,
+    };
+    let source = match question.trigger {
+        Trigger::Request if !question.retried => tagged,
+        _ => tagged.or(question.source),
+    };
+    source.map_or_else(|| declined("the image has no request tag any more"), Ok)
+}
+
+/// Makes the plan for `source`, which [`read_request`] found on `image`.
+pub async fn make(
+    cloud: &dyn Cloud,
+    storage: &dyn Storage,
+    config: &Config,
+    question: &Question,
+    image: Image,
+    source: Source,
+) -> Result<Plan> {
+    check_record(&image)?;
+    let Some(owner) = image.owner.clone() else { return declined("the image has no owner") };
+
+    let found = match source {
+        Source::Volume(id) => of_volume(cloud, config, question.trigger, &owner, id).await?,
+        Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await?,
+        Source::Instance(_) => return declined("this version takes volumes and volume snapshots only"),
+    };
+    let origin = ImageSpec::named(&found.pool, &found.image);
+    let info = match storage.image(&origin, found.snapshot.as_deref()).await {
+        Ok(Some(info)) => info,
+        Ok(None) => {
+            return declined(format!("the disk of {source} is not in the Ceph cluster that this service works in"));
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return declined(format!("the disk of {source} has no such snapshot in Ceph"));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    if info.old_format {
+        return declined(format!(
+            "the disk of {source} is an RBD image of format 1, which cannot be cloned or copied safely"
+        ));
+    }
+    check_destination(cloud, storage, &found.dest_pool).await?;
+    check_limit(cloud, &owner, info.size).await?;
+
+    Ok(Plan {
+        min_disk: found.min_disk.max(image.min_disk),
+        properties: inherited(&found.image_metadata, &image),
+        image,
+        project_id: owner,
+        source,
+        origin,
+        origin_id: info.id.clone(),
+        snapshot: found.snapshot,
+        info,
+        dest_pool: found.dest_pool,
+        method: found.method,
+    })
+}
+
+/// What the image record itself rules out.
+fn check_record(image: &Image) -> Result<()> {
+    if image.disk_format.as_deref().is_some_and(|format| format != "raw") {
+        return declined("the image's disk_format is not raw: only raw images can be made inside Ceph");
+    }
+    if image.container_format.as_deref().is_some_and(|format| format != "bare") {
+        return declined("the image's container_format is not bare: only bare images can be made inside Ceph");
+    }
+    if image.properties.keys().any(|property| property.starts_with("img_signature")) {
+        return declined("the image asks for signature verification, which only an upload goes through");
+    }
+    Ok(())
+}
+
+/// Where a source lies and what the image inherits from it.
+struct Found {
+    pool: String,
+    image: String,
+    snapshot: Option<String>,
+    dest_pool: String,
+    method: Method,
+    min_disk: u64,
+    image_metadata: BTreeMap<String, String>,
+}
+
+async fn of_volume(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
+    let volume = match cloud.volume(&id.to_string()).await? {
+        Some(volume) if volume.project_id == owner => volume,
+        Some(_) | None => return no_such_source(Source::Volume(id)),
+    };
+    let allowed = match volume.status.as_str() {
+        "available" => true,
+        "in-use" => config.offload.allow_in_use,
+        "uploading" => trigger == Trigger::VolumeUpload,
+        _ => false,
+    };
+    if !allowed {
+        let others = if config.offload.allow_in_use { "available or in-use" } else { "available" };
+        return declined(format!("volume {id} is {}: it must be {others}", volume.status));
+    }
+    locate(config, &volume, Source::Volume(id), None)
+}
+
+async fn of_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) -> Result<Found> {
+    let snapshot = match cloud.snapshot(&id.to_string()).await? {
+        Some(snapshot) if snapshot.project_id == owner => snapshot,
+        Some(_) | None => return no_such_source(Source::Snapshot(id)),
+    };
+    if snapshot.status != "available" {
+        return declined(format!("snapshot {id} is {}: it must be available", snapshot.status));
+    }
+    let volume = match cloud.volume(&snapshot.volume_id).await? {
+        Some(volume) if volume.project_id == owner => volume,
+        Some(_) | None => return no_such_source(Source::Snapshot(id)),
+    };
+    let mut found = locate(config, &volume, Source::Snapshot(id), Some(format!("snapshot-{id}")))?;
+    // the volume may have been extended since
+    found.min_disk = snapshot.size;
+    Ok(found)
+}
+
+/// The same sentence whether it is not there or somebody else's.
+fn no_such_source<T>(source: Source) -> Result<T> {
+    declined(format!("there is no {source} in the project that owns the image"))
+}
+
+/// Finds a volume's disk by its backend.
+fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<Found> {
+    if volume.encrypted {
+        return declined(format!("{source} is encrypted: its key can be copied only by an upload through Cinder"));
+    }
+    let Some(host) = volume.host.as_deref().filter(|host| !host.is_empty()) else {
+        return declined(format!("{source} lies on no backend yet"));
+    };
+    let Some(name) = backend_of(host) else {
+        return declined(format!("{source} lies on no backend that this service knows"));
+    };
+    let Some(backend) = config.backends.get(name) else {
+        return declined(format!("{source} lies on the backend \"{name}\", for which this service is not configured"));
+    };
+    // after a migration, the disk keeps the name of the volume that it was migrated to
+    let disk_id = volume.name_id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&volume.id);
+    let Some(disk_id) = request::parse_uuid(disk_id) else {
+        return declined(format!("the disk of {source} has a name that is no id"));
+    };
+    Ok(Found {
+        pool: backend.pool.clone(),
+        image: backend.image_name.replace("{id}", &disk_id.to_string()),
+        snapshot,
+        dest_pool: backend.dest_pool.clone(),
+        method: backend.method.unwrap_or(config.offload.method),
+        min_disk: volume.size,
+        image_metadata: volume.image_metadata.clone(),
+    })
+}
+
+/// The backend's name in `node@backend#pool`.
+fn backend_of(host: &str) -> Option<&str> {
+    let (_, backend) = host.split_once('@')?;
+    Some(backend.split_once('#').map_or(backend, |(backend, _)| backend))
+}
+
+/// Glance must have a store over that pool in this cluster: it would accept the location, and never open it.
+async fn check_destination(cloud: &dyn Cloud, storage: &dyn Storage, pool: &str) -> Result<()> {
+    let stores = cloud.stores().await?;
+    // Glance before 30 tells neither; the location's outcome tells then
+    if stores.iter().all(|store| store.pool.is_none()) {
+        return Ok(());
+    }
+    let fsid = storage.fsid().await?;
+    let fits = stores.iter().any(|store| {
+        store.pool.as_deref() == Some(pool)
+            && store.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(&fsid))
+    });
+    if fits {
+        return Ok(());
+    }
+    declined("Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
+}
+
+/// The project's limit for all its images, where the cloud has one: an upload would be held to it.
+async fn check_limit(cloud: &dyn Cloud, project_id: &str, bytes: u64) -> Result<()> {
+    let Some(limit) = cloud.image_size_limit(project_id).await? else { return Ok(()) };
+    let used = cloud.image_usage(project_id).await?;
+    if used.saturating_add(bytes) > limit {
+        return declined(format!(
+            "the image of {} would break the project's limit image_size_total: {} of {} are used",
+            in_mib(bytes),
+            in_mib(used),
+            in_mib(limit)
+        ));
+    }
+    Ok(())
+}
+
+fn in_mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+/// What Cinder's own upload would hand on of the volume's image metadata; what the record has already stays.
+fn inherited(metadata: &BTreeMap<String, String>, image: &Image) -> BTreeMap<String, String> {
+    metadata
+        .iter()
+        .filter(|(name, _)| !CORE_ATTRIBUTES.contains(&name.as_str()))
+        .filter(|(name, _)| !RESERVED.iter().any(|prefix| name.starts_with(prefix)))
+        .filter(|(name, _)| !image.properties.contains_key(*name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(status: &str, tags: &[&str]) -> Image {
+        Image {
+            id: Uuid::nil().to_string(),
+            name: None,
+            status: status.into(),
+            owner: Some("p".into()),
+            disk_format: None,
+            container_format: None,
+            min_disk: 0,
+            size: None,
+            tags: tags.iter().map(ToString::to_string).collect(),
+            properties: BTreeMap::new(),
+        }
+    }
+
+    fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> Question {
+        Question { image_id: Uuid::nil(), trigger, source, retried }
+    }
+
+    #[test]
+    fn the_backend_is_what_stands_between_at_and_hash() {
+        assert_eq!(backend_of("node@ceph#ceph"), Some("ceph"));
+        assert_eq!(backend_of("node@fast-ssd"), Some("fast-ssd"));
+        assert_eq!(backend_of("cluster@b#p#q"), Some("b"));
+        assert_eq!(backend_of("node"), None);
+    }
+
+    #[test]
+    fn the_tag_decides_not_the_notification() {
+        let told = Source::Volume(Uuid::new_v4());
+        let tagged = Source::Volume(Uuid::new_v4());
+        let image = image("queued", &[&tagged.tag()]);
+        assert_eq!(read_request(&image, &question(Trigger::Request, Some(told), false)).unwrap(), tagged);
+    }
+
+    #[test]
+    fn without_its_tag_only_a_retry_goes_on() {
+        let source = Source::Volume(Uuid::new_v4());
+        let image = image("queued", &["other"]);
+        assert!(read_request(&image, &question(Trigger::Request, Some(source), false)).is_err());
+        assert_eq!(read_request(&image, &question(Trigger::Request, Some(source), true)).unwrap(), source);
+    }
+
+    #[test]
+    fn an_image_that_somebody_writes_is_left_alone() {
+        let tag = Source::Volume(Uuid::new_v4()).tag();
+        for status in ["saving", "active", "importing", "deactivated", "killed"] {
+            let declined = read_request(&image(status, &[&tag]), &question(Trigger::Request, None, false));
+            assert!(matches!(declined, Err(NoPlan::Declined(_))), "{status}");
+        }
+    }
+
+    #[test]
+    fn only_raw_and_bare_and_unsigned_records_are_taken() {
+        let mut record = image("queued", &[]);
+        assert!(check_record(&record).is_ok());
+        record.disk_format = Some("qcow2".into());
+        assert!(check_record(&record).is_err());
+        record.disk_format = Some("raw".into());
+        record.container_format = Some("ovf".into());
+        assert!(check_record(&record).is_err());
+        record.container_format = Some("bare".into());
+        assert!(check_record(&record).is_ok());
+        record.properties.insert("img_signature_uuid".into(), "1".into());
+        assert!(check_record(&record).is_err());
+    }
+
+    #[test]
+    fn keys_reserved_names_and_ours_are_not_inherited() {
+        let metadata: BTreeMap<String, String> = [
+            "os_type",
+            "hw_disk_bus",
+            "min_disk",
+            "image_id",
+            "checksum",
+            "os_glance_import_task",
+            "rbd_offload_status",
+            "img_signature",
+            "signature_verified",
+            "cinder_encryption_key_id",
+            "cinder_encryption_key_deletion_policy",
+        ]
+        .map(|name| (name.to_string(), "v".to_string()))
+        .into();
+        let mut record = image("queued", &[]);
+        record.properties.insert("os_type".into(), "windows".into());
+        assert_eq!(inherited(&metadata, &record).into_keys().collect::<Vec<_>>(), ["hw_disk_bus"]);
+    }
+}

@@ -1,1 +1,17 @@
-//! job
+//! Jobs: the record of each, its store in RADOS, the lease on it, and the engine that brings it to an end.
+//!
+//! A job is one object in RADOS. Whoever holds the lease (a lock on that object, with a time limit that the OSD keeps)
+//! may move it on; every step may be run again by anybody after a crash at any point, and ends the same.
+//! `docs/jobs.md` draws the states.
+
+pub mod clock;
+pub mod engine;
+pub mod intake;
+pub mod lease;
+pub mod reconcile;
+pub mod record;
+pub mod run;
+pub mod store;
+
+#[cfg(test)]
+mod simulation;

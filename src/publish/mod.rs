@@ -1,1 +1,89 @@
-//! publish
+//! Publishing: the private copy becomes the image.
+//!
+//! Inspect the header, give the copy its protected snapshot, rename it to the image's id (which fails when another
+//! writer has taken the name), prepare the record, register the location, wait until Glance says `active`. Each step
+//! may be run again after a crash. [`record`] holds what the tenant sees.
+
+pub mod header;
+pub mod record;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
+use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
+use crate::transfer::MARK;
+
+/// Name that Glance's driver gives to the protected snapshot which consumers clone from.
+pub const SNAPSHOT: &str = "snap";
+
+/// Bytes read for the inspection of the header.
+const HEADER_BYTES: usize = 64 << 10;
+
+/// Which container format the copy's header is of; `None` for what is published as raw.
+pub async fn inspect(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Option<&'static str>> {
+    let header = storage.read(copy, 0, HEADER_BYTES).await?;
+    Ok(header::container_format(&header))
+}
+
+/// Gives the copy the snapshot that consumers clone from.
+pub async fn seal(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<()> {
+    storage.create_snapshot(copy, SNAPSHOT).await?;
+    storage.protect_snapshot(copy, SNAPSHOT).await?;
+    Ok(())
+}
+
+/// What became of taking the image's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Name {
+    /// The copy has it now, or had it since an earlier attempt.
+    Ours,
+    /// An image that is not ours has it.
+    Taken,
+    /// Neither the copy nor an image of that name is there.
+    Lost,
+}
+
+/// Renames the copy to the image's id, if that name is free.
+pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, image_id: &str) -> ceph::Result<Name> {
+    let target = ImageSpec::named(&copy.pool, image_id);
+    match storage.rename(copy, image_id).await {
+        Ok(()) => return Ok(Name::Ours),
+        Err(e) if matches!(e.kind(), ErrorKind::Exists | ErrorKind::NotFound) => {}
+        Err(e) => return Err(e),
+    }
+    if storage.image(&target, None).await?.is_none() {
+        return Ok(Name::Lost);
+    }
+    if is_marked(storage, &target, image_id).await? { Ok(Name::Ours) } else { Ok(Name::Taken) }
+}
+
+/// Whether the RBD image bears our mark for this image id. (A clone inherits the metadata of its parent, so the mark
+/// of another image counts for nothing.)
+pub async fn is_marked(storage: &dyn Storage, image: &ImageSpec, image_id: &str) -> ceph::Result<bool> {
+    Ok(storage.metadata(image, MARK).await?.as_deref() == Some(image_id))
+}
+
+/// Removes the published image if it bears our mark; what is another's stays.
+pub async fn withdraw(storage: &dyn Storage, pool: &str, image_id: &str) -> ceph::Result<()> {
+    let published = ImageSpec::named(pool, image_id);
+    if is_marked(storage, &published, image_id).await? {
+        storage.remove_image(&published).await?;
+    }
+    Ok(())
+}
+
+/// The location as Glance wants it: `rbd://<fsid>/<pool>/<image>/<snapshot>`, each part percent-encoded.
+pub fn location(fsid: &str, pool: &str, image_id: &str) -> String {
+    const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+    let part = |text| utf8_percent_encode(text, UNRESERVED).to_string();
+    format!("rbd://{}/{}/{}/{}", part(fsid), part(pool), part(image_id), SNAPSHOT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_a_location_is_encoded() {
+        assert_eq!(location("f-1", "glance/images 1", "a-b"), "rbd://f-1/glance%2Fimages%201/a-b/snap");
+    }
+}

@@ -1,1 +1,165 @@
-//! transfer
+//! Transfers: the ways to bring the bytes of `source@snapshot` into a private image of the destination pool.
+//!
+//! Each is a [`Transfer`]; all end with the same image: every byte as at the snapshot, no parent, none of the source's
+//! snapshots, our mark in its metadata. Which one is taken is [`candidates`]' business.
+
+mod clone;
+mod copy;
+mod server_copy;
+
+use std::fmt;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Moved, Progress, Storage, TransferLimits};
+use crate::config;
+
+/// Key of our mark in an image's metadata; its value is the id of the Glance image that the RBD image is for.
+pub const MARK: &str = "rbd_offload.job";
+
+/// A way to transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Clone, let the OSDs fill the clone's objects, flatten what is left.
+    ServerCopy,
+    /// Clone and flatten: librbd on this host reads and writes.
+    Clone,
+    /// Read at the snapshot and write, hole-aware, in chunks.
+    Copy,
+}
+
+impl Method {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ServerCopy => "server-copy",
+            Self::Clone => "clone",
+            Self::Copy => "copy",
+        }
+    }
+
+    /// The transfer of that name.
+    pub fn transfer(self) -> &'static dyn Transfer {
+        match self {
+            Self::ServerCopy => &server_copy::ServerCopy,
+            Self::Clone => &clone::Clone,
+            Self::Copy => &copy::Copy,
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What to bring where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Order {
+    pub source: ImageSpec,
+    pub snapshot: String,
+    /// The private name, which must be free.
+    pub destination: ImageSpec,
+    /// Value of the mark.
+    pub mark: String,
+    pub limits: TransferLimits,
+}
+
+#[async_trait]
+pub trait Transfer: Send + Sync {
+    /// Why this source cannot be transferred this way; `None` when it can.
+    fn obstacle(&self, source: &ImageInfo) -> Option<String>;
+
+    /// Makes the destination and fills it. [`ErrorKind::Cancelled`] soon after `cancel` fires. On an error the
+    /// destination may be left half made: the caller removes it.
+    async fn run(
+        &self,
+        storage: &dyn Storage,
+        order: &Order,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> ceph::Result<Moved>;
+}
+
+/// The methods to try on this source in order, and for each that the configuration asked for and the source rules out,
+/// why. Right bytes come before obedience: a forced method that cannot do a shape is followed by those that can.
+pub fn candidates(wanted: config::Method, source: &ImageInfo) -> (Vec<Method>, Vec<String>) {
+    const AUTO: [Method; 3] = [Method::ServerCopy, Method::Clone, Method::Copy];
+    let first = match wanted {
+        config::Method::Auto => None,
+        config::Method::ServerCopy => Some(Method::ServerCopy),
+        config::Method::Clone => Some(Method::Clone),
+        config::Method::Copy => Some(Method::Copy),
+    };
+    let mut reasons = Vec::new();
+    let mut methods = Vec::new();
+    for method in first.into_iter().chain(AUTO.into_iter().filter(|method| Some(*method) != first)) {
+        match method.transfer().obstacle(source) {
+            None => methods.push(method),
+            Some(reason) => reasons.push(format!("{method}: {reason}")),
+        }
+    }
+    (methods, reasons)
+}
+
+/// Whether another method may succeed where one ended with this error.
+pub fn is_for_another_method(error: &ceph::Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unsupported)
+}
+
+/// Why no clone can be made of this source.
+fn clone_obstacle(source: &ImageInfo) -> Option<String> {
+    if !source.features.has(Features::LAYERING) {
+        return Some("the source lacks the feature layering, so it cannot be cloned".into());
+    }
+    if source.features.has(Features::MIGRATING) {
+        return Some("the source is being migrated".into());
+    }
+    None
+}
+
+async fn clone_marked(storage: &dyn Storage, order: &Order) -> ceph::Result<()> {
+    storage.clone_image(&order.source, &order.snapshot, &order.destination).await?;
+    storage.set_metadata(&order.destination, MARK, &order.mark).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(features: u64) -> ImageInfo {
+        ImageInfo {
+            id: "1".into(),
+            size: 1 << 30,
+            object_size: 4 << 20,
+            stripe_unit: 4 << 20,
+            stripe_count: 1,
+            features: Features(features),
+            flags: 0,
+            parent: None,
+            snapshots: Vec::new(),
+            data_pool: None,
+            old_format: false,
+        }
+    }
+
+    #[test]
+    fn a_forced_method_comes_first_and_others_stand_by() {
+        let (methods, reasons) = candidates(config::Method::Copy, &source(Features::PUBLISHED.0));
+        assert_eq!(methods.first(), Some(&Method::Copy));
+        assert!(methods.contains(&Method::Clone));
+        assert!(reasons.is_empty(), "{reasons:?}");
+    }
+
+    #[test]
+    fn a_source_without_layering_is_copied_whatever_was_asked() {
+        for wanted in [config::Method::Auto, config::Method::Clone, config::Method::ServerCopy] {
+            let (methods, reasons) = candidates(wanted, &source(0));
+            assert_eq!(methods, [Method::Copy]);
+            assert_eq!(reasons.len(), 2);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The engine: looks which jobs wait, takes a lease on those it has room for, and runs them.
+//!
+//! Any number of daemons do the same over the same jobs; the lease decides. Each picks the oldest job of the project
+//! that has the fewest jobs running here, so that one tenant's five hundred requests do not starve another's one.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use super::lease::Lease;
+use super::run::{BACKOFF_MAX, Context, Job, Outcome};
+use super::store::{Error, Summary};
+
+/// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long a job whose record cannot be read is left alone.
+const UNREADABLE_PAUSE: Duration = Duration::from_secs(600);
+
+/// How long an index entry without a record is given: its record may be about to be written.
+const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
+
+/// What the engine does at the moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    pub running: usize,
+    pub waiting: usize,
+    /// When the engine last looked for work and got an answer.
+    pub last_look: Instant,
+}
+
+pub struct Engine {
+    context: Context,
+    /// Jobs that run here, with the project of each.
+    running: Mutex<HashMap<Uuid, String>>,
+    /// Jobs that are left alone until then.
+    held: Mutex<HashMap<Uuid, Instant>>,
+    acknowledged: Mutex<HashSet<Uuid>>,
+    /// Index entries whose record was not there.
+    orphans: Mutex<HashSet<Uuid>>,
+    status: Mutex<Status>,
+    wake: Notify,
+    tasks: TaskTracker,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    pub fn new(context: Context) -> Arc<Self> {
+        Arc::new(Self {
+            context,
+            running: Mutex::default(),
+            held: Mutex::default(),
+            acknowledged: Mutex::default(),
+            orphans: Mutex::default(),
+            status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now() }),
+            wake: Notify::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub fn status(&self) -> Status {
+        let mut status = lock(&self.status).clone();
+        status.running = lock(&self.running).len();
+        status
+    }
+
+    /// There may be something new for this job: look now, also if it was left alone.
+    pub fn wake(&self, image_id: Uuid) {
+        lock(&self.held).remove(&image_id);
+        self.wake.notify_one();
+    }
+
+    /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are given back after that.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
+        while !stop.is_cancelled() {
+            if let Err(error) = self.look(&drain).await {
+                tracing::warn!(%error, "could not look for jobs; tried again");
+            } else {
+                lock(&self.status).last_look = Instant::now();
+            }
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// One look: starts as many of the waiting jobs as there is room for.
+    async fn look(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
+        let live = self.context.store.live().await?;
+        self.forget_all_but(&live);
+        let max_jobs = self.context.config.borrow().offload.max_jobs;
+        let mut waiting = self.eligible(live);
+        lock(&self.status).waiting = waiting.len();
+        metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
+        while lock(&self.running).len() < max_jobs {
+            let Some((image_id, summary)) = self.take_fairest(&mut waiting) else { break };
+            if let Some(job) = self.claim(image_id).await? {
+                self.start(image_id, summary.project.unwrap_or_default(), job, drain.clone());
+            }
+        }
+        metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
+        self.acknowledge_one(&waiting).await
+    }
+
+    /// The jobs that may be started now by what the index says.
+    fn eligible(&self, live: Vec<(Uuid, Summary)>) -> Vec<(Uuid, Summary)> {
+        let now = self.context.clock.now();
+        let running = lock(&self.running);
+        let held = lock(&self.held);
+        live.into_iter()
+            .filter(|(id, _)| !running.contains_key(id))
+            .filter(|(id, _)| held.get(id).is_none_or(|until| *until <= Instant::now()))
+            .filter(|(_, summary)| is_due(summary.not_before, now))
+            .collect()
+    }
+
+    /// Takes out the oldest job of the project that has the fewest jobs running here.
+    fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>) -> Option<(Uuid, Summary)> {
+        let mut busy: HashMap<String, usize> = HashMap::new();
+        for project in lock(&self.running).values() {
+            *busy.entry(project.clone()).or_default() += 1;
+        }
+        let fairest = waiting
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, (id, summary))| {
+                let project = summary.project.as_deref().unwrap_or_default();
+                (busy.get(project).copied().unwrap_or(0), summary.created, *id)
+            })
+            .map(|(index, _)| index)?;
+        Some(waiting.swap_remove(fairest))
+    }
+
+    /// Takes the lease and reads the record. `None`: not ours to run now.
+    async fn claim(&self, image_id: Uuid) -> Result<Option<Job>, Error> {
+        let objects = self.context.store.objects().clone();
+        let duration = self.context.config.borrow().jobs.lease;
+        let Some(lease) = Lease::take(objects.as_ref(), image_id, &self.context.identity, duration).await? else {
+            return self.not_taken(image_id, duration).await.map(|()| None);
+        };
+        let stored = match self.context.store.load(image_id).await {
+            Ok(Some(stored)) => stored,
+            Ok(None) => return Ok(None),
+            Err(error @ Error::Unreadable { .. }) => {
+                lease.release(objects.as_ref()).await;
+                tracing::error!(%image_id, %error, "a job record cannot be worked on");
+                self.hold(image_id, UNREADABLE_PAUSE);
+                return Ok(None);
+            }
+            Err(error) => {
+                lease.release(objects.as_ref()).await;
+                return Err(error);
+            }
+        };
+        let record = &stored.record;
+        if record.is_settled() {
+            lease.release(objects.as_ref()).await;
+            self.context.store.index(record).await?;
+            return Ok(None);
+        }
+        let urgent = record.cancel || record.check;
+        if !urgent && !is_due(record.not_before, self.context.clock.now()) {
+            lease.release(objects.as_ref()).await;
+            self.context.store.index(record).await?;
+            return Ok(None);
+        }
+        Ok(Some(Job::new(self.context.clone(), lease, stored)))
+    }
+
+    async fn not_taken(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
+        // held by another daemon: look again when it may have run out; or there is no such object
+        self.hold(image_id, (lease / 3).max(LOOK_INTERVAL));
+        match self.context.store.load(image_id).await {
+            Ok(Some(_)) | Err(Error::Unreadable { .. }) => Ok(()),
+            Ok(None) if lock(&self.orphans).insert(image_id) => {
+                self.hold(image_id, ORPHAN_PAUSE);
+                Ok(())
+            }
+            Ok(None) => {
+                lock(&self.orphans).remove(&image_id);
+                self.context.store.forget(image_id).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn hold(&self, image_id: Uuid, pause: Duration) {
+        lock(&self.held).insert(image_id, Instant::now() + pause);
+    }
+
+    fn start(self: &Arc<Self>, image_id: Uuid, project: String, job: Job, drain: CancellationToken) {
+        lock(&self.running).insert(image_id, project);
+        let engine = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let outcome = job.run(drain).await;
+            match outcome {
+                Outcome::Waiting(pause) => engine.hold(image_id, pause),
+                Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
+                Outcome::Ended(_) | Outcome::Released => {}
+            }
+            lock(&engine.running).remove(&image_id);
+            engine.wake.notify_one();
+        });
+    }
+
+    /// Lets the tenant of a job that has to wait know that its request was seen; one a look, which is gentle.
+    async fn acknowledge_one(&self, waiting: &[(Uuid, Summary)]) -> Result<(), Error> {
+        let next = waiting.iter().map(|(id, _)| *id).find(|id| !lock(&self.acknowledged).contains(id));
+        let Some(image_id) = next else { return Ok(()) };
+        lock(&self.acknowledged).insert(image_id);
+        if let Some(job) = self.claim(image_id).await? {
+            job.acknowledge().await;
+            // there may be more
+            self.wake.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Memory of jobs that are over is given up.
+    fn forget_all_but(&self, live: &[(Uuid, Summary)]) {
+        let live: HashSet<Uuid> = live.iter().map(|(id, _)| *id).collect();
+        lock(&self.held).retain(|id, _| live.contains(id));
+        lock(&self.acknowledged).retain(|id| live.contains(id));
+        lock(&self.orphans).retain(|id| live.contains(id));
+    }
+}
+
+/// Whether a pause is over. A time that lies further ahead than any pause was written by a clock that is wrong.
+fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
+    let longest = SignedDuration::try_from(BACKOFF_MAX * 2).unwrap_or(SignedDuration::MAX);
+    not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)
+}

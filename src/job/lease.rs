@@ -1,0 +1,149 @@
+//! The lease on a job: a cls lock on its object, with a duration that the OSD counts, renewed at a third of it.
+//!
+//! Two things keep a daemon that lost its lease from doing harm. Before every step that others can see it renews the
+//! lease and stops when that is refused. And whoever takes over from an owner that did not let go shuts that owner's
+//! Ceph client out first (`osd blocklist`), so that even an operation that was already on its way does nothing.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::store::Store;
+use crate::ceph::{self, Error, ErrorKind, LockKey, Locked, Objects};
+
+/// Name of the cls lock.
+const LOCK: &str = "lease";
+
+/// Who holds leases: one daemon's life.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Made anew at each start.
+    pub instance: Uuid,
+    pub host: String,
+    pub pid: u32,
+}
+
+impl Identity {
+    pub fn of_this_process() -> Self {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = host.trim();
+        let host = if host.is_empty() { "localhost" } else { host };
+        Self { instance: Uuid::new_v4(), host: host.to_owned(), pid: std::process::id() }
+    }
+
+    /// As it stands in a job record: `host:pid:instance`.
+    pub fn owner(&self) -> String {
+        format!("{}:{}:{}", self.host, self.pid, self.instance)
+    }
+}
+
+/// A lease that was taken. Dropping it does not give it back: it runs out.
+pub struct Lease {
+    object: String,
+    key: LockKey,
+    description: String,
+    duration: Duration,
+    /// Until when it holds for sure, by this host's monotonic clock: counted from before the request was sent.
+    until: Mutex<Instant>,
+    lost: AtomicBool,
+}
+
+impl Lease {
+    /// Takes the lease on a job. `None` when somebody else holds it, or there is no such job.
+    pub async fn take(
+        objects: &dyn Objects,
+        image_id: Uuid,
+        identity: &Identity,
+        duration: Duration,
+    ) -> ceph::Result<Option<Self>> {
+        let lease = Self {
+            object: Store::object(image_id),
+            // a cookie for each taking: a lease that this very daemon lost is not mistaken for the one it took since
+            key: LockKey { name: LOCK.to_owned(), cookie: format!("{}:{}", identity.instance, Uuid::new_v4()) },
+            description: identity.owner(),
+            duration,
+            until: Mutex::new(Instant::now() + duration),
+            lost: AtomicBool::new(false),
+        };
+        match objects.lock(&lease.object, &lease.key, &lease.description, duration).await? {
+            Locked::Acquired => Ok(Some(lease)),
+            Locked::Held | Locked::NoObject => Ok(None),
+        }
+    }
+
+    /// Whether anybody holds the lease on a job.
+    pub async fn is_held(objects: &dyn Objects, image_id: Uuid) -> ceph::Result<bool> {
+        objects.is_locked(&Store::object(image_id), LOCK).await
+    }
+
+    /// Names the lock in guarded writes.
+    pub fn key(&self) -> &LockKey {
+        &self.key
+    }
+
+    pub fn renewal_interval(&self) -> Duration {
+        self.duration / 3
+    }
+
+    /// Renews it; after this returned `Ok`, it holds for nearly its whole duration.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotLocked`] once it is lost, also when it could not be renewed in its time.
+    pub async fn renew(&self, objects: &dyn Objects) -> ceph::Result<()> {
+        if self.is_lost() {
+            return Err(self.lost_error());
+        }
+        let asked = Instant::now();
+        match tokio::time::timeout(
+            self.duration,
+            objects.renew(&self.object, &self.key, &self.description, self.duration),
+        )
+        .await
+        {
+            Ok(Ok(())) => {
+                self.set_until(asked + self.duration);
+                Ok(())
+            }
+            Ok(Err(e)) if matches!(e.kind(), ErrorKind::NotLocked | ErrorKind::NotFound | ErrorKind::Fenced) => {
+                self.lost.store(true, Ordering::SeqCst);
+                Err(self.lost_error())
+            }
+            Ok(Err(e)) if self.remaining() > Duration::ZERO => Err(e),
+            Ok(Err(_)) | Err(_) => {
+                self.lost.store(true, Ordering::SeqCst);
+                Err(self.lost_error())
+            }
+        }
+    }
+
+    /// Gives it back, so that another daemon need not wait for its end.
+    pub async fn release(&self, objects: &dyn Objects) {
+        if self.is_lost() {
+            return;
+        }
+        self.lost.store(true, Ordering::SeqCst);
+        if let Err(error) = objects.unlock(&self.object, &self.key).await {
+            tracing::debug!(object = self.object, %error, "the lease was not given back; it runs out by itself");
+        }
+    }
+
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    fn remaining(&self) -> Duration {
+        let until = *self.until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        until.saturating_duration_since(Instant::now())
+    }
+
+    fn set_until(&self, until: Instant) {
+        *self.until.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = until;
+    }
+
+    fn lost_error(&self) -> Error {
+        Error::new(format!("keep the lease on {}", self.object), ErrorKind::NotLocked, "it was lost")
+    }
+}

@@ -1,0 +1,397 @@
+//! The record of a job, as it lies in RADOS: versioned JSON, and the legal ways from state to state.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::request::{Source, Trigger};
+use crate::transfer::Method;
+
+/// Version of the record's format that this program writes. A record of a newer one is left alone.
+pub const VERSION: u32 = 1;
+
+/// Where a job stands. The record's other fields tell how far it got inside the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Stored, the delivery acked; nothing was checked or made.
+    Accepted,
+    /// Planned; the source's snapshot and the private copy are being made.
+    Copying,
+    /// The private copy is complete and was inspected; it takes its final name and is registered.
+    Publishing,
+    /// The image is active and whole. The end.
+    Done,
+    /// Cannot be done here, for a reason that waiting does not mend. The end, until asked again.
+    Declined,
+    /// What may pass did not, or something broke. The end, until asked again or retried.
+    Failed,
+    /// The image was deleted, or the operator stopped the job. The end.
+    Cancelled,
+}
+
+impl State {
+    pub const ALL: [State; 7] = [
+        State::Accepted,
+        State::Copying,
+        State::Publishing,
+        State::Done,
+        State::Declined,
+        State::Failed,
+        State::Cancelled,
+    ];
+
+    pub fn is_ended(self) -> bool {
+        matches!(self, Self::Done | Self::Declined | Self::Failed | Self::Cancelled)
+    }
+
+    /// The legal transitions; `docs/jobs.md` draws them.
+    pub fn may_become(self, next: State) -> bool {
+        use State::*;
+        match (self, next) {
+            (Accepted, Copying | Declined | Failed | Cancelled) => true,
+            // back to Accepted: the plan no longer holds and is made anew
+            (Copying, Publishing | Accepted | Declined | Failed | Cancelled) => true,
+            // back to Copying: Glance removed the copy after a failed task, or somebody lost it
+            (Publishing, Done | Copying | Declined | Failed | Cancelled) => true,
+            // a new request, or `retry`
+            (Declined | Failed | Cancelled, Accepted) => true,
+            // a new request for an image that is queued again cannot follow `done`: Glance never goes back
+            (_, _) => false,
+        }
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Copying => "copying",
+            Self::Publishing => "publishing",
+            Self::Done => "done",
+            Self::Declined => "declined",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A decision to end a job, stored before anything is taken down, so that whoever goes on ends it the same way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// `declined`, `failed` or `cancelled`.
+    pub state: State,
+    /// A sentence that a person can act on.
+    pub reason: String,
+}
+
+/// How long a stage of the latest attempt took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    pub name: String,
+    pub started_at: Timestamp,
+    /// `None` while it runs.
+    pub seconds: Option<f64>,
+}
+
+/// Where the copied bytes are taken from, found out by the plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    pub pool: String,
+    /// Internal id of the RBD image, under which it is found in the trash too.
+    pub image_id: String,
+    /// Name that it had, for people.
+    pub image: String,
+    pub snapshot: String,
+    /// The snapshot is the job's own, and goes with it.
+    pub temporary: bool,
+}
+
+/// What the image record gets when the copy is published, found out by the plan.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Publication {
+    /// GiB.
+    pub min_disk: u64,
+    pub properties: BTreeMap<String, String>,
+}
+
+/// What the job made or is about to make, written down **before** it is made: what is not named here is not ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Made {
+    /// The temporary snapshot of the source.
+    pub snapshot: bool,
+    /// `rbd-offload.<image id>` in the destination pool.
+    pub copy: bool,
+    /// `<image id>` in the destination pool, by renaming the copy.
+    pub published: bool,
+}
+
+/// A job, whole.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub version: u32,
+    pub image_id: Uuid,
+    /// Made anew for each request; follows it through the logs, and marks what the job makes.
+    pub request_id: Uuid,
+    /// `None` while no request could be read from the image's tags.
+    pub source: Option<Source>,
+    pub trigger: Trigger,
+    /// Owner of the image; until the plan has read it, what the notification said.
+    pub project_id: Option<String>,
+    pub state: State,
+    pub method: Option<Method>,
+    /// Per cent.
+    pub progress: u8,
+    pub bytes_total: u64,
+    pub bytes_done: u64,
+    /// Attempts that failed for something that may pass.
+    pub attempts: u32,
+    pub created_at: Timestamp,
+    pub updated_at: Timestamp,
+    pub ended_at: Option<Timestamp>,
+    /// The daemon that works on it: `host:pid:instance`.
+    pub owner: Option<String>,
+    /// Why it was declined, failed or was cancelled; while it waits, what the last attempt met.
+    pub reason: Option<String>,
+    #[serde(default)]
+    pub stages: Vec<Stage>,
+
+    /// Address of the owner's Ceph client, which the next owner shuts out before it goes on.
+    #[serde(default)]
+    pub owner_address: Option<String>,
+    #[serde(default)]
+    pub origin: Option<Origin>,
+    #[serde(default)]
+    pub dest_pool: Option<String>,
+    #[serde(default)]
+    pub publication: Publication,
+    #[serde(default)]
+    pub made: Made,
+    #[serde(default)]
+    pub ending: Option<Ending>,
+    /// No attempt before this time.
+    #[serde(default)]
+    pub not_before: Option<Timestamp>,
+    /// Set by `cancel`: end it.
+    #[serde(default)]
+    pub cancel: bool,
+    /// Something was heard of the image (it was deleted, perhaps): look at it now.
+    #[serde(default)]
+    pub check: bool,
+    /// The image was asked for again after this job ended, or while it was ending: look whether that is so.
+    #[serde(default)]
+    pub again: bool,
+    /// Started by `retry`: needs no tag.
+    #[serde(default)]
+    pub retried: bool,
+    /// The tenant was told that the request was accepted.
+    #[serde(default)]
+    pub acknowledged: bool,
+}
+
+/// A way that the states do not allow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("job {image_id} cannot go from {from} to {to}")]
+pub struct IllegalTransition {
+    pub image_id: Uuid,
+    pub from: State,
+    pub to: State,
+}
+
+/// Why a stored record cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    #[error("was written by a newer version of rbd-offload (format {0}, this one knows {VERSION}); left alone")]
+    Newer(u64),
+    #[error("is not a job record: {0}")]
+    Broken(String),
+}
+
+impl Record {
+    pub fn new(
+        image_id: Uuid,
+        trigger: Trigger,
+        source: Option<Source>,
+        project_id: Option<String>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            version: VERSION,
+            image_id,
+            request_id: Uuid::new_v4(),
+            source,
+            trigger,
+            project_id,
+            state: State::Accepted,
+            method: None,
+            progress: 0,
+            bytes_total: 0,
+            bytes_done: 0,
+            attempts: 0,
+            created_at: now,
+            updated_at: now,
+            ended_at: None,
+            owner: None,
+            reason: None,
+            stages: Vec::new(),
+            owner_address: None,
+            origin: None,
+            dest_pool: None,
+            publication: Publication::default(),
+            made: Made::default(),
+            ending: None,
+            not_before: None,
+            cancel: false,
+            check: false,
+            again: false,
+            retried: false,
+            acknowledged: false,
+        }
+    }
+
+    /// # Errors
+    /// [`Unreadable::Newer`] for a record of a later format, whatever else it holds.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Unreadable> {
+        #[derive(Deserialize)]
+        struct Format {
+            version: u64,
+        }
+        let format: Format = serde_json::from_slice(bytes).map_err(|e| Unreadable::Broken(e.to_string()))?;
+        if format.version > u64::from(VERSION) {
+            return Err(Unreadable::Newer(format.version));
+        }
+        serde_json::from_slice(bytes).map_err(|e| Unreadable::Broken(e.to_string()))
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // a plain struct with string keys: serialising it cannot fail
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Moves to `next`, where that is legal. A state may be entered again (a step that is repeated).
+    pub fn enter(&mut self, next: State, now: Timestamp) -> Result<(), IllegalTransition> {
+        if self.state == next {
+            return Ok(());
+        }
+        if !self.state.may_become(next) {
+            return Err(IllegalTransition { image_id: self.image_id, from: self.state, to: next });
+        }
+        self.state = next;
+        if next.is_ended() {
+            self.ended_at = Some(now);
+            self.not_before = None;
+            self.ending = None;
+        }
+        Ok(())
+    }
+
+    /// Makes an ended job a new one for the same image: a new request, or `retry`.
+    pub fn restart(&mut self, retried: bool, now: Timestamp) -> Result<(), IllegalTransition> {
+        self.enter(State::Accepted, now)?;
+        let fresh = Self::new(self.image_id, self.trigger, self.source, self.project_id.clone(), now);
+        *self = Self { retried, owner: self.owner.take(), owner_address: self.owner_address.take(), ..fresh };
+        Ok(())
+    }
+
+    /// Whether there is nothing left to do for any daemon.
+    pub fn is_settled(&self) -> bool {
+        self.state.is_ended() && !self.again
+    }
+
+    /// Name of the private copy and of the temporary snapshot.
+    pub fn private_name(&self) -> String {
+        private_name(self.image_id)
+    }
+}
+
+/// Prefix of everything that a job makes before the image is published.
+pub const PRIVATE_PREFIX: &str = "rbd-offload.";
+
+/// Name of the private copy in the destination pool, and of the temporary snapshot on the source.
+pub fn private_name(image_id: Uuid) -> String {
+    format!("{PRIVATE_PREFIX}{image_id}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record::new(Uuid::new_v4(), Trigger::Request, Some(Source::Volume(Uuid::new_v4())), None, Timestamp::now())
+    }
+
+    #[test]
+    fn a_record_survives_storing() {
+        let mut record = record();
+        record.stages.push(Stage { name: "plan".into(), started_at: Timestamp::now(), seconds: Some(0.25) });
+        assert_eq!(Record::parse(&record.to_bytes()).unwrap(), record);
+    }
+
+    #[test]
+    fn the_json_has_the_names_that_show_promises() {
+        let value: serde_json::Value = serde_json::from_slice(&record().to_bytes()).unwrap();
+        for name in [
+            "version",
+            "image_id",
+            "source",
+            "trigger",
+            "project_id",
+            "state",
+            "method",
+            "progress",
+            "bytes_total",
+            "bytes_done",
+            "attempts",
+            "created_at",
+            "updated_at",
+            "ended_at",
+            "owner",
+            "reason",
+            "stages",
+        ] {
+            assert!(value.get(name).is_some(), "{name} is missing");
+        }
+    }
+
+    #[test]
+    fn a_newer_record_is_told_from_a_broken_one() {
+        assert_eq!(Record::parse(br#"{"version": 99, "what": "ever"}"#), Err(Unreadable::Newer(99)));
+        assert!(matches!(Record::parse(b""), Err(Unreadable::Broken(_))));
+        assert!(matches!(Record::parse(b"[]"), Err(Unreadable::Broken(_))));
+        assert!(matches!(Record::parse(br#"{"version":1}"#), Err(Unreadable::Broken(_))));
+    }
+
+    #[test]
+    fn every_live_state_can_end_and_done_is_final() {
+        for state in State::ALL.into_iter().filter(|state| !state.is_ended()) {
+            for end in [State::Declined, State::Failed, State::Cancelled] {
+                assert!(state.may_become(end), "{state} → {end}");
+            }
+        }
+        assert!(State::ALL.into_iter().all(|next| !State::Done.may_become(next)));
+        assert!(!State::Accepted.may_become(State::Done));
+        assert!(!State::Copying.may_become(State::Done));
+    }
+
+    #[test]
+    fn a_restarted_job_forgets_its_end_and_keeps_its_source() {
+        let mut job = record();
+        let first = job.clone();
+        job.enter(State::Failed, Timestamp::now()).unwrap();
+        job.restart(true, Timestamp::now()).unwrap();
+        assert_eq!(job.state, State::Accepted);
+        assert_eq!(job.ended_at, None);
+        assert_eq!(job.source, first.source);
+        assert_ne!(job.request_id, first.request_id);
+        assert!(job.retried);
+    }
+}

@@ -1,0 +1,292 @@
+//! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
+//!
+//! The object is the truth. `index.live` and `index.ended` are hints: an entry is written after the object and before
+//! the delivery is acked, so a crash in between is mended by the redelivery, and whoever reads an index reads the
+//! object before it acts. (Listing a namespace makes the OSDs walk the whole pool, which holds millions of objects.)
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::clock::Clock;
+use super::record::{IllegalTransition, Record, State, Unreadable};
+use crate::ceph::{self, ErrorKind, LockKey, Objects, Version};
+use crate::request::{Source, Trigger};
+
+const LIVE: &str = "index.live";
+const ENDED: &str = "index.ended";
+
+/// Entries read from an index with one operation.
+const PAGE: usize = 1000;
+
+/// How often a change is tried when others write the same record; each try means that one of them got through.
+const CHANGE_TRIES: usize = 32;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Ceph(#[from] ceph::Error),
+    #[error("the record of job {image_id} {reason}")]
+    Unreadable { image_id: Uuid, reason: Unreadable },
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+    #[error("job {0}: its record changed {CHANGE_TRIES} times while this was tried; try again")]
+    Contended(Uuid),
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A record as it was read, with what guards its next writing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stored {
+    pub record: Record,
+    pub version: Version,
+}
+
+/// A request as the intake hands it over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewJob {
+    pub image_id: Uuid,
+    pub trigger: Trigger,
+    pub source: Option<Source>,
+    /// What the notification said; the plan reads it again.
+    pub project_id: Option<String>,
+}
+
+/// What became of a submitted request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Submitted {
+    Created,
+    /// A live job for that image is there: the same request, heard again.
+    Running,
+    /// An ended (or ending) job is there; it is marked to be looked at again.
+    AskedAgain,
+}
+
+/// What the scheduler wants to know of a waiting job before it reads it. A hint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Summary {
+    pub project: Option<String>,
+    pub created: Option<Timestamp>,
+    pub not_before: Option<Timestamp>,
+}
+
+impl From<&Record> for Summary {
+    fn from(record: &Record) -> Self {
+        Self { project: record.project_id.clone(), created: Some(record.created_at), not_before: record.not_before }
+    }
+}
+
+#[derive(Clone)]
+pub struct Store {
+    objects: Arc<dyn Objects>,
+    clock: Clock,
+}
+
+impl Store {
+    pub fn new(objects: Arc<dyn Objects>, clock: Clock) -> Self {
+        Self { objects, clock }
+    }
+
+    pub fn objects(&self) -> &Arc<dyn Objects> {
+        &self.objects
+    }
+
+    /// Name of a job's object.
+    pub fn object(image_id: Uuid) -> String {
+        format!("job.{image_id}")
+    }
+
+    pub async fn load(&self, image_id: Uuid) -> Result<Option<Stored>> {
+        let Some((bytes, version)) = self.objects.read(&Self::object(image_id)).await? else { return Ok(None) };
+        let record = Record::parse(&bytes).map_err(|reason| Error::Unreadable { image_id, reason })?;
+        if record.image_id != image_id {
+            let reason = Unreadable::Broken(format!("it speaks of image {}", record.image_id));
+            return Err(Error::Unreadable { image_id, reason });
+        }
+        Ok(Some(Stored { record, version }))
+    }
+
+    /// Stores a request. Once this returned, the request is not lost whatever dies.
+    pub async fn submit(&self, new: &NewJob) -> Result<Submitted> {
+        let record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
+        match self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await {
+            Ok(_) => {
+                self.index_live(&record).await?;
+                return Ok(Submitted::Created);
+            }
+            Err(e) if e.kind() == ErrorKind::Exists => {}
+            Err(e) => return Err(e.into()),
+        }
+        let mut submitted = Submitted::Running;
+        let changed = self
+            .change(new.image_id, |record| {
+                if record.state.is_ended() || record.ending.is_some() {
+                    submitted = Submitted::AskedAgain;
+                    !std::mem::replace(&mut record.again, true)
+                } else {
+                    submitted = Submitted::Running;
+                    false
+                }
+            })
+            .await?;
+        match changed {
+            // also when nothing was changed: the index entry may have been lost with whoever wrote the record
+            Some(record) => {
+                self.index_live(&record).await?;
+                Ok(submitted)
+            }
+            // removed by retention in between: now there is room
+            None => {
+                self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await?;
+                self.index_live(&record).await?;
+                Ok(Submitted::Created)
+            }
+        }
+    }
+
+    /// Reads the record, lets `change` alter it and writes it back if `change` says that it did; again when another
+    /// writer was faster. Not under the lease: only flags are to be set this way. `None`: there is no such job.
+    pub async fn change(&self, image_id: Uuid, mut change: impl FnMut(&mut Record) -> bool) -> Result<Option<Record>> {
+        for _ in 0..CHANGE_TRIES {
+            let Some(mut stored) = self.load(image_id).await? else { return Ok(None) };
+            if !change(&mut stored.record) {
+                return Ok(Some(stored.record));
+            }
+            stored.record.updated_at = self.clock.now();
+            match self.write(&stored, None).await {
+                Ok(_) => return Ok(Some(stored.record)),
+                Err(Error::Ceph(e)) if e.kind() == ErrorKind::Conflict => {}
+                Err(Error::Ceph(e)) if e.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(e) => return Err(e),
+            }
+        }
+        Err(Error::Contended(image_id))
+    }
+
+    /// Writes the record over the version it was read at; with `lock`, only while that lock is held.
+    pub async fn write(&self, stored: &Stored, lock: Option<&LockKey>) -> Result<Version> {
+        let object = Self::object(stored.record.image_id);
+        Ok(self.objects.replace(&object, &stored.record.to_bytes(), stored.version, lock).await?)
+    }
+
+    /// Brings the indexes in line with the record.
+    pub async fn index(&self, record: &Record) -> Result<()> {
+        if !record.is_settled() {
+            self.index_live(record).await?;
+            return Ok(self.objects.remove_omap(ENDED, &[record.image_id.to_string()]).await?);
+        }
+        let ended_at = record.ended_at.unwrap_or(record.updated_at).to_string();
+        self.objects.set_omap(ENDED, &[(record.image_id.to_string(), ended_at.into_bytes())]).await?;
+        self.objects.remove_omap(LIVE, &[record.image_id.to_string()]).await?;
+        // a request that came between the record's writing and this removal put its entry there in vain
+        match self.load(record.image_id).await? {
+            Some(now) if !now.record.is_settled() => self.index_live(&now.record).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn index_live(&self, record: &Record) -> Result<()> {
+        let summary = serde_json::to_vec(&Summary::from(record)).unwrap_or_default();
+        Ok(self.objects.set_omap(LIVE, &[(record.image_id.to_string(), summary)]).await?)
+    }
+
+    /// The jobs that somebody has to work on, in the order of their ids.
+    pub async fn live(&self) -> Result<Vec<(Uuid, Summary)>> {
+        let entries = self.entries(LIVE).await?;
+        Ok(entries.into_iter().map(|(id, value)| (id, serde_json::from_slice(&value).unwrap_or_default())).collect())
+    }
+
+    /// The ended jobs whose records are kept, and when each ended.
+    pub async fn ended(&self) -> Result<Vec<(Uuid, Option<Timestamp>)>> {
+        let entries = self.entries(ENDED).await?;
+        Ok(entries
+            .into_iter()
+            .map(|(id, value)| (id, std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok())))
+            .collect())
+    }
+
+    async fn entries(&self, index: &str) -> Result<BTreeMap<Uuid, Vec<u8>>> {
+        let mut all = BTreeMap::new();
+        let mut after = String::new();
+        loop {
+            let page = self.objects.omap(index, &after, PAGE).await?;
+            let Some((last, _)) = page.last() else { return Ok(all) };
+            after.clone_from(last);
+            all.extend(page.into_iter().filter_map(|(key, value)| Some((Uuid::try_parse(&key).ok()?, value))));
+        }
+    }
+
+    /// Drops the index entries of a job that has no record.
+    pub async fn forget(&self, image_id: Uuid) -> Result<()> {
+        self.objects.remove_omap(LIVE, &[image_id.to_string()]).await?;
+        Ok(self.objects.remove_omap(ENDED, &[image_id.to_string()]).await?)
+    }
+
+    /// Removes an ended job's record, unless it changed since it was read.
+    pub async fn remove(&self, stored: &Stored) -> Result<()> {
+        match self.objects.remove(&Self::object(stored.record.image_id), stored.version, None).await {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+        self.forget(stored.record.image_id).await
+    }
+
+    /// Ids of all job objects, indexed or not. Slow in a large pool.
+    pub async fn scan(&self) -> Result<Vec<Uuid>> {
+        let names = self.objects.list().await?;
+        Ok(names.iter().filter_map(|name| Uuid::try_parse(name.strip_prefix("job.")?).ok()).collect())
+    }
+
+    /// Starts an ended job again without a tag.
+    pub async fn retry(&self, image_id: Uuid) -> Result<Option<Retried>> {
+        let now = self.clock.now();
+        let mut outcome = Retried::Restarted;
+        let mut illegal = None;
+        let changed = self
+            .change(image_id, |record| {
+                if record.state == State::Done {
+                    outcome = Retried::AlreadyDone;
+                    return false;
+                }
+                if !record.state.is_ended() {
+                    outcome = Retried::StillRunning;
+                    // a waiting job goes at once
+                    return record.not_before.take().is_some();
+                }
+                outcome = Retried::Restarted;
+                match record.restart(true, now) {
+                    Ok(()) => true,
+                    Err(e) => {
+                        illegal = Some(e);
+                        false
+                    }
+                }
+            })
+            .await?;
+        if let Some(e) = illegal {
+            return Err(e.into());
+        }
+        match changed {
+            Some(record) => {
+                self.index(&record).await?;
+                Ok(Some(outcome))
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+/// What became of `retry`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retried {
+    Restarted,
+    /// It had not ended; if it waited for its next attempt, it goes at once.
+    StillRunning,
+    AlreadyDone,
+}

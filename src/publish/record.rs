@@ -1,0 +1,160 @@
+//! What the tenant sees on the image record, and what is left on it.
+//!
+//! While the image is queued: `rbd_offload_status`, `rbd_offload_progress`, `rbd_offload_message`. Properties are
+//! inherited by later images, so all of them are taken off before the location is registered.
+
+use std::collections::BTreeMap;
+
+use crate::openstack::{Image, ImageChange};
+use crate::plan::PROPERTY_PREFIX;
+use crate::request::TAG_PREFIX;
+
+const STATUS: &str = "rbd_offload_status";
+const PROGRESS: &str = "rbd_offload_progress";
+const MESSAGE: &str = "rbd_offload_message";
+
+/// Characters of a message; Glance takes 65,535 bytes, a person less.
+const MESSAGE_MAX: usize = 500;
+
+/// What `rbd_offload_status` may say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    Accepted,
+    Copying,
+    Publishing,
+    Declined,
+    Failed,
+}
+
+impl Status {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Copying => "copying",
+            Self::Publishing => "publishing",
+            Self::Declined => "declined",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Shows where the job stands. `percent` is 0 to 100.
+///
+/// Properties that are there already are replaced, not set: the change of a daemon that lost the job meanwhile then
+/// fails, instead of bringing back what was taken off.
+pub fn show(image: &Image, status: Status, percent: u8, message: &str) -> Vec<ImageChange> {
+    let message: String = message.chars().take(MESSAGE_MAX).collect();
+    [(STATUS, status.as_str().to_owned()), (PROGRESS, percent.min(100).to_string()), (MESSAGE, message)]
+        .into_iter()
+        .filter(|(property, value)| image.properties.get(*property) != Some(value))
+        .map(|(property, value)| {
+            let property = property.to_owned();
+            if image.properties.contains_key(&property) {
+                ImageChange::Replace { property, value }
+            } else {
+                ImageChange::Set { property, value }
+            }
+        })
+        .collect()
+}
+
+/// The end without an image: status and message stay for the tenant, the tag goes, so that setting one asks again.
+pub fn end(image: &Image, status: Status, message: &str) -> Vec<ImageChange> {
+    let mut changes = show(image, status, 0, message);
+    if image.tags.iter().any(|tag| tag.starts_with(TAG_PREFIX)) {
+        let others = image.tags.iter().filter(|tag| !tag.starts_with(TAG_PREFIX)).cloned().collect();
+        changes.push(ImageChange::Tags(others));
+    }
+    changes
+}
+
+/// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
+/// disk, what the volume hands on, and nothing of ours.
+pub fn prepare(image: &Image, min_disk: u64, inherited: &BTreeMap<String, String>) -> Vec<ImageChange> {
+    let mut changes = Vec::new();
+    if image.disk_format.as_deref() != Some("raw") {
+        changes.push(ImageChange::DiskFormat("raw".into()));
+    }
+    if image.container_format.as_deref() != Some("bare") {
+        changes.push(ImageChange::ContainerFormat("bare".into()));
+    }
+    if image.min_disk < min_disk {
+        changes.push(ImageChange::MinDisk(min_disk));
+    }
+    for (property, value) in inherited {
+        if !image.properties.contains_key(property) {
+            changes.push(ImageChange::Set { property: property.clone(), value: value.clone() });
+        }
+    }
+    for property in image.properties.keys().filter(|property| property.starts_with(PROPERTY_PREFIX)) {
+        changes.push(ImageChange::Remove { property: property.clone() });
+    }
+    changes
+}
+
+/// Takes off what is ours from a record that turned active all the same.
+pub fn clear(image: &Image) -> Vec<ImageChange> {
+    image
+        .properties
+        .keys()
+        .filter(|property| property.starts_with(PROPERTY_PREFIX))
+        .map(|property| ImageChange::Remove { property: property.clone() })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> Image {
+        Image {
+            id: "i".into(),
+            name: None,
+            status: "queued".into(),
+            owner: None,
+            disk_format: None,
+            container_format: None,
+            min_disk: 0,
+            size: None,
+            tags: vec!["blue".into(), "rbd-offload:volume:x".into()],
+            properties: BTreeMap::from([("rbd_offload_status".into(), "copying".into()), ("os".into(), "l".into())]),
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_replaced_and_what_is_equal_is_left() {
+        let changes = show(&image(), Status::Copying, 40, "m");
+        assert_eq!(
+            changes,
+            [
+                ImageChange::Set { property: PROGRESS.into(), value: "40".into() },
+                ImageChange::Set { property: MESSAGE.into(), value: "m".into() }
+            ]
+        );
+        assert!(matches!(&show(&image(), Status::Failed, 0, "m")[0], ImageChange::Replace { .. }));
+    }
+
+    #[test]
+    fn an_end_takes_the_request_tag_off_and_only_that() {
+        assert!(end(&image(), Status::Declined, "no").contains(&ImageChange::Tags(vec!["blue".into()])));
+        let mut untagged = image();
+        untagged.tags = vec!["blue".into()];
+        assert!(!end(&untagged, Status::Declined, "no").iter().any(|c| matches!(c, ImageChange::Tags(_))));
+    }
+
+    #[test]
+    fn a_prepared_record_keeps_nothing_of_ours() {
+        let inherited = BTreeMap::from([("hw".into(), "1".into()), ("os".into(), "other".into())]);
+        let changes = prepare(&image(), 2, &inherited);
+        assert_eq!(
+            changes,
+            [
+                ImageChange::DiskFormat("raw".into()),
+                ImageChange::ContainerFormat("bare".into()),
+                ImageChange::MinDisk(2),
+                ImageChange::Set { property: "hw".into(), value: "1".into() },
+                ImageChange::Remove { property: "rbd_offload_status".into() },
+            ]
+        );
+    }
+}

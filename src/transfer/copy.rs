@@ -1,0 +1,29 @@
+//! `copy`: read at the snapshot through librbd, only what holds data, many requests in flight, and write. It can
+//! throttle and stops at any chunk. Never `rbd_copy`: on a clone's snapshot that loses what only the parent holds.
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use super::{MARK, Order, Transfer};
+use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
+
+pub struct Copy;
+
+#[async_trait]
+impl Transfer for Copy {
+    fn obstacle(&self, _source: &ImageInfo) -> Option<String> {
+        None
+    }
+
+    async fn run(
+        &self,
+        storage: &dyn Storage,
+        order: &Order,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> ceph::Result<Moved> {
+        storage.create_like(&order.source, &order.snapshot, &order.destination).await?;
+        storage.set_metadata(&order.destination, MARK, &order.mark).await?;
+        storage.copy(&order.source, &order.snapshot, &order.destination, order.limits, progress, cancel).await
+    }
+}
