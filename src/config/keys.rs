@@ -483,7 +483,7 @@ struct Span(u64);
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (unit, seconds) in [("d", DAY), ("h", 3_600), ("m", 60)] {
-            if self.0 > 0 && self.0 % seconds == 0 {
+            if self.0 > 0 && self.0.is_multiple_of(seconds) {
                 return write!(f, "{}{unit}", self.0 / seconds);
             }
         }

@@ -1,8 +1,9 @@
 //! What was written, and where: the file, `conf.d` beside it, and the environment, one laid over the other.
 //!
-//! The `config` crate reads the INI syntax, with three traps around which this file goes: rust-ini takes `\` for an escape
-//! and quotes for its own (a password is full of them), a section that comes twice loses its first half, and a key that
-//! comes twice loses silently. So lines are looked at first, and each section is handed over once, quoted and escaped.
+//! The `config` crate reads the INI syntax, with three traps around which this file goes: rust-ini takes `\` for an
+//! escape and quotes for its own (a password is full of them), a section that comes twice loses its first half, and a
+//! key that comes twice loses silently. So lines are looked at first, and each section is handed over once, quoted and
+//! escaped.
 //!
 //! - A line is `key = value`, `[section]`, a comment that starts with `#` or `;`, or empty. There are no comments behind
 //!   a value and no continued lines.
@@ -261,8 +262,8 @@ struct Lines {
     values: BTreeMap<String, (usize, String)>,
 }
 
-/// The sections of a text, with every line that is none of the things a line may be reported, and never shown: it may be
-/// half of a password.
+/// The sections of a text. A line that is none of the things a line may be is reported, and never shown: it may be half
+/// of a password.
 fn scan(text: &str, at: &dyn Fn(usize) -> Origin, report: &mut Report) -> BTreeMap<String, Lines> {
     let mut sections: BTreeMap<String, Lines> = BTreeMap::new();
     // `None` before the first section and after a header that cannot be read; `told`: no need to say it again.
