@@ -716,7 +716,9 @@ proptest! {
     fn a_value_that_its_key_accepts_is_understood(at in 0..keys().len(), text in "[0-9]{1,20}(ms|s|d|GiB)?|\\PC{1,12}") {
         let key = &keys()[at];
         let text = text.trim();
-        prop_assume!(key.kind.accepts(text) && key.need != Need::ApplicationCredential);
+        if !key.kind.accepts(text) || key.need == Need::ApplicationCredential {
+            return Ok(());
+        }
         if let Err(error) = parse(&least_with(key, text)) {
             prop_assert!(!error.to_string().contains("cannot be understood"), "{error}");
         }
