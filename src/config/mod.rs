@@ -1,13 +1,79 @@
 //! The configuration: read from the file, `conf.d` and the environment, checked as a whole, then used as plain types.
+//!
+//! ```text
+//! files, environment → read (text with its origin, every value judged by `keys`)
+//!   → fragments (one section, as written over the defaults) → check (what holds between keys) → Config
+//! ```
+//!
+//! `keys` is the one place that knows which keys exist, their defaults and what they take; `report` holds everything
+//! that is wrong, so that a person mends a file once.
+
+mod check;
+mod fragments;
+mod keys;
+mod read;
+mod reload;
+mod report;
+#[cfg(test)]
+mod tests;
+mod values;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use secrecy::SecretString;
 
-/// The whole configuration, complete and checked; defaults are in one place (`Default` of each section).
+pub use keys::{Key, Kind, Need, keys};
+pub use report::{Error, Origin, Problem, Report};
+
+/// Where the packages put the file.
+pub const DEFAULT_PATH: &str = "/etc/rbd-offload/rbd-offload.conf";
+
+/// A further look at `[messaging] transport_url`, by the module that dials it. The sentence that it returns is printed,
+/// so it must not hold any part of the url.
+pub type TransportUrlCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
+
+impl Config {
+    /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then the environment
+    /// (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one error.
+    pub fn load(path: &Path) -> Result<Config, Error> {
+        Self::load_with(path, &|_| Ok(()))
+    }
+
+    /// As [`Config::load`], and asks `transport_url` what it thinks of that url.
+    pub fn load_with(path: &Path, transport_url: TransportUrlCheck<'_>) -> Result<Config, Error> {
+        Self::load_from(path, std::env::vars_os(), transport_url)
+    }
+
+    /// As [`Config::load_with`], with an environment of the caller's.
+    pub fn load_from(
+        path: &Path,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+        transport_url: TransportUrlCheck<'_>,
+    ) -> Result<Config, Error> {
+        let files = read::files(path)?;
+        let mut report = Report::default();
+        let mut written = read::Written::default();
+        for file in &files {
+            written.add_file(file, &mut report);
+        }
+        written.add_environment(environment, &mut report);
+        check::check(written, path, transport_url, report)
+    }
+
+    /// One text alone, without `conf.d` and environment; `name` stands for it in errors.
+    pub fn parse(name: &Path, text: &str) -> Result<Config, Error> {
+        let mut report = Report::default();
+        let mut written = read::Written::default();
+        written.add_file(&read::File { path: name.to_path_buf(), bytes: text.as_bytes().to_vec() }, &mut report);
+        check::check(written, name, &|_| Ok(()), report)
+    }
+}
+
+/// The whole configuration, complete and checked. Defaults are in the table of keys.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub log: Log,
@@ -40,12 +106,16 @@ pub enum LogLevel {
     Trace,
 }
 
+values::choices!(LogLevel { Error = "error", Warn = "warn", Info = "info", Debug = "debug", Trace = "trace" });
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     Text,
     Json,
     Journald,
 }
+
+values::choices!(LogFormat { Text = "text", Json = "json", Journald = "journald" });
 
 /// `[messaging]`
 #[derive(Debug, Clone)]
@@ -66,6 +136,8 @@ pub enum QueueType {
     Quorum,
     Classic,
 }
+
+values::choices!(QueueType { Quorum = "quorum", Classic = "classic" });
 
 /// `[keystone]`
 #[derive(Debug, Clone)]
@@ -101,6 +173,8 @@ pub enum Interface {
     Admin,
 }
 
+values::choices!(Interface { Public = "public", Internal = "internal", Admin = "admin" });
+
 /// `[glance]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glance {
@@ -117,6 +191,8 @@ pub enum Register {
     LocationsApi,
     Patch,
 }
+
+values::choices!(Register { Auto = "auto", LocationsApi = "locations-api", Patch = "patch" });
 
 /// `[ceph]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,6 +217,13 @@ pub struct Offload {
     pub retries: u32,
     pub hash: Hash,
     pub reconcile_interval: Duration,
+    pub verify: Verify,
+    /// RADOS objects a second, all jobs of this controller together; 0: no limit.
+    pub objects_per_second: u64,
+    /// Jobs that run at a time into one destination pool; 0: only `max_jobs` counts.
+    pub max_jobs_per_pool: usize,
+    /// Only look: requests are planned, counted and logged, nothing is written.
+    pub observe: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,11 +234,27 @@ pub enum Method {
     Clone,
 }
 
+values::choices!(Method { Auto = "auto", ServerCopy = "server-copy", Copy = "copy", Clone = "clone" });
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hash {
     None,
     Sha512,
 }
+
+values::choices!(Hash { None = "none", Sha512 = "sha512" });
+
+/// What is read again before an image is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verify {
+    None,
+    /// Some of the objects.
+    Sample,
+    /// Every byte.
+    Full,
+}
+
+values::choices!(Verify { None = "none", Sample = "sample", Full = "full" });
 
 /// `[jobs]`
 #[derive(Debug, Clone, PartialEq, Eq)]
