@@ -4,7 +4,14 @@
 //! both over librados and librbd; the engine's simulation implements them in memory. Everything `unsafe` of the
 //! program lives below this folder. Calls are asynchronous: the blocking C functions run on threads of their own.
 
+mod cluster;
+mod copy;
 mod error;
+mod layers;
+mod objects;
+mod rbd;
+mod storage;
+mod sys;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +20,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
+pub use cluster::Client;
 pub use error::{Error, ErrorKind, Result};
+pub use objects::Namespace;
+pub use storage::Finding;
 
 /// An RBD image: a pool and the image's name in it, or its internal id (an image in the trash has no name).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

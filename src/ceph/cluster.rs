@@ -1,0 +1,517 @@
+//! The connection to a cluster: handles that close themselves, running blocking calls off the runtime, who we are to
+//! the OSDs, and shutting others out.
+//!
+//! A client that was itself shut out (blocklisted) stays so until [`Client::reconnect`] is called: every call answers
+//! [`ErrorKind::Fenced`] at once. That is on purpose. Whoever was fenced has lost its leases, and everything that still
+//! runs under them must be given up first; a silent new connection would let such work through to the images again.
+#![allow(unsafe_code)]
+
+use std::collections::HashSet;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ceph::rados::{
+    rados_buffer_free, rados_cluster_fsid, rados_conf_get, rados_conf_read_file, rados_conf_set, rados_connect,
+    rados_create, rados_ioctx_create, rados_ioctx_create2, rados_ioctx_destroy, rados_ioctx_get_id,
+    rados_ioctx_set_namespace, rados_ioctx_t, rados_pool_list, rados_pool_reverse_lookup, rados_shutdown, rados_stat,
+    rados_t, rados_wait_for_latest_osdmap,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Change, Error, ErrorKind, Progress, Result, sys};
+
+/// Options of librados and librbd that differ from the operator's ceph.conf, and why.
+const OPTIONS: &[(&str, &str)] = &[
+    // Seconds to find the monitors when connecting.
+    ("client_mount_timeout", "30"),
+    // Seconds for a monitor's answer (pools, blocklist, snapshot ids): an error is better than a call that never ends.
+    ("rados_mon_op_timeout", "60"),
+    // None, whatever ceph.conf says: an operation that timed out may still be carried out when its OSD comes back, so
+    // its outcome would be unknown. Waiting through the restart of an OSD is what librbd is made for; who waits can stop
+    // waiting.
+    ("rados_osd_op_timeout", "0"),
+    // Images are written once, from buffers that the copy holds itself: a write-back cache would only double them.
+    ("rbd_cache", "false"),
+    // Destinations are striped like their source, not like the operator's default.
+    ("rbd_default_stripe_unit", "0"),
+    ("rbd_default_stripe_count", "0"),
+];
+
+/// How long a fenced client stays shut out. Its address never comes back, so a long time costs nothing.
+const FENCE_SECONDS: u32 = 24 * 3600;
+
+/// How often the progress of a running transfer is shown to its caller.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a cancelled transfer may take to stop by itself before its caller is let go. It then ends unattended.
+const CANCEL_GRACE: Duration = Duration::from_secs(4);
+
+/// A client of one cluster. Cheap to clone; all clones share one connection.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    conf: PathBuf,
+    user: String,
+    current: Mutex<Arc<Cluster>>,
+    reconnecting: tokio::sync::Mutex<()>,
+    /// Addresses that this client has fenced.
+    fenced: Mutex<HashSet<String>>,
+}
+
+impl Client {
+    /// Connects as `client.<user>` with the monitors, keyring and options of the file `conf`. Gives up after 30 s.
+    /// The error names what to mend: the file, the keyring, the user or the monitors.
+    pub async fn connect(conf: &Path, user: &str) -> Result<Self> {
+        let cluster = dial(conf.to_owned(), user.to_owned()).await?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                conf: conf.to_owned(),
+                user: user.to_owned(),
+                current: Mutex::new(cluster),
+                reconnecting: tokio::sync::Mutex::new(()),
+                fenced: Mutex::new(HashSet::new()),
+            }),
+        })
+    }
+
+    /// Whether this client was found to be shut out of the cluster.
+    pub fn is_fenced(&self) -> bool {
+        self.cluster().is_fenced()
+    }
+
+    /// Replaces the connection of a client that was shut out by a new one, under a new address. Call it once all work
+    /// that ran over the old one has been given up. `AlreadyThere` when the client is not shut out.
+    pub async fn reconnect(&self) -> Result<Change> {
+        let _one = self.shared.reconnecting.lock().await;
+        if !self.is_fenced() {
+            return Ok(Change::AlreadyThere);
+        }
+        let cluster = dial(self.shared.conf.clone(), self.shared.user.clone()).await?;
+        // The old handle is shut down when the last call over it has ended.
+        *lock(&self.shared.current) = cluster;
+        Ok(Change::Made)
+    }
+
+    pub(super) fn cluster(&self) -> Arc<Cluster> {
+        lock(&self.shared.current).clone()
+    }
+
+    /// Runs blocking calls on a thread of their own. They own all they use, so that a dropped future harms nothing.
+    pub(super) async fn run<T, F>(&self, operation: impl Into<String>, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Arc<Cluster>) -> Result<T> + Send + 'static,
+    {
+        let operation = operation.into();
+        let cluster = self.cluster();
+        if cluster.is_fenced() {
+            return Err(fenced(operation));
+        }
+        let task = tokio::task::spawn_blocking(move || cluster.watch_for_fence(work));
+        task.await.unwrap_or_else(|lost| Err(Error::new(operation, ErrorKind::Other, lost.to_string())))
+    }
+
+    /// Like [`run`](Self::run), for work that shows its progress and can be stopped: by `cancel`, or by dropping the
+    /// future. Work that does not stop within a few seconds of `cancel` is left to end while nobody waits.
+    pub(super) async fn run_long<T, F>(
+        &self,
+        operation: impl Into<String>,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        work: F,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Arc<Cluster>, &Progress, &CancellationToken) -> Result<T> + Send + 'static,
+    {
+        let operation = operation.into();
+        if cancel.is_cancelled() {
+            return Err(cancelled(operation));
+        }
+        let stop = cancel.child_token();
+        let _stop_when_dropped = stop.clone().drop_guard();
+        let shown = Arc::new(Progress::default());
+        let inner = shown.clone();
+        let mirror = || {
+            progress.set_total(shown.total());
+            progress.set_done(shown.done());
+        };
+        let running = self.run(operation.clone(), move |cluster| work(cluster, &inner, &stop));
+        tokio::pin!(running);
+        let give_up = async {
+            cancel.cancelled().await;
+            tokio::time::sleep(CANCEL_GRACE).await;
+        };
+        tokio::pin!(give_up);
+        loop {
+            tokio::select! {
+                result = &mut running => {
+                    mirror();
+                    return result;
+                }
+                () = &mut give_up => return Err(cancelled(operation)),
+                () = tokio::time::sleep(PROGRESS_INTERVAL) => mirror(),
+            }
+        }
+    }
+
+    /// Shuts out all addresses of another client, and waits for the map that says so.
+    pub(super) async fn fence_address(&self, address: &str) -> Result<Change> {
+        let operation = format!("fence client {address}");
+        if lock(&self.shared.fenced).contains(address) {
+            return Ok(Change::AlreadyThere);
+        }
+        let shared = self.shared.clone();
+        let address = address.to_owned();
+        self.run(operation.clone(), move |cluster| {
+            let own = cluster.addresses()?;
+            let others = entity_addresses(&address);
+            if others.is_empty() {
+                return Err(Error::new(operation, ErrorKind::Unsupported, "that is no client's address"));
+            }
+            if others.iter().any(|other| entity_addresses(&own).contains(other)) {
+                return Err(Error::new(operation, ErrorKind::Unsupported, "that is this client itself"));
+            }
+            for other in &others {
+                let text = c_string(&operation, other)?;
+                // SAFETY: a connected handle; the string is copied by the callee, which does not write to it.
+                let r = unsafe { sys::rados_blocklist_add(cluster.raw, text.as_ptr().cast_mut(), FENCE_SECONDS) };
+                check(&operation, r)?;
+            }
+            // SAFETY: a connected handle.
+            check(&operation, unsafe { rados_wait_for_latest_osdmap(cluster.raw) })?;
+            lock(&shared.fenced).insert(address);
+            Ok(Change::Made)
+        })
+        .await
+    }
+}
+
+async fn dial(conf: PathBuf, user: String) -> Result<Arc<Cluster>> {
+    let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
+    let task = tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user));
+    match task.await {
+        Ok(result) => result.map(Arc::new),
+        Err(lost) => Err(Error::new(operation, ErrorKind::Other, lost.to_string())),
+    }
+}
+
+/// A connected handle of librados, shut down when its last user is gone: every [`IoCtx`] holds one.
+pub(super) struct Cluster {
+    raw: rados_t,
+    fenced: AtomicBool,
+    /// A pool that was used, to ask an OSD whether we are shut out.
+    pool: Mutex<Option<String>>,
+}
+
+// SAFETY: librados handles may be used from any thread, and from several at once.
+unsafe impl Send for Cluster {}
+// SAFETY: as above.
+unsafe impl Sync for Cluster {}
+
+impl Cluster {
+    fn connect(conf: &Path, user: &str) -> Result<Self> {
+        let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
+        if let Err(e) = std::fs::File::open(conf) {
+            let kind = match e.kind() {
+                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                std::io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+                _ => ErrorKind::Other,
+            };
+            return Err(Error::new(operation, kind, format!("cannot read {}: {e} ([ceph] conf)", conf.display())));
+        }
+        let id = c_string(&operation, user)?;
+        let path = c_string(&operation, &conf.to_string_lossy())?;
+        let mut raw: rados_t = ptr::null_mut();
+        // SAFETY: writes the new handle to `raw`.
+        check(&operation, unsafe { rados_create(&mut raw, id.as_ptr()) })?;
+        // From here on the handle is shut down on every way out.
+        let cluster = Self { raw, fenced: AtomicBool::new(false), pool: Mutex::new(None) };
+        // SAFETY: the handle is open, the path ends in NUL.
+        let r = unsafe { rados_conf_read_file(raw, path.as_ptr()) };
+        if r < 0 {
+            let detail = format!("{} is not a valid Ceph configuration", conf.display());
+            return Err(Error::new(operation, Error::from_errno("", r).kind(), detail));
+        }
+        for (name, value) in OPTIONS {
+            let (name, value) = (c_string(&operation, name)?, c_string(&operation, value)?);
+            // SAFETY: the handle is open, both strings end in NUL. An option that this librados lacks is no loss.
+            unsafe { rados_conf_set(raw, name.as_ptr(), value.as_ptr()) };
+        }
+        // SAFETY: the handle is configured and not connected yet.
+        let r = unsafe { rados_connect(raw) };
+        if r < 0 {
+            let keyring = cluster.option("keyring").unwrap_or_default();
+            let hosts = cluster.option("mon_host").unwrap_or_default();
+            let error = Error::from_errno(operation.clone(), r);
+            let detail = match -r {
+                libc::ENOENT => {
+                    format!(
+                        "no key for client.{user} in {keyring}: put its keyring there, or set `keyring` in {}",
+                        conf.display()
+                    )
+                }
+                libc::EPERM | libc::EACCES => format!(
+                    "the monitors refused client.{user}: compare `ceph auth get client.{user}` with the key in {keyring}"
+                ),
+                libc::ETIMEDOUT => {
+                    format!("no monitor answered within 30 s; mon_host in {} is {hosts}", conf.display())
+                }
+                _ => return Err(error),
+            };
+            return Err(Error::new(operation, error.kind(), detail));
+        }
+        Ok(cluster)
+    }
+
+    fn option(&self, name: &str) -> Option<String> {
+        let name = CString::new(name).ok()?;
+        let mut buffer = vec![0u8; 4096];
+        // SAFETY: writes at most `buffer.len()` bytes, NUL included.
+        let r = unsafe { rados_conf_get(self.raw, name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+        (r >= 0).then(|| until_nul(&buffer))
+    }
+
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Acquire)
+    }
+
+    /// Runs `work`, and remembers when its failure shows that this client was shut out. librbd hides that behind other
+    /// errors at times (EROFS, EIO), so a failure without a name is checked against an OSD.
+    fn watch_for_fence<T>(self: Arc<Self>, work: impl FnOnce(&Arc<Self>) -> Result<T>) -> Result<T> {
+        let result = work(&self);
+        let Err(error) = &result else { return result };
+        let shut_out = match error.kind() {
+            ErrorKind::Fenced => true,
+            ErrorKind::Other | ErrorKind::TimedOut | ErrorKind::PermissionDenied => self.ask_whether_fenced(),
+            _ => false,
+        };
+        if shut_out {
+            self.fenced.store(true, Ordering::Release);
+            return result.map_err(|e| e.with_kind(ErrorKind::Fenced));
+        }
+        result
+    }
+
+    fn ask_whether_fenced(self: &Arc<Self>) -> bool {
+        let Some(pool) = lock(&self.pool).clone() else { return false };
+        let Ok(io) = IoCtx::open(self, &pool) else { return false };
+        let (mut size, mut time) = (0, 0);
+        // SAFETY: the ioctx is open; both results have a place.
+        let r = unsafe { rados_stat(io.raw(), c"rbd_directory".as_ptr(), &mut size, &mut time) };
+        r == -libc::ESHUTDOWN
+    }
+
+    pub fn fsid(&self) -> Result<String> {
+        let mut buffer = [0u8; 64];
+        // SAFETY: writes at most the buffer's length.
+        let r = unsafe { rados_cluster_fsid(self.raw, buffer.as_mut_ptr().cast(), buffer.len()) };
+        check("read the cluster's fsid", r)?;
+        Ok(until_nul(&buffer).to_lowercase())
+    }
+
+    pub fn pools(&self) -> Result<Vec<String>> {
+        let mut buffer = vec![0u8; 4096];
+        loop {
+            // SAFETY: writes at most the buffer's length and returns the length that is needed.
+            let r = unsafe { rados_pool_list(self.raw, buffer.as_mut_ptr().cast(), buffer.len()) };
+            let needed = check("list the pools", r)? as usize;
+            if needed <= buffer.len() {
+                return Ok(split_names(&buffer[..needed]));
+            }
+            buffer.resize(needed + 1024, 0);
+        }
+    }
+
+    pub fn pool_name(&self, id: i64) -> Result<String> {
+        let mut buffer = vec![0u8; 1024];
+        // SAFETY: writes at most the buffer's length.
+        let r = unsafe { rados_pool_reverse_lookup(self.raw, id, buffer.as_mut_ptr().cast(), buffer.len()) };
+        check(format!("look up pool {id}"), r)?;
+        Ok(until_nul(&buffer))
+    }
+
+    /// This client's addresses, as librados prints them.
+    pub fn addresses(&self) -> Result<String> {
+        let mut text: *mut c_char = ptr::null_mut();
+        // SAFETY: on success `text` is a string of librados' own allocator, freed below.
+        let r = unsafe { sys::rados_getaddrs(self.raw, &mut text) };
+        check("read this client's address", r)?;
+        if text.is_null() {
+            return Err(Error::new("read this client's address", ErrorKind::Other, "librados knows none"));
+        }
+        // SAFETY: not null, ends in NUL.
+        let address = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+        // SAFETY: allocated by librados, not used again.
+        unsafe { rados_buffer_free(text) };
+        Ok(address)
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // SAFETY: nobody holds the handle any more, and every ioctx held this type, so all of them are destroyed.
+        unsafe { rados_shutdown(self.raw) };
+    }
+}
+
+/// An open pool (and namespace). Destroys itself, then lets go of the cluster handle.
+pub(super) struct IoCtx {
+    raw: rados_ioctx_t,
+    cluster: Arc<Cluster>,
+}
+
+// SAFETY: an ioctx may be used from any thread. It is not Sync here: its last version belongs to one user at a time.
+unsafe impl Send for IoCtx {}
+
+impl IoCtx {
+    /// Opens a pool by name. A missing one is [`ErrorKind::NotFound`], and the error lists those that there are.
+    pub fn open(cluster: &Arc<Cluster>, pool: &str) -> Result<Self> {
+        let operation = format!("open pool \"{pool}\"");
+        let name = c_string(&operation, pool)?;
+        let mut raw: rados_ioctx_t = ptr::null_mut();
+        // SAFETY: a connected handle; writes the new ioctx to `raw`.
+        let r = unsafe { rados_ioctx_create(cluster.raw, name.as_ptr(), &mut raw) };
+        if r == -libc::ENOENT {
+            let pools = cluster.pools().unwrap_or_default().join(", ");
+            return Err(Error::new(operation, ErrorKind::NotFound, format!("no such pool; pools here: {pools}")));
+        }
+        check(&operation, r)?;
+        let mut last = lock(&cluster.pool);
+        if last.is_none() {
+            *last = Some(pool.to_owned());
+        }
+        drop(last);
+        Ok(Self { raw, cluster: cluster.clone() })
+    }
+
+    pub fn open_id(cluster: &Arc<Cluster>, pool: i64) -> Result<Self> {
+        let mut raw: rados_ioctx_t = ptr::null_mut();
+        // SAFETY: a connected handle; writes the new ioctx to `raw`.
+        let r = unsafe { rados_ioctx_create2(cluster.raw, pool, &mut raw) };
+        check(format!("open pool {pool}"), r)?;
+        Ok(Self { raw, cluster: cluster.clone() })
+    }
+
+    pub fn with_namespace(self, namespace: &str) -> Result<Self> {
+        let name = c_string(&format!("open namespace \"{namespace}\""), namespace)?;
+        // SAFETY: the ioctx is open and not in use yet; the string is copied.
+        unsafe { rados_ioctx_set_namespace(self.raw, name.as_ptr()) };
+        Ok(self)
+    }
+
+    pub fn raw(&self) -> rados_ioctx_t {
+        self.raw
+    }
+
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
+    }
+
+    pub fn pool_id(&self) -> i64 {
+        // SAFETY: the ioctx is open.
+        unsafe { rados_ioctx_get_id(self.raw) }
+    }
+}
+
+impl Drop for IoCtx {
+    fn drop(&mut self) {
+        // SAFETY: opened by us, and not used again; the cluster handle is still held.
+        unsafe { rados_ioctx_destroy(self.raw) };
+    }
+}
+
+/// The addresses in an address or address vector, in the form that `osd blocklist add` takes and `profile rbd` allows:
+/// `[v2:10.0.0.1:0/7,v1:10.0.0.1:0/7]` → `10.0.0.1:0/7`. A client's addresses differ in nothing but the protocol, and a
+/// blocklist entry holds for any.
+fn entity_addresses(text: &str) -> Vec<String> {
+    // An address vector stands in brackets, but so does the host of an IPv6 address.
+    let vector = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    let mut addresses: Vec<String> = Vec::new();
+    for part in vector.split(',') {
+        let part = part.trim();
+        let part = ["v1:", "v2:", "any:"].iter().find_map(|protocol| part.strip_prefix(protocol)).unwrap_or(part);
+        let is_address = part.rsplit_once('/').is_some_and(|(host, nonce)| {
+            host.contains(':') && !host.contains('/') && !nonce.is_empty() && nonce.bytes().all(|b| b.is_ascii_digit())
+        });
+        if is_address && !addresses.iter().any(|a| a == part) {
+            addresses.push(part.to_owned());
+        }
+    }
+    addresses
+}
+
+pub(super) fn fenced(operation: impl Into<String>) -> Error {
+    Error::new(operation, ErrorKind::Fenced, "this client was shut out of the cluster (blocklisted)")
+}
+
+pub(super) fn cancelled(operation: impl Into<String>) -> Error {
+    Error::new(operation, ErrorKind::Cancelled, "cancelled")
+}
+
+/// The result of a C function, or its errno as an error.
+pub(super) fn check(operation: impl Into<String>, result: c_int) -> Result<c_int> {
+    if result < 0 { Err(Error::from_errno(operation, result)) } else { Ok(result) }
+}
+
+pub(super) fn c_string(operation: &str, text: &str) -> Result<CString> {
+    CString::new(text)
+        .map_err(|_| Error::new(operation, ErrorKind::Unsupported, format!("{text:?} contains a NUL character")))
+}
+
+/// A text in a buffer that a C function filled.
+pub(super) fn until_nul(buffer: &[u8]) -> String {
+    let end = buffer.iter().position(|&byte| byte == 0).unwrap_or(buffer.len());
+    String::from_utf8_lossy(&buffer[..end]).into_owned()
+}
+
+/// Names that each end in NUL; an empty one ends the list.
+fn split_names(buffer: &[u8]) -> Vec<String> {
+    buffer
+        .split(|&byte| byte == 0)
+        .take_while(|name| !name.is_empty())
+        .map(|name| String::from_utf8_lossy(name).into_owned())
+        .collect()
+}
+
+/// Locks a mutex whose data stays whole whatever a holder's panic interrupted.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_taken_from_all_forms() {
+        assert_eq!(entity_addresses("10.0.0.1:0/7"), ["10.0.0.1:0/7"]);
+        assert_eq!(entity_addresses("v1:10.0.0.1:0/7"), ["10.0.0.1:0/7"]);
+        assert_eq!(entity_addresses("[v2:10.0.0.1:0/7,v1:10.0.0.1:0/7]"), ["10.0.0.1:0/7"]);
+        assert_eq!(entity_addresses("[v2:10.0.0.1:0/7,v1:10.0.0.2:0/7]"), ["10.0.0.1:0/7", "10.0.0.2:0/7"]);
+        assert_eq!(entity_addresses("[fd00::1]:0/7"), ["[fd00::1]:0/7"]);
+        assert_eq!(entity_addresses("v2:[fd00::1]:0/7"), ["[fd00::1]:0/7"]);
+        assert_eq!(entity_addresses("[v2:[fd00::1]:0/7,v1:[fd00::1]:0/7]"), ["[fd00::1]:0/7"]);
+    }
+
+    #[test]
+    fn what_is_no_address_is_dropped() {
+        for text in ["", "-", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:0/", "10.0.0.1:0/x", "10.0.0.1:0/1/2"] {
+            assert!(entity_addresses(text).is_empty(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_end_at_the_empty_one() {
+        assert_eq!(split_names(b"images\0volumes\0\0rest"), ["images", "volumes"]);
+        assert!(split_names(b"\0").is_empty());
+        assert_eq!(until_nul(b"abc\0def"), "abc");
+    }
+}

@@ -1,0 +1,229 @@
+//! Copying a snapshot through this host: librbd reads at the snapshot, what is not zero is written to the destination.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Cluster, cancelled};
+use super::layers::{data_extents, total};
+use super::rbd::{Access, Chunk, Completed, Extent, Image, Queue};
+use super::{Error, ErrorKind, ImageSpec, Moved, Progress, Result, TransferLimits};
+
+/// Bytes read at once where objects are larger than that.
+const MAX_CHUNK: u64 = 4 << 20;
+
+/// Bytes: zeros are looked for in pages of this size, the unit in which BlueStore allocates.
+const PAGE: usize = 4096;
+
+/// Bytes: a shorter run of zeros between data is written along, since one write is cheaper than two.
+const MIN_HOLE: usize = 64 << 10;
+
+/// How long to wait for a completion before looking at the cancellation again.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Copies `source@snapshot` into the empty image `destination`.
+pub(super) fn copy(
+    cluster: &Arc<Cluster>,
+    source: &ImageSpec,
+    snapshot: &str,
+    destination: &ImageSpec,
+    limits: TransferLimits,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<Moved> {
+    let operation = format!("copy {source}@{snapshot} to {destination}");
+    let from = Image::open_snapshot(cluster, source, snapshot)?;
+    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    let (size, object_size) = (from.size()?, from.object_size()?);
+    if to.size()? != size {
+        let detail = format!("the destination has {} bytes instead of {size}", to.size()?);
+        return Err(Error::new(operation, ErrorKind::Unsupported, detail));
+    }
+    let extents = data_extents(cluster, &from)?;
+    progress.set_total(total(&extents));
+    let mut run = Run {
+        queue: Queue::new(&from, &to),
+        free: Vec::new(),
+        moved: Moved::default(),
+        objects: HashSet::new(),
+        object_size,
+        progress,
+    };
+    let mut pace = Pace::new(limits.bytes_per_second);
+    for Extent { start, end } in chunks(&extents, object_size.min(MAX_CHUNK)) {
+        let length = end - start;
+        let ready = Instant::now() + pace.wait_for(length);
+        loop {
+            if cancel.is_cancelled() {
+                // What is in flight is waited for when the queue goes.
+                return Err(cancelled(operation));
+            }
+            let wait = ready.saturating_duration_since(Instant::now());
+            if run.chunks_in_flight() >= limits.concurrency.max(1) {
+                run.complete(POLL)?;
+            } else if wait.is_zero() {
+                break;
+            } else if run.queue.in_flight() > 0 {
+                run.complete(wait.min(POLL))?;
+            } else {
+                std::thread::sleep(wait.min(POLL));
+            }
+        }
+        run.read(start, length as usize)?;
+    }
+    while run.queue.in_flight() > 0 {
+        if cancel.is_cancelled() {
+            return Err(cancelled(operation));
+        }
+        run.complete(POLL)?;
+    }
+    let mut moved = run.moved;
+    moved.objects = run.objects.len() as u64;
+    drop(run);
+    to.flush()?;
+    Ok(moved)
+}
+
+struct Run<'a> {
+    queue: Queue<'a>,
+    /// Buffers for later chunks.
+    free: Vec<Vec<u8>>,
+    moved: Moved,
+    objects: HashSet<u64>,
+    object_size: u64,
+    progress: &'a Progress,
+}
+
+impl Run<'_> {
+    /// Requests in flight bound the chunks in memory: each chunk has at least one.
+    fn chunks_in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn read(&mut self, offset: u64, length: usize) -> Result<()> {
+        let mut data = self.free.pop().unwrap_or_default();
+        data.resize(length, 0);
+        self.queue.read(Chunk { offset, data })
+    }
+
+    /// Handles one completion, if one comes in time.
+    fn complete(&mut self, wait: Duration) -> Result<()> {
+        match self.queue.next(wait)? {
+            Some(Completed::Read(chunk)) => {
+                self.moved.through_host += chunk.data.len() as u64;
+                let parts = data_runs(&chunk.data);
+                if parts.is_empty() {
+                    self.finish(chunk);
+                    return Ok(());
+                }
+                let chunk = Arc::new(chunk);
+                for part in parts {
+                    self.queue.write(&chunk, part)?;
+                }
+            }
+            Some(Completed::Written(bytes, chunk)) => {
+                self.moved.bytes += bytes as u64;
+                self.moved.through_host += bytes as u64;
+                if let Some(chunk) = chunk {
+                    self.objects.insert(chunk.offset / self.object_size);
+                    self.finish(chunk);
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, chunk: Chunk) {
+        self.progress.add(chunk.data.len() as u64);
+        self.free.push(chunk.data);
+    }
+}
+
+/// Cuts extents at multiples of `size`.
+fn chunks(extents: &[Extent], size: u64) -> impl Iterator<Item = Extent> {
+    extents.iter().flat_map(move |extent| {
+        let mut next = extent.start;
+        std::iter::from_fn(move || {
+            let start = next;
+            next = ((start / size + 1) * size).min(extent.end);
+            (start < extent.end).then_some(start..next)
+        })
+    })
+}
+
+/// The parts of the data that are not zero, in pages; holes shorter than [`MIN_HOLE`] are part of them.
+fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
+    static ZEROS: [u8; PAGE] = [0; PAGE];
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (number, page) in data.chunks(PAGE).enumerate() {
+        if page == &ZEROS[..page.len()] {
+            continue;
+        }
+        let start = number * PAGE;
+        let end = start + page.len();
+        match runs.last_mut() {
+            Some(last) if start - last.end < MIN_HOLE => last.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    runs
+}
+
+/// Spaces out work to a rate; a pause is not made up for.
+pub(super) struct Pace {
+    per_second: u64,
+    next: Instant,
+}
+
+impl Pace {
+    /// 0: no limit.
+    pub fn new(per_second: u64) -> Self {
+        Self { per_second, next: Instant::now() }
+    }
+
+    /// How long to wait before doing `amount` of it.
+    pub fn wait_for(&mut self, amount: u64) -> Duration {
+        if self.per_second == 0 {
+            return Duration::ZERO;
+        }
+        let now = Instant::now();
+        let start = self.next.max(now);
+        self.next = start + Duration::from_secs_f64(amount as f64 / self.per_second as f64);
+        start - now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_cut_at_object_borders() {
+        let cut: Vec<_> = chunks(&[0..10, 12..13, 15..25], 8).collect();
+        assert_eq!(cut, [0..8, 8..10, 12..13, 15..16, 16..24, 24..25]);
+    }
+
+    #[test]
+    fn zeros_are_left_out() {
+        let mut data = vec![0u8; 1 << 20];
+        assert!(data_runs(&data).is_empty());
+        data[5] = 1;
+        data[20 << 10] = 1;
+        data[(512 << 10) + 4095] = 1;
+        data[(1 << 20) - 1] = 1;
+        assert_eq!(data_runs(&data), [0..24 << 10, 512 << 10..516 << 10, 1020 << 10..1024 << 10]);
+        assert_eq!(data_runs(&[1, 0, 0]), std::slice::from_ref(&(0..3)));
+    }
+
+    #[test]
+    fn a_rate_is_kept() {
+        let mut pace = Pace::new(1000);
+        assert!(pace.wait_for(500).is_zero());
+        let wait = pace.wait_for(500);
+        assert!(wait > Duration::from_millis(400) && wait <= Duration::from_millis(500), "{wait:?}");
+        assert!(Pace::new(0).wait_for(u64::MAX).is_zero());
+    }
+}

@@ -1,0 +1,786 @@
+//! RBD images as safe types over librbd: an [`Image`] closes itself, asynchronous reads and writes own their buffers.
+//!
+//! Everything here blocks, and an image stays on the thread that opened it.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::ops::Range;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Cluster, IoCtx, c_string, cancelled, check, until_nul};
+use super::{Error, ErrorKind, Features, ImageKey, ImageSpec, Parent, Progress, Result, Snapshot, sys};
+
+/// Whether an image is opened for changes. Opening read-only sets no watch and never takes the image's lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
+/// Bytes of an image.
+pub(super) type Extent = Range<u64>;
+
+/// An open image, at its head or at a snapshot. `spec` and operation texts are for errors only.
+pub(super) struct Image {
+    raw: sys::rbd_image_t,
+    spec: ImageSpec,
+    io: IoCtx,
+}
+
+/// The parent as [`Image::parent`] tells it, with what is needed to open it.
+pub(super) struct ParentLink {
+    pub pool_id: i64,
+    pub snap_id: u64,
+    pub parent: Parent,
+}
+
+impl Image {
+    /// Opens the image's head. `None` when there is no such image; a missing pool is an error.
+    pub fn open(cluster: &Arc<Cluster>, spec: &ImageSpec, access: Access) -> Result<Option<Self>> {
+        Self::open_in(IoCtx::open(cluster, &spec.pool)?, spec, access)
+    }
+
+    /// As [`open`](Self::open), with a missing image as an error.
+    pub fn open_existing(cluster: &Arc<Cluster>, spec: &ImageSpec, access: Access) -> Result<Self> {
+        Self::open(cluster, spec, access)?
+            .ok_or_else(|| Error::new(format!("open {spec}"), ErrorKind::NotFound, "no such image"))
+    }
+
+    /// Opens an image to read it at a snapshot.
+    pub fn open_snapshot(cluster: &Arc<Cluster>, spec: &ImageSpec, snapshot: &str) -> Result<Self> {
+        let image = Self::open_existing(cluster, spec, Access::ReadOnly)?;
+        image.set_snapshot(snapshot)?;
+        Ok(image)
+    }
+
+    /// Opens the snapshot that an image was cloned from, wherever it lies: by ids, so in the trash too.
+    pub fn open_parent(cluster: &Arc<Cluster>, link: &ParentLink) -> Result<Self> {
+        let io = IoCtx::open_id(cluster, link.pool_id)?.with_namespace(&link.parent.namespace)?;
+        let spec = ImageSpec::with_id(&link.parent.pool, &link.parent.image_id);
+        let image = Self::open_in(io, &spec, Access::ReadOnly)?
+            .ok_or_else(|| Error::new(format!("open {spec}"), ErrorKind::NotFound, "no such image"))?;
+        // SAFETY: the image is open.
+        image.check("open the parent snapshot of", unsafe { sys::rbd_snap_set_by_id(image.raw, link.snap_id) })?;
+        Ok(image)
+    }
+
+    fn open_in(io: IoCtx, spec: &ImageSpec, access: Access) -> Result<Option<Self>> {
+        let operation = format!("open {spec}");
+        let mut raw: sys::rbd_image_t = ptr::null_mut();
+        let (key, open): (_, unsafe extern "C" fn(_, _, _, _) -> c_int) = match (&spec.image, access) {
+            (ImageKey::Name(name), Access::ReadOnly) => (name, sys::rbd_open_read_only),
+            (ImageKey::Name(name), Access::ReadWrite) => (name, sys::rbd_open),
+            (ImageKey::Id(id), Access::ReadOnly) => (id, sys::rbd_open_by_id_read_only),
+            (ImageKey::Id(id), Access::ReadWrite) => (id, sys::rbd_open_by_id),
+        };
+        let key = c_string(&operation, key)?;
+        // SAFETY: the ioctx is open and lives in the image; a null snapshot means the head.
+        let r = unsafe { open(io.raw(), key.as_ptr(), &mut raw, ptr::null()) };
+        if r == -libc::ENOENT {
+            return Ok(None);
+        }
+        check(operation, r)?;
+        Ok(Some(Self { raw, spec: spec.clone(), io }))
+    }
+
+    fn check(&self, verb: &str, r: c_int) -> Result<c_int> {
+        check(format!("{verb} {}", self.spec), r)
+    }
+
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        self.io.cluster()
+    }
+
+    pub fn io(&self) -> &IoCtx {
+        &self.io
+    }
+
+    pub fn spec(&self) -> &ImageSpec {
+        &self.spec
+    }
+
+    /// Moves the handle to a snapshot; a missing one is [`ErrorKind::NotFound`].
+    pub fn set_snapshot(&self, snapshot: &str) -> Result<()> {
+        let operation = format!("open {}@{snapshot}", self.spec);
+        let name = c_string(&operation, snapshot)?;
+        // SAFETY: the image is open.
+        let r = unsafe { sys::rbd_snap_set(self.raw, name.as_ptr()) };
+        if r == -libc::ENOENT {
+            return Err(Error::new(operation, ErrorKind::NotFound, "no such snapshot"));
+        }
+        check(operation, r).map(drop)
+    }
+
+    pub fn snapshot_id(&self, snapshot: &str) -> Result<u64> {
+        let operation = format!("look up {}@{snapshot}", self.spec);
+        let name = c_string(&operation, snapshot)?;
+        let mut id = 0;
+        // SAFETY: the image is open.
+        check(operation, unsafe { sys::rbd_snap_get_id(self.raw, name.as_ptr(), &mut id) })?;
+        Ok(id)
+    }
+
+    fn stat(&self) -> Result<sys::Stat> {
+        let mut stat = std::mem::MaybeUninit::<sys::Stat>::zeroed();
+        // SAFETY: the structure is given with its size.
+        let r = unsafe { sys::rbd_stat(self.raw, stat.as_mut_ptr(), size_of::<sys::Stat>()) };
+        self.check("stat", r)?;
+        // SAFETY: plain numbers, zeroed before and filled by the call.
+        Ok(unsafe { stat.assume_init() })
+    }
+
+    /// Bytes, at the head or the snapshot that is set.
+    pub fn size(&self) -> Result<u64> {
+        Ok(self.stat()?.size)
+    }
+
+    /// Bytes; a power of two.
+    pub fn object_size(&self) -> Result<u64> {
+        Ok(self.stat()?.obj_size)
+    }
+
+    fn number<N: Default>(
+        &self,
+        what: &str,
+        get: unsafe extern "C" fn(sys::rbd_image_t, *mut N) -> c_int,
+    ) -> Result<N> {
+        let mut value = N::default();
+        // SAFETY: the image is open; the callee writes one number of this type.
+        self.check(what, unsafe { get(self.raw, &mut value) })?;
+        Ok(value)
+    }
+
+    pub fn features(&self) -> Result<Features> {
+        self.number("read the features of", sys::rbd_get_features).map(Features)
+    }
+
+    pub fn flags(&self) -> Result<u64> {
+        self.number("read the flags of", sys::rbd_get_flags)
+    }
+
+    pub fn stripe_unit(&self) -> Result<u64> {
+        self.number("read the stripe unit of", sys::rbd_get_stripe_unit)
+    }
+
+    pub fn stripe_count(&self) -> Result<u64> {
+        self.number("read the stripe count of", sys::rbd_get_stripe_count)
+    }
+
+    pub fn is_old_format(&self) -> Result<bool> {
+        Ok(self.number("read the format of", sys::rbd_get_old_format)? != 0)
+    }
+
+    /// Bytes that the image still shares with its parent, at the head or the snapshot that is set; 0 without a parent.
+    pub fn overlap(&self) -> Result<u64> {
+        self.number("read the overlap of", sys::rbd_get_overlap)
+    }
+
+    /// Empty for an image of format 1.
+    pub fn id(&self) -> Result<String> {
+        let mut buffer = [0u8; 256];
+        // SAFETY: writes at most the buffer's length.
+        let r = unsafe { sys::rbd_get_id(self.raw, buffer.as_mut_ptr().cast(), buffer.len()) };
+        if r == -libc::EINVAL {
+            return Ok(String::new());
+        }
+        self.check("read the id of", r)?;
+        Ok(until_nul(&buffer))
+    }
+
+    pub fn name(&self) -> Result<String> {
+        let mut buffer = [0u8; 4096];
+        let mut length = buffer.len();
+        // SAFETY: writes at most `length` bytes.
+        let r = unsafe { sys::rbd_get_name(self.raw, buffer.as_mut_ptr().cast(), &mut length) };
+        self.check("read the name of", r)?;
+        Ok(until_nul(&buffer))
+    }
+
+    /// What the names of the image's data objects start with.
+    pub fn object_prefix(&self) -> Result<String> {
+        let mut buffer = [0u8; 256];
+        // SAFETY: writes at most the buffer's length.
+        let r = unsafe { sys::rbd_get_block_name_prefix(self.raw, buffer.as_mut_ptr().cast(), buffer.len()) };
+        self.check("read the object names of", r)?;
+        Ok(until_nul(&buffer))
+    }
+
+    /// The pool of the data objects, which is not the image's own for erasure-coded data pools.
+    pub fn data_pool_id(&self) -> i64 {
+        // SAFETY: the image is open.
+        unsafe { sys::rbd_get_data_pool_id(self.raw) }
+    }
+
+    pub fn parent(&self) -> Result<Option<ParentLink>> {
+        let mut image = sys::LinkedImageSpec {
+            pool_id: 0,
+            pool_name: ptr::null_mut(),
+            pool_namespace: ptr::null_mut(),
+            image_id: ptr::null_mut(),
+            image_name: ptr::null_mut(),
+            trash: false,
+        };
+        let mut snap = sys::SnapSpec { id: 0, namespace_type: 0, name: ptr::null_mut() };
+        // SAFETY: both structures are laid out as in librbd.h (abi.c).
+        let r = unsafe { sys::rbd_get_parent(self.raw, &mut image, &mut snap) };
+        if r == -libc::ENOENT {
+            return Ok(None);
+        }
+        self.check("read the parent of", r)?;
+        // SAFETY: the call succeeded: each string is null or ends in NUL.
+        let link = unsafe {
+            ParentLink {
+                pool_id: image.pool_id,
+                snap_id: snap.id,
+                parent: Parent {
+                    pool: text(image.pool_name),
+                    namespace: text(image.pool_namespace),
+                    image: text(image.image_name),
+                    image_id: text(image.image_id),
+                    snapshot: text(snap.name),
+                    overlap: 0,
+                    in_trash: image.trash,
+                },
+            }
+        };
+        // SAFETY: filled by librbd, not used again.
+        unsafe {
+            sys::rbd_linked_image_spec_cleanup(&mut image);
+            sys::rbd_snap_spec_cleanup(&mut snap);
+        }
+        let overlap = self.overlap()?;
+        Ok(Some(ParentLink { parent: Parent { overlap, ..link.parent }, ..link }))
+    }
+
+    /// The user's snapshots: without those of mirroring, of groups, or kept for clones of format 2.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        let mut max: c_int = 64;
+        loop {
+            let mut infos = Vec::with_capacity(max as usize);
+            infos.resize_with(max as usize, || sys::SnapInfo { id: 0, size: 0, name: ptr::null() });
+            // SAFETY: the array is given with its length, and ends with a null name only if there is room.
+            let r = unsafe { sys::rbd_snap_list(self.raw, infos.as_mut_ptr(), &mut max) };
+            if r == -libc::ERANGE {
+                max += 16;
+                continue;
+            }
+            let count = self.check("list the snapshots of", r)? as usize;
+            let found = infos[..count]
+                .iter()
+                // SAFETY: names filled by librbd end in NUL.
+                .map(|info| (info.id, info.size, unsafe { text(info.name) }))
+                .collect::<Vec<_>>();
+            if count > 0 {
+                // SAFETY: filled by librbd; the names end at the null one that `infos` has room for, see above.
+                unsafe { sys::rbd_snap_list_end(infos.as_mut_ptr()) };
+            }
+            let mut snapshots = Vec::new();
+            for (id, size, name) in found {
+                let mut kind = 0;
+                // SAFETY: the image is open.
+                let r = unsafe { sys::rbd_snap_get_namespace_type(self.raw, id, &mut kind) };
+                if r < 0 || kind != sys::SNAP_NAMESPACE_USER {
+                    continue;
+                }
+                let protected = self.is_protected(&name)?;
+                snapshots.push(Snapshot { id, name, size, protected });
+            }
+            return Ok(snapshots);
+        }
+    }
+
+    fn snapshot_call(
+        &self,
+        verb: &str,
+        snapshot: &str,
+        call: unsafe extern "C" fn(sys::rbd_image_t, *const c_char) -> c_int,
+    ) -> Result<()> {
+        let operation = format!("{verb} {}@{snapshot}", self.spec);
+        let name = c_string(&operation, snapshot)?;
+        // SAFETY: the image is open, the name ends in NUL.
+        check(operation, unsafe { call(self.raw, name.as_ptr()) }).map(drop)
+    }
+
+    pub fn is_protected(&self, snapshot: &str) -> Result<bool> {
+        let operation = format!("look at {}@{snapshot}", self.spec);
+        let name = c_string(&operation, snapshot)?;
+        let mut protected = 0;
+        // SAFETY: the image is open, the name ends in NUL.
+        check(operation, unsafe { sys::rbd_snap_is_protected(self.raw, name.as_ptr(), &mut protected) })?;
+        Ok(protected != 0)
+    }
+
+    pub fn create_snapshot(&self, snapshot: &str) -> Result<()> {
+        self.snapshot_call("create snapshot", snapshot, sys::rbd_snap_create)
+    }
+
+    pub fn protect_snapshot(&self, snapshot: &str) -> Result<()> {
+        self.snapshot_call("protect", snapshot, sys::rbd_snap_protect)
+    }
+
+    pub fn unprotect_snapshot(&self, snapshot: &str) -> Result<()> {
+        self.snapshot_call("unprotect", snapshot, sys::rbd_snap_unprotect)
+    }
+
+    pub fn remove_snapshot(&self, snapshot: &str) -> Result<()> {
+        self.snapshot_call("remove snapshot", snapshot, sys::rbd_snap_remove)
+    }
+
+    pub fn metadata(&self, key: &str) -> Result<Option<String>> {
+        let operation = format!("read metadata {key} of {}", self.spec);
+        let key = c_string(&operation, key)?;
+        let mut buffer = vec![0u8; 4096];
+        loop {
+            let mut length = buffer.len();
+            // SAFETY: writes at most `length` bytes, and the needed length on ERANGE.
+            let r = unsafe { sys::rbd_metadata_get(self.raw, key.as_ptr(), buffer.as_mut_ptr().cast(), &mut length) };
+            match r {
+                r if r == -libc::ENOENT => return Ok(None),
+                r if r == -libc::ERANGE && length > buffer.len() => buffer.resize(length + 1, 0),
+                r => {
+                    check(operation, r)?;
+                    return Ok(Some(until_nul(&buffer)));
+                }
+            }
+        }
+    }
+
+    pub fn set_metadata(&self, key: &str, value: &str) -> Result<()> {
+        let operation = format!("set metadata {key} of {}", self.spec);
+        let (key, value) = (c_string(&operation, key)?, c_string(&operation, value)?);
+        // SAFETY: the image is open, the strings end in NUL.
+        check(operation, unsafe { sys::rbd_metadata_set(self.raw, key.as_ptr(), value.as_ptr()) }).map(drop)
+    }
+
+    pub fn remove_metadata(&self, key: &str) -> Result<()> {
+        let operation = format!("remove metadata {key} of {}", self.spec);
+        let key = c_string(&operation, key)?;
+        // SAFETY: the image is open, the key ends in NUL.
+        check(operation, unsafe { sys::rbd_metadata_remove(self.raw, key.as_ptr()) }).map(drop)
+    }
+
+    /// At most `length` bytes, fewer at the image's end.
+    pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
+        let length = length.min(usize::try_from(self.size()?.saturating_sub(offset)).unwrap_or(usize::MAX));
+        let mut data = vec![0u8; length];
+        let mut done = 0;
+        while done < length {
+            // SAFETY: writes at most the rest of the buffer.
+            let r = unsafe {
+                sys::rbd_read(self.raw, offset + done as u64, length - done, data[done..].as_mut_ptr().cast())
+            };
+            match self.check("read", r.clamp(c_int::MIN as isize, c_int::MAX as isize) as c_int)? {
+                0 => break,
+                read => done += read as usize,
+            }
+        }
+        data.truncate(done);
+        Ok(data)
+    }
+
+    /// The extents below `end` whose objects exist in this image itself, at what is set; its parents' are not among them.
+    pub fn own_extents(&self, end: u64) -> Result<Vec<Extent>> {
+        extern "C" fn add(offset: u64, length: usize, exists: c_int, argument: *mut c_void) -> c_int {
+            if exists != 0 {
+                // SAFETY: the argument is the vector below; librbd makes its calls one after the other.
+                let extents = unsafe { &mut *argument.cast::<Vec<Extent>>() };
+                extents.push(offset..offset + length as u64);
+            }
+            0
+        }
+        let mut extents: Vec<Extent> = Vec::new();
+        if end > 0 {
+            // SAFETY: `add` fits the argument, which outlives the call.
+            let r =
+                unsafe { sys::rbd_diff_iterate2(self.raw, ptr::null(), 0, end, 0, 1, add, (&raw mut extents).cast()) };
+            self.check("list the data of", r)?;
+        }
+        Ok(extents)
+    }
+
+    /// Copies what is shared with the parent into the image, and cuts the parent off. Stops soon after `cancel`.
+    pub fn flatten(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+        self.long_call("flatten", sys::rbd_flatten_with_progress, Some(progress), cancel)
+    }
+
+    /// Makes the object map agree with the objects that there are.
+    pub fn rebuild_object_map(&self, cancel: &CancellationToken) -> Result<()> {
+        self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, None, cancel)
+    }
+
+    fn long_call(
+        &self,
+        verb: &str,
+        call: unsafe extern "C" fn(sys::rbd_image_t, sys::ProgressFn, *mut c_void) -> c_int,
+        progress: Option<&Progress>,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        struct Watch<'a> {
+            progress: Option<&'a Progress>,
+            cancel: &'a CancellationToken,
+        }
+        /// A negative result ends the call: librbd starts no more objects, and waits for those in flight.
+        extern "C" fn step(offset: u64, total: u64, argument: *mut c_void) -> c_int {
+            // SAFETY: the argument is the structure below, only read here, from whatever thread librbd calls.
+            let watch = unsafe { &*argument.cast::<Watch<'_>>() };
+            if let Some(progress) = watch.progress.filter(|_| total > 0) {
+                let bytes = u128::from(progress.total()) * u128::from(offset.min(total)) / u128::from(total);
+                progress.set_done(bytes as u64);
+            }
+            if watch.cancel.is_cancelled() { -libc::ECANCELED } else { 0 }
+        }
+        let watch = Watch { progress, cancel };
+        // SAFETY: `step` fits the argument, which outlives the call.
+        let r = unsafe { call(self.raw, step, (&raw const watch).cast_mut().cast()) };
+        if r == -libc::ECANCELED && cancel.is_cancelled() {
+            return Err(cancelled(format!("{verb} {}", self.spec)));
+        }
+        self.check(verb, r).map(drop)
+    }
+
+    pub fn flush(&self) -> Result<()> {
+        // SAFETY: the image is open.
+        self.check("flush", unsafe { sys::rbd_flush(self.raw) }).map(drop)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // SAFETY: opened by us and not used again; its ioctx is destroyed after it.
+        unsafe { sys::rbd_close(self.raw) };
+    }
+}
+
+/// # Safety
+/// `text` is null or ends in NUL.
+unsafe fn text(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: by the contract above.
+    unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// Options of a new image. Destroyed when dropped.
+pub(super) struct Options {
+    raw: sys::rbd_image_options_t,
+}
+
+impl Options {
+    /// Format 2, [`Features::PUBLISHED`], and the object size and striping of `like`.
+    pub fn published(like: &Image) -> Result<Self> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: writes the new options to `raw`.
+        unsafe { sys::rbd_image_options_create(&mut raw) };
+        let options = Self { raw };
+        let (object_size, unit, count) = (like.object_size()?, like.stripe_unit()?, like.stripe_count()?);
+        let mut features = Features::PUBLISHED.0;
+        options.set(sys::IMAGE_OPTION_FORMAT, 2)?;
+        options.set(sys::IMAGE_OPTION_ORDER, u64::from(object_size.trailing_zeros()))?;
+        if count > 1 || unit != object_size {
+            features |= Features::STRIPINGV2.0;
+            options.set(sys::IMAGE_OPTION_STRIPE_UNIT, unit)?;
+            options.set(sys::IMAGE_OPTION_STRIPE_COUNT, count)?;
+        }
+        options.set(sys::IMAGE_OPTION_FEATURES, features)?;
+        Ok(options)
+    }
+
+    fn set(&self, name: c_int, value: u64) -> Result<()> {
+        // SAFETY: the options are open.
+        check("set an option of a new image", unsafe { sys::rbd_image_options_set_uint64(self.raw, name, value) })
+            .map(drop)
+    }
+}
+
+impl Drop for Options {
+    fn drop(&mut self) {
+        // SAFETY: created by us, not used again.
+        unsafe { sys::rbd_image_options_destroy(self.raw) };
+    }
+}
+
+pub(super) fn create(io: &IoCtx, spec: &ImageSpec, size: u64, options: &Options) -> Result<()> {
+    let operation = format!("create {spec}");
+    let name = name_of(&operation, spec)?;
+    // SAFETY: ioctx and options are open, the name ends in NUL.
+    check(operation, unsafe { sys::rbd_create4(io.raw(), name.as_ptr(), size, options.raw) }).map(drop)
+}
+
+/// Creates an image of format 2 with [`Features::PUBLISHED`] and the cluster's default object size.
+pub(super) fn create_default(io: &IoCtx, spec: &ImageSpec, size: u64) -> Result<()> {
+    let mut raw = ptr::null_mut();
+    // SAFETY: writes the new options to `raw`.
+    unsafe { sys::rbd_image_options_create(&mut raw) };
+    let options = Options { raw };
+    options.set(sys::IMAGE_OPTION_FORMAT, 2)?;
+    options.set(sys::IMAGE_OPTION_FEATURES, Features::PUBLISHED.0)?;
+    create(io, spec, size, &options)
+}
+
+/// Clones `source@snapshot`; `parent` is the source's name.
+pub(super) fn clone(
+    parent_io: &IoCtx,
+    parent: &str,
+    snapshot: &str,
+    io: &IoCtx,
+    destination: &ImageSpec,
+    options: &Options,
+    operation: &str,
+) -> Result<()> {
+    let (parent, snapshot) = (c_string(operation, parent)?, c_string(operation, snapshot)?);
+    let name = name_of(operation, destination)?;
+    // SAFETY: both ioctxs and the options are open, the strings end in NUL.
+    let r = unsafe {
+        sys::rbd_clone3(parent_io.raw(), parent.as_ptr(), snapshot.as_ptr(), io.raw(), name.as_ptr(), options.raw)
+    };
+    check(operation, r).map(drop)
+}
+
+pub(super) fn rename(io: &IoCtx, from: &str, to: &str, operation: &str) -> Result<()> {
+    let (from, to) = (c_string(operation, from)?, c_string(operation, to)?);
+    // SAFETY: the ioctx is open, the strings end in NUL.
+    check(operation, unsafe { sys::rbd_rename(io.raw(), from.as_ptr(), to.as_ptr()) }).map(drop)
+}
+
+/// Removes an image without snapshots.
+pub(super) fn remove(io: &IoCtx, name: &str, operation: &str) -> Result<()> {
+    let name = c_string(operation, name)?;
+    // SAFETY: the ioctx is open, the name ends in NUL.
+    check(operation, unsafe { sys::rbd_remove(io.raw(), name.as_ptr()) }).map(drop)
+}
+
+/// Removes an image without snapshots from the trash, whatever its deferment.
+pub(super) fn remove_from_trash(io: &IoCtx, id: &str, operation: &str) -> Result<()> {
+    let id = c_string(operation, id)?;
+    // SAFETY: the ioctx is open, the id ends in NUL.
+    check(operation, unsafe { sys::rbd_trash_remove(io.raw(), id.as_ptr(), true) }).map(drop)
+}
+
+/// An image of a pool, as its directory tells.
+pub(super) struct Listed {
+    /// Empty for format 1.
+    pub id: String,
+    pub name: String,
+}
+
+pub(super) fn list(io: &IoCtx, operation: &str) -> Result<Vec<Listed>> {
+    let mut max = 1024usize;
+    loop {
+        let mut specs = Vec::with_capacity(max);
+        specs.resize_with(max, || sys::ImageSpec { id: ptr::null_mut(), name: ptr::null_mut() });
+        // SAFETY: the array is given with its length; on ERANGE nothing is filled but the needed length.
+        let r = unsafe { sys::rbd_list2(io.raw(), specs.as_mut_ptr(), &mut max) };
+        if r == -libc::ERANGE {
+            max += 64;
+            continue;
+        }
+        check(operation, r)?;
+        let count = max.min(specs.len());
+        let listed = specs[..count]
+            .iter()
+            // SAFETY: filled by librbd: null or ending in NUL.
+            .map(|spec| unsafe { Listed { id: text(spec.id), name: text(spec.name) } })
+            .collect();
+        // SAFETY: filled by librbd, not used again.
+        unsafe { sys::rbd_image_spec_list_cleanup(specs.as_mut_ptr(), count) };
+        return Ok(listed);
+    }
+}
+
+/// An image in the trash.
+pub(super) struct Trashed {
+    pub id: String,
+    pub name: String,
+    /// It lies there because somebody is removing it.
+    pub removing: bool,
+}
+
+pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
+    let mut max = 256usize;
+    loop {
+        let mut infos = Vec::with_capacity(max);
+        infos.resize_with(max, || sys::TrashInfo {
+            id: ptr::null_mut(),
+            name: ptr::null_mut(),
+            source: 0,
+            deletion_time: 0,
+            deferment_end_time: 0,
+        });
+        // SAFETY: the array is given with its length; on ERANGE nothing is filled but the needed length.
+        let r = unsafe { sys::rbd_trash_list(io.raw(), infos.as_mut_ptr(), &mut max) };
+        if r == -libc::ERANGE {
+            max += 64;
+            continue;
+        }
+        check(operation, r)?;
+        let count = max.min(infos.len());
+        let trashed = infos[..count]
+            .iter()
+            // SAFETY: filled by librbd: null or ending in NUL.
+            .map(|info| unsafe {
+                Trashed {
+                    id: text(info.id),
+                    name: text(info.name),
+                    removing: info.source == sys::TRASH_SOURCE_REMOVING,
+                }
+            })
+            .collect();
+        // SAFETY: filled by librbd, not used again.
+        unsafe { sys::rbd_trash_list_cleanup(infos.as_mut_ptr(), count) };
+        return Ok(trashed);
+    }
+}
+
+fn name_of(operation: &str, spec: &ImageSpec) -> Result<CString> {
+    match &spec.image {
+        ImageKey::Name(name) => c_string(operation, name),
+        ImageKey::Id(_) => Err(Error::new(operation, ErrorKind::Unsupported, "a new image needs a name")),
+    }
+}
+
+/// A piece of an image in memory. Its writes share it.
+pub(super) struct Chunk {
+    pub offset: u64,
+    pub data: Vec<u8>,
+}
+
+/// What became of an asynchronous read or write.
+pub(super) enum Completed {
+    Read(Chunk),
+    /// Bytes; the chunk is handed back with its last write.
+    Written(usize, Option<Chunk>),
+}
+
+enum Request {
+    Read(Chunk),
+    Write(Arc<Chunk>, Range<usize>),
+}
+
+/// A request in flight: librbd's completion holds it, and sends it back.
+struct InFlight {
+    request: Request,
+    result: isize,
+    done: Sender<Box<InFlight>>,
+}
+
+/// Asynchronous reads of one image and writes to another. Dropping it waits for all that are in flight, so buffers and
+/// images outlive them.
+pub(super) struct Queue<'a> {
+    source: &'a Image,
+    destination: &'a Image,
+    done: Sender<Box<InFlight>>,
+    completed: Receiver<Box<InFlight>>,
+    in_flight: usize,
+}
+
+impl<'a> Queue<'a> {
+    pub fn new(source: &'a Image, destination: &'a Image) -> Self {
+        let (done, completed) = mpsc::channel();
+        Self { source, destination, done, completed, in_flight: 0 }
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Fills the chunk's data from the source.
+    pub fn read(&mut self, chunk: Chunk) -> Result<()> {
+        self.submit(Request::Read(chunk))
+    }
+
+    /// Writes a part of the chunk to the destination, at the same place.
+    pub fn write(&mut self, chunk: &Arc<Chunk>, part: Range<usize>) -> Result<()> {
+        self.submit(Request::Write(chunk.clone(), part))
+    }
+
+    fn submit(&mut self, request: Request) -> Result<()> {
+        extern "C" fn finish(completion: sys::rbd_completion_t, argument: *mut c_void) {
+            // SAFETY: the argument is the box that `submit` gave away, and librbd calls once.
+            let mut flight = unsafe { Box::from_raw(argument.cast::<InFlight>()) };
+            // SAFETY: the completion is finished; it is released once, here.
+            unsafe {
+                flight.result = sys::rbd_aio_get_return_value(completion);
+                sys::rbd_aio_release(completion);
+            }
+            let done = flight.done.clone();
+            // The queue waits for all requests, so there is a receiver.
+            let _ = done.send(flight);
+        }
+        let flight = Box::into_raw(Box::new(InFlight { request, result: 0, done: self.done.clone() }));
+        let mut completion = ptr::null_mut();
+        // SAFETY: `finish` fits the argument, which lives until it is called.
+        let mut r = unsafe { sys::rbd_aio_create_completion(flight.cast(), finish, &mut completion) };
+        let mut verb = "start a request to";
+        let mut spec = &self.source.spec;
+        if r >= 0 {
+            // SAFETY: nobody else has the box until the request is submitted; the buffers lie in the box or in an Arc
+            // that it holds, and stay where they are until the completion; both images outlive the queue.
+            r = unsafe {
+                match &mut (*flight).request {
+                    Request::Read(chunk) => {
+                        verb = "read";
+                        let buffer = chunk.data.as_mut_ptr().cast();
+                        sys::rbd_aio_read(self.source.raw, chunk.offset, chunk.data.len(), buffer, completion)
+                    }
+                    Request::Write(chunk, part) => {
+                        verb = "write";
+                        spec = &self.destination.spec;
+                        let data = &chunk.data[part.clone()];
+                        let offset = chunk.offset + part.start as u64;
+                        sys::rbd_aio_write(self.destination.raw, offset, data.len(), data.as_ptr().cast(), completion)
+                    }
+                }
+            };
+            if r < 0 {
+                // SAFETY: a refused request is never completed: its completion and box are ours again.
+                unsafe { sys::rbd_aio_release(completion) };
+            }
+        }
+        if r < 0 {
+            // SAFETY: as above.
+            drop(unsafe { Box::from_raw(flight) });
+            return Err(Error::from_errno(format!("{verb} {spec}"), r));
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// The next completion, or `None` when none comes within `wait`. Call it only while something is in flight.
+    pub fn next(&mut self, wait: Duration) -> Result<Option<Completed>> {
+        let flight = match self.completed.recv_timeout(wait) {
+            Ok(flight) => flight,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok(None),
+        };
+        self.in_flight -= 1;
+        let result = c_int::try_from(flight.result).unwrap_or(c_int::MAX);
+        match flight.request {
+            Request::Read(chunk) => {
+                check(format!("read {} at {}", self.source.spec, chunk.offset), result)?;
+                if flight.result as usize != chunk.data.len() {
+                    let detail = format!("{} bytes instead of {}", flight.result, chunk.data.len());
+                    let operation = format!("read {} at {}", self.source.spec, chunk.offset);
+                    return Err(Error::new(operation, ErrorKind::Other, detail));
+                }
+                Ok(Some(Completed::Read(chunk)))
+            }
+            Request::Write(chunk, part) => {
+                check(format!("write {} at {}", self.destination.spec, chunk.offset + part.start as u64), result)?;
+                Ok(Some(Completed::Written(part.len(), Arc::into_inner(chunk))))
+            }
+        }
+    }
+}
+
+impl Drop for Queue<'_> {
+    fn drop(&mut self) {
+        while self.in_flight > 0 && self.completed.recv().is_ok() {
+            self.in_flight -= 1;
+        }
+    }
+}

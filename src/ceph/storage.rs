@@ -1,0 +1,480 @@
+//! [`Storage`] over librbd: each method is one blocking closure that opens what it needs and closes it again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Client, Cluster, IoCtx, c_string, cancelled};
+use super::copy::{Pace, copy};
+use super::layers::{shared_extents, total, union, without};
+use super::objects::omap_page;
+use super::rbd::{self, Access, Image, Options};
+use super::{
+    Change, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, Progress, Result, Storage,
+    TransferLimits,
+};
+
+/// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+const BUSY_INTERVAL: Duration = Duration::from_millis(250);
+
+#[async_trait]
+impl Storage for Client {
+    async fn fsid(&self) -> Result<String> {
+        self.run("read the cluster's fsid", |cluster| cluster.fsid()).await
+    }
+
+    async fn pools(&self) -> Result<Vec<String>> {
+        self.run("list the pools", |cluster| cluster.pools()).await
+    }
+
+    async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>> {
+        let (spec, snapshot) = (image.clone(), snapshot.map(str::to_owned));
+        self.run(format!("look at {image}"), move |cluster| {
+            let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { return Ok(None) };
+            info(&image, snapshot.as_deref()).map(Some)
+        })
+        .await
+    }
+
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        self.with_image("create snapshot", image, snapshot, |image, snapshot| {
+            made_unless(image.create_snapshot(snapshot), ErrorKind::Exists)
+        })
+        .await
+    }
+
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        self.with_image("protect", image, snapshot, |image, snapshot| {
+            if image.is_protected(snapshot)? {
+                return Ok(Change::AlreadyThere);
+            }
+            made_unless(image.protect_snapshot(snapshot), ErrorKind::Busy)
+        })
+        .await
+    }
+
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        let (spec, snapshot) = (image.clone(), snapshot.to_owned());
+        self.run(format!("remove snapshot {image}@{snapshot}"), move |cluster| {
+            let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { return Ok(Change::AlreadyThere) };
+            if !image.snapshots()?.iter().any(|s| s.name == snapshot) {
+                return Ok(Change::AlreadyThere);
+            }
+            drop(image);
+            let Some(image) = Image::open(cluster, &spec, Access::ReadWrite)? else { return Ok(Change::AlreadyThere) };
+            remove_snapshot(&image, &snapshot)
+        })
+        .await
+    }
+
+    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+        let operation = format!("clone {source}@{snapshot} to {destination}");
+        let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        self.run(operation.clone(), move |cluster| {
+            let parent = Image::open_snapshot(cluster, &source, &snapshot)?;
+            if parent.is_old_format()? || !parent.features()?.has(Features::LAYERING) {
+                return Err(Error::new(operation, ErrorKind::Unsupported, "the source has no layering"));
+            }
+            // librbd takes the parent by name only.
+            let name = parent.name()?;
+            if let ImageKey::Id(id) = &source.image
+                && rbd::trash(parent.io(), &operation)?.iter().any(|trashed| trashed.id == *id)
+            {
+                return Err(Error::new(operation, ErrorKind::Unsupported, "the source is in the trash"));
+            }
+            let options = Options::published(&parent)?;
+            let io = IoCtx::open(cluster, &destination.pool)?;
+            rbd::clone(parent.io(), &name, &snapshot, &io, &destination, &options, &operation)
+        })
+        .await
+    }
+
+    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+        let operation = format!("create {destination} like {source}@{snapshot}");
+        let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        self.run(operation, move |cluster| {
+            let like = Image::open_snapshot(cluster, &source, &snapshot)?;
+            let options = Options::published(&like)?;
+            let io = IoCtx::open(cluster, &destination.pool)?;
+            rbd::create(&io, &destination, like.size()?, &options)
+        })
+        .await
+    }
+
+    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
+        let spec = image.clone();
+        self.run_long(format!("flatten {image}"), progress, cancel, move |cluster, progress, cancel| {
+            flatten(cluster, &spec, progress, cancel)
+        })
+        .await
+    }
+
+    async fn copy(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let operation = format!("copy {source}@{snapshot} to {destination}");
+        let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
+            copy(cluster, &source, &snapshot, &destination, limits, progress, cancel)
+        })
+        .await
+    }
+
+    async fn fill(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        _limits: TransferLimits,
+        _progress: &Progress,
+        _cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let operation = format!("fill {destination} from {source}@{snapshot}");
+        Err(Error::new(operation, ErrorKind::Unsupported, "not built in"))
+    }
+
+    async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>> {
+        let spec = image.clone();
+        self.run(format!("read {image}"), move |cluster| {
+            Image::open_existing(cluster, &spec, Access::ReadOnly)?.read(offset, length)
+        })
+        .await
+    }
+
+    async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()> {
+        let operation = format!("rename {image} to {name}");
+        let (spec, name) = (image.clone(), name.to_owned());
+        self.run(operation.clone(), move |cluster| {
+            let io = IoCtx::open(cluster, &spec.pool)?;
+            let from = match &spec.image {
+                ImageKey::Name(name) => name.clone(),
+                ImageKey::Id(_) => Image::open_existing(cluster, &spec, Access::ReadOnly)?.name()?,
+            };
+            rbd::rename(&io, &from, &name, &operation)
+        })
+        .await
+    }
+
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
+        let spec = image.clone();
+        self.run(format!("remove {image}"), move |cluster| remove_image(cluster, &spec)).await
+    }
+
+    async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {
+        let (spec, key) = (image.clone(), key.to_owned());
+        self.run(format!("read metadata {key} of {image}"), move |cluster| {
+            match Image::open(cluster, &spec, Access::ReadOnly)? {
+                Some(image) => image.metadata(&key),
+                None => Ok(None),
+            }
+        })
+        .await
+    }
+
+    async fn set_metadata(&self, image: &ImageSpec, key: &str, value: &str) -> Result<()> {
+        let value = value.to_owned();
+        self.with_image("set metadata of", image, key, move |image, key| image.set_metadata(key, &value)).await
+    }
+
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
+        self.with_image("remove metadata of", image, key, |image, key| {
+            made_unless(image.remove_metadata(key), ErrorKind::NotFound)
+        })
+        .await
+    }
+
+    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>> {
+        let operation = format!("list the images of {pool}");
+        let (pool, prefix) = (pool.to_owned(), prefix.to_owned());
+        self.run(operation.clone(), move |cluster| {
+            let images = rbd::list(&IoCtx::open(cluster, &pool)?, &operation)?;
+            Ok(images.into_iter().map(|image| image.name).filter(|name| name.starts_with(&prefix)).collect())
+        })
+        .await
+    }
+
+    async fn snapshots(&self, pool: &str, prefix: &str, pace: u32) -> Result<Vec<(ImageSpec, String)>> {
+        let operation = format!("list the snapshots of {pool}");
+        let (pool, prefix) = (pool.to_owned(), prefix.to_owned());
+        // Long work, so that dropping the future ends it.
+        let (progress, never) = (Progress::default(), CancellationToken::new());
+        self.run_long(operation, &progress, &never, move |cluster, _, stop| {
+            snapshots(cluster, &pool, &prefix, pace, stop)
+        })
+        .await
+    }
+
+    async fn address(&self) -> Result<String> {
+        self.run("read this client's address", |cluster| cluster.addresses()).await
+    }
+
+    async fn fence(&self, address: &str) -> Result<Change> {
+        self.fence_address(address).await
+    }
+}
+
+impl Client {
+    /// Runs `work` with the image open for changes, and a text that names what is changed.
+    async fn with_image<T, F>(&self, verb: &str, image: &ImageSpec, what: &str, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Image, &str) -> Result<T> + Send + 'static,
+    {
+        let (spec, what) = (image.clone(), what.to_owned());
+        self.run(format!("{verb} {image}"), move |cluster| {
+            work(&Image::open_existing(cluster, &spec, Access::ReadWrite)?, &what)
+        })
+        .await
+    }
+}
+
+fn made_unless(result: Result<()>, there_already: ErrorKind) -> Result<Change> {
+    match result {
+        Ok(()) => Ok(Change::Made),
+        Err(e) if e.kind() == there_already => Ok(Change::AlreadyThere),
+        Err(e) => Err(e),
+    }
+}
+
+fn info(image: &Image, snapshot: Option<&str>) -> Result<ImageInfo> {
+    let snapshots = image.snapshots()?;
+    if let Some(snapshot) = snapshot {
+        image.set_snapshot(snapshot)?;
+    }
+    let data_pool = match image.data_pool_id() {
+        pool if pool < 0 || pool == image.io().pool_id() => None,
+        pool => Some(image.cluster().pool_name(pool)?),
+    };
+    Ok(ImageInfo {
+        id: image.id()?,
+        size: image.size()?,
+        object_size: image.object_size()?,
+        stripe_unit: image.stripe_unit()?,
+        stripe_count: image.stripe_count()?,
+        features: image.features()?,
+        flags: image.flags()?,
+        parent: image.parent()?.map(|link| link.parent),
+        snapshots,
+        data_pool,
+        old_format: image.is_old_format()?,
+    })
+}
+
+fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
+    let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
+    if image.parent()?.is_none() {
+        return Ok(Moved::default());
+    }
+    let overlap = image.overlap()?;
+    // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
+    let missing = match (shared_extents(cluster, &image), image.own_extents(overlap)) {
+        (Ok(shared), Ok(own)) => without(&shared, &union(own)),
+        _ => std::iter::once(0..overlap).collect(),
+    };
+    let (bytes, object_size) = (total(&missing), image.object_size()?);
+    progress.set_total(bytes);
+    image.flatten(progress, cancel)?;
+    progress.set_done(bytes);
+    Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
+}
+
+/// Unprotects and removes a snapshot that was there a moment ago.
+fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
+    match image.is_protected(snapshot) {
+        Ok(true) => {
+            if let Err(e) = image.unprotect_snapshot(snapshot)
+                && e.kind() != ErrorKind::NotFound
+                && image.is_protected(snapshot).unwrap_or(true)
+            {
+                return Err(e);
+            }
+        }
+        Ok(false) => {}
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Change::AlreadyThere),
+        Err(e) => return Err(e),
+    }
+    made_unless(image.remove_snapshot(snapshot), ErrorKind::NotFound)
+}
+
+fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
+    let operation = format!("remove {spec}");
+    let io = IoCtx::open(cluster, &spec.pool)?;
+    let mut name = None;
+    if let Some(image) = Image::open(cluster, spec, Access::ReadOnly)? {
+        name = Some(image.name()?);
+        let snapshots = image.snapshots()?;
+        drop(image);
+        if !snapshots.is_empty()
+            && let Some(image) = Image::open(cluster, spec, Access::ReadWrite)?
+        {
+            for snapshot in snapshots {
+                remove_snapshot(&image, &snapshot.name)?;
+            }
+        }
+    }
+    // An image that cannot be opened may still have a name or an id: a creation or a removal broke off.
+    let gone = |result: Result<()>| made_unless(result, ErrorKind::NotFound);
+    patiently(|| match &spec.image {
+        ImageKey::Name(name) => match gone(rbd::remove(&io, name, &operation))? {
+            Change::Made => Ok(Change::Made),
+            Change::AlreadyThere => {
+                // librbd removes by way of the trash; a removal that broke off left it there.
+                let mut change = Change::AlreadyThere;
+                for left in rbd::trash(&io, &operation)?.iter().filter(|t| t.removing && t.name == *name) {
+                    gone(rbd::remove_from_trash(&io, &left.id, &operation))?;
+                    change = Change::Made;
+                }
+                Ok(change)
+            }
+        },
+        ImageKey::Id(id) => match (gone(rbd::remove_from_trash(&io, id, &operation))?, &name) {
+            (Change::AlreadyThere, Some(name)) => gone(rbd::remove(&io, name, &operation)),
+            (change, _) => Ok(change),
+        },
+    })
+}
+
+/// Repeats what finds an image busy, for a short time.
+fn patiently<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + BUSY_PATIENCE;
+    loop {
+        match work() {
+            Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => std::thread::sleep(BUSY_INTERVAL),
+            result => return result,
+        }
+    }
+}
+
+fn snapshots(
+    cluster: &Arc<Cluster>,
+    pool: &str,
+    prefix: &str,
+    pace: u32,
+    stop: &CancellationToken,
+) -> Result<Vec<(ImageSpec, String)>> {
+    let operation = format!("list the snapshots of {pool}");
+    let io = IoCtx::open(cluster, pool)?;
+    let mut candidates: Vec<(ImageSpec, String)> =
+        rbd::list(&io, &operation)?.into_iter().map(|image| (ImageSpec::named(pool, image.name), image.id)).collect();
+    candidates.extend(
+        rbd::trash(&io, &operation)?
+            .into_iter()
+            .map(|trashed| (ImageSpec::with_id(pool, trashed.id.as_str()), trashed.id)),
+    );
+    let mut pace = Pace::new(u64::from(pace));
+    let mut found = Vec::new();
+    for (spec, id) in candidates {
+        std::thread::sleep(pace.wait_for(1));
+        if stop.is_cancelled() {
+            return Err(cancelled(operation));
+        }
+        // Format 1 has another header; its images are few and old.
+        if !id.is_empty() && !header_mentions(&io, &id, prefix, &operation)? {
+            continue;
+        }
+        let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { continue };
+        let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name);
+        found.extend(names.filter(|name| name.starts_with(prefix)).map(|name| (spec.clone(), name)));
+    }
+    Ok(found)
+}
+
+/// Whether a snapshot's record in the image's header holds the text.
+fn header_mentions(io: &IoCtx, id: &str, text: &str, operation: &str) -> Result<bool> {
+    const PAGE: usize = 512;
+    let header = c_string(operation, &format!("rbd_header.{id}"))?;
+    let mut after = c"".to_owned();
+    loop {
+        let (records, more) = omap_page(io, &header, &after, c"snapshot_", PAGE, operation)?;
+        if records.iter().any(|(_, value)| contains(value, text.as_bytes())) {
+            return Ok(true);
+        }
+        match records.last() {
+            Some((last, _)) if more => after = last.clone(),
+            _ => return Ok(false),
+        }
+    }
+}
+
+fn contains(data: &[u8], text: &[u8]) -> bool {
+    text.is_empty() || data.windows(text.len()).any(|window| window == text)
+}
+
+/// Something that this client cannot do in a pool, as [`Client::capabilities`] found it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// `create an image`
+    pub what: &'static str,
+    pub error: String,
+    /// What the operator should do.
+    pub mend: String,
+}
+
+impl Client {
+    /// What this client cannot do in a pool that it must be able to snapshot, write to and clean up: tries all of it
+    /// with a tiny image of its own. Empty when all is well; stops at the first thing that fails. For a pool that is
+    /// only read, `read_only` limits it to listing.
+    pub async fn capabilities(&self, pool: &str, read_only: bool) -> Result<Vec<Finding>> {
+        let pool = pool.to_owned();
+        self.run(format!("check pool {pool}"), move |cluster| {
+            let findings = probe(cluster, &pool, read_only);
+            // Being shut out is no matter of capabilities.
+            match findings {
+                Err((_, e)) if e.kind() == ErrorKind::Fenced => Err(e),
+                Err((what, e)) => Ok(vec![Finding { what, mend: mend(&pool, &e), error: e.to_string() }]),
+                Ok(()) => Ok(Vec::new()),
+            }
+        })
+        .await
+    }
+}
+
+fn probe(cluster: &Arc<Cluster>, pool: &str, read_only: bool) -> std::result::Result<(), (&'static str, Error)> {
+    let io = IoCtx::open(cluster, pool).map_err(|e| ("open the pool", e))?;
+    rbd::list(&io, &format!("list the images of {pool}")).map_err(|e| ("list images", e))?;
+    if read_only {
+        return Ok(());
+    }
+    let spec = ImageSpec::named(pool, format!("rbd-offload.check-{}", uuid::Uuid::new_v4()));
+    let result = rbd::create_default(&io, &spec, 1 << 20).map_err(|e| ("create an image", e)).and_then(|()| {
+        let image = Image::open_existing(cluster, &spec, Access::ReadWrite).map_err(|e| ("open an image", e))?;
+        image.create_snapshot("check").map_err(|e| ("create a snapshot", e))?;
+        image.protect_snapshot("check").map_err(|e| ("protect a snapshot", e))?;
+        image.unprotect_snapshot("check").map_err(|e| ("unprotect a snapshot", e))?;
+        image.remove_snapshot("check").map_err(|e| ("remove a snapshot", e))
+    });
+    let removed = remove_image(cluster, &spec).map_err(|e| ("remove an image", e));
+    result.and(removed.map(drop))
+}
+
+fn mend(pool: &str, error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::NotFound => format!("create pool {pool}, or name another"),
+        ErrorKind::PermissionDenied => {
+            format!("ceph auth caps … mon 'profile rbd' mgr 'profile rbd' osd 'profile rbd pool={pool}, …'")
+        }
+        ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
+        _ => "see `ceph status`".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_found_anywhere() {
+        assert!(contains(b"\x08\0\0\0rbd-offload.1\0", b"rbd-offload."));
+        assert!(!contains(b"rbd-offloa", b"rbd-offload."));
+        assert!(contains(b"", b""));
+    }
+}
