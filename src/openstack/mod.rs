@@ -4,6 +4,13 @@
 //! input: a field that is missing or of another type is an [`ErrorKind::Protocol`] error, never a panic.
 
 mod error;
+mod image;
+mod json;
+mod limits;
+mod server;
+mod session;
+mod tenant;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,6 +18,9 @@ use std::fmt;
 use async_trait::async_trait;
 
 pub use error::{Error, ErrorKind, Result};
+pub use image::is_reserved;
+pub use session::Session;
+pub use tenant::Tenant;
 
 /// A Glance image record.
 #[derive(Debug, Clone, PartialEq)]
@@ -176,6 +186,58 @@ pub trait Cloud: Send + Sync + 'static {
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>>;
 
     async fn server(&self, id: &str) -> Result<Option<Server>>;
+}
+
+#[async_trait]
+impl Cloud for Session {
+    async fn image(&self, id: &str) -> Result<Option<Image>> {
+        self.get_image(id).await
+    }
+
+    async fn update_image(&self, id: &str, changes: &[ImageChange]) -> Result<Option<Image>> {
+        self.patch_image(id, changes).await
+    }
+
+    async fn add_location(
+        &self,
+        id: &str,
+        url: &str,
+        validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>> {
+        self.register_location(id, url, validation).await
+    }
+
+    async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
+        self.list_tasks(id).await
+    }
+
+    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
+        self.list_queued(marker, limit).await
+    }
+
+    async fn image_usage(&self, project_id: &str) -> Result<u64> {
+        self.sum_image_sizes(project_id).await
+    }
+
+    async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>> {
+        self.read_image_size_limit(project_id).await
+    }
+
+    async fn stores(&self) -> Result<Vec<Store>> {
+        self.list_stores().await
+    }
+
+    async fn volume(&self, id: &str) -> Result<Option<Volume>> {
+        self.get_volume(id).await
+    }
+
+    async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
+        self.get_snapshot(id).await
+    }
+
+    async fn server(&self, id: &str) -> Result<Option<Server>> {
+        self.get_server(id).await
+    }
 }
 
 impl fmt::Display for ImageTask {

@@ -1,0 +1,536 @@
+//! Glance: image records, locations, tasks, stores, and what a project's images take.
+
+use std::collections::BTreeMap;
+
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use super::error::{Error, ErrorKind, Result};
+use super::json::Fields;
+use super::session::{Page, Request, Service, Session, Wire};
+use super::{Image, ImageChange, ImageTask, LocationAnswer, Store, Validation};
+use crate::config::Register;
+
+const JSON_PATCH: &str = "application/openstack-images-v2.1-json-patch";
+pub(super) const JSON: &str = "application/json";
+
+/// Images asked for at a time where a whole list is read; Glance's default `api_limit_max`.
+const PAGE: usize = 1000;
+
+/// Attributes of Glance's own schema; everything else in a record is a property.
+const ATTRIBUTES: &[&str] = &[
+    "checksum",
+    "container_format",
+    "created_at",
+    "deleted",
+    "deleted_at",
+    "direct_url",
+    "disk_format",
+    "file",
+    "id",
+    "location",
+    "locations",
+    "min_disk",
+    "min_ram",
+    "name",
+    "os_hash_algo",
+    "os_hash_value",
+    "os_hidden",
+    "owner",
+    "protected",
+    "schema",
+    "self",
+    "size",
+    "status",
+    "stores",
+    "tags",
+    "updated_at",
+    "virtual_size",
+    "visibility",
+];
+
+/// Whether `name` is one of Glance's own attributes, or in its reserved namespace: no property that a caller may set.
+/// Volume image metadata holds such names; set as an administrator, `owner` or `visibility` would give an image away.
+pub fn is_reserved(name: &str) -> bool {
+    ATTRIBUTES.contains(&name) || name.starts_with("os_glance_") || name.is_empty()
+}
+
+impl Session {
+    pub(super) async fn get_image(&self, id: &str) -> Result<Option<Image>> {
+        get(&self.wire, id).await
+    }
+
+    pub(super) async fn patch_image(&self, id: &str, changes: &[ImageChange]) -> Result<Option<Image>> {
+        if changes.is_empty() {
+            return self.get_image(id).await;
+        }
+        let what = format!("update image {id}");
+        let operations = changes
+            .iter()
+            .map(operation)
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(|reason| Error::new(format!("Glance: {what}"), ErrorKind::Refused, reason))?;
+        let answer = self.wire.send(patch(what, &["images", id], operations)).await?;
+        image_if_found(answer)
+    }
+
+    pub(super) async fn register_location(
+        &self,
+        id: &str,
+        url: &str,
+        validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>> {
+        match self.register {
+            Register::Patch => self.patch_location(id, url, validation).await,
+            Register::LocationsApi | Register::Auto => self.post_location(id, url, validation).await,
+        }
+    }
+
+    /// The location API, Glance 29 (2024.2) and later.
+    async fn post_location(
+        &self,
+        id: &str,
+        url: &str,
+        validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>> {
+        let mut body = json!({ "url": url });
+        if let Some(validation) = validation {
+            body["validation_data"] = validation_data(validation);
+        }
+        let path = ["images", id, "locations"];
+        let request =
+            Request::send(Method::POST, Service::Image, format!("add location to image {id}"), &path).body(JSON, body);
+        let answer = self.wire.send(request).await?;
+        match answer.status {
+            StatusCode::CONFLICT => Ok(Some(LocationAnswer::Conflict)),
+            // A Glance without the call, or an image that is gone: the two look alike, so ask for the image.
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
+                if self.get_image(id).await?.is_none() {
+                    return Ok(None);
+                }
+                if self.register == Register::Auto {
+                    return self.patch_location(id, url, validation).await;
+                }
+                Err(Error::new(
+                    answer.call,
+                    ErrorKind::Refused,
+                    "this Glance has no location API (it came with 2024.2); set [glance] register = patch or auto",
+                ))
+            }
+            _ => answer.success().map(|_| Some(LocationAnswer::Accepted)),
+        }
+    }
+
+    /// The older way, which needs `show_multiple_locations = True`. It would add a second location to an active image,
+    /// so only a queued one gets there.
+    async fn patch_location(
+        &self,
+        id: &str,
+        url: &str,
+        validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>> {
+        match self.get_image(id).await? {
+            None => return Ok(None),
+            Some(image) if image.status != "queued" => return Ok(Some(LocationAnswer::Conflict)),
+            Some(_) => {}
+        }
+        let mut location = json!({ "url": url, "metadata": {} });
+        if let Some(validation) = validation {
+            location["validation_data"] = validation_data(validation);
+        }
+        let operation = json!({ "op": "add", "path": "/locations/-", "value": location });
+        let what = format!("add location to image {id} by PATCH");
+        let answer = self.wire.send(patch(what, &["images", id], vec![operation])).await?;
+        match answer.status {
+            StatusCode::NOT_FOUND => Ok(None),
+            StatusCode::CONFLICT => Ok(Some(LocationAnswer::Conflict)),
+            _ => answer.success().map(|_| Some(LocationAnswer::Accepted)),
+        }
+    }
+
+    pub(super) async fn list_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
+        let path = ["images", id, "tasks"];
+        let answer = self.wire.send(Request::get(Service::Image, format!("tasks of image {id}"), &path)).await?;
+        let call = answer.call.clone();
+        match answer.json_if_found()? {
+            None => Ok(Vec::new()),
+            Some(body) => tasks(&call, &body),
+        }
+    }
+
+    /// Glance lists hidden images only when asked for them, so the list is the shown ones and then the hidden ones.
+    pub(super) async fn list_queued(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
+        const WHAT: &str = "list queued images";
+        let mut images: Vec<Image> = Vec::new();
+        let mut hidden = false;
+        let mut marker = marker.map(str::to_owned);
+        if let Some(id) = &marker {
+            let path = ["images", id.as_str()];
+            let answer = self.wire.send(Request::get(Service::Image, WHAT, &path)).await?;
+            let call = answer.call.clone();
+            let Some(body) = answer.json_if_found()? else {
+                return Err(Error::new(
+                    call,
+                    ErrorKind::Unavailable,
+                    format!("image {id}, where the list was to go on, is gone; begin again"),
+                ));
+            };
+            hidden = Fields::new(&call, &body)?.flag("os_hidden")?;
+        }
+        while images.len() < limit {
+            let mut query = vec![
+                ("status", "queued".to_owned()),
+                ("visibility", "all".to_owned()),
+                ("member_status", "all".to_owned()),
+                ("os_hidden", hidden.to_string()),
+                ("sort", "created_at:asc,id:asc".to_owned()),
+                ("limit", (limit - images.len()).min(PAGE).to_string()),
+            ];
+            if let Some(marker) = &marker {
+                query.push(("marker", marker.clone()));
+            }
+            let page = self.wire.list(Service::Image, WHAT, &["images"], "images", &query).await?;
+            for item in &page.items {
+                images.push(image(&page.call, item)?);
+            }
+            if page.more {
+                marker = images.last().map(|image| image.id.clone());
+            } else if hidden {
+                break;
+            } else {
+                hidden = true;
+                marker = None;
+            }
+        }
+        Ok(images)
+    }
+
+    /// As Glance counts for `image_size_total`: size times locations, of every image that is not deleted or killed.
+    pub(super) async fn sum_image_sizes(&self, project_id: &str) -> Result<u64> {
+        let mut total = 0u64;
+        for hidden in [false, true] {
+            let mut marker: Option<String> = None;
+            loop {
+                let mut query = vec![
+                    ("owner", project_id.to_owned()),
+                    ("visibility", "all".to_owned()),
+                    ("member_status", "all".to_owned()),
+                    ("os_hidden", hidden.to_string()),
+                    ("size_min", "1".to_owned()),
+                    ("sort", "created_at:asc,id:asc".to_owned()),
+                    ("limit", PAGE.to_string()),
+                ];
+                if let Some(marker) = marker.take() {
+                    query.push(("marker", marker));
+                }
+                let what = format!("images of project {project_id}");
+                let Page { call, items, more } =
+                    self.wire.list(Service::Image, &what, &["images"], "images", &query).await?;
+                for item in &items {
+                    let fields = Fields::new(&call, item)?;
+                    marker = Some(fields.text("id")?);
+                    // A Glance that ignored the filter must not charge one project for another.
+                    if fields.text_or_none("owner")?.as_deref() == Some(project_id) {
+                        total = total.saturating_add(stored(&fields)?);
+                    }
+                }
+                if !more {
+                    break;
+                }
+            }
+        }
+        Ok(total)
+    }
+
+    pub(super) async fn list_stores(&self) -> Result<Vec<Store>> {
+        let path = ["info", "stores", "detail"];
+        let answer = self.wire.send(Request::get(Service::Image, "list stores", &path)).await?;
+        let call = answer.call.clone();
+        match answer.json_if_found()? {
+            None => Ok(Vec::new()),
+            Some(body) => stores(&call, &body),
+        }
+    }
+
+    /// Whether Glance answers us: the cheapest call that takes a token.
+    pub async fn probe_image(&self) -> Result<()> {
+        let query = vec![("limit", "1".to_owned()), ("status", "queued".to_owned())];
+        self.wire.list(Service::Image, "list one image", &["images"], "images", &query).await.map(drop)
+    }
+}
+
+pub(super) async fn get(wire: &Wire, id: &str) -> Result<Option<Image>> {
+    let path = ["images", id];
+    image_if_found(wire.send(Request::get(Service::Image, format!("get image {id}"), &path)).await?)
+}
+
+fn image_if_found(answer: super::session::Answer) -> Result<Option<Image>> {
+    let call = answer.call.clone();
+    answer.json_if_found()?.map(|body| image(&call, &body)).transpose()
+}
+
+fn patch<'a>(what: String, path: &'a [&'a str], operations: Vec<Value>) -> Request<'a> {
+    Request::send(Method::PATCH, Service::Image, what, path).body(JSON_PATCH, Value::Array(operations))
+}
+
+fn validation_data(validation: &Validation) -> Value {
+    json!({ "os_hash_algo": validation.algorithm, "os_hash_value": validation.value })
+}
+
+/// One operation of Glance's JSON patch.
+fn operation(change: &ImageChange) -> std::result::Result<Value, String> {
+    let property = |name: &str| match is_reserved(name) {
+        true => Err(format!("{name:?} is one of Glance's own attributes, not a property")),
+        false => Ok(format!("/{}", name.replace('~', "~0").replace('/', "~1"))),
+    };
+    Ok(match change {
+        ImageChange::Set { property: name, value } => {
+            json!({ "op": "add", "path": property(name)?, "value": value })
+        }
+        ImageChange::Replace { property: name, value } => {
+            json!({ "op": "replace", "path": property(name)?, "value": value })
+        }
+        ImageChange::Remove { property: name } => json!({ "op": "remove", "path": property(name)? }),
+        ImageChange::DiskFormat(value) => json!({ "op": "replace", "path": "/disk_format", "value": value }),
+        ImageChange::ContainerFormat(value) => {
+            json!({ "op": "replace", "path": "/container_format", "value": value })
+        }
+        ImageChange::MinDisk(value) => json!({ "op": "replace", "path": "/min_disk", "value": value }),
+        ImageChange::MinRam(value) => json!({ "op": "replace", "path": "/min_ram", "value": value }),
+        ImageChange::Tags(value) => json!({ "op": "replace", "path": "/tags", "value": value }),
+    })
+}
+
+pub(super) fn image(call: &str, value: &Value) -> Result<Image> {
+    let fields = Fields::new(call, value)?;
+    let mut tags = Vec::new();
+    if fields.optional("tags").is_some() {
+        for tag in fields.array("tags")? {
+            tags.push(tag.as_str().map(str::to_owned).ok_or_else(|| fields.wrong("tags", "strings", tag))?);
+        }
+    }
+    let properties: BTreeMap<String, String> = fields
+        .iter()
+        .filter(|(name, _)| !ATTRIBUTES.contains(&name.as_str()))
+        .filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())))
+        .collect();
+    Ok(Image {
+        id: fields.text("id")?,
+        name: fields.text_or_none("name")?,
+        status: fields.text("status")?,
+        owner: fields.text_or_none("owner")?,
+        disk_format: fields.text_or_none("disk_format")?,
+        container_format: fields.text_or_none("container_format")?,
+        min_disk: fields.number_or_none("min_disk")?.unwrap_or(0),
+        size: fields.number_or_none("size")?,
+        tags,
+        properties,
+    })
+}
+
+/// Bytes that an image of a list takes. Locations are shown or not as Glance is configured; `stores` names one store
+/// a location.
+fn stored(fields: &Fields<'_>) -> Result<u64> {
+    let size = fields.number_or_none("size")?.unwrap_or(0);
+    let status = fields.text("status")?;
+    let copies = if matches!(status.as_str(), "killed" | "deleted" | "pending_delete") {
+        0
+    } else if fields.optional("locations").is_some() {
+        fields.array("locations")?.len()
+    } else if let Some(stores) = fields.text_or_none("stores")? {
+        stores.split(',').filter(|store| !store.trim().is_empty()).count()
+    } else {
+        // A queued record may keep the size of a failed try; it has no location.
+        usize::from(status != "queued")
+    };
+    Ok(size.saturating_mul(copies as u64))
+}
+
+fn tasks(call: &str, body: &Value) -> Result<Vec<ImageTask>> {
+    let mut tasks = Vec::new();
+    for item in Fields::new(call, body)?.array("tasks")? {
+        let fields = Fields::new(call, item)?;
+        let task = ImageTask {
+            id: fields.text("id")?,
+            status: fields.text("status")?,
+            message: fields.text_or_none("message")?.unwrap_or_default(),
+        };
+        tasks.push((fields.text_or_none("created_at")?, task));
+    }
+    tasks.sort_by(|(one, _), (other, _)| other.cmp(one));
+    Ok(tasks.into_iter().map(|(_, task)| task).collect())
+}
+
+fn stores(call: &str, body: &Value) -> Result<Vec<Store>> {
+    let mut stores = Vec::new();
+    for item in Fields::new(call, body)?.array("stores")? {
+        let fields = Fields::new(call, item)?;
+        let (mut pool, mut fsid) = (None, None);
+        if fields.optional("properties").is_some() {
+            let properties = fields.object("properties")?;
+            pool = properties.text_or_none("pool")?;
+            fsid = properties.text_or_none("fsid")?;
+        }
+        stores.push(Store {
+            id: fields.text("id")?,
+            kind: fields.text_or_none("type")?.unwrap_or_default(),
+            pool,
+            fsid,
+            default: fields.flag("default")?,
+        });
+    }
+    Ok(stores)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::json::hostile;
+    use super::*;
+
+    const NAMES: &[&str] = &[
+        "id",
+        "name",
+        "status",
+        "owner",
+        "disk_format",
+        "min_disk",
+        "size",
+        "tags",
+        "tasks",
+        "stores",
+        "properties",
+        "pool",
+        "default",
+        "type",
+        "message",
+        "locations",
+        "created_at",
+    ];
+
+    fn record() -> Value {
+        json!({
+            "id": "1234", "name": null, "status": "queued", "owner": "p1", "visibility": "private", "protected": false,
+            "disk_format": null, "container_format": "bare", "min_disk": 3, "min_ram": 0, "size": null,
+            "virtual_size": null, "checksum": null, "os_hash_algo": null, "os_hash_value": null, "os_hidden": false,
+            "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z", "tags": ["rbd-offload:volume:1"],
+            "self": "/v2/images/1234", "file": "/v2/images/1234/file", "schema": "/v2/schemas/image",
+            "direct_url": "rbd://f/p/i/snap", "locations": [], "stores": "ceph",
+            "os_glance_import_task": "t1", "rbd_offload_status": "accepted", "a/b~c": "x", "odd": 5,
+        })
+    }
+
+    #[test]
+    fn a_record_keeps_its_properties_and_loses_glances_attributes() {
+        let image = image("call", &record()).unwrap();
+        assert_eq!(image.name, None);
+        assert_eq!(image.min_disk, 3);
+        assert_eq!(image.size, None);
+        assert_eq!(image.tags, ["rbd-offload:volume:1"]);
+        let names: Vec<_> = image.properties.keys().map(String::as_str).collect();
+        assert_eq!(names, ["a/b~c", "os_glance_import_task", "rbd_offload_status"]);
+    }
+
+    #[test]
+    fn an_error_names_the_field() {
+        for (field, value, says) in [
+            ("status", json!(5), r#"field "status": expected a string, found a number"#),
+            ("size", json!(-1), r#"field "size": expected a whole number, found a number"#),
+            ("min_disk", json!("3"), r#"field "min_disk": expected a whole number, found a string"#),
+            ("tags", json!([1]), r#"field "tags": expected strings, found a number"#),
+            ("tags", json!({}), r#"field "tags": expected an array, found an object"#),
+        ] {
+            let mut record = record();
+            record[field] = value;
+            let error = image("Glance: get image 1", &record).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Protocol);
+            assert_eq!(error.to_string(), format!("Glance: get image 1: {says}"));
+        }
+        let error = image("x", &json!({"id": "1"})).unwrap_err();
+        assert_eq!(error.to_string(), r#"x: the answer has no field "status""#);
+        assert_eq!(image("x", &json!([])).unwrap_err().to_string(), "x: expected an object, found an array");
+    }
+
+    #[test]
+    fn changes_become_operations() {
+        let set = ImageChange::Set { property: "a/b~c".into(), value: "x".into() };
+        assert_eq!(operation(&set).unwrap(), json!({"op": "add", "path": "/a~1b~0c", "value": "x"}));
+        let replace = ImageChange::Replace { property: "p".into(), value: "y".into() };
+        assert_eq!(operation(&replace).unwrap(), json!({"op": "replace", "path": "/p", "value": "y"}));
+        let remove = ImageChange::Remove { property: "p".into() };
+        assert_eq!(operation(&remove).unwrap(), json!({"op": "remove", "path": "/p"}));
+        assert_eq!(operation(&ImageChange::MinDisk(2)).unwrap()["value"], json!(2));
+    }
+
+    #[test]
+    fn an_attribute_is_no_property() {
+        for name in ["owner", "visibility", "id", "locations", "os_glance_import_task", ""] {
+            let change = ImageChange::Set { property: name.into(), value: "x".into() };
+            assert!(operation(&change).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn usage_counts_locations_as_glance_does() {
+        for (record, bytes) in [
+            (json!({"size": 5, "status": "active", "locations": [{}, {}]}), 10),
+            (json!({"size": 5, "status": "active", "stores": "a,b,c"}), 15),
+            (json!({"size": 5, "status": "active"}), 5),
+            (json!({"size": 5, "status": "deactivated"}), 5),
+            (json!({"size": 5, "status": "queued"}), 0),
+            (json!({"size": 5, "status": "killed", "stores": "a"}), 0),
+            (json!({"size": null, "status": "active"}), 0),
+            (json!({"size": u64::MAX, "status": "active", "stores": "a,b"}), u64::MAX),
+        ] {
+            assert_eq!(stored(&Fields::new("x", &record).unwrap()).unwrap(), bytes, "{record}");
+        }
+    }
+
+    #[test]
+    fn tasks_are_newest_first() {
+        let body = json!({"tasks": [
+            {"id": "a", "status": "failure", "message": "no", "created_at": "2025-01-01T00:00:01Z"},
+            {"id": "b", "status": "success", "message": null, "created_at": "2025-01-01T00:00:02Z"},
+        ]});
+        let ids: Vec<_> = tasks("x", &body).unwrap().into_iter().map(|task| task.id).collect();
+        assert_eq!(ids, ["b", "a"]);
+    }
+
+    #[test]
+    fn stores_tell_pool_and_cluster() {
+        let body = json!({"stores": [
+            {"id": "ceph", "type": "rbd", "default": "true", "properties": {"pool": "images", "fsid": "f"}},
+            {"id": "web", "type": "http"},
+        ]});
+        let stores = stores("x", &body).unwrap();
+        assert_eq!(stores[0].pool.as_deref(), Some("images"));
+        assert_eq!(stores[0].fsid.as_deref(), Some("f"));
+        assert!(stores[0].default && !stores[1].default);
+        assert_eq!(stores[1].pool, None);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_in_an_answer_breaks_it(value in hostile::value(NAMES)) {
+            for outcome in [
+                image("x", &value).map(drop), tasks("x", &value).map(drop), stores("x", &value).map(drop),
+                Fields::new("x", &value).and_then(|fields| stored(&fields)).map(drop),
+            ] {
+                if let Err(error) = outcome {
+                    prop_assert_eq!(error.kind(), ErrorKind::Protocol);
+                }
+            }
+        }
+
+        #[test]
+        fn a_property_name_never_leaves_its_segment(name in ".{1,40}") {
+            let change = ImageChange::Remove { property: name.clone() };
+            if let Ok(operation) = operation(&change) {
+                let path = operation["path"].as_str().unwrap();
+                prop_assert!(!path[1..].contains('/'));
+                prop_assert_eq!(path[1..].replace("~1", "/").replace("~0", "~"), name);
+            }
+        }
+    }
+}

@@ -1,0 +1,1019 @@
+//! The way to the services: a login at Keystone by openstack_sdk, the catalog's endpoints, and bounded HTTP requests.
+//!
+//! openstack_sdk does the login (both kinds, and `clouds.yaml`). Requests go through an own client, since the SDK's
+//! reads answers of any length and turns a failed renewal into a plain 401. A login lasts until a service answers 401:
+//! then one new login is made, whoever waits shares its outcome, and the request is repeated once.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use openstack_sdk::auth::{Auth, AuthError};
+use openstack_sdk::config::CloudConfig;
+use openstack_sdk::{AsyncOpenStack, OpenStackError};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+use url::Url;
+
+use super::error::{Error, ErrorKind, Result, shorten};
+use super::json::Fields;
+use crate::config::{Credentials, Glance, Interface, Keystone, Register};
+
+/// Longest answer that is read, in bytes.
+const BODY_LIMIT: usize = 16 << 20;
+
+/// How long refused credentials are not tried again: Keystone may lock an account after some failures.
+const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+
+/// Shorter than what web servers keep an idle connection open for, in most set-ups.
+const IDLE_CONNECTION: Duration = Duration::from_secs(15);
+
+static X_AUTH_TOKEN: HeaderName = HeaderName::from_static("x-auth-token");
+static X_SUBJECT_TOKEN: HeaderName = HeaderName::from_static("x-subject-token");
+static MICROVERSION: HeaderName = HeaderName::from_static("openstack-api-version");
+
+/// OpenStack over HTTP as the daemon's user. Cheap to share behind an `Arc`; made without any traffic.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) wire: Wire,
+    pub(super) register: Register,
+}
+
+impl Session {
+    /// Reads `cafile` and checks the URLs; the login is made by the first call, or by [`Session::login`], so that a
+    /// daemon can start while Keystone is away.
+    pub fn connect(keystone: &Keystone, glance: &Glance) -> Result<Self> {
+        let mut config = CloudConfig::default();
+        let auth = config.auth.get_or_insert_default();
+        auth.auth_url = Some(keystone.auth_url.clone());
+        match &keystone.credentials {
+            Credentials::Password { username, password, project_name, user_domain_name, project_domain_name } => {
+                auth.username = Some(username.clone());
+                auth.password = Some(password.clone());
+                auth.project_name = Some(project_name.clone());
+                auth.user_domain_name = Some(user_domain_name.clone());
+                auth.project_domain_name = Some(project_domain_name.clone());
+                config.auth_type = Some("v3password".into());
+            }
+            Credentials::Application { id, secret } => {
+                auth.application_credential_id = Some(id.clone());
+                auth.application_credential_secret = Some(secret.clone());
+                config.auth_type = Some("v3applicationcredential".into());
+            }
+        }
+        let access = Access {
+            config,
+            region: keystone.region_name.clone(),
+            interface: match keystone.interface {
+                Interface::Public => "public",
+                Interface::Internal => "internal",
+                Interface::Admin => "admin",
+            }
+            .into(),
+            cafile: keystone.cafile.clone(),
+            insecure: false,
+            timeout: keystone.timeout,
+            image_override: glance.endpoint_override.clone(),
+        };
+        Ok(Self { wire: Wire::new(access)?, register: glance.register })
+    }
+
+    /// Logs in if that has not happened yet. [`ErrorKind::Unauthorized`] when Keystone refuses the credentials,
+    /// [`ErrorKind::Unavailable`] when it does not answer.
+    pub async fn login(&self) -> Result<()> {
+        self.wire.login(None).await.map(drop)
+    }
+
+    /// Names of the roles that our token carries.
+    pub async fn roles(&self) -> Result<Vec<String>> {
+        Ok(self.wire.login(None).await?.roles.clone())
+    }
+
+    /// Which of `image`, `block-storage` and `compute` the catalog has for our region and interface.
+    pub async fn services(&self) -> Result<Vec<String>> {
+        let login = self.wire.login(None).await?;
+        Ok([Service::Image, Service::BlockStorage, Service::Compute]
+            .into_iter()
+            .filter(|service| self.wire.root(&login, *service, "").is_ok())
+            .map(|service| service.official_type().to_owned())
+            .collect())
+    }
+
+    /// Whether Keystone answers, without a login.
+    pub async fn probe_identity(&self) -> Result<()> {
+        self.wire.send(Request::get(Service::IdentityVersion, "version", &[])).await?.json().map(drop)
+    }
+
+    /// Gives our token back to Keystone; the next call logs in again.
+    pub async fn revoke(&self) -> Result<()> {
+        self.wire.revoke().await
+    }
+}
+
+/// The services that we call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Service {
+    Identity,
+    /// Keystone's version document, which takes no token.
+    IdentityVersion,
+    Image,
+    BlockStorage,
+    Compute,
+}
+
+impl Service {
+    /// As errors name it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Identity | Self::IdentityVersion => "Keystone",
+            Self::Image => "Glance",
+            Self::BlockStorage => "Cinder",
+            Self::Compute => "Nova",
+        }
+    }
+
+    fn official_type(self) -> &'static str {
+        match self {
+            Self::Identity | Self::IdentityVersion => "identity",
+            Self::Image => "image",
+            Self::BlockStorage => "block-storage",
+            Self::Compute => "compute",
+        }
+    }
+
+    /// Types in the catalog that may be this service, the best first.
+    fn types(self) -> &'static [&'static str] {
+        match self {
+            Self::Identity | Self::IdentityVersion => &["identity"],
+            Self::Image => &["image"],
+            Self::BlockStorage => &["block-storage", "volumev3", "block-store", "volume"],
+            Self::Compute => &["compute"],
+        }
+    }
+
+    /// The version's part of the path.
+    fn version(self) -> &'static str {
+        match self {
+            Self::Identity | Self::IdentityVersion | Self::BlockStorage => "v3",
+            Self::Image => "v2",
+            Self::Compute => "v2.1",
+        }
+    }
+}
+
+/// One request. `path` are segments, encoded here.
+#[derive(Debug)]
+pub(super) struct Request<'a> {
+    pub(super) service: Service,
+    /// What is asked, for errors: `update image 1234`.
+    pub(super) what: String,
+    pub(super) method: Method,
+    pub(super) path: &'a [&'a str],
+    pub(super) query: Vec<(&'static str, String)>,
+    pub(super) body: Option<(&'static str, Value)>,
+    pub(super) microversion: Option<&'static str>,
+}
+
+impl<'a> Request<'a> {
+    pub(super) fn get(service: Service, what: impl Into<String>, path: &'a [&'a str]) -> Self {
+        Self {
+            service,
+            what: what.into(),
+            method: Method::GET,
+            path,
+            query: Vec::new(),
+            body: None,
+            microversion: None,
+        }
+    }
+
+    pub(super) fn send(method: Method, service: Service, what: impl Into<String>, path: &'a [&'a str]) -> Self {
+        Self { method, ..Self::get(service, what, path) }
+    }
+
+    pub(super) fn query(mut self, query: Vec<(&'static str, String)>) -> Self {
+        self.query = query;
+        self
+    }
+
+    pub(super) fn body(mut self, content_type: &'static str, body: Value) -> Self {
+        self.body = Some((content_type, body));
+        self
+    }
+
+    pub(super) fn microversion(mut self, microversion: &'static str) -> Self {
+        self.microversion = Some(microversion);
+        self
+    }
+
+    fn call(&self) -> String {
+        format!("{}: {}", self.service.name(), self.what)
+    }
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) call: String,
+    pub(super) status: StatusCode,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    /// The JSON body of a success.
+    pub(super) fn json(self) -> Result<Value> {
+        let Answer { call, status, body } = self.success()?;
+        serde_json::from_slice(&body)
+            .map_err(|error| Error::protocol(call, format!("{}: the body is no JSON: {error}", status.as_u16())))
+    }
+
+    /// Like [`Answer::json`], with `None` for 404.
+    pub(super) fn json_if_found(self) -> Result<Option<Value>> {
+        if self.status == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        self.json().map(Some)
+    }
+
+    /// The answer itself when it is a success, whatever its body.
+    pub(super) fn success(self) -> Result<Self> {
+        if self.status.is_success() { Ok(self) } else { Err(self.error()) }
+    }
+
+    pub(super) fn error(&self) -> Error {
+        Error::from_status(self.call.clone(), self.status, &self.body)
+    }
+}
+
+/// Whom to log in as, and how to reach the services.
+pub(super) struct Access {
+    pub(super) config: CloudConfig,
+    pub(super) region: Option<String>,
+    pub(super) interface: String,
+    pub(super) cafile: Option<std::path::PathBuf>,
+    /// Do not verify certificates (a tenant's `verify: false`).
+    pub(super) insecure: bool,
+    /// Of one request.
+    pub(super) timeout: Duration,
+    pub(super) image_override: Option<String>,
+}
+
+/// The connection to all services under one login.
+pub(super) struct Wire {
+    http: reqwest::Client,
+    config: CloudConfig,
+    /// Ends with `/v3/`.
+    identity: Url,
+    image_override: Option<Url>,
+    region: Option<String>,
+    interface: String,
+    timeout: Duration,
+    /// Holds the lock while a login is under way, so that there is one at a time.
+    state: Mutex<State>,
+}
+
+impl std::fmt::Debug for Wire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Wire")
+            .field("identity", &self.identity.as_str())
+            .field("region", &self.region)
+            .field("interface", &self.interface)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct State {
+    login: Option<Arc<Login>>,
+    failed: Option<(Instant, Error)>,
+}
+
+/// A token and what Keystone told with it.
+pub(super) struct Login {
+    token: SecretString,
+    header: HeaderValue,
+    pub(super) project_id: Option<String>,
+    roles: Vec<String>,
+    endpoints: Vec<Endpoint>,
+}
+
+/// An endpoint in the catalog.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Endpoint {
+    service_type: String,
+    interface: String,
+    region: Option<String>,
+    url: String,
+}
+
+impl Wire {
+    pub(super) fn new(access: Access) -> Result<Self> {
+        let Access { mut config, region, interface, cafile, insecure, timeout, image_override } = access;
+        let call = "Keystone: auth_url";
+        let auth_url = config.auth.as_ref().and_then(|auth| auth.auth_url.clone());
+        let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Refused, "it is missing"))?;
+        let identity = service_root(&auth_url, Service::Identity.version())
+            .map_err(|reason| Error::new(call, ErrorKind::Refused, format!("{auth_url:?} {reason}")))?;
+        let image_override = image_override
+            .map(|url| {
+                service_root(&url, Service::Image.version()).map_err(|reason| {
+                    Error::new("Glance: endpoint_override", ErrorKind::Refused, format!("{url:?} {reason}"))
+                })
+            })
+            .transpose()?;
+
+        // The SDK shall log in exactly there: its discovery follows the links of the version document, which point to
+        // a wrong host behind many proxies, and needs the public interface before it has a catalog.
+        config.options.insert("identity_endpoint_override".into(), identity.as_str().into());
+        config.options.insert("identity_skip_discovery".into(), true.into());
+        config.options.insert("api_timeout".into(), timeout.as_secs().max(1).into());
+        config.auth_cache = Some(false);
+        config.interface = Some("public".into());
+        config.region_name = None;
+        config.verify = insecure.then_some(false);
+        config.cacert = cafile.as_ref().map(|path| path.to_string_lossy().into_owned());
+
+        Ok(Self {
+            http: http_client(cafile.as_deref(), insecure, timeout)?,
+            config,
+            identity,
+            image_override,
+            region,
+            interface,
+            timeout,
+            state: Mutex::default(),
+        })
+    }
+
+    /// The login in force; a new one where there is none or it is `stale`. Callers that wait share one attempt.
+    pub(super) async fn login(&self, stale: Option<&Arc<Login>>) -> Result<Arc<Login>> {
+        let asked = Instant::now();
+        let mut state = self.state.lock().await;
+        if let Some(login) = &state.login
+            && !stale.is_some_and(|stale| Arc::ptr_eq(stale, login))
+        {
+            return Ok(login.clone());
+        }
+        if let Some((at, error)) = &state.failed {
+            let shared = *at >= asked;
+            let refused = error.kind() == ErrorKind::Unauthorized && at.elapsed() < REFUSED_PAUSE;
+            if shared || refused {
+                return Err(error.clone());
+            }
+        }
+        *state = State::default();
+        match self.authenticate().await {
+            Ok(login) => {
+                let login = Arc::new(login);
+                state.login = Some(login.clone());
+                Ok(login)
+            }
+            Err(error) => {
+                state.failed = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    async fn authenticate(&self) -> Result<Login> {
+        const CALL: &str = "Keystone: login";
+        let sdk = AsyncOpenStack::new_impl(&self.config, Auth::None).map_err(|error| self.login_error(&error))?;
+        let outcome = match tokio::time::timeout(self.timeout, sdk.authorize(None, false, true)).await {
+            Ok(outcome) => outcome,
+            Err(_) => return Err(Error::new(CALL, ErrorKind::Unavailable, self.timed_out())),
+        };
+        match outcome {
+            // A malformed URL of any service in the catalog; the token is there and good.
+            Ok(()) | Err(OpenStackError::Catalog { .. }) => {}
+            Err(error) => return Err(self.login_error(&error)),
+        }
+        let (Some(token), Some(info)) = (sdk.get_auth_token(), sdk.get_auth_info()) else {
+            return Err(Error::protocol(CALL, "the answer has no token"));
+        };
+        let mut header = HeaderValue::from_str(token.expose_secret())
+            .map_err(|_| Error::protocol(CALL, "the token is no header value"))?;
+        header.set_sensitive(true);
+        let info = info.token;
+        let endpoints = info
+            .catalog
+            .unwrap_or_default()
+            .into_iter()
+            .flat_map(|service| {
+                let service_type = service.service_type;
+                service.endpoints.into_iter().map(move |endpoint| Endpoint {
+                    service_type: service_type.clone(),
+                    interface: endpoint.interface,
+                    region: endpoint.region,
+                    url: endpoint.url,
+                })
+            })
+            .collect();
+        tracing::debug!(expires_at = %info.expires_at, "logged in at Keystone");
+        Ok(Login {
+            token,
+            header,
+            project_id: info.project.and_then(|project| project.id),
+            roles: info.roles.unwrap_or_default().into_iter().map(|role| role.name).collect(),
+            endpoints,
+        })
+    }
+
+    fn timed_out(&self) -> String {
+        format!("no answer within {} s", self.timeout.as_secs_f32())
+    }
+
+    fn login_error(&self, error: &OpenStackError) -> Error {
+        const CALL: &str = "Keystone: login";
+        let from_status = |code: u16, message: &str| {
+            let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Error::from_status(CALL, status, self.redact(message, None).as_bytes())
+        };
+        match error {
+            OpenStackError::AuthError { source } => match source {
+                AuthError::Identity(said) => from_status(u16::try_from(said.code).unwrap_or(500), &said.message),
+                AuthError::UnknownAuth { code, message } => from_status(*code, message.as_deref().unwrap_or_default()),
+                AuthError::Reqwest { source } => self.transport(CALL.into(), source),
+                AuthError::AuthReceipt(_) => Error::new(
+                    CALL,
+                    ErrorKind::Unauthorized,
+                    "Keystone asks for a second factor; use an application credential",
+                ),
+                other => Error::protocol(CALL, shorten(&self.redact(&other.to_string(), None))),
+            },
+            OpenStackError::Communication { source } => self.transport(CALL.into(), source),
+            other => Error::new(CALL, ErrorKind::Refused, shorten(&self.redact(&other.to_string(), None))),
+        }
+    }
+
+    fn transport(&self, call: String, error: &reqwest::Error) -> Error {
+        if error.is_timeout() {
+            return Error::new(call, ErrorKind::Unavailable, self.timed_out());
+        }
+        if error.is_builder() {
+            return Error::new(call, ErrorKind::Refused, causes(error));
+        }
+        Error::new(call, ErrorKind::Unavailable, causes(error))
+    }
+
+    /// `text` without our secrets, should a service have echoed one.
+    fn redact(&self, text: &str, login: Option<&Login>) -> String {
+        let mut text = text.to_owned();
+        let token = login.map(|login| login.token.expose_secret());
+        for secret in self.config.get_sensitive_values().into_iter().chain(token) {
+            if !secret.is_empty() {
+                text = text.replace(secret, "***");
+            }
+        }
+        text
+    }
+
+    /// Where `service` is; ends with `/`.
+    pub(super) fn root(&self, login: &Login, service: Service, call: &str) -> Result<Url> {
+        match (service, &self.image_override) {
+            (Service::Identity, _) => return Ok(self.identity.clone()),
+            (Service::Image, Some(url)) => return Ok(url.clone()),
+            _ => {}
+        }
+        let endpoint = pick(&login.endpoints, service, self.region.as_deref(), &self.interface)
+            .map_err(|reason| Error::new(call, ErrorKind::NoService, reason))?;
+        service_root(&endpoint.url, service.version()).map_err(|reason| {
+            Error::new(call, ErrorKind::NoService, format!("the catalog's URL {:?} {reason}", endpoint.url))
+        })
+    }
+
+    /// Region of the service's endpoint.
+    pub(super) fn region_of(&self, login: &Login, service: Service) -> Option<String> {
+        pick(&login.endpoints, service, self.region.as_deref(), &self.interface)
+            .ok()
+            .and_then(|endpoint| endpoint.region.clone())
+            .or_else(|| self.region.clone())
+    }
+
+    /// Sends the request and reads the whole answer, whatever its status. A 401 leads to one new login and one
+    /// repetition; a GET that met a connection closed meanwhile is repeated once too.
+    pub(super) async fn send(&self, request: Request<'_>) -> Result<Answer> {
+        if request.service == Service::IdentityVersion {
+            return self.exchange(&request, self.identity.clone(), None).await;
+        }
+        let mut login = self.login(None).await?;
+        let mut answer = self.attempt(&request, &login).await?;
+        if answer.status == StatusCode::UNAUTHORIZED {
+            login = self.login(Some(&login)).await?;
+            answer = self.attempt(&request, &login).await?;
+        }
+        if answer.status == StatusCode::UNAUTHORIZED { Err(answer.error()) } else { Ok(answer) }
+    }
+
+    async fn attempt(&self, request: &Request<'_>, login: &Login) -> Result<Answer> {
+        let call = request.call();
+        let mut url = self.root(login, request.service, &call)?;
+        append(&mut url, request.path).map_err(|reason| Error::new(call, ErrorKind::Refused, reason))?;
+        if !request.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&request.query);
+        }
+        self.exchange(request, url, Some(login)).await
+    }
+
+    async fn exchange(&self, request: &Request<'_>, url: Url, login: Option<&Login>) -> Result<Answer> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        if let Some(login) = login {
+            headers.insert(X_AUTH_TOKEN.clone(), login.header.clone());
+        }
+        if let Some(microversion) = request.microversion {
+            headers.insert(MICROVERSION.clone(), HeaderValue::from_static(microversion));
+        }
+        let mut body = None;
+        if let Some((content_type, value)) = &request.body {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+            body = Some(value.to_string());
+        }
+        let send = || {
+            let mut builder = self.http.request(request.method.clone(), url.clone()).headers(headers.clone());
+            if let Some(body) = &body {
+                builder = builder.body(body.clone());
+            }
+            builder.send()
+        };
+        let mut response = send().await;
+        if let Err(error) = &response
+            && request.method == Method::GET
+            && !error.is_timeout()
+            && !error.is_connect()
+            && !error.is_builder()
+        {
+            response = send().await;
+        }
+        let response = response.map_err(|error| self.transport(request.call(), &error))?;
+        self.read(request.call(), response, login).await
+    }
+
+    async fn read(&self, call: String, mut response: reqwest::Response, login: Option<&Login>) -> Result<Answer> {
+        let status = response.status();
+        let mut body = Vec::new();
+        loop {
+            match response.chunk().await {
+                Ok(Some(chunk)) if body.len() + chunk.len() > BODY_LIMIT => {
+                    return Err(Error::protocol(call, format!("the answer is longer than {BODY_LIMIT} bytes")));
+                }
+                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+                Ok(None) => break,
+                Err(error) => return Err(self.transport(call, &error)),
+            }
+        }
+        if !status.is_success() {
+            body = self.redact(&String::from_utf8_lossy(&body), login).into_bytes();
+        }
+        tracing::trace!(call, status = status.as_u16(), bytes = body.len(), "answer");
+        Ok(Answer { call, status, body })
+    }
+
+    async fn revoke(&self) -> Result<()> {
+        const CALL: &str = "Keystone: revoke our token";
+        let Some(login) = self.state.lock().await.login.clone() else { return Ok(()) };
+        let mut url = self.identity.clone();
+        append(&mut url, &["auth", "tokens"]).map_err(|reason| Error::new(CALL, ErrorKind::Refused, reason))?;
+        let response = self
+            .http
+            .delete(url)
+            .header(X_AUTH_TOKEN.clone(), login.header.clone())
+            .header(X_SUBJECT_TOKEN.clone(), login.header.clone())
+            .send()
+            .await
+            .map_err(|error| self.transport(CALL.into(), &error))?;
+        let answer = self.read(CALL.into(), response, Some(&login)).await?;
+        // 404 and 401: it was no longer valid.
+        match answer.status {
+            StatusCode::NOT_FOUND | StatusCode::UNAUTHORIZED => Ok(()),
+            _ => answer.success().map(drop),
+        }
+    }
+
+    /// Follows `next` links by their markers: every item of the list `key`, through `each`.
+    pub(super) async fn list(
+        &self,
+        service: Service,
+        what: &str,
+        path: &[&str],
+        key: &'static str,
+        query: &[(&'static str, String)],
+    ) -> Result<Page> {
+        let answer = self.send(Request::get(service, what, path).query(query.to_vec())).await?;
+        let call = answer.call.clone();
+        let body = answer.json()?;
+        let fields = Fields::new(&call, &body)?;
+        let items = fields.array(key)?.to_vec();
+        Ok(Page { call: call.clone(), more: !items.is_empty() && fields.text_or_none("next")?.is_some(), items })
+    }
+}
+
+/// One page of a list, in Glance's manner.
+pub(super) struct Page {
+    pub(super) call: String,
+    pub(super) items: Vec<Value>,
+    /// Whether the service says that more follow.
+    pub(super) more: bool,
+}
+
+fn http_client(cafile: Option<&Path>, insecure: bool, timeout: Duration) -> Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder()
+        .timeout(timeout)
+        .connect_timeout(timeout)
+        .pool_idle_timeout(IDLE_CONNECTION)
+        // A redirect would carry the token to another host.
+        .redirect(reqwest::redirect::Policy::none())
+        .tls_danger_accept_invalid_certs(insecure);
+    if let Some(path) = cafile {
+        let call = "TLS: cafile";
+        let pem = std::fs::read(path).map_err(|error| {
+            Error::new(call, ErrorKind::Refused, format!("{} cannot be read: {error}", path.display()))
+        })?;
+        let certificates = reqwest::Certificate::from_pem_bundle(&pem)
+            .ok()
+            .filter(|certificates| !certificates.is_empty())
+            .ok_or_else(|| {
+                Error::new(call, ErrorKind::Refused, format!("{} holds no PEM certificate", path.display()))
+            })?;
+        for certificate in certificates {
+            builder = builder.add_root_certificate(certificate);
+        }
+    }
+    builder.build().map_err(|error| Error::new("TLS", ErrorKind::Refused, causes(&error)))
+}
+
+/// An error and its causes without the URL, whose query may be long; reqwest's own text stops at the first.
+fn causes(error: &reqwest::Error) -> String {
+    let mut texts: Vec<String> = Vec::new();
+    let mut next: Option<&dyn std::error::Error> = std::error::Error::source(error);
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !texts.iter().any(|known| known.contains(&text)) {
+            texts.push(text);
+        }
+        next = cause.source();
+    }
+    match (texts.is_empty(), error.url().and_then(Url::host_str)) {
+        (true, _) => "the request failed".into(),
+        (false, Some(host)) => {
+            let port = error.url().and_then(Url::port_or_known_default).unwrap_or_default();
+            shorten(&format!("{host}:{port}: {}", texts.join(": ")))
+        }
+        (false, None) => shorten(&texts.join(": ")),
+    }
+}
+
+/// The service's endpoint for the interface and region; else why there is none.
+fn pick<'a>(
+    endpoints: &'a [Endpoint],
+    service: Service,
+    region: Option<&str>,
+    interface: &str,
+) -> std::result::Result<&'a Endpoint, String> {
+    let mut seen = Vec::new();
+    for service_type in service.types() {
+        for endpoint in endpoints.iter().filter(|endpoint| endpoint.service_type == *service_type) {
+            // "volume" and "block-store" may still be the API before v3.
+            let old = service == Service::BlockStorage
+                && version_segment(&endpoint.url).is_some_and(|version| version != "v3");
+            let fits = endpoint.interface == interface
+                && region.is_none_or(|region| endpoint.region.as_deref() == Some(region));
+            if fits && !old {
+                return Ok(endpoint);
+            }
+            seen.push(format!(
+                "{}{}",
+                endpoint.interface,
+                endpoint.region.as_ref().map(|region| format!(" in {region}")).unwrap_or_default()
+            ));
+        }
+    }
+    let wanted = format!(
+        "{}, interface {interface}{}",
+        service.official_type(),
+        region.map(|region| format!(", region {region}")).unwrap_or_default()
+    );
+    seen.sort();
+    seen.dedup();
+    Err(match seen.is_empty() {
+        true => format!("the catalog has no {wanted}"),
+        false => format!("the catalog has no {wanted}; there is {}", shorten(&seen.join(", "))),
+    })
+}
+
+fn is_version(segment: &str) -> bool {
+    let Some(number) = segment.strip_prefix('v') else { return false };
+    number.starts_with(|c: char| c.is_ascii_digit()) && number.chars().all(|c| c.is_ascii_digit() || c == '.')
+}
+
+fn version_segment(url: &str) -> Option<String> {
+    let url = Url::parse(url).ok()?;
+    url.path_segments()?.rfind(|segment| is_version(segment)).map(str::to_owned)
+}
+
+/// The service's root for `version` out of an endpoint's URL: with or without a version, with a path before it and a
+/// project id after it. Ends with `/`.
+fn service_root(url: &str, version: &str) -> std::result::Result<Url, String> {
+    let mut parsed = Url::parse(url.trim()).map_err(|error| format!("is no URL: {error}"))?;
+    if !matches!(parsed.scheme(), "http" | "https") || parsed.host_str().is_none() {
+        return Err("is no http URL".into());
+    }
+    parsed.set_query(None);
+    parsed.set_fragment(None);
+    let mut segments: Vec<String> = parsed
+        .path_segments()
+        .map(|segments| segments.filter(|segment| !segment.is_empty()).map(str::to_owned).collect())
+        .unwrap_or_default();
+    match segments.iter_mut().rfind(|segment| is_version(segment)) {
+        Some(segment) => *segment = version.to_owned(),
+        None => segments.push(version.to_owned()),
+    }
+    // The segments are encoded already.
+    parsed.set_path(&format!("/{}/", segments.join("/")));
+    Ok(parsed)
+}
+
+/// Adds path segments. One that is empty or would climb is refused: ids come from outside.
+fn append(url: &mut Url, path: &[&str]) -> std::result::Result<(), String> {
+    if let Some(bad) = path.iter().find(|segment| matches!(**segment, "" | "." | "..") || segment.len() > 255) {
+        return Err(format!("{:?} is no id", shorten(bad)));
+    }
+    let mut segments = url.path_segments_mut().map_err(|()| "the URL has no path".to_owned())?;
+    segments.pop_if_empty().extend(path);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use openstack_sdk::config::Auth as ConfigAuth;
+    use proptest::prelude::*;
+    use serde_json::json;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn endpoint(service_type: &str, interface: &str, region: &str, url: &str) -> Endpoint {
+        Endpoint {
+            service_type: service_type.into(),
+            interface: interface.into(),
+            region: Some(region.into()),
+            url: url.into(),
+        }
+    }
+
+    #[test]
+    fn a_root_comes_out_of_any_endpoint() {
+        for (url, version, root) in [
+            ("http://k:5000", "v3", "http://k:5000/v3/"),
+            ("http://k:5000/v3", "v3", "http://k:5000/v3/"),
+            ("http://k:5000/v3/", "v3", "http://k:5000/v3/"),
+            ("https://host/identity", "v3", "https://host/identity/v3/"),
+            ("http://k:5000/v2.0", "v3", "http://k:5000/v3/"),
+            ("https://host/image", "v2", "https://host/image/v2/"),
+            ("https://host/image/v2", "v2", "https://host/image/v2/"),
+            ("http://g:9292/v1", "v2", "http://g:9292/v2/"),
+            ("http://c:8776/v3/0123abcd", "v3", "http://c:8776/v3/0123abcd/"),
+            ("http://c:8776/v3", "v3", "http://c:8776/v3/"),
+            ("http://n:8774/v2/0123abcd", "v2.1", "http://n:8774/v2.1/0123abcd/"),
+            ("https://host/compute/v2.1", "v2.1", "https://host/compute/v2.1/"),
+            ("http://[::1]:9292//", "v2", "http://[::1]:9292/v2/"),
+        ] {
+            assert_eq!(service_root(url, version).unwrap().as_str(), root, "{url}");
+        }
+        for url in ["", "image", "ftp://host/", "http://", "mailto:x@y"] {
+            assert!(service_root(url, "v2").is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn the_catalog_is_searched_by_type_region_and_interface() {
+        let catalog = [
+            endpoint("volumev2", "public", "one", "http://c/v2/p"),
+            endpoint("volume", "public", "one", "http://c/v2/p"),
+            endpoint("volumev3", "public", "one", "http://c/v3/p"),
+            endpoint("image", "public", "one", "http://g1"),
+            endpoint("image", "internal", "two", "http://g2"),
+        ];
+        let find =
+            |service, region, interface| pick(&catalog, service, region, interface).map(|found| found.url.as_str());
+        assert_eq!(find(Service::BlockStorage, None, "public"), Ok("http://c/v3/p"));
+        assert_eq!(find(Service::Image, Some("two"), "internal"), Ok("http://g2"));
+        assert_eq!(
+            find(Service::Image, Some("two"), "public").unwrap_err(),
+            "the catalog has no image, interface public, region two; there is internal in two, public in one"
+        );
+        assert_eq!(find(Service::Compute, None, "public").unwrap_err(), "the catalog has no compute, interface public");
+    }
+
+    #[test]
+    fn an_id_cannot_climb() {
+        let mut url = Url::parse("http://g/v2/").unwrap();
+        for bad in ["", ".", ".."] {
+            assert!(append(&mut url, &["images", bad]).is_err(), "{bad:?}");
+        }
+        append(&mut url, &["images", "../a b?x#y"]).unwrap();
+        assert_eq!(url.as_str(), "http://g/v2/images/..%2Fa%20b%3Fx%23y");
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_stays_one_segment(id in ".{1,60}") {
+            let mut url = Url::parse("http://g/v2/").unwrap();
+            if append(&mut url, &["images", &id]).is_ok() {
+                prop_assert_eq!(url.path_segments().unwrap().count(), 3);
+                prop_assert!(url.query().is_none() && url.fragment().is_none());
+            }
+        }
+
+        #[test]
+        fn no_catalog_breaks_it(url in ".{0,60}") {
+            if let Ok(root) = service_root(&url, "v2") {
+                prop_assert!(root.path().ends_with("/v2/") || root.path().contains("/v2/"));
+            }
+        }
+    }
+
+    /// What the fake server answers: status line, extra headers, body. `None`: nothing, ever.
+    type Reply = Option<(u16, String, String)>;
+
+    /// An HTTP server that gives `reply` the request's first line and its headers.
+    async fn serve(reply: impl Fn(&str) -> Reply + Send + Sync + 'static) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let reply = Arc::new(reply);
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let reply = reply.clone();
+                tokio::spawn(async move {
+                    let mut head = Vec::new();
+                    let mut byte = [0u8; 1];
+                    while !head.ends_with(b"\r\n\r\n") {
+                        match socket.read(&mut byte).await {
+                            Ok(1) => head.push(byte[0]),
+                            _ => return,
+                        }
+                    }
+                    match reply(&String::from_utf8_lossy(&head)) {
+                        None => tokio::time::sleep(Duration::from_secs(60)).await,
+                        Some((status, headers, body)) => {
+                            // The request's body is left unread only when it is short.
+                            let answer = format!(
+                                "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
+                                body.len()
+                            );
+                            let mut rest = [0u8; 4096];
+                            let _ = tokio::time::timeout(Duration::from_millis(50), socket.read(&mut rest)).await;
+                            let _ = socket.write_all(answer.as_bytes()).await;
+                        }
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    fn token(base: &str, name: &str) -> Reply {
+        let body = json!({"token": {
+            "expires_at": "2999-01-01T00:00:00.000000Z", "user": {"id": "u", "name": "u"},
+            "project": {"id": "p", "name": "p"}, "roles": [{"id": "r", "name": "admin"}],
+            "catalog": [
+                {"type": "image", "name": "glance", "endpoints":
+                    [{"id": "e", "interface": "internal", "region": "R", "url": format!("{base}/image")}]},
+                // Another service's mistake, which must not keep us out.
+                {"type": "dns", "name": "d", "endpoints":
+                    [{"id": "f", "interface": "internal", "region": "R", "url": "//nothing"}]},
+            ],
+        }});
+        Some((201, format!("x-subject-token: {name}\r\n"), body.to_string()))
+    }
+
+    fn wire(auth_url: &str, timeout: Duration) -> Wire {
+        let config = CloudConfig {
+            auth: Some(ConfigAuth {
+                auth_url: Some(auth_url.into()),
+                username: Some("u".into()),
+                password: Some("pass-word-1".into()),
+                user_domain_name: Some("Default".into()),
+                project_name: Some("p".into()),
+                project_domain_name: Some("Default".into()),
+                ..Default::default()
+            }),
+            auth_type: Some("v3password".into()),
+            ..Default::default()
+        };
+        Wire::new(Access {
+            config,
+            region: None,
+            interface: "internal".into(),
+            cafile: None,
+            insecure: false,
+            timeout,
+            image_override: None,
+        })
+        .unwrap()
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn get_image(path: &'static [&'static str]) -> Request<'static> {
+        Request::get(Service::Image, "get image 1", path)
+    }
+
+    fn base_of(head: &str) -> String {
+        let host = head.lines().find_map(|line| line.strip_prefix("host: ")).unwrap_or_default();
+        format!("http://{host}")
+    }
+
+    #[tokio::test]
+    async fn a_401_leads_to_one_new_login() {
+        let logins = Arc::new(AtomicUsize::new(0));
+        let count = logins.clone();
+        let url = serve(move |head| {
+            if head.starts_with("POST /v3/auth/tokens") {
+                let number = count.fetch_add(1, Ordering::SeqCst);
+                token(&base_of(head), &format!("token-{number}"))
+            } else if head.contains("x-auth-token: token-0") {
+                Some((401, String::new(), "{}".into()))
+            } else {
+                assert!(head.starts_with("GET /image/v2/images/1 "), "{head}");
+                Some((200, String::new(), r#"{"id": "1"}"#.into()))
+            }
+        })
+        .await;
+        let wire = wire(&url, SECOND * 5);
+        let asked = futures::future::join_all((0..4).map(|_| wire.send(get_image(&["images", "1"])))).await;
+        for answer in asked {
+            assert_eq!(answer.unwrap().json().unwrap(), json!({"id": "1"}));
+        }
+        assert_eq!(logins.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn refused_credentials_are_not_tried_at_once_again() {
+        let logins = Arc::new(AtomicUsize::new(0));
+        let count = logins.clone();
+        let url = serve(move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+            let body = json!({"error": {"code": 401, "message": "no, not pass-word-1", "title": "Unauthorized"}});
+            Some((401, String::new(), body.to_string()))
+        })
+        .await;
+        let wire = wire(&url, SECOND * 5);
+        for _ in 0..3 {
+            let error = wire.send(get_image(&["images", "1"])).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unauthorized);
+            assert_eq!(error.to_string(), "Keystone: login: 401 Unauthorized: no, not ***");
+            assert!(!format!("{error:?} {wire:?}").contains("pass-word-1"));
+        }
+        assert_eq!(logins.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_silent_keystone_costs_all_callers_one_timeout() {
+        let url = serve(|_| None).await;
+        let wire = wire(&url, SECOND);
+        let begun = Instant::now();
+        let asked = futures::future::join_all((0..5).map(|_| wire.login(None))).await;
+        assert!(asked.iter().all(|login| login.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unavailable)));
+        assert!(begun.elapsed() < SECOND * 2, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_keystone_behind_a_proxy_that_is_down_is_unavailable() {
+        let url = serve(|_| {
+            Some((503, String::new(), "<html><body><h1>503 Service Unavailable</h1>No server</body></html>".into()))
+        })
+        .await;
+        let error = wire(&url, SECOND).login(None).await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert_eq!(error.to_string(), "Keystone: login: 503 Service Unavailable: No server");
+    }
+
+    #[tokio::test]
+    async fn answers_are_bounded_and_echo_no_token() {
+        let url = serve(|head| {
+            if head.starts_with("POST /v3/auth/tokens") {
+                token(&base_of(head), "the-token")
+            } else if head.contains("/images/long") {
+                Some((200, String::new(), " ".repeat(BODY_LIMIT + 1)))
+            } else if head.contains("/images/moved") {
+                Some((302, "location: http://127.0.0.1:1/\r\n".into(), String::new()))
+            } else {
+                Some((500, String::new(), "failed for the-token".into()))
+            }
+        })
+        .await;
+        let wire = wire(&url, SECOND * 20);
+        let error = wire.send(get_image(&["images", "long"])).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        let error = wire.send(get_image(&["images", "1"])).await.unwrap().json().unwrap_err();
+        assert_eq!(error.to_string(), "Glance: get image 1: 500 Internal Server Error: failed for ***");
+        let error = wire.send(get_image(&["images", "moved"])).await.unwrap().json().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+    }
+}
