@@ -1,0 +1,60 @@
+# Keystone, Glance and Cinder: their databases and their processes.
+# shellcheck shell=bash
+
+# --- the processes ---------------------------------------------------------------------------------------------------
+
+# The APIs are WSGI applications that read sys.argv themselves, so gunicorn's options travel in the environment.
+launch_wsgi() { # NAME
+  launch "$1" env HOME="$SERVICE_HOME" GUNICORN_CMD_ARGS="-c $DIR/etc/gunicorn/$1.py" "$VENV/bin/gunicorn"
+}
+launch_keystone() { launch_wsgi keystone; }
+launch_glance() { launch_wsgi glance; }
+launch_cinder_api() { launch_wsgi cinder-api; }
+
+launch_cinder() { # NAME
+  launch "$1" env HOME="$SERVICE_HOME" "$VENV/bin/$1" --config-file "$DIR/etc/cinder/cinder.conf"
+}
+launch_cinder_scheduler() { launch_cinder cinder-scheduler; }
+launch_cinder_volume() { launch_cinder cinder-volume; }
+
+ready_keystone() { answers "http://127.0.0.1:$PORT_KEYSTONE/v3"; }
+ready_glance() { answers "http://127.0.0.1:$PORT_GLANCE/"; }
+ready_cinder_api() { answers "http://127.0.0.1:$PORT_CINDER/"; }
+ready_cinder_scheduler() { cinder_reports cinder-scheduler 1; }
+ready_cinder_volume() { cinder_reports cinder-volume 2; } # one report for each backend
+
+# cinder_reports NAME COUNT: scheduler and volume have no port, but they write a heartbeat into the database as soon as
+# they take work. One from before this start does not count, nor does an old one.
+cinder_reports() {
+  local since
+  since=$(stat -c %Y "$DIR/run/$1.pid")
+  [ "$(sql "select count(*) from cinder.services where \`binary\` = '$1' and not deleted
+      and updated_at > greatest(from_unixtime($since), utc_timestamp() - interval 30 second)")" = "$2" ]
+}
+
+logs_keystone() { printf '%s\n' "$DIR/log/keystone.out" "$DIR/log/keystone.log"; }
+logs_glance() { printf '%s\n' "$DIR/log/glance.out" "$DIR/log/glance-api.log"; }
+logs_cinder_api() { printf '%s\n' "$DIR/log/cinder-api.out" "$DIR/log/cinder-api.log"; }
+logs_cinder_scheduler() { printf '%s\n' "$DIR/log/cinder-scheduler.out" "$DIR/log/cinder-scheduler.log"; }
+logs_cinder_volume() { printf '%s\n' "$DIR/log/cinder-volume.out" "$DIR/log/cinder-volume.log"; }
+
+# --- the databases, made once ----------------------------------------------------------------------------------------
+
+setup_keystone() {
+  local url=http://127.0.0.1:$PORT_KEYSTONE/v3/
+  keystone_manage fernet_setup --keystone-user "$(id -un)" --keystone-group "$(id -gn)"
+  keystone_manage credential_setup --keystone-user "$(id -un)" --keystone-group "$(id -gn)"
+  keystone_manage db_sync
+  keystone_manage bootstrap --bootstrap-password secret --bootstrap-region-id RegionOne \
+    --bootstrap-admin-url "$url" --bootstrap-internal-url "$url" --bootstrap-public-url "$url"
+}
+keystone_manage() { step keystone-setup 180 "$VENV/bin/keystone-manage" --config-file "$DIR/etc/keystone/keystone.conf" "$@"; }
+setup_glance() { step glance-setup 180 "$VENV/bin/glance-manage" --config-file "$DIR/etc/glance/glance-api.conf" db_sync; }
+setup_cinder() { step cinder-setup 180 "$VENV/bin/cinder-manage" --config-file "$DIR/etc/cinder/cinder.conf" db sync; }
+
+# Projects, users, catalog, volume types. Says itself what is wrong.
+setup_accounts() {
+  timeout 180 "$VENV/bin/python" "$LAB_HERE/accounts.py" --password "$OFFLOAD_PASSWORD" \
+    --keystone "http://127.0.0.1:$PORT_KEYSTONE" --glance "http://127.0.0.1:$PORT_GLANCE" --cinder "http://127.0.0.1:$PORT_CINDER" ||
+    die "accounts.py failed (see lab/logs $DIR keystone, cinder-api)"
+}
