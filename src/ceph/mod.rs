@@ -276,6 +276,10 @@ pub trait Storage: Send + Sync + 'static {
     /// Shuts the client with that address out of the cluster (`osd blocklist add`), and returns once every later
     /// operation here goes by a map that says so. `AlreadyThere` if this handle has done it before.
     async fn fence(&self, address: &str) -> Result<Change>;
+
+    /// Comes back after having been shut out ([`ErrorKind::Fenced`]), under a new address. Only once all work over the
+    /// old connection was given up. `AlreadyThere` when this client is not shut out.
+    async fn reconnect(&self) -> Result<Change>;
 }
 
 /// A version of an object, as RADOS counts them.

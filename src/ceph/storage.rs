@@ -220,6 +220,10 @@ impl Storage for Client {
     async fn fence(&self, address: &str) -> Result<Change> {
         self.fence_address(address).await
     }
+
+    async fn reconnect(&self) -> Result<Change> {
+        Client::reconnect(self).await
+    }
 }
 
 impl Client {

@@ -17,9 +17,16 @@ use uuid::Uuid;
 use super::lease::Lease;
 use super::run::{BACKOFF_MAX, Context, Job, Outcome};
 use super::store::{Error, Summary};
+use crate::ceph::ErrorKind;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long one look may take; a job that was claimed by a look that is given up is given up with it.
+const LOOK_WITHIN: Duration = Duration::from_secs(30);
+
+/// How many times a daemon that was shut out waits for its jobs to notice, [`LOOK_INTERVAL`] each.
+const COME_BACK_TRIES: u32 = 15;
 
 /// How long a job whose record cannot be read is left alone.
 const UNREADABLE_PAUSE: Duration = Duration::from_secs(600);
@@ -34,6 +41,8 @@ pub struct Status {
     pub waiting: usize,
     /// When the engine last looked for work and got an answer.
     pub last_look: Instant,
+    /// When the engine last looked, answer or not: it moves.
+    pub last_turn: Instant,
 }
 
 pub struct Engine {
@@ -62,7 +71,7 @@ impl Engine {
             held: Mutex::default(),
             acknowledged: Mutex::default(),
             orphans: Mutex::default(),
-            status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now() }),
+            status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now(), last_turn: Instant::now() }),
             wake: Notify::new(),
             tasks: TaskTracker::new(),
         })
@@ -87,11 +96,13 @@ impl Engine {
     /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are given back after that.
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
-            if let Err(error) = self.look(&drain).await {
-                tracing::warn!(%error, "could not look for jobs; tried again");
-            } else {
-                lock(&self.status).last_look = Instant::now();
+            match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
+                Ok(Ok(())) => lock(&self.status).last_look = Instant::now(),
+                Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.come_back().await,
+                Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
+                Err(_) => tracing::warn!(seconds = LOOK_WITHIN.as_secs(), "Ceph does not answer; tried again"),
             }
+            lock(&self.status).last_turn = Instant::now();
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = self.wake.notified() => {}
@@ -100,6 +111,22 @@ impl Engine {
         }
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Another daemon took this one for dead and shut it out of the cluster. Every job here has lost its lease; once
+    /// they have all noticed, the connection is made anew.
+    async fn come_back(&self) {
+        tracing::error!("this daemon was shut out of the Ceph cluster: another took over its jobs; connecting anew");
+        metrics::counter!("rbd_offload_fenced_total").increment(1);
+        for _ in 0..COME_BACK_TRIES {
+            if lock(&self.running).is_empty() {
+                break;
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+        if let Err(error) = self.context.storage.reconnect().await {
+            tracing::warn!(%error, "could not connect anew; tried again");
+        }
     }
 
     /// One look: starts as many of the waiting jobs as there is room for.

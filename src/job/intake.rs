@@ -31,7 +31,7 @@ impl Intake {
         let submitted = self.engine.context().store.submit(&new).await?;
         match submitted {
             Submitted::Created => {
-                tracing::info!(%image_id, stage = "accepted", source = source.map(|s| s.to_string()), "request stored");
+                tracing::info!(%image_id, job_stage = "accepted", source = source.map(|s| s.to_string()), "request stored");
                 metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => "request").increment(1);
             }
             Submitted::AskedAgain => tracing::info!(%image_id, "the image was heard of again; looked at anew"),

@@ -283,7 +283,7 @@ impl Job {
             let _ = record.enter(state, now);
         })
         .await?;
-        tracing::info!(image_id = %self.id, stage = state.as_str(), "the job goes on");
+        tracing::info!(image_id = %self.id, job_stage = state.as_str(), "the job goes on");
         Ok(())
     }
 
@@ -302,7 +302,7 @@ impl Job {
         let result = work.await;
         let seconds = started.elapsed().as_secs_f64();
         metrics::histogram!("rbd_offload_stage_duration_seconds", "stage" => name).record(seconds);
-        tracing::debug!(image_id = %self.id, stage = name, seconds, ok = result.is_ok(), "stage over");
+        tracing::debug!(image_id = %self.id, job_stage = name, seconds, ok = result.is_ok(), "stage over");
         // goes into the record with its next change
         let mut stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         stages.retain(|stage| stage.name != name);
@@ -381,7 +381,7 @@ impl Job {
         };
         let (methods, reasons) = transfer::candidates(plan.method, &plan.info);
         if !reasons.is_empty() {
-            tracing::info!(image_id = %self.id, stage = "plan", reasons = reasons.join("; "), "some methods cannot do this source");
+            tracing::info!(image_id = %self.id, job_stage = "plan", reasons = reasons.join("; "), "some methods cannot do this source");
         }
         let first = methods.first().copied();
         let now = self.context.clock.now();
@@ -401,7 +401,7 @@ impl Job {
             let _ = record.enter(State::Copying, now);
         })
         .await?;
-        tracing::info!(image_id = %self.id, stage = "copying", source = %plan.source, origin = %plan.origin,
+        tracing::info!(image_id = %self.id, job_stage = "copying", source = %plan.source, origin = %plan.origin,
             destination = %copy, method = first.map(transfer::Method::as_str), bytes = plan.info.size, "the job goes on");
 
         let source = ImageSpec::with_id(&plan.origin.pool, &plan.origin_id);
@@ -510,7 +510,7 @@ impl Job {
                         .await;
                 }
                 Err(error) if transfer::is_for_another_method(&error) => {
-                    tracing::info!(image_id = %self.id, stage = "transfer", method = method.as_str(), %error,
+                    tracing::info!(image_id = %self.id, job_stage = "transfer", method = method.as_str(), %error,
                         "this method cannot do it; the next one is tried");
                     self.context.storage.remove_image(copy).await?;
                 }
@@ -758,7 +758,7 @@ impl Job {
         if done {
             metrics::histogram!("rbd_offload_job_duration_seconds").record(seconds);
         }
-        tracing::info!(image_id = %self.id, stage = ending.state.as_str(), seconds, reason = ending.reason,
+        tracing::info!(image_id = %self.id, job_stage = ending.state.as_str(), seconds, reason = ending.reason,
             bytes = record.bytes_total, method = record.method.map(transfer::Method::as_str), "the job ended");
         Ok(())
     }

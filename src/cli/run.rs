@@ -1,0 +1,251 @@
+//! `run`: the daemon. Puts the parts together, tells systemd, and takes signals.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{Failure, load};
+use crate::ceph::{Client, Storage};
+use crate::config::Config;
+use crate::job::clock::Clock;
+use crate::job::engine::Engine;
+use crate::job::intake::Intake;
+use crate::job::lease::Identity;
+use crate::job::reconcile::Reconciler;
+use crate::job::run::Context;
+use crate::job::store::Store;
+use crate::notification::{self, Listener};
+use crate::openstack::{Cloud, Session};
+use crate::telemetry::http::{Health, serve};
+use crate::telemetry::{LogHandle, start_logging, start_metrics};
+
+/// How long running jobs may go on after SIGTERM before they are given back to the other daemons. The unit's
+/// TimeoutStopSec is longer.
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// How often systemd is told the status.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// An engine that has not turned for so long does not move: systemd's watchdog is no longer fed.
+const STANDSTILL: Duration = Duration::from_secs(90);
+
+/// Within this time each part must have answered for `/healthz` to be well.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
+
+pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
+    let config = Arc::new(load(path)?);
+    let log = start_logging(&config.log).map_err(|e| Failure::new(Failure::OS, format!("the log does not start: {e}")))?;
+    let metrics = start_metrics().map_err(|e| Failure::new(Failure::SOFTWARE, format!("metrics do not start: {e}")))?;
+    // before anything can take time, so that no signal is lost
+    let mut signals = Signals::new()?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
+
+    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let objects = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
+    let storage: Arc<dyn Storage> = Arc::new(client);
+    let session = Arc::new(Session::connect(&config.keystone, &config.glance)?);
+    check_pools(&config, storage.as_ref(), session.as_ref()).await?;
+
+    let (publish_config, follow_config) = watch::channel(Arc::clone(&config));
+    let clock = Clock::System;
+    let cloud: Arc<dyn Cloud> = session.clone();
+    let engine = Engine::new(Context {
+        storage: Arc::clone(&storage),
+        cloud,
+        store: Store::new(objects, clock),
+        config: follow_config,
+        identity: Identity::of_this_process(),
+        clock,
+    });
+    let listener = Arc::new(Listener::new(config.messaging.clone()));
+    let (stop, drain) = (CancellationToken::new(), CancellationToken::new());
+    let daemon = Arc::new(Daemon { engine: Arc::clone(&engine), broker: listener.status(), storage, session });
+    if let Some(listen) = config.metrics.listen {
+        serve(listen, metrics.clone(), Arc::clone(&daemon) as Arc<dyn Health>, stop.clone()).await.map_err(|e| {
+            Failure::new(Failure::CONFIG, format!("[metrics] listen = {listen}: {e}; choose another address or leave it empty"))
+        })?;
+    }
+
+    let listening = tokio::spawn({
+        let (listener, intake, stop) = (Arc::clone(&listener), Intake::new(Arc::clone(&engine)), stop.clone());
+        async move { listener.run(intake, stop).await }
+    });
+    let reconciling = tokio::spawn(Reconciler::new(Arc::clone(&engine)).run(stop.clone()));
+    let mut working = tokio::spawn(Arc::clone(&engine).run(stop.clone(), drain.clone()));
+    let telling = tokio::spawn({
+        let (daemon, metrics) = (Arc::clone(&daemon), metrics);
+        async move {
+            daemon.tell_systemd(metrics).await;
+        }
+    });
+
+    let ended = serve_signals(&mut signals, path, &log, &publish_config, &mut working).await;
+    telling.abort();
+    notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+    stop.cancel();
+    if ended {
+        return Err(Failure::new(Failure::SOFTWARE, "the engine ended by itself"));
+    }
+    tracing::info!(running = engine.status().running, seconds = DRAIN.as_secs(), "stopping; jobs may end meanwhile");
+    if timeout(DRAIN, &mut working).await.is_err() {
+        drain.cancel();
+        if timeout(DRAIN, &mut working).await.is_err() {
+            tracing::warn!("a job did not stop in time; another daemon goes on when its lease has run out");
+        }
+    }
+    for part in [listening, reconciling] {
+        // they end by themselves; what they had not acked is delivered again
+        let _ = timeout(Duration::from_secs(5), part).await;
+    }
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A pool that belongs to no Glance store is a mistake in the configuration: Glance would take the location, and never
+/// open it. With Glance away, each job's plan looks.
+async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) -> Result<(), Failure> {
+    let stores = match session.stores().await {
+        Ok(stores) => stores,
+        Err(error) => {
+            tracing::warn!(%error, "Glance cannot be asked for its stores now; each job asks again");
+            return Ok(());
+        }
+    };
+    let fsid = storage.fsid().await?;
+    let problems = super::store_problems(config, &stores, &fsid);
+    if problems.is_empty() { Ok(()) } else { Err(Failure::new(Failure::CONFIG, problems.join("\n"))) }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    reload: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Failure> {
+        let on = |kind| signal(kind).map_err(|e| Failure::new(Failure::OS, format!("signals cannot be received: {e}")));
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            reload: on(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Until the daemon is to stop. `true`: the engine ended, which it never should.
+async fn serve_signals(
+    signals: &mut Signals,
+    path: &Path,
+    log: &LogHandle,
+    config: &watch::Sender<Arc<Config>>,
+    engine: &mut JoinHandle<()>,
+) -> bool {
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => return false,
+            _ = signals.interrupt.recv() => return false,
+            _ = engine => return true,
+            _ = signals.reload.recv() => reload(path.to_owned(), log, config),
+        }
+    }
+}
+
+/// Reads the configuration again and applies what may change while the daemon runs.
+fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>) {
+    notify(&[NotifyState::Reloading]);
+    match load(&path) {
+        Ok(new) => {
+            let old = config.borrow().clone();
+            for what in old.restart_needed(&new) {
+                tracing::warn!(what, "changed in the configuration; needs a restart");
+            }
+            let now = old.reloaded(&new);
+            log.set_level(now.log.level);
+            config.send_replace(Arc::new(now));
+            tracing::info!(config = %path.display(), "configuration read again");
+        }
+        Err(error) => tracing::error!(%error, "the configuration stays as it was"),
+    }
+    notify(&[NotifyState::Ready]);
+}
+
+fn notify(states: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+/// What is asked for the daemon's health.
+struct Daemon {
+    engine: Arc<Engine>,
+    broker: Arc<notification::Status>,
+    storage: Arc<dyn Storage>,
+    session: Arc<Session>,
+}
+
+impl Daemon {
+    /// READY once the daemon can take requests, then a line of status, and the watchdog while the engine moves.
+    async fn tell_systemd(&self, metrics: metrics_exporter_prometheus::PrometheusHandle) {
+        let interval = sd_notify::watchdog_enabled().map_or(STATUS_INTERVAL, |w| STATUS_INTERVAL.min(w / 2));
+        notify(&[NotifyState::Ready]);
+        let mut told = String::new();
+        loop {
+            let engine = self.engine.status();
+            let broker = if self.broker.is_connected() { "broker connected" } else { "broker away" };
+            let status = format!("{} running, {} waiting; {broker}", engine.running, engine.waiting);
+            if status != told {
+                notify(&[NotifyState::Status(&status)]);
+                told = status;
+            }
+            if engine.last_turn.elapsed() < STANDSTILL {
+                notify(&[NotifyState::Watchdog]);
+            }
+            metrics.run_upkeep();
+            sleep(interval).await;
+        }
+    }
+}
+
+#[async_trait]
+impl Health for Daemon {
+    async fn health(&self) -> (bool, serde_json::Value) {
+        let engine = self.engine.status();
+        let (ceph, keystone) = tokio::join!(
+            timeout(ANSWERED_WITHIN, self.storage.fsid()),
+            timeout(ANSWERED_WITHIN, self.session.probe_identity())
+        );
+        let said = |answer: Result<Result<(), String>, tokio::time::error::Elapsed>| match answer {
+            Ok(Ok(())) => "ok".to_owned(),
+            Ok(Err(error)) => error,
+            Err(_) => format!("no answer within {} s", ANSWERED_WITHIN.as_secs()),
+        };
+        let parts = [
+            ("broker", if self.broker.is_connected() { "ok".to_owned() } else { "not connected".to_owned() }),
+            ("ceph", said(ceph.map(|answer| answer.map(drop).map_err(|e| e.to_string())))),
+            ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
+            ("engine", moving(engine.last_look)),
+        ];
+        let well = parts.iter().all(|(_, state)| state == "ok");
+        let mut body = serde_json::Map::new();
+        body.insert("healthy".into(), well.into());
+        body.extend(parts.into_iter().map(|(part, state)| (part.to_owned(), state.into())));
+        body.insert("jobs_running".into(), engine.running.into());
+        body.insert("jobs_waiting".into(), engine.waiting.into());
+        (well, body.into())
+    }
+}
+
+fn moving(last_look: Instant) -> String {
+    let ago = last_look.elapsed();
+    if ago < ANSWERED_WITHIN { "ok".into() } else { format!("last looked for jobs {} s ago", ago.as_secs()) }
+}
