@@ -1,0 +1,579 @@
+//! The few events that matter, read from a message's text; everything else is dropped as early as can be told.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, IgnoredAny, Visitor};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::envelope::{self, Unreadable};
+
+/// What a request tag starts with.
+const REQUEST_TAG: &str = "rbd-offload:";
+
+/// Characters of a text that is kept; Glance's and Cinder's own limit.
+const MAX_TEXT: usize = 255;
+/// Request tags kept of one image. More than one is declined anyway.
+const MAX_TAGS: usize = 8;
+
+/// What a notification says. Never trusted: owner, status and properties are read again from the services.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// `image.create` or `image.update`, and only of an image that is `queued` and either carries a request tag or was made by Nova for
+    /// a snapshot. Any other image is irrelevant.
+    ImageChanged {
+        image_id: Uuid,
+        status: String,
+        /// Only those that start with `rbd-offload:`, well formed or not; 8 at most.
+        tags: Vec<String>,
+        /// Nova's, of the instance that the image is a snapshot of.
+        instance_uuid: Option<Uuid>,
+        /// Nova's: `snapshot` or `backup`.
+        image_type: Option<String>,
+        owner: Option<String>,
+    },
+    /// `image.delete`
+    ImageDeleted { image_id: Uuid },
+    /// `volume.upload.start`, of the Cinder integration
+    VolumeUpload {
+        image_id: Uuid,
+        volume_id: Uuid,
+        /// `node@backend#pool`
+        host: String,
+        tenant_id: String,
+    },
+    /// `instance.snapshot.start`, versioned
+    InstanceSnapshot { image_id: Uuid, instance_id: Uuid },
+    /// `compute.instance.snapshot.start`, which does not tell the image
+    LegacyInstanceSnapshot { instance_id: Uuid },
+}
+
+/// The types of [`Event`], and one for all others: what a metric's label may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EventType {
+    ImageCreate,
+    ImageUpdate,
+    ImageDelete,
+    VolumeUploadStart,
+    InstanceSnapshotStart,
+    ComputeInstanceSnapshotStart,
+    Other,
+}
+
+impl EventType {
+    fn of(text: &[u8]) -> EventType {
+        match text {
+            b"image.create" => EventType::ImageCreate,
+            b"image.update" => EventType::ImageUpdate,
+            b"image.delete" => EventType::ImageDelete,
+            b"volume.upload.start" => EventType::VolumeUploadStart,
+            b"instance.snapshot.start" => EventType::InstanceSnapshotStart,
+            b"compute.instance.snapshot.start" => EventType::ComputeInstanceSnapshotStart,
+            _ => EventType::Other,
+        }
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EventType::ImageCreate => "image.create",
+            EventType::ImageUpdate => "image.update",
+            EventType::ImageDelete => "image.delete",
+            EventType::VolumeUploadStart => "volume.upload.start",
+            EventType::InstanceSnapshotStart => "instance.snapshot.start",
+            EventType::ComputeInstanceSnapshotStart => "compute.instance.snapshot.start",
+            EventType::Other => "other",
+        }
+    }
+}
+
+impl fmt::Display for EventType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A message, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notification {
+    /// Of a type that does not matter, or about an image that does not.
+    Irrelevant(EventType),
+    Relevant {
+        event: Event,
+        event_type: EventType,
+        /// oslo.messaging's `message_id`, for the log.
+        message_id: Option<String>,
+        /// oslo.messaging's `_unique_id`, for the log.
+        unique_id: Option<String>,
+    },
+}
+
+/// The message's own keys. The rest, `_context_*` with its tokens above all, is walked over and never kept.
+#[derive(Deserialize)]
+struct Message<'a> {
+    #[serde(borrow)]
+    event_type: Option<&'a RawValue>,
+    #[serde(borrow)]
+    priority: Option<&'a RawValue>,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+    #[serde(borrow)]
+    message_id: Option<&'a RawValue>,
+    #[serde(borrow, rename = "_unique_id")]
+    unique_id: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Image {
+    id: Id,
+    #[serde(default)]
+    status: Text,
+    #[serde(default)]
+    owner: Text,
+    #[serde(default)]
+    tags: RequestTags,
+    #[serde(default)]
+    properties: Properties,
+}
+
+#[derive(Default)]
+struct Properties {
+    instance_uuid: Text,
+    image_type: Text,
+}
+
+#[derive(Deserialize)]
+struct DeletedImage {
+    id: Id,
+}
+
+#[derive(Deserialize)]
+struct Upload {
+    image_id: Id,
+    volume_id: Id,
+    host: Text,
+    tenant_id: Text,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    #[serde(rename = "nova_object.data")]
+    data: SnapshotAction,
+}
+
+#[derive(Deserialize)]
+struct SnapshotAction {
+    uuid: Id,
+    snapshot_image_id: Id,
+}
+
+#[derive(Deserialize)]
+struct LegacyAction {
+    instance_id: Id,
+}
+
+impl Notification {
+    /// Reads a body as delivered. `compression` is kombu's header of that name, or the content encoding.
+    pub fn read(body: &[u8], compression: Option<&str>) -> Result<Notification, Unreadable> {
+        let text = envelope::inflate(body, compression)?;
+        if let Some(event_type) = envelope::peek_event_type(&text)
+            && EventType::of(event_type) == EventType::Other
+        {
+            return Ok(Notification::Irrelevant(EventType::Other));
+        }
+        Notification::from_message(&envelope::open(&text)?)
+    }
+
+    /// Reads the inner message.
+    fn from_message(text: &str) -> Result<Notification, Unreadable> {
+        if !text.trim_start().starts_with('{') {
+            return Err(Unreadable::MessageNotJson);
+        }
+        let message: Message = serde_json::from_str(text).map_err(|_| Unreadable::MessageNotJson)?;
+        let event_type = text_of(message.event_type).ok_or(Unreadable::NoEventType)?;
+        let event_type = EventType::of(event_type.as_bytes());
+        if event_type == EventType::Other {
+            return Ok(Notification::Irrelevant(event_type));
+        }
+        let payload = message.payload.ok_or(Unreadable::PayloadNotObject)?;
+        if !payload.get().starts_with('{') {
+            // Services put a sentence there when something failed.
+            return match text_of(message.priority).as_deref() {
+                Some("ERROR" | "error") => Ok(Notification::Irrelevant(event_type)),
+                _ => Err(Unreadable::PayloadNotObject),
+            };
+        }
+        Ok(match event(event_type, payload)? {
+            None => Notification::Irrelevant(event_type),
+            Some(event) => Notification::Relevant {
+                event,
+                event_type,
+                message_id: message_id(message.message_id),
+                unique_id: message_id(message.unique_id),
+            },
+        })
+    }
+}
+
+/// None: about an image that does not matter.
+fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unreadable> {
+    Ok(Some(match event_type {
+        EventType::ImageCreate | EventType::ImageUpdate => {
+            let image: Image = parse(payload)?;
+            let instance_uuid = image.properties.instance_uuid.0.as_deref().and_then(uuid);
+            let of_interest = !image.tags.0.is_empty() || instance_uuid.is_some();
+            match image.status.0 {
+                Some(status) if status == "queued" && of_interest => Event::ImageChanged {
+                    image_id: image.id.checked()?,
+                    status,
+                    tags: image.tags.0,
+                    instance_uuid,
+                    image_type: image.properties.image_type.0,
+                    owner: image.owner.0,
+                },
+                _ => return Ok(None),
+            }
+        }
+        EventType::ImageDelete => Event::ImageDeleted { image_id: parse::<DeletedImage>(payload)?.id.checked()? },
+        EventType::VolumeUploadStart => {
+            let upload: Upload = parse(payload)?;
+            Event::VolumeUpload {
+                image_id: upload.image_id.checked()?,
+                volume_id: upload.volume_id.checked()?,
+                host: upload.host.0.ok_or(Unreadable::PayloadShape)?,
+                tenant_id: upload.tenant_id.0.ok_or(Unreadable::PayloadShape)?,
+            }
+        }
+        EventType::InstanceSnapshotStart => {
+            let action = parse::<Versioned>(payload)?.data;
+            Event::InstanceSnapshot {
+                image_id: action.snapshot_image_id.checked()?,
+                instance_id: action.uuid.checked()?,
+            }
+        }
+        EventType::ComputeInstanceSnapshotStart => {
+            Event::LegacyInstanceSnapshot { instance_id: parse::<LegacyAction>(payload)?.instance_id.checked()? }
+        }
+        EventType::Other => return Ok(None),
+    }))
+}
+
+/// serde_json's error is dropped: it can quote the text.
+fn parse<'a, T: Deserialize<'a>>(payload: &'a RawValue) -> Result<T, Unreadable> {
+    serde_json::from_str(payload.get()).map_err(|_| Unreadable::PayloadShape)
+}
+
+fn text_of(value: Option<&RawValue>) -> Option<String> {
+    serde_json::from_str(value?.get()).ok()
+}
+
+/// Only what ids are made of, so that a forged one cannot write to the log.
+fn message_id(value: Option<&RawValue>) -> Option<String> {
+    text_of(value).filter(|id| id.len() <= 64 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'))
+}
+
+/// A UUID as services write it: 36 characters with hyphens, nothing else.
+fn uuid(text: &str) -> Option<Uuid> {
+    (text.len() == 36).then(|| Uuid::try_parse(text).ok()).flatten()
+}
+
+/// An id that is a text; whether it is a UUID comes out in [`Id::checked`].
+struct Id(Option<Uuid>);
+
+impl Id {
+    fn checked(self) -> Result<Uuid, Unreadable> {
+        self.0.ok_or(Unreadable::BadId)
+    }
+}
+
+impl<'de> Deserialize<'de> for Id {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Id(Text::deserialize(deserializer)?.0.as_deref().and_then(uuid)))
+    }
+}
+
+/// A text of at most 255 characters without control characters; None for anything else, which is walked over.
+#[derive(Default)]
+struct Text(Option<String>);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyValue;
+
+        impl<'de> Visitor<'de> for AnyValue {
+            type Value = Text;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("any value")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {
+                let fits = text.chars().take(MAX_TEXT + 1).count() <= MAX_TEXT && !text.contains(char::is_control);
+                Ok(Text(fits.then(|| text.to_owned())))
+            }
+
+            fn visit_unit<E: de::Error>(self) -> Result<Text, E> {
+                Ok(Text(None))
+            }
+
+            fn visit_bool<E: de::Error>(self, _: bool) -> Result<Text, E> {
+                Ok(Text(None))
+            }
+
+            fn visit_i64<E: de::Error>(self, _: i64) -> Result<Text, E> {
+                Ok(Text(None))
+            }
+
+            fn visit_u64<E: de::Error>(self, _: u64) -> Result<Text, E> {
+                Ok(Text(None))
+            }
+
+            fn visit_f64<E: de::Error>(self, _: f64) -> Result<Text, E> {
+                Ok(Text(None))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Text, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Text(None))
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Text, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Text(None))
+            }
+        }
+
+        deserializer.deserialize_any(AnyValue)
+    }
+}
+
+/// The tags that start with `rbd-offload:`. One that is too long, or has control characters, is cut to the prefix: malformed in any case.
+#[derive(Default)]
+struct RequestTags(Vec<String>);
+
+impl<'de> Deserialize<'de> for RequestTags {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let all: Option<Vec<std::borrow::Cow<'de, str>>> = Option::deserialize(deserializer)?;
+        let requests = all.unwrap_or_default().into_iter();
+        Ok(RequestTags(
+            requests
+                .filter(|tag| tag.starts_with(REQUEST_TAG))
+                .take(MAX_TAGS)
+                .map(|tag| {
+                    if tag.len() > MAX_TEXT || tag.contains(char::is_control) {
+                        REQUEST_TAG.to_owned()
+                    } else {
+                        tag.into_owned()
+                    }
+                })
+                .collect(),
+        ))
+    }
+}
+
+/// The two of interest. A tenant names and fills properties as they like, so nothing here fails but broken JSON.
+impl<'de> Deserialize<'de> for Properties {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Pairs;
+
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Properties;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("properties")
+            }
+
+            fn visit_unit<E: de::Error>(self) -> Result<Properties, E> {
+                Ok(Properties::default())
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Properties, A::Error> {
+                let mut properties = Properties::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    match name.as_str() {
+                        "instance_uuid" => properties.instance_uuid = map.next_value()?,
+                        "image_type" => properties.image_type = map.next_value()?,
+                        _ => {
+                            map.next_value::<IgnoredAny>()?;
+                        }
+                    }
+                }
+                Ok(properties)
+            }
+        }
+
+        deserializer.deserialize_any(Pairs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const IMAGE: &str = "300f0219-bf3e-4bb3-af73-da280706b309";
+    const OTHER: &str = "63b4d3f9-b103-4908-884c-8036e4e940b8";
+    const TOKEN: &str = "gAAAAABfaketoken";
+
+    fn read(event_type: &str, payload: Value) -> Result<Notification, Unreadable> {
+        let message = json!({
+            "message_id": IMAGE, "event_type": event_type, "priority": "INFO", "payload": payload,
+            "_unique_id": "26682d52d9c94e5683d8635bcdc68797", "_context_auth_token": TOKEN,
+        });
+        let envelope = json!({"oslo.version": "2.0", "oslo.message": message.to_string()});
+        let wrapped = Notification::read(envelope.to_string().as_bytes(), Some("utf-8"));
+        let bare = Notification::read(message.to_string().as_bytes(), None);
+        assert_eq!(wrapped, bare);
+        assert!(!format!("{wrapped:?}").contains(TOKEN));
+        wrapped
+    }
+
+    fn event(event_type: &str, payload: Value) -> Option<Event> {
+        match read(event_type, payload).unwrap() {
+            Notification::Relevant { event, message_id, unique_id, .. } => {
+                assert_eq!(message_id.as_deref(), Some(IMAGE));
+                assert!(unique_id.is_some());
+                Some(event)
+            }
+            Notification::Irrelevant(_) => None,
+        }
+    }
+
+    #[test]
+    fn an_image_with_a_request_tag() {
+        let tag = format!("rbd-offload:volume:{OTHER}");
+        for event_type in ["image.create", "image.update"] {
+            let image = |status: &str, tags: Value| json!({"id": IMAGE, "status": status, "owner": "p", "tags": tags, "properties": {"a": 1}});
+            assert_eq!(
+                event(event_type, image("queued", json!(["x", tag]))),
+                Some(Event::ImageChanged {
+                    image_id: IMAGE.parse().unwrap(),
+                    status: "queued".to_owned(),
+                    tags: vec![tag.clone()],
+                    instance_uuid: None,
+                    image_type: None,
+                    owner: Some("p".to_owned()),
+                })
+            );
+            assert_eq!(event(event_type, image("active", json!([tag]))), None);
+            assert_eq!(event(event_type, image("queued", json!(["rbd-offloaded", "volume"]))), None);
+            assert_eq!(event(event_type, image("queued", Value::Null)), None);
+        }
+        assert_eq!(event("image.activate", json!({"id": IMAGE, "status": "queued", "tags": [tag]})), None);
+    }
+
+    #[test]
+    fn an_image_of_a_snapshot() {
+        let image = |instance: Value| json!({"id": IMAGE, "status": "queued", "owner": null, "tags": [], "properties": {"instance_uuid": instance, "image_type": "backup"}});
+        let Some(Event::ImageChanged { instance_uuid, image_type, owner, .. }) =
+            event("image.create", image(json!(OTHER)))
+        else {
+            panic!("dropped");
+        };
+        assert_eq!((instance_uuid, image_type.as_deref(), owner), (Some(OTHER.parse().unwrap()), Some("backup"), None));
+        for nonsense in [
+            json!("x"),
+            json!(1),
+            json!(null),
+            json!({"a": [1, {}]}),
+            json!([OTHER]),
+            json!(1.5),
+            json!(-1),
+            json!(true),
+        ] {
+            assert_eq!(event("image.create", image(nonsense)), None);
+        }
+    }
+
+    #[test]
+    fn the_others() {
+        let image_id: Uuid = IMAGE.parse().unwrap();
+        let instance_id: Uuid = OTHER.parse().unwrap();
+        assert_eq!(event("image.delete", json!({"id": IMAGE})), Some(Event::ImageDeleted { image_id }));
+        assert_eq!(
+            event(
+                "volume.upload.start",
+                json!({"image_id": IMAGE, "volume_id": OTHER, "host": "n@b#p", "tenant_id": "t"})
+            ),
+            Some(Event::VolumeUpload {
+                image_id,
+                volume_id: instance_id,
+                host: "n@b#p".to_owned(),
+                tenant_id: "t".to_owned()
+            })
+        );
+        assert_eq!(
+            event(
+                "instance.snapshot.start",
+                json!({"nova_object.data": {"uuid": OTHER, "snapshot_image_id": IMAGE, "x": {}}})
+            ),
+            Some(Event::InstanceSnapshot { image_id, instance_id })
+        );
+        assert_eq!(
+            event("compute.instance.snapshot.start", json!({"instance_id": OTHER})),
+            Some(Event::LegacyInstanceSnapshot { instance_id })
+        );
+    }
+
+    #[test]
+    fn hostile_ids_are_refused() {
+        for id in [
+            json!("../../etc/passwd"),
+            json!(""),
+            json!("300f0219bf3e4bb3af73da280706b309"),
+            json!("{300f0219-bf3e-4bb3-af73-da280706b309}"),
+            json!("urn:uuid:300f0219-bf3e-4bb3-af73-da280706b309"),
+            json!("300f0219-bf3e-4bb3-af73-da280706b30\n"),
+            json!("é00f0219-bf3e-4bb3-af73-da280706b30"),
+            json!(1),
+            json!(null),
+            json!({"a": "b"}),
+        ] {
+            assert_eq!(read("image.delete", json!({"id": id})), Err(Unreadable::BadId), "{id}");
+        }
+        assert_eq!(read("image.delete", json!({})), Err(Unreadable::PayloadShape));
+        let tagged = json!({"id": "x", "status": "queued", "tags": ["rbd-offload:volume:x"]});
+        assert_eq!(read("image.create", tagged), Err(Unreadable::BadId));
+    }
+
+    #[test]
+    fn payloads_of_another_shape() {
+        for payload in [json!("Failed to upload"), json!([]), json!(1), json!(null)] {
+            assert_eq!(read("image.update", payload.clone()), Err(Unreadable::PayloadNotObject));
+            assert_eq!(read("image.upload", payload), Ok(Notification::Irrelevant(EventType::Other)));
+        }
+        for tags in [json!("rbd-offload:"), json!({"a": 1}), json!([1])] {
+            assert_eq!(read("image.update", json!({"id": IMAGE, "tags": tags})), Err(Unreadable::PayloadShape));
+        }
+        let error = r#"{"event_type": "image.update", "priority": "ERROR", "payload": "sentence"}"#;
+        assert_eq!(Notification::read(error.as_bytes(), None), Ok(Notification::Irrelevant(EventType::ImageUpdate)));
+        for (text, reason) in [
+            (r#"{"payload": {}}"#, Unreadable::NoEventType),
+            (r#"{"event_type": ["image.update"], "payload": {}}"#, Unreadable::NoEventType),
+            (r#"{"event_type": "image.update"}"#, Unreadable::PayloadNotObject),
+            (r#"{"oslo.version": "2.0", "oslo.message": "[]"}"#, Unreadable::MessageNotJson),
+            (r#"{"oslo.version": "2.0", "oslo.message": "{"}"#, Unreadable::MessageNotJson),
+        ] {
+            assert_eq!(Notification::read(text.as_bytes(), None), Err(reason), "{text}");
+        }
+    }
+
+    #[test]
+    fn deep_payloads_do_not_overflow() {
+        let deep = format!("{}{}", "{\"a\":".repeat(1_000_000), "1".to_owned() + &"}".repeat(1_000_000));
+        for place in ["properties", "x", "id", "owner"] {
+            let text = format!(r#"{{"event_type": "image.update", "payload": {{"{place}": {deep}}}}}"#);
+            let _ = Notification::read(text.as_bytes(), None);
+        }
+    }
+
+    #[test]
+    fn long_texts_are_not_kept() {
+        let image = json!({"id": IMAGE, "status": "queued", "owner": "o".repeat(256), "tags": vec![format!("rbd-offload:{}", "é\n".repeat(200)); 100]});
+        let Some(Event::ImageChanged { tags, owner, .. }) = event("image.create", image) else {
+            panic!("dropped");
+        };
+        assert_eq!((tags, owner), (vec![REQUEST_TAG.to_owned(); MAX_TAGS], None));
+    }
+}
