@@ -41,9 +41,7 @@ pub fn start_logging(log: &Log) -> io::Result<LogHandle> {
         LogFormat::Text => {
             fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_target(false).boxed()
         }
-        LogFormat::Json => {
-            fmt::layer().json().flatten_event(true).with_writer(io::stderr).with_target(false).boxed()
-        }
+        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(io::stderr).with_target(false).boxed(),
         LogFormat::Journald => tracing_journald::layer()?.with_field_prefix(None).boxed(),
     };
     tracing_subscriber::registry().with(filter).with(layer).try_init().map_err(io::Error::other)?;
