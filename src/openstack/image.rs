@@ -386,6 +386,7 @@ fn stores(call: &str, body: &Value) -> Result<Vec<Store>> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::fake::{base_of, serve, token, wire};
     use super::super::json::hostile;
     use super::*;
 
@@ -508,6 +509,56 @@ mod tests {
         assert_eq!(stores[0].fsid.as_deref(), Some("f"));
         assert!(stores[0].default && !stores[1].default);
         assert_eq!(stores[1].pool, None);
+    }
+
+    /// A Glance before 2024.2: no location API, a queued image `1`, nothing else.
+    async fn old_glance(register: Register, patched: &'static str) -> Session {
+        let url = serve(move |head| {
+            let status = |code, body: &str| Some((code, String::new(), body.to_owned()));
+            if head.starts_with("POST /v3/auth/tokens") {
+                token(&base_of(head), "t")
+            } else if head.starts_with("GET /image/v2/images/1 ") {
+                status(200, r#"{"id": "1", "status": "queued"}"#)
+            } else if head.starts_with("GET /image/v2/images/2 ") {
+                status(200, r#"{"id": "2", "status": "active"}"#)
+            } else if head.starts_with("PATCH /image/v2/images/1 ") && head.contains(JSON_PATCH) {
+                match patched {
+                    "" => status(200, r#"{"id": "1", "status": "active"}"#),
+                    why => status(403, why),
+                }
+            } else {
+                status(404, "<html><body><h1>404 Not Found</h1>The resource could not be found.</body></html>")
+            }
+        })
+        .await;
+        Session { wire: wire(&url, std::time::Duration::from_secs(5)), register }
+    }
+
+    #[tokio::test]
+    async fn auto_falls_back_to_patch_where_glance_has_no_location_api() {
+        let session = old_glance(Register::Auto, "").await;
+        assert_eq!(
+            session.register_location("1", "rbd://f/p/1/snap", None).await.unwrap(),
+            Some(LocationAnswer::Accepted)
+        );
+        assert_eq!(
+            session.register_location("2", "rbd://f/p/2/snap", None).await.unwrap(),
+            Some(LocationAnswer::Conflict)
+        );
+        assert_eq!(session.register_location("3", "rbd://f/p/3/snap", None).await.unwrap(), None);
+        assert!(session.list_tasks("1").await.unwrap().is_empty());
+        assert!(session.list_stores().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn without_the_location_api_the_operator_is_told() {
+        let session = old_glance(Register::LocationsApi, "").await;
+        let error = session.register_location("1", "rbd://f/p/1/snap", None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("[glance] register"), "{error}");
+        let session = old_glance(Register::Patch, "locations are invisible").await;
+        let error = session.register_location("1", "rbd://f/p/1/snap", None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Forbidden);
     }
 
     proptest! {

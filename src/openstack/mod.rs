@@ -4,6 +4,8 @@
 //! input: a field that is missing or of another type is an [`ErrorKind::Protocol`] error, never a panic.
 
 mod error;
+#[cfg(test)]
+mod fake;
 mod image;
 mod json;
 mod limits;

@@ -1,17 +1,23 @@
 //! The way to the services: a login at Keystone by openstack_sdk, the catalog's endpoints, and bounded HTTP requests.
 //!
-//! openstack_sdk does the login (both kinds, and `clouds.yaml`). Requests go through an own client, since the SDK's
-//! reads answers of any length and turns a failed renewal into a plain 401. A login lasts until a service answers 401:
-//! then one new login is made, whoever waits shares its outcome, and the request is repeated once.
+//! openstack_sdk's plugins do the login. Requests do not go through its session: that one reads answers of any length,
+//! hides why a renewal failed, keeps state in the home directory, and refuses a whole catalog for one bad URL. A login
+//! lasts until a service answers 401: then one new login is made, whoever waits shares its outcome, and the request is
+//! repeated once.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use openstack_sdk::auth::authtoken::AuthTokenScope;
 use openstack_sdk::auth::{Auth, AuthError};
 use openstack_sdk::config::CloudConfig;
-use openstack_sdk::{AsyncOpenStack, OpenStackError};
+use openstack_sdk_auth_applicationcredential::ApplicationCredentialAuthenticator;
+use openstack_sdk_auth_core::OpenStackAuthType;
+use openstack_sdk_auth_password::PasswordAuthenticator;
+use openstack_sdk_auth_token::TokenAuthenticator;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 use tokio::sync::Mutex;
@@ -311,7 +317,7 @@ struct Endpoint {
 
 impl Wire {
     pub(super) fn new(access: Access) -> Result<Self> {
-        let Access { mut config, region, interface, cafile, insecure, timeout, image_override } = access;
+        let Access { config, region, interface, cafile, insecure, timeout, image_override } = access;
         let call = "Keystone: auth_url";
         let auth_url = config.auth.as_ref().and_then(|auth| auth.auth_url.clone());
         let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Refused, "it is missing"))?;
@@ -324,17 +330,6 @@ impl Wire {
                 })
             })
             .transpose()?;
-
-        // The SDK shall log in exactly there: its discovery follows the links of the version document, which point to
-        // a wrong host behind many proxies, and needs the public interface before it has a catalog.
-        config.options.insert("identity_endpoint_override".into(), identity.as_str().into());
-        config.options.insert("identity_skip_discovery".into(), true.into());
-        config.options.insert("api_timeout".into(), timeout.as_secs().max(1).into());
-        config.auth_cache = Some(false);
-        config.interface = Some("public".into());
-        config.region_name = None;
-        config.verify = insecure.then_some(false);
-        config.cacert = cafile.as_ref().map(|path| path.to_string_lossy().into_owned());
 
         Ok(Self {
             http: http_client(cafile.as_deref(), insecure, timeout)?,
@@ -380,19 +375,28 @@ impl Wire {
 
     async fn authenticate(&self) -> Result<Login> {
         const CALL: &str = "Keystone: login";
-        let sdk = AsyncOpenStack::new_impl(&self.config, Auth::None).map_err(|error| self.login_error(&error))?;
-        let outcome = match tokio::time::timeout(self.timeout, sdk.authorize(None, false, true)).await {
-            Ok(outcome) => outcome,
-            Err(_) => return Err(Error::new(CALL, ErrorKind::Unavailable, self.timed_out())),
+        let refused = |reason: String| Error::new(CALL, ErrorKind::Refused, reason);
+        let plugin: &dyn OpenStackAuthType = match self.config.auth_type.as_deref() {
+            Some("v3password") => &PasswordAuthenticator,
+            Some("v3applicationcredential") => &ApplicationCredentialAuthenticator,
+            Some("v3token") => &TokenAuthenticator,
+            other => {
+                return Err(refused(format!(
+                    "auth_type {:?} is not supported; password, application credential and token are",
+                    other.unwrap_or_default()
+                )));
+            }
         };
-        match outcome {
-            // A malformed URL of any service in the catalog; the token is there and good.
-            Ok(()) | Err(OpenStackError::Catalog { .. }) => {}
-            Err(error) => return Err(self.login_error(&error)),
-        }
-        let (Some(token), Some(info)) = (sdk.get_auth_token(), sdk.get_auth_info()) else {
+        let scope = AuthTokenScope::try_from(&self.config).map_err(|error| refused(error.to_string()))?;
+        let auth = plugin
+            .auth(&self.http, &self.identity, &credentials(&self.config), Some(&scope), None)
+            .await
+            .map_err(|error| self.login_error(&error))?;
+        let Auth::AuthToken(auth) = auth else {
             return Err(Error::protocol(CALL, "the answer has no token"));
         };
+        let token = auth.token;
+        let info = auth.auth_info.ok_or_else(|| Error::protocol(CALL, "the answer tells nothing of the token"))?;
         let mut header = HeaderValue::from_str(token.expose_secret())
             .map_err(|_| Error::protocol(CALL, "the token is no header value"))?;
         header.set_sensitive(true);
@@ -425,26 +429,33 @@ impl Wire {
         format!("no answer within {} s", self.timeout.as_secs_f32())
     }
 
-    fn login_error(&self, error: &OpenStackError) -> Error {
+    fn login_error(&self, error: &AuthError) -> Error {
         const CALL: &str = "Keystone: login";
         let from_status = |code: u16, message: &str| {
             let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             Error::from_status(CALL, status, self.redact(message, None).as_bytes())
         };
         match error {
-            OpenStackError::AuthError { source } => match source {
-                AuthError::Identity(said) => from_status(u16::try_from(said.code).unwrap_or(500), &said.message),
-                AuthError::UnknownAuth { code, message } => from_status(*code, message.as_deref().unwrap_or_default()),
-                AuthError::Reqwest { source } => self.transport(CALL.into(), source),
-                AuthError::AuthReceipt(_) => Error::new(
-                    CALL,
-                    ErrorKind::Unauthorized,
-                    "Keystone asks for a second factor; use an application credential",
-                ),
-                other => Error::protocol(CALL, shorten(&self.redact(&other.to_string(), None))),
-            },
-            OpenStackError::Communication { source } => self.transport(CALL.into(), source),
-            other => Error::new(CALL, ErrorKind::Refused, shorten(&self.redact(&other.to_string(), None))),
+            AuthError::Identity(said) => from_status(u16::try_from(said.code).unwrap_or(500), &said.message),
+            AuthError::UnknownAuth { code, message } => from_status(*code, message.as_deref().unwrap_or_default()),
+            AuthError::Reqwest { source } => {
+                let json =
+                    std::error::Error::source(source).and_then(|cause| cause.downcast_ref::<serde_json::Error>());
+                match json {
+                    Some(error) => Error::protocol(CALL, format!("the answer is no token: {error}")),
+                    None => self.transport(CALL.into(), source),
+                }
+            }
+            AuthError::AuthReceipt(_) => Error::new(
+                CALL,
+                ErrorKind::Unauthorized,
+                "Keystone asks for a second factor; use an application credential",
+            ),
+            // What the plugin misses before it asks: a user, a domain, a secret.
+            AuthError::Plugin { source } => {
+                Error::new(CALL, ErrorKind::Refused, shorten(&self.redact(&source.to_string(), None)))
+            }
+            other => Error::protocol(CALL, shorten(&self.redact(&other.to_string(), None))),
         }
     }
 
@@ -610,6 +621,25 @@ impl Wire {
     }
 }
 
+/// What the plugins take, by their names.
+fn credentials(config: &CloudConfig) -> HashMap<String, SecretString> {
+    let Some(auth) = &config.auth else { return HashMap::new() };
+    let plain = |value: &Option<String>| value.clone().map(SecretString::from);
+    [
+        ("username", plain(&auth.username)),
+        ("user_id", plain(&auth.user_id)),
+        ("user_domain_name", plain(&auth.user_domain_name)),
+        ("user_domain_id", plain(&auth.user_domain_id)),
+        ("password", auth.password.clone()),
+        ("token", auth.token.clone()),
+        ("application_credential_id", plain(&auth.application_credential_id)),
+        ("application_credential_secret", auth.application_credential_secret.clone()),
+    ]
+    .into_iter()
+    .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+    .collect()
+}
+
 /// One page of a list, in Glance's manner.
 pub(super) struct Page {
     pub(super) call: String,
@@ -749,12 +779,10 @@ fn append(url: &mut Url, path: &[&str]) -> std::result::Result<(), String> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use openstack_sdk::config::Auth as ConfigAuth;
     use proptest::prelude::*;
     use serde_json::json;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpListener;
 
+    use super::super::fake::{base_of, serve, token, wire};
     use super::*;
 
     fn endpoint(service_type: &str, interface: &str, region: &str, url: &str) -> Endpoint {
@@ -838,95 +866,10 @@ mod tests {
         }
     }
 
-    /// What the fake server answers: status line, extra headers, body. `None`: nothing, ever.
-    type Reply = Option<(u16, String, String)>;
-
-    /// An HTTP server that gives `reply` the request's first line and its headers.
-    async fn serve(reply: impl Fn(&str) -> Reply + Send + Sync + 'static) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let reply = Arc::new(reply);
-        tokio::spawn(async move {
-            while let Ok((mut socket, _)) = listener.accept().await {
-                let reply = reply.clone();
-                tokio::spawn(async move {
-                    let mut head = Vec::new();
-                    let mut byte = [0u8; 1];
-                    while !head.ends_with(b"\r\n\r\n") {
-                        match socket.read(&mut byte).await {
-                            Ok(1) => head.push(byte[0]),
-                            _ => return,
-                        }
-                    }
-                    match reply(&String::from_utf8_lossy(&head)) {
-                        None => tokio::time::sleep(Duration::from_secs(60)).await,
-                        Some((status, headers, body)) => {
-                            // The request's body is left unread only when it is short.
-                            let answer = format!(
-                                "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
-                                body.len()
-                            );
-                            let mut rest = [0u8; 4096];
-                            let _ = tokio::time::timeout(Duration::from_millis(50), socket.read(&mut rest)).await;
-                            let _ = socket.write_all(answer.as_bytes()).await;
-                        }
-                    }
-                });
-            }
-        });
-        address
-    }
-
-    fn token(base: &str, name: &str) -> Reply {
-        let body = json!({"token": {
-            "expires_at": "2999-01-01T00:00:00.000000Z", "user": {"id": "u", "name": "u"},
-            "project": {"id": "p", "name": "p"}, "roles": [{"id": "r", "name": "admin"}],
-            "catalog": [
-                {"type": "image", "name": "glance", "endpoints":
-                    [{"id": "e", "interface": "internal", "region": "R", "url": format!("{base}/image")}]},
-                // Another service's mistake, which must not keep us out.
-                {"type": "dns", "name": "d", "endpoints":
-                    [{"id": "f", "interface": "internal", "region": "R", "url": "//nothing"}]},
-            ],
-        }});
-        Some((201, format!("x-subject-token: {name}\r\n"), body.to_string()))
-    }
-
-    fn wire(auth_url: &str, timeout: Duration) -> Wire {
-        let config = CloudConfig {
-            auth: Some(ConfigAuth {
-                auth_url: Some(auth_url.into()),
-                username: Some("u".into()),
-                password: Some("pass-word-1".into()),
-                user_domain_name: Some("Default".into()),
-                project_name: Some("p".into()),
-                project_domain_name: Some("Default".into()),
-                ..Default::default()
-            }),
-            auth_type: Some("v3password".into()),
-            ..Default::default()
-        };
-        Wire::new(Access {
-            config,
-            region: None,
-            interface: "internal".into(),
-            cafile: None,
-            insecure: false,
-            timeout,
-            image_override: None,
-        })
-        .unwrap()
-    }
-
     const SECOND: Duration = Duration::from_secs(1);
 
     fn get_image(path: &'static [&'static str]) -> Request<'static> {
         Request::get(Service::Image, "get image 1", path)
-    }
-
-    fn base_of(head: &str) -> String {
-        let host = head.lines().find_map(|line| line.strip_prefix("host: ")).unwrap_or_default();
-        format!("http://{host}")
     }
 
     #[tokio::test]
@@ -951,6 +894,32 @@ mod tests {
             assert_eq!(answer.unwrap().json().unwrap(), json!({"id": "1"}));
         }
         assert_eq!(logins.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn every_way_of_login_works() {
+        let url = serve(|head| token(&base_of(head), "t")).await;
+        for kind in ["v3password", "v3applicationcredential", "v3token"] {
+            let mut wire = wire(&url, SECOND * 5);
+            wire.config.auth_type = Some(kind.to_owned());
+            let auth = wire.config.auth.get_or_insert_default();
+            auth.application_credential_id = Some("i".into());
+            auth.application_credential_secret = Some("s".into());
+            auth.token = Some("t".into());
+            let login = wire.login(None).await.map(drop);
+            assert!(login.is_ok(), "{kind}: {login:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_login_that_is_no_login_is_told() {
+        let url = serve(|_| Some((201, "x-subject-token: t\r\n".into(), r#"{"token": []}"#.into()))).await;
+        let error = wire(&url, SECOND * 5).login(None).await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+        let mut other = wire(&url, SECOND * 5);
+        other.config.auth_type = Some("v3websso".to_owned());
+        let error = other.login(None).await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     }
 
     #[tokio::test]
