@@ -308,7 +308,7 @@ fn in_mib(bytes: u64) -> String {
 fn inherited(metadata: &BTreeMap<String, String>, image: &Image) -> BTreeMap<String, String> {
     metadata
         .iter()
-        .filter(|(name, _)| !CORE_ATTRIBUTES.contains(&name.as_str()))
+        .filter(|(name, _)| !CORE_ATTRIBUTES.contains(&name.as_str()) && !openstack::is_reserved(name))
         .filter(|(name, _)| !RESERVED.iter().any(|prefix| name.starts_with(prefix)))
         .filter(|(name, _)| !image.properties.contains_key(*name))
         .map(|(name, value)| (name.clone(), value.clone()))

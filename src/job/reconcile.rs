@@ -181,8 +181,8 @@ impl Reconciler {
         let mut marker: Option<String> = None;
         loop {
             let page = self.context().cloud.queued_images(marker.as_deref(), PAGE).await?;
-            let full = page.len() >= PAGE;
-            marker = page.last().map(|image| image.id.clone());
+            let Some(last) = page.last() else { return Ok(()) };
+            marker = Some(last.id.clone());
             for image in page {
                 let Some(image_id) = request::parse_uuid(&image.id) else { continue };
                 if matches!(request::asked_by(&image.tags), Asked::Nothing) {
@@ -197,9 +197,6 @@ impl Reconciler {
                     self.intake.image_queued(image_id, image.owner.clone(), &image.tags).await?;
                     findings.requests += 1;
                 }
-            }
-            if !full {
-                return Ok(());
             }
         }
     }
