@@ -78,6 +78,9 @@ impl Storage for Client {
             if parent.is_old_format()? || !parent.features()?.has(Features::LAYERING) {
                 return Err(Error::new(operation, ErrorKind::Unsupported, "the source has no layering"));
             }
+            if parent.size()? == 0 {
+                return Err(Error::new(operation, ErrorKind::Unsupported, "librbd does not clone an image of 0 bytes"));
+            }
             // librbd takes the parent by name only.
             let name = parent.name()?;
             if let ImageKey::Id(id) = &source.image

@@ -1,0 +1,880 @@
+//! The promises of `rbd_offload::ceph`, against a real cluster: the lab that `make test` starts.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rbd_offload::ceph::{
+    Change, Client, ErrorKind, Features, ImageSpec, LockKey, Locked, Moved, Objects, Progress, Storage, TransferLimits,
+    Version,
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+const METHODS: [Method; 2] = [Method::Copy, Method::Clone];
+const LIMITS: TransferLimits = TransferLimits { concurrency: 8, bytes_per_second: 0, objects_per_second: 0 };
+
+/// What the Python that prepares sources may use.
+const PRELUDE: &str = r#"
+import random, sys
+import rados, rbd
+M = 1 << 20
+conf, keyring, NAME = sys.argv[1:4]
+cluster = rados.Rados(conffile=conf, name='client.admin', conf=dict(keyring=keyring, rbd_cache='false'))
+cluster.connect()
+DEFAULT = 1 | 4 | 8 | 16 | 32
+def io(pool): return cluster.open_ioctx(pool)
+def create(pool, name, size, order=22, features=DEFAULT, unit=0, count=0, data_pool=None):
+    rbd.RBD().create(io(pool), name, size, order, old_format=False, features=features, stripe_unit=unit,
+                     stripe_count=count, data_pool=data_pool)
+def write(pool, name, offset, length, seed):
+    with rbd.Image(io(pool), name) as image:
+        data = random.Random(seed).randbytes(length)
+        for at in range(0, length, M):
+            image.write(data[at:at + M], offset + at)
+def discard(pool, name, offset, length):
+    with rbd.Image(io(pool), name) as image: image.discard(offset, length)
+def resize(pool, name, size):
+    with rbd.Image(io(pool), name) as image: image.resize(size)
+def snap(pool, name, snapshot):
+    with rbd.Image(io(pool), name) as image:
+        image.create_snap(snapshot); image.protect_snap(snapshot)
+def clone(pool, name, snapshot, to_pool, to, order=None, features=DEFAULT, **options):
+    rbd.RBD().clone(io(pool), name, snapshot, io(to_pool), to, features=features, order=order, **options)
+def trash(pool, name): rbd.RBD().trash_move(io(pool), name)
+def data(pool, name, snapshot=None):
+    with rbd.Image(io(pool), name, snapshot, read_only=True) as image:
+        size = image.size()
+        for at in range(0, size, 4 * M):
+            sys.stdout.buffer.write(image.read(at, min(4 * M, size - at)))
+def clean():
+    for _ in range(8):
+        left = 0
+        for pool in ('images', 'volumes', 'volumes2', 'vms'):
+            for entry in rbd.RBD().trash_list(io(pool)):
+                if NAME in entry['name']:
+                    rbd.RBD().trash_restore(io(pool), entry['id'], entry['name'])
+            for name in rbd.RBD().list(io(pool)):
+                if NAME not in name: continue
+                try:
+                    with rbd.Image(io(pool), name) as image:
+                        for snapshot in list(image.list_snaps()):
+                            if image.is_protected_snap(snapshot['name']): image.unprotect_snap(snapshot['name'])
+                            image.remove_snap(snapshot['name'])
+                    rbd.RBD().remove(io(pool), name)
+                except (rbd.ImageBusy, rbd.ImageHasSnapshots, rbd.OSError): left += 1
+        if not left: return
+    raise SystemExit('images of ' + NAME + ' could not be removed')
+"#;
+
+/// One test's view of the lab. What it made goes when it is dropped.
+struct Lab {
+    dir: PathBuf,
+    name: String,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let dir = std::env::var_os("RBDLAB_DIR")
+            .expect("this test needs the lab and RBDLAB_DIR does not name one: run `make test`, which starts it");
+        Self { dir: dir.into(), name: format!("test-{}", Uuid::new_v4().simple()) }
+    }
+
+    fn conf(&self) -> PathBuf {
+        self.dir.join("ceph/ceph.conf")
+    }
+
+    fn keyring(&self) -> PathBuf {
+        self.dir.join("ceph/client.admin.keyring")
+    }
+
+    async fn client(&self) -> Client {
+        Client::connect(&self.conf(), "rbd-offload").await.expect("the lab's Ceph answers")
+    }
+
+    fn python(&self, code: &str) -> Vec<u8> {
+        let output = Command::new("/usr/bin/python3")
+            .args(["-c", &format!("{PRELUDE}\n{code}")])
+            .args([self.conf(), self.keyring(), self.name.clone().into()])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{code}: {}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    }
+
+    fn data(&self, image: &ImageSpec, snapshot: Option<&str>) -> Vec<u8> {
+        let snapshot = snapshot.map_or("None".to_owned(), |s| format!("'{s}'"));
+        let name = image.to_string();
+        let (pool, name) = name.split_once('/').unwrap();
+        self.python(&format!("data('{pool}', '{name}', {snapshot})"))
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> String {
+        let output = Command::new(program)
+            .arg("-c")
+            .arg(self.conf())
+            .arg("--keyring")
+            .arg(self.keyring())
+            .args(["--id", "admin"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn volume(&self) -> ImageSpec {
+        ImageSpec::named("volumes", format!("{}-volume", self.name))
+    }
+
+    fn image(&self) -> ImageSpec {
+        ImageSpec::named("images", format!("{}-image", self.name))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let output = Command::new("/usr/bin/python3")
+            .args(["-c", &format!("{PRELUDE}\nclean()")])
+            .args([self.conf(), self.keyring(), self.name.clone().into()])
+            .output();
+        if let Ok(output) = output
+            && !output.status.success()
+        {
+            eprintln!("cleaning up: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Method {
+    Copy,
+    Clone,
+    Fill,
+}
+
+/// Moves `source@s` to `destination` and returns what was moved.
+async fn transfer(client: &Client, method: Method, source: &ImageSpec, destination: &ImageSpec) -> Moved {
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    if method == Method::Copy {
+        client.create_like(source, "s", destination).await.unwrap();
+        let moved = client.copy(source, "s", destination, LIMITS, &progress, &cancel).await.unwrap();
+        assert_eq!(progress.done(), progress.total());
+        return moved;
+    }
+    client.clone_image(source, "s", destination).await.unwrap();
+    let mut filled = Moved::default();
+    if method == Method::Fill {
+        filled = client.fill(source, "s", destination, LIMITS, &progress, &cancel).await.unwrap();
+    }
+    let flattened = client.flatten(destination, &Progress::default(), &cancel).await.unwrap();
+    Moved {
+        bytes: filled.bytes + flattened.bytes,
+        through_host: filled.through_host + flattened.through_host,
+        objects: filled.objects + flattened.objects,
+    }
+}
+
+/// Prepares a source by Python, which makes the image `volumes/NAME-volume`, and holds every method to the same bytes.
+async fn every_method_is_right(prepare: &str) {
+    let lab = Lab::new();
+    lab.python(prepare);
+    let client = lab.client().await;
+    let source = lab.volume();
+    assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), Change::Made);
+    // Later writes must not show.
+    if client.image(&source, Some("s")).await.unwrap().unwrap().size > MIB {
+        lab.python("write('volumes', NAME + '-volume', 12345, 200000, 99)");
+    }
+    let expected = lab.data(&source, Some("s"));
+    for method in METHODS {
+        let destination = ImageSpec::named("images", format!("{}-{method:?}", lab.name));
+        let moved = transfer(&client, method, &source, &destination).await;
+        eprintln!("{method:?}: {moved:?}");
+        let found = lab.data(&destination, None);
+        assert_eq!(found.len(), expected.len(), "{method:?}");
+        let first = found.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(first, None, "{method:?}: first byte that differs");
+        is_published_shape(&lab, &client, &source, &destination).await;
+        assert_eq!(client.remove_image(&destination).await.unwrap(), Change::Made);
+    }
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+}
+
+async fn is_published_shape(lab: &Lab, client: &Client, source: &ImageSpec, destination: &ImageSpec) {
+    let from = client.image(source, Some("s")).await.unwrap().unwrap();
+    lab.command("rbd", &["object-map", "check", &destination.to_string()]);
+    let to = client.image(destination, None).await.unwrap().unwrap();
+    assert_eq!(to.flags, 0, "object map");
+    assert!(to.features.has(Features::PUBLISHED), "{:?}", to.features);
+    assert_eq!(to.features.0 & !(Features::PUBLISHED.0 | Features::STRIPINGV2.0), 0, "{:?}", to.features);
+    assert_eq!(to.parent, None);
+    assert_eq!(to.snapshots, []);
+    assert_eq!(to.data_pool, None);
+    assert_eq!(to.object_size, from.object_size);
+    assert_eq!((to.stripe_unit, to.stripe_count), (from.stripe_unit, from.stripe_count));
+    assert_eq!(to.size, from.size);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_volumes() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('volumes', v, 40 * M)
+write('volumes', v, 0, 3 * M, 1); write('volumes', v, 9 * M + 777, 5000, 2); write('volumes', v, 31 * M, 9 * M, 3)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('volumes2', NAME + '-base', 40 * M)
+write('volumes2', NAME + '-base', 0, 10 * M, 1); write('volumes2', NAME + '-base', 30 * M, 2 * M, 2)
+snap('volumes2', NAME + '-base', 'b')
+clone('volumes2', NAME + '-base', 'b', 'volumes', v)
+write('volumes', v, 5 * M, 4096, 3); write('volumes', v, 20 * M, 2 * M, 4); discard('volumes', v, 0, 4 * M)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_of_clones() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 40 * M)
+write('images', NAME + '-a', 0, 12 * M, 1); write('images', NAME + '-a', 36 * M, 4 * M, 5)
+snap('images', NAME + '-a', 'x')
+clone('images', NAME + '-a', 'x', 'volumes2', NAME + '-b')
+write('volumes2', NAME + '-b', 4 * M, 1 * M, 2); write('volumes2', NAME + '-b', 16 * M, 1 * M, 6)
+snap('volumes2', NAME + '-b', 'y')
+clone('volumes2', NAME + '-b', 'y', 'volumes', v)
+write('volumes', v, 8 * M + 100, 100, 3)
+trash('volumes2', NAME + '-b')",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_that_grew() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 10 * M + 5000); write('images', NAME + '-a', 0, 10 * M + 5000, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+resize('volumes', v, 40 * M); write('volumes', v, 33 * M, 3 * M, 2); write('volumes', v, 11 * M, 3000, 3)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_that_shrank_and_grew_again() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 40 * M); write('images', NAME + '-a', 0, 40 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+write('volumes', v, 20 * M, 8 * M, 2)
+snap('volumes', v, 'before')
+resize('volumes', v, 13 * M + 512); resize('volumes', v, 36 * M); write('volumes', v, 25 * M, 1 * M, 3)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_without_fast_diff() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 24 * M, features=1); write('images', NAME + '-a', 0, 9 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v, features=1)
+write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_sizes() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('volumes', v, 13 * M + 1537); write('volumes', v, 12 * M, M + 1537, 1); write('volumes', v, 1, 1, 1)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn empty_volumes() {
+    every_method_is_right("create('volumes', NAME + '-volume', 20 * M)").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_of_no_bytes_can_only_be_copied() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 0)");
+    let client = lab.client().await;
+    client.create_snapshot(&lab.volume(), "s").await.unwrap();
+    client.protect_snapshot(&lab.volume(), "s").await.unwrap();
+    let refused = client.clone_image(&lab.volume(), "s", &lab.image()).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+    assert_eq!(transfer(&client, Method::Copy, &lab.volume(), &lab.image()).await, Moved::default());
+    is_published_shape(&lab, &client, &lab.volume(), &lab.image()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_objects() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('volumes', v, 20 * M, order=20); write('volumes', v, 3 * M + 5, 3 * M, 1); write('volumes', v, 19 * M, M, 2)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_objects() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('volumes', v, 80 * M, order=25); write('volumes', v, 30 * M, 5 * M, 1); write('volumes', v, 79 * M, M, 2)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_with_other_object_sizes() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 40 * M, order=23); write('images', NAME + '-a', 3 * M, 20 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v, order=20, stripe_unit=M, stripe_count=1)
+write('volumes', v, 5 * M, M, 2); write('volumes', v, 30 * M, M, 3)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn striped_volumes() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 40 * M, features=DEFAULT | 2, unit=65536, count=4)
+write('images', NAME + '-a', 0, 7 * M, 1); write('images', NAME + '-a', 22 * M + 10, M, 4)
+snap('images', NAME + '-a', 'x')
+clone('images', NAME + '-a', 'x', 'volumes', v, features=DEFAULT | 2, stripe_unit=32768, stripe_count=3)
+write('volumes', v, 5 * M + 1, 2 * M, 2); write('volumes', v, 30 * M, 10 * M, 3)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn erasure_coded_data() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 40 * M, data_pool='ecdata'); write('images', NAME + '-a', 0, 9 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v, data_pool='ecdata')
+write('volumes', v, 13 * M, 4 * M, 2); write('volumes', v, M, 3000, 2)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_in_the_trash_is_read_by_its_id() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 12 * M); write('volumes', NAME + '-volume', 0, 5 * M, 1)");
+    let client = lab.client().await;
+    let source = lab.volume();
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    let expected = lab.data(&source, Some("s"));
+    let id = client.image(&source, None).await.unwrap().unwrap().id;
+    let by_id = ImageSpec::with_id("volumes", id.as_str());
+    // Cloned before, filled and flattened after.
+    let cloned = ImageSpec::named("images", format!("{}-cloned", lab.name));
+    client.clone_image(&by_id, "s", &cloned).await.unwrap();
+    lab.python("trash('volumes', NAME + '-volume')");
+    assert_eq!(client.image(&source, None).await.unwrap(), None);
+    let info = client.image(&by_id, Some("s")).await.unwrap().unwrap();
+    assert_eq!(info.id, id);
+    assert!(client.image(&cloned, None).await.unwrap().unwrap().parent.unwrap().in_trash);
+    transfer(&client, Method::Copy, &by_id, &lab.image()).await;
+    assert_eq!(lab.data(&lab.image(), None), expected);
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    client.flatten(&cloned, &progress, &cancel).await.unwrap();
+    assert_eq!(lab.data(&cloned, None), expected);
+    let again = ImageSpec::named("images", format!("{}-again", lab.name));
+    let refused = client.clone_image(&by_id, "s", &again).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+    assert_eq!(client.snapshots("volumes", "s", 0).await.unwrap(), [(by_id.clone(), "s".to_owned())]);
+    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_during_writes_equals_the_snapshot() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
+    let client = lab.client().await;
+    let source = lab.volume();
+    client.create_snapshot(&source, "s").await.unwrap();
+    let expected = lab.data(&source, Some("s"));
+    client.create_like(&source, "s", &lab.image()).await.unwrap();
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let slow = TransferLimits { bytes_per_second: 16 * MIB, ..LIMITS };
+    let began = Instant::now();
+    let image = lab.image();
+    let copy = client.copy(&source, "s", &image, slow, &progress, &cancel);
+    let writer = async {
+        tokio::task::block_in_place(|| {
+            lab.python("for n in range(8): write('volumes', NAME + '-volume', n * 8 * M + 4096, 3 * M, n)")
+        })
+    };
+    let (moved, _) = tokio::join!(copy, writer);
+    let moved = moved.unwrap();
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(3), "64 MiB at 16 MiB/s took {took:?}");
+    assert_eq!((moved.bytes, moved.through_host, moved.objects), (64 * MIB, 128 * MIB, 16));
+    assert!(lab.data(&image, None) == expected);
+    assert!(lab.data(&source, None) != expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_stops_when_cancelled_or_dropped() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.create_like(&source, "s", &image).await.unwrap();
+    let slow = TransferLimits { bytes_per_second: 8 * MIB, ..LIMITS };
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let stopper = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        cancel.cancel();
+        Instant::now()
+    };
+    let (stopped, at) = tokio::join!(client.copy(&source, "s", &image, slow, &progress, &cancel), stopper);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(at.elapsed() < Duration::from_secs(2));
+    assert!(progress.done() > 0 && progress.done() < progress.total());
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+
+    client.create_like(&source, "s", &image).await.unwrap();
+    let never = CancellationToken::new();
+    let copy = client.copy(&source, "s", &image, slow, &progress, &never);
+    tokio::time::timeout(Duration::from_secs(1), copy).await.unwrap_err();
+    // The dropped copy lets go of the image by itself.
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flatten_stops_when_cancelled() {
+    let lab = Lab::new();
+    lab.python(
+        "create('volumes', NAME + '-volume', 512 * M)
+for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let stopper = async {
+        while progress.done() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        cancel.cancel();
+        Instant::now()
+    };
+    let (stopped, at) = tokio::join!(client.flatten(&image, &progress, &cancel), stopper);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    eprintln!("stopped {:?} after the cancel, {} of {} done", at.elapsed(), progress.done(), progress.total());
+    assert!(at.elapsed() < Duration::from_secs(5));
+    assert!(client.image(&image, None).await.unwrap().unwrap().parent.is_some());
+    // It can go on, and be removed in between.
+    let busy = client.remove_snapshot(&source, "s").await.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+    client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
+    assert_eq!(client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap(), Moved::default());
+    assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
+    client.remove_image(&image).await.unwrap();
+
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    cancel.cancel();
+    client.flatten(&image, &progress, &cancel).await.unwrap_err();
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repeated_steps_find_nothing_to_do() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 4 * M); write('volumes', NAME + '-volume', 0, 5000, 1)");
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    for expected in [Change::Made, Change::AlreadyThere] {
+        assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), expected);
+        assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), expected);
+    }
+    let info = client.image(&source, Some("s")).await.unwrap().unwrap();
+    assert!(info.snapshots.iter().any(|s| s.name == "s" && s.protected && s.size == 4 * MIB));
+    assert!(!info.old_format);
+    let missing = client.image(&source, Some("other")).await.unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound, "{missing}");
+    assert_eq!(client.image(&image, None).await.unwrap(), None);
+    let missing = client.image(&ImageSpec::named("imges", "x"), None).await.unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
+    assert!(missing.to_string().contains("\"imges\"") && missing.to_string().contains("volumes2"), "{missing}");
+    for missing in [client.create_snapshot(&image, "s").await, client.protect_snapshot(&source, "other").await] {
+        assert_eq!(missing.unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    client.clone_image(&source, "s", &image).await.unwrap();
+    for taken in [client.clone_image(&source, "s", &image).await, client.create_like(&source, "s", &image).await] {
+        assert_eq!(taken.unwrap_err().kind(), ErrorKind::Exists);
+    }
+    let parent = client.image(&image, None).await.unwrap().unwrap().parent.unwrap();
+    assert_eq!((parent.pool.as_str(), parent.snapshot.as_str(), parent.overlap), ("volumes", "s", 4 * MIB));
+    let busy = client.remove_snapshot(&source, "s").await.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+    let busy = client.remove_image(&source).await.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+
+    assert_eq!(client.metadata(&image, "rbd_offload.job").await.unwrap(), None);
+    client.set_metadata(&image, "rbd_offload.job", "ä 1").await.unwrap();
+    client.set_metadata(&image, "rbd_offload.job", &"x".repeat(10_000)).await.unwrap();
+    assert_eq!(client.metadata(&image, "rbd_offload.job").await.unwrap(), Some("x".repeat(10_000)));
+    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Change::AlreadyThere);
+
+    assert_eq!(client.read(&image, 0, 100).await.unwrap(), lab.data(&source, Some("s"))[..100]);
+    assert_eq!(client.read(&image, 4 * MIB - 10, 100).await.unwrap(), [0; 10]);
+    assert!(client.read(&image, 5 * MIB, 100).await.unwrap().is_empty());
+
+    let other = format!("{}-other", lab.name);
+    client.rename(&image, &other).await.unwrap();
+    assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::NotFound);
+    client.create_like(&source, "s", &image).await.unwrap();
+    assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::Exists);
+    let mut names = client.images("images", &lab.name).await.unwrap();
+    names.sort();
+    assert_eq!(names, [format!("{}-image", lab.name), other.clone()]);
+
+    // An image with protected snapshots of its own.
+    client.create_snapshot(&image, "snap").await.unwrap();
+    client.protect_snapshot(&image, "snap").await.unwrap();
+    for image in [image, ImageSpec::named("images", other)] {
+        assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&image).await.unwrap(), Change::AlreadyThere);
+    }
+    for expected in [Change::Made, Change::AlreadyThere] {
+        assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), expected);
+    }
+    assert_eq!(client.remove_image(&source).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_broke_off_is_finished() {
+    let lab = Lab::new();
+    lab.python(
+        "create('images', NAME + '-image', 4 * M)
+rbd.RBD().trash_move(io('images'), NAME + '-image')
+# As librbd marks an image that it is removing: the second byte after the header of the entry is the source.
+entry = [e for e in rbd.RBD().trash_list(io('images')) if e['name'] == NAME + '-image'][0]
+with rados.ReadOpCtx() as op:
+    keys, _ = io('images').get_omap_vals_by_keys(op, ('id_' + entry['id'],))
+    i = io('images'); i.operate_read_op(op, 'rbd_trash'); value = bytearray(dict(keys)['id_' + entry['id']])
+value[6] = 3
+with rados.WriteOpCtx() as op:
+    i.set_omap(op, ('id_' + entry['id'],), (bytes(value),)); i.operate_write_op(op, 'rbd_trash')",
+    );
+    let client = lab.client().await;
+    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_are_found_by_their_prefix() {
+    let lab = Lab::new();
+    lab.python(
+        "for n in 'abc':
+    create('vms', NAME + '-' + n, M)
+    with rbd.Image(io('vms'), NAME + '-' + n) as image:
+        image.create_snap('other'); image.create_snap(NAME + '-s'); image.create_snap('x' + NAME)
+trash('vms', NAME + '-c')",
+    );
+    let client = lab.client().await;
+    let trashed =
+        lab.python("print([e['id'] for e in rbd.RBD().trash_list(io('vms')) if e['name'] == NAME + '-c'][0], end='')");
+    let snapshot = format!("{}-s", lab.name);
+    let mut expected = vec![
+        (ImageSpec::named("vms", format!("{}-a", lab.name)), snapshot.clone()),
+        (ImageSpec::named("vms", format!("{}-b", lab.name)), snapshot.clone()),
+        (ImageSpec::with_id("vms", String::from_utf8(trashed).unwrap()), snapshot),
+    ];
+    let mut found = client.snapshots("vms", &lab.name, 0).await.unwrap();
+    let key = |(image, _): &(ImageSpec, String)| image.to_string();
+    found.sort_by_key(key);
+    expected.sort_by_key(key);
+    assert_eq!(found, expected);
+    let began = Instant::now();
+    client.snapshots("vms", &lab.name, 2).await.unwrap();
+    assert!(began.elapsed() > Duration::from_millis(900), "three headers, two a second");
+}
+
+fn key(cookie: &str) -> LockKey {
+    LockKey { name: "rbd_offload.lease".into(), cookie: cookie.into() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_are_written_only_at_the_version_that_was_read() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let objects = client.objects("images", &lab.name).unwrap();
+    assert_eq!(objects.read("job.1").await.unwrap(), None);
+    let gone = objects.replace("job.1", b"x", Version(1), None).await.unwrap_err();
+    assert_eq!(gone.kind(), ErrorKind::NotFound, "{gone}");
+    let first = objects.create("job.1", b"one").await.unwrap();
+    assert_eq!(objects.create("job.1", b"two").await.unwrap_err().kind(), ErrorKind::Exists);
+    assert_eq!(objects.read("job.1").await.unwrap(), Some((b"one".to_vec(), first)));
+    let second = objects.replace("job.1", b"three", first, None).await.unwrap();
+    assert!(second > first);
+    assert_eq!(objects.read("job.1").await.unwrap(), Some((b"three".to_vec(), second)));
+    for wrong in [first, Version(second.0 + 5)] {
+        let conflict = objects.replace("job.1", b"four", wrong, None).await.unwrap_err();
+        assert_eq!(conflict.kind(), ErrorKind::Conflict, "{conflict}");
+        assert_eq!(objects.remove("job.1", wrong, None).await.unwrap_err().kind(), ErrorKind::Conflict);
+    }
+    assert_eq!(objects.list().await.unwrap(), ["job.1"]);
+    assert_eq!(client.objects("images", "").unwrap().list().await.unwrap().iter().find(|o| *o == "job.1"), None);
+    objects.remove("job.1", second, None).await.unwrap();
+    assert_eq!(objects.read("job.1").await.unwrap(), None);
+    assert_eq!(objects.remove("job.1", second, None).await.unwrap_err().kind(), ErrorKind::NotFound);
+
+    let large = objects.create("large", &vec![7; 1 << 20]).await.unwrap();
+    assert_eq!(objects.read("large").await.unwrap().unwrap().0.len(), 1 << 20);
+    let large = objects.replace("large", &vec![7; (1 << 20) + 1], large, None).await.unwrap();
+    assert!(objects.read("large").await.is_err());
+    objects.remove("large", large, None).await.unwrap();
+    assert!(objects.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_belongs_to_one_and_runs_out() {
+    let lab = Lab::new();
+    let (one, two) = (lab.client().await, lab.client().await);
+    let (one, two) = (one.objects("images", &lab.name).unwrap(), two.objects("images", &lab.name).unwrap());
+    let minute = Duration::from_secs(60);
+    assert_eq!(one.lock("job", &key("a"), "", minute).await.unwrap(), Locked::NoObject);
+    assert_eq!(one.read("job").await.unwrap(), None, "locking creates nothing");
+    assert_eq!(one.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(one.unlock("job", &key("a")).await.unwrap(), Change::AlreadyThere);
+    assert!(!one.is_locked("job", "rbd_offload.lease").await.unwrap());
+
+    let version = one.create("job", b"1").await.unwrap();
+    let refused = one.replace("job", b"2", version, Some(&key("a"))).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NotLocked, "never locked: {refused}");
+    assert_eq!(one.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(one.lock("job", &key("a"), "host one", minute).await.unwrap(), Locked::Acquired);
+    assert_eq!(one.lock("job", &key("a"), "host one", minute).await.unwrap(), Locked::Acquired, "again is a renewal");
+    assert_eq!(two.lock("job", &key("a"), "host two", minute).await.unwrap(), Locked::Held, "another client");
+    assert_eq!(one.lock("job", &key("b"), "host one", minute).await.unwrap(), Locked::Held, "another cookie");
+    assert!(two.is_locked("job", "rbd_offload.lease").await.unwrap());
+    assert!(!two.is_locked("job", "another").await.unwrap());
+    let stale = one.replace("job", b"2", version, Some(&key("a"))).await.unwrap_err();
+    assert_eq!(stale.kind(), ErrorKind::Conflict, "taking the lock raised the version: {stale}");
+    let version = one.read("job").await.unwrap().unwrap().1;
+    one.renew("job", &key("a"), "host one", Duration::from_millis(2500)).await.unwrap();
+    let version_renewed = one.read("job").await.unwrap().unwrap().1;
+    assert!(version_renewed > version, "so does renewing it");
+    assert_eq!(
+        two.replace("job", b"3", version_renewed, Some(&key("a"))).await.unwrap_err().kind(),
+        ErrorKind::NotLocked
+    );
+    assert_eq!(two.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(two.unlock("job", &key("a")).await.unwrap(), Change::AlreadyThere);
+    let version = one.replace("job", b"2", version_renewed, Some(&key("a"))).await.unwrap();
+
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!two.is_locked("job", "rbd_offload.lease").await.unwrap(), "its time ran out");
+    let late = one.replace("job", b"3", version, Some(&key("a"))).await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::NotLocked, "{late}");
+    assert_eq!(one.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(two.lock("job", &key("c"), "host two", minute).await.unwrap(), Locked::Acquired);
+    let version = two.read("job").await.unwrap().unwrap().1;
+    assert_eq!(one.remove("job", version, Some(&key("a"))).await.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Change::Made);
+    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Change::AlreadyThere);
+    let version = two.read("job").await.unwrap().unwrap().1;
+    two.remove("job", version, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_omap_is_read_in_pages() {
+    let lab = Lab::new();
+    let objects = lab.client().await.objects("images", &lab.name).unwrap();
+    assert!(objects.omap("index", "", 10).await.unwrap().is_empty());
+    let entries: Vec<_> = (0..2500).map(|n| (format!("k{n:04}"), format!("v{n}\0").into_bytes())).collect();
+    objects.set_omap("index", &entries).await.unwrap();
+    assert!(objects.omap("index", "", 10_000).await.unwrap() == entries);
+    assert!(objects.omap("index", "k0009", 1500).await.unwrap() == entries[10..1510]);
+    assert!(objects.omap("index", "k2499", 10).await.unwrap().is_empty());
+    let keys: Vec<_> = entries.iter().map(|(key, _)| key.clone()).collect();
+    objects.remove_omap("index", &keys[1..]).await.unwrap();
+    objects.remove_omap("index", &keys[1..]).await.unwrap();
+    objects.remove_omap("none", &keys).await.unwrap();
+    assert!(objects.omap("index", "", 10).await.unwrap() == entries[..1]);
+    assert_eq!(objects.list().await.unwrap(), ["index"]);
+    let (_, version) = objects.read("index").await.unwrap().unwrap();
+    objects.remove("index", version, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fenced_client_is_shut_out_until_it_reconnects() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
+    let (one, two) = (lab.client().await, lab.client().await);
+    let (source, image) = (lab.volume(), lab.image());
+    two.create_snapshot(&source, "s").await.unwrap();
+    two.create_like(&source, "s", &image).await.unwrap();
+    let address = two.address().await.unwrap();
+    eprintln!("address: {address}");
+    assert_ne!(address, one.address().await.unwrap());
+
+    // It is shut out in the middle of a copy.
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let slow = TransferLimits { bytes_per_second: 8 * MIB, ..LIMITS };
+    let fence = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let began = Instant::now();
+        assert_eq!(one.fence(&address).await.unwrap(), Change::Made);
+        eprintln!("fenced in {:?}", began.elapsed());
+        assert_eq!(one.fence(&address).await.unwrap(), Change::AlreadyThere);
+    };
+    let (copied, ()) = tokio::join!(two.copy(&source, "s", &image, slow, &progress, &never), fence);
+    let shut_out = copied.unwrap_err();
+    assert_eq!(shut_out.kind(), ErrorKind::Fenced, "{shut_out}");
+    assert!(two.is_fenced());
+    let objects = two.objects("images", &lab.name).unwrap();
+    for kind in [
+        two.image(&source, None).await.unwrap_err().kind(),
+        two.address().await.unwrap_err().kind(),
+        objects.create("x", b"").await.unwrap_err().kind(),
+    ] {
+        assert_eq!(kind, ErrorKind::Fenced);
+    }
+
+    assert_eq!(two.reconnect().await.unwrap(), Change::Made);
+    assert_eq!(two.reconnect().await.unwrap(), Change::AlreadyThere);
+    assert_ne!(two.address().await.unwrap(), address);
+    let version = objects.create("x", b"").await.unwrap();
+    objects.remove("x", version, None).await.unwrap();
+    assert!(two.image(&source, None).await.unwrap().is_some());
+    let began = Instant::now();
+    while let Err(e) = one.remove_image(&image).await {
+        assert_eq!(e.kind(), ErrorKind::Busy, "{e}");
+        assert!(began.elapsed() < Duration::from_secs(60));
+    }
+    eprintln!("its image could be removed after {:?}", began.elapsed());
+
+    let own = one.address().await.unwrap();
+    assert_eq!(one.fence(&own).await.unwrap_err().kind(), ErrorKind::Unsupported);
+    assert_eq!(one.fence("nonsense").await.unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_call_tells_a_fenced_client_so() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 4 * M); snap('volumes', NAME + '-volume', 's')");
+    let one = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    let mut fenced = Vec::new();
+    for call in 0..7 {
+        let two = lab.client().await;
+        // A connection that has seen its pool: the first call then meets the OSD, not the monitor.
+        two.image(&source, None).await.unwrap();
+        one.fence(&two.address().await.unwrap()).await.unwrap();
+        fenced.push((call, two));
+    }
+    // An OSD that `one` has not spoken to since learns of the new map a moment later.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    for (call, two) in fenced {
+        let result = match call {
+            0 => two.image(&source, Some("s")).await.map(drop),
+            1 => two.create_snapshot(&source, "t").await.map(drop),
+            2 => two.clone_image(&source, "s", &image).await,
+            3 => two.images("volumes", "").await.map(drop),
+            4 => two.rename(&source, "x").await,
+            5 => two.remove_image(&source).await.map(drop),
+            _ => two.objects("images", &lab.name).unwrap().create("x", b"").await.map(drop),
+        };
+        match result {
+            Ok(()) => panic!("call {call} was let through"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Fenced, "call {call}: {error}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_tells_who_it_is() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let fsid = client.fsid().await.unwrap();
+    assert_eq!(fsid, lab.command("ceph", &["fsid"]).trim());
+    let pools = client.pools().await.unwrap();
+    for pool in ["images", "volumes", "volumes2", "vms", "ecdata"] {
+        assert!(pools.iter().any(|p| p == pool), "{pools:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_connection_says_what_to_mend() {
+    let lab = Lab::new();
+    let Err(e) = Client::connect(&lab.dir.join("none.conf"), "rbd-offload").await else { panic!() };
+    assert_eq!(e.kind(), ErrorKind::NotFound);
+    assert!(e.to_string().contains("none.conf"), "{e}");
+    let Err(e) = Client::connect(&lab.conf(), "nobody").await else { panic!() };
+    assert!(e.to_string().contains("client.nobody") && e.to_string().contains("keyring"), "{e}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("ceph.conf");
+    let text = std::fs::read_to_string(lab.conf()).unwrap();
+    let keyring = dir.path().join("keyring");
+    std::fs::write(&keyring, "[client.rbd-offload]\n\tkey = AQAAAAAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAA==\n").unwrap();
+    std::fs::write(&conf, format!("{text}\n[client.rbd-offload]\nkeyring = {}\n", keyring.display())).unwrap();
+    let Err(e) = Client::connect(&conf, "rbd-offload").await else { panic!() };
+    assert_eq!(e.kind(), ErrorKind::PermissionDenied, "{e}");
+    assert!(e.to_string().contains("ceph auth get client.rbd-offload"), "{e}");
+    std::fs::write(&conf, "[global\nnonsense").unwrap();
+    let Err(e) = Client::connect(&conf, "rbd-offload").await else { panic!() };
+    assert!(e.to_string().contains("ceph.conf"), "{e}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_capabilities_are_found() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    for pool in ["images", "volumes"] {
+        assert_eq!(client.capabilities(pool, false).await.unwrap(), []);
+    }
+    assert!(client.images("volumes", "rbd-offload.check-").await.unwrap().is_empty());
+    let found = client.capabilities("nothing", false).await.unwrap();
+    assert!(found.len() == 1 && found[0].error.contains("nothing"), "{found:?}");
+    let client = Client::connect(&lab.conf(), "rbd-offload-nocaps").await.unwrap();
+    let found = client.capabilities("volumes", false).await.unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].mend.contains("profile rbd pool=volumes"), "{found:?}");
+}
