@@ -154,7 +154,7 @@ async fn serve_signals(
         tokio::select! {
             _ = signals.terminate.recv() => return false,
             _ = signals.interrupt.recv() => return false,
-            _ = engine => return true,
+            _ = &mut *engine => return true,
             _ = signals.reload.recv() => reload(path.to_owned(), log, config),
         }
     }
