@@ -4,12 +4,13 @@
 # --- the processes ---------------------------------------------------------------------------------------------------
 
 # The APIs are WSGI applications that read sys.argv themselves, so gunicorn's options travel in the environment.
-launch_wsgi() { # NAME
-  launch "$1" env HOME="$SERVICE_HOME" GUNICORN_CMD_ARGS="-c $DIR/etc/gunicorn/$1.py" "$VENV/bin/gunicorn"
+launch_wsgi() { # NAME [VARIABLE=VALUE…]
+  launch "$1" env HOME="$SERVICE_HOME" GUNICORN_CMD_ARGS="-c $DIR/etc/gunicorn/$1.py" "${@:2}" "$VENV/bin/gunicorn"
 }
 launch_keystone() { launch_wsgi keystone; }
 launch_glance() { launch_wsgi glance; }
-launch_cinder_api() { launch_wsgi cinder-api; }
+# Its cinder.conf is that of the other two, with a log_dir; left to itself it would log to gunicorn.log.
+launch_cinder_api() { launch_wsgi cinder-api OS_DEFAULT__LOG_FILE="$DIR/log/cinder-api.log"; }
 
 launch_cinder() { # NAME
   sql "update cinder.services set report_count = 0 where \`binary\` = '$1'"
