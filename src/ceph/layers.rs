@@ -74,7 +74,7 @@ pub(super) fn shared_extents(cluster: &Arc<Cluster>, image: &Image) -> Result<Ve
     Ok(union(extents))
 }
 
-fn clip(mut extents: Vec<Extent>, end: u64) -> Vec<Extent> {
+pub(super) fn clip(mut extents: Vec<Extent>, end: u64) -> Vec<Extent> {
     extents.retain_mut(|extent| {
         extent.end = extent.end.min(end);
         extent.start < extent.end

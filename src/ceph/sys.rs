@@ -27,7 +27,6 @@ pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 pub const SNAP_NAMESPACE_USER: c_int = 0;
 pub const TRASH_SOURCE_REMOVING: c_int = 3;
 
-
 /// `rbd_image_spec_t`
 #[repr(C)]
 pub struct ImageSpec {
@@ -202,6 +201,18 @@ unsafe extern "C" {
     pub fn rbd_metadata_get(image: rbd_image_t, key: *const c_char, value: *mut c_char, length: *mut usize) -> c_int;
     pub fn rbd_metadata_set(image: rbd_image_t, key: *const c_char, value: *const c_char) -> c_int;
     pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
+}
+
+// copy_from.cc
+unsafe extern "C" {
+    pub fn rbd_offload_copy_from(
+        source: rados_ioctx_t,
+        source_object: *const c_char,
+        destination: rados_ioctx_t,
+        object: *const c_char,
+        done: extern "C" fn(argument: *mut c_void, result: c_int),
+        argument: *mut c_void,
+    ) -> c_int;
 }
 
 #[link(name = "rados")]
