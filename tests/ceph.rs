@@ -418,7 +418,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
     let refused = client.clone_image(&by_id, "s", &again).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
-    assert_eq!(client.snapshots("volumes", "s", 0).await.unwrap(), [(by_id.clone(), "s".to_owned())]);
+    assert!(client.snapshots("volumes", "s", 0).await.unwrap().contains(&(by_id.clone(), "s".to_owned())));
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::Made);
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::AlreadyThere);
     assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
@@ -956,7 +956,8 @@ async fn clones_of_format_2() {
 v = NAME + '-volume'
 create('images', NAME + '-a', 24 * M); write('images', NAME + '-a', 0, 10 * M, 1)
 with rbd.Image(io('images'), NAME + '-a') as image: image.create_snap('x')
-clone('images', NAME + '-a', 'x', 'volumes', v, clone_format=2)
+cluster.conf_set('rbd_default_clone_format', '2')
+clone('images', NAME + '-a', 'x', 'volumes', v)
 with rbd.Image(io('images'), NAME + '-a') as image: image.remove_snap('x')
 write('images', NAME + '-a', 0, 10 * M, 5)
 write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",

@@ -126,7 +126,12 @@ pub(super) fn fill(
         return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
     }
     drop(again);
-    Image::open_existing(cluster, destination, Access::ReadWrite)?.rebuild_object_map(cancel)?;
+    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    to.rebuild_object_map(cancel)?;
+    for snapshot in to.snapshots()? {
+        to.set_snapshot(&snapshot.name)?;
+        to.rebuild_object_map(cancel)?;
+    }
     Ok(moved)
 }
 
