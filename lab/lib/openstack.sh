@@ -48,9 +48,14 @@ setup_keystone() {
   keystone_manage bootstrap --bootstrap-password secret --bootstrap-region-id RegionOne \
     --bootstrap-admin-url "$url" --bootstrap-internal-url "$url" --bootstrap-public-url "$url"
 }
-keystone_manage() { step keystone-setup 180 "$VENV/bin/keystone-manage" --config-file "$DIR/etc/keystone/keystone.conf" "$@"; }
-setup_glance() { step glance-setup 180 "$VENV/bin/glance-manage" --config-file "$DIR/etc/glance/glance-api.conf" db_sync; }
-setup_cinder() { step cinder-setup 180 "$VENV/bin/cinder-manage" --config-file "$DIR/etc/cinder/cinder.conf" db sync; }
+keystone_manage() { manage keystone "$VENV/bin/keystone-manage" --config-file "$DIR/etc/keystone/keystone.conf" "$@"; }
+setup_glance() { manage glance "$VENV/bin/glance-manage" --config-file "$DIR/etc/glance/glance-api.conf" db_sync; }
+setup_cinder() { manage cinder "$VENV/bin/cinder-manage" --config-file "$DIR/etc/cinder/cinder.conf" db sync; }
+
+# The variable turns on what goes to the service's own log otherwise: the reason of a failure belongs into the step's.
+manage() { # NAME COMMAND…
+  step "$1-setup" 180 env OS_DEFAULT__USE_STDERR=true "${@:2}"
+}
 
 # Projects, users, catalog, volume types. What fails says so on stderr, with the service in front.
 setup_accounts() {

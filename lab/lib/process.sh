@@ -77,7 +77,7 @@ step() {
   timeout -k 5 "$limit" "$@" >>"$DIR/log/$name.log" 2>&1 </dev/null 9>&- || status=$?
   [ $status = 0 ] && return
   [ $status != 124 ] || say "$name: not done after $limit s"
-  fail_with_log "$name failed: ${*##*/}" "$DIR/log/$name.log"
+  fail_with_log "$name failed, with exit status $status" "$DIR/log/$name.log"
 }
 
 # fail_with_log MESSAGE FILE…: MESSAGE and the end of the logs, then out. The first file gets more lines: a service that
