@@ -245,6 +245,9 @@ impl Job {
                     tracing::warn!(image_id = %self.id, client = before, %error,
                         "the owner before cannot be fenced: give the cephx user `mon 'profile rbd'`");
                 }
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    tracing::warn!(image_id = %self.id, %error, "the record names no client that could be fenced");
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -332,10 +335,12 @@ impl Job {
         if record.cancel && !record.state.is_ended() {
             return end(State::Cancelled, "cancelled by the operator");
         }
-        if record.state.is_ended() {
-            if !self.asked_again().await? {
-                return Ok(self.snapshot().await.state);
-            }
+        if record.state.is_ended() && !self.asked_again().await? {
+            return Ok(self.snapshot().await.state);
+        }
+        let config = self.context.config.borrow().clone();
+        if config.offload.observe && self.snapshot().await.state == State::Accepted {
+            return self.observe(&config).await;
         }
         match self.snapshot().await.state {
             State::Publishing => {}
@@ -343,9 +348,9 @@ impl Job {
                 // begun by an attempt that did not end: start over
                 self.take_down().await?;
                 self.enter(State::Accepted).await?;
-                self.copy().await?;
+                self.copy(&config).await?;
             }
-            _ => self.copy().await?,
+            _ => self.copy(&config).await?,
         }
         // the source is free of our snapshot as soon as the copy no longer needs it
         let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
@@ -361,7 +366,8 @@ impl Job {
         let asked = image
             .is_some_and(|image| image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing));
         let now = self.context.clock.now();
-        if asked && self.snapshot().await.state.may_become(State::Accepted) {
+        let observe = self.context.config.borrow().offload.observe;
+        if asked && !observe && self.snapshot().await.state.may_become(State::Accepted) {
             self.update(|record| {
                 let _ = record.restart(false, now);
             })
@@ -378,12 +384,26 @@ impl Job {
         Ok(false)
     }
 
+    /// Makes the plan, says what it is, and touches nothing. The request stays as it is, for the day on which the
+    /// daemon does more than observe.
+    async fn observe(&self, config: &Config) -> Step<State> {
+        let finding = match self.stage("plan", self.plan(config)).await {
+            Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
+            Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(stop) => return Err(stop),
+        };
+        tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
+        metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
+        let reason = format!("only observed ([offload] observe = true): {finding}");
+        self.conclude(&Ending { state: State::Cancelled, reason }).await?;
+        Ok(State::Cancelled)
+    }
+
     // ---- plan and copy ----
 
     /// From a request to a complete, inspected, sealed copy under its private name.
-    async fn copy(&self) -> Step<()> {
-        let config = self.context.config.borrow().clone();
-        let plan = self.stage("plan", self.plan(&config)).await?;
+    async fn copy(&self, config: &Config) -> Step<()> {
+        let plan = self.stage("plan", self.plan(config)).await?;
         match self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) {
             Some(slot) => *self.slot.lock().await = Some(slot),
             None => return Err(Stop::NoRoom { pool: plan.dest_pool }),
@@ -433,7 +453,7 @@ impl Job {
         );
         snapped?;
         shown?;
-        self.stage("transfer", self.transfer(&config, &methods, &source, &snapshot, &copy)).await?;
+        self.stage("transfer", self.transfer(config, &methods, &source, &snapshot, &copy)).await?;
         if self.cancel.is_cancelled() {
             return Err(Stop::Interrupted);
         }
@@ -727,7 +747,8 @@ impl Job {
     pub async fn acknowledge(self) {
         let work = async {
             let record = self.snapshot().await;
-            if record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
+            let observe = self.context.config.borrow().offload.observe;
+            if observe || record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
                 return Ok(());
             }
             let image = self.read_image().await?;
