@@ -4,7 +4,7 @@
 //! temporary snapshots that bear our mark and belong to no live job; ended records that are old enough. One daemon at
 //! a time does a round. Jobs whose daemon died need no reconciler: the engine takes them when their lease runs out.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -204,7 +204,7 @@ impl Reconciler {
     /// Private copies, and published images that bear our mark, of jobs that ended or are not there.
     async fn remove_images(&self, findings: &mut Findings) -> Result<()> {
         let config = self.context().config.borrow().clone();
-        let pools: HashSet<&String> = config.backends.values().map(|backend| &backend.dest_pool).collect();
+        let pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.dest_pool).collect();
         let mut suspects = Vec::new();
         for pool in pools {
             let unfinished = self.unfinished().await?;
@@ -247,7 +247,7 @@ impl Reconciler {
 
     async fn remove_snapshots(&self, findings: &mut Findings) -> Result<()> {
         let config = self.context().config.borrow().clone();
-        let mut pools: HashSet<&String> = config.backends.values().map(|backend| &backend.pool).collect();
+        let mut pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.pool).collect();
         if config.nova.integration {
             pools.insert(&config.nova.pool);
         }

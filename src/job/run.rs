@@ -4,6 +4,7 @@
 //! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
 //! cancellation.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -819,7 +820,7 @@ impl Job {
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     async fn pause(&self, reason: &str, counts: bool) -> Outcome {
         let attempts = self.snapshot().await.attempts;
-        let pause = backoff(attempts);
+        let pause = backoff(self.id, attempts);
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
@@ -1086,8 +1087,12 @@ fn at_work(image: &Image) -> bool {
     image.status == "importing" || image.properties.contains_key("os_glance_import_task")
 }
 
-/// The pause after so many attempts, with a quarter of jitter either way.
-fn backoff(attempts: u32) -> Duration {
+/// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
+/// one by one.
+fn backoff(id: Uuid, attempts: u32) -> Duration {
     let pause = BACKOFF_FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(BACKOFF_MAX);
-    pause.mul_f64(rand::random_range(0.75..1.25))
+    let mut hasher = DefaultHasher::new();
+    (id, attempts).hash(&mut hasher);
+    // 75 to 124 hundredths
+    pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
 }
