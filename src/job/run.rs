@@ -314,7 +314,7 @@ impl Job {
     /// One attempt, from where the record stands.
     async fn attempt(&self) -> Step<State> {
         let record = self.snapshot().await;
-        if let Some(ending) = record.ending {
+        if let (Some(ending), false) = (record.ending, record.state.is_ended()) {
             return Err(Stop::End(ending));
         }
         if record.cancel && !record.state.is_ended() {
@@ -770,7 +770,10 @@ impl Job {
 
     async fn settle(&self, stop: Stop) -> Outcome {
         let objects = self.context.store.objects().clone();
+        let ended = self.snapshot().await.state.is_ended();
         let outcome = match stop {
+            // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
+            Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
             Stop::Retry(reason) => self.pause_or_fail(reason).await,
             Stop::Drained => {
