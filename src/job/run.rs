@@ -342,12 +342,17 @@ impl Job {
     /// An ended job was asked for again, perhaps by a notification that came late: the image record knows.
     async fn asked_again(&self) -> Step<bool> {
         let image = self.context.cloud.image(&self.id.to_string()).await?;
-        let asked = image
-            .is_some_and(|image| image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing));
+        let asked = match image.filter(|image| image.status == "queued").map(|image| request::asked_by(&image.tags)) {
+            None | Some(Asked::Nothing) => None,
+            Some(Asked::For(source)) => Some(Some(source)),
+            Some(Asked::Unclear(_)) => Some(None),
+        };
         let now = self.context.clock.now();
-        if asked && self.snapshot().await.state.may_become(State::Accepted) {
+        if let (Some(source), true) = (asked, self.snapshot().await.state.may_become(State::Accepted)) {
             self.update(|record| {
-                let _ = record.restart(false, now);
+                if record.restart(false, now).is_ok() {
+                    record.source = source;
+                }
             })
             .await?;
             return Ok(true);
@@ -430,6 +435,10 @@ impl Job {
             Question { image_id: self.id, trigger: record.trigger, source: record.source, retried: record.retried };
         let image = plan::read_image(self.context.cloud.as_ref(), self.id).await?;
         let source = plan::read_request(&image, &question)?;
+        if record.source != Some(source) {
+            // also where the plan then refuses it: `retry` goes by the latest request, not by one before
+            self.update(|record| record.source = Some(source)).await?;
+        }
         Ok(plan::make(self.context.cloud.as_ref(), self.context.storage.as_ref(), config, &question, image, source)
             .await?)
     }
