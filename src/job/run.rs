@@ -225,8 +225,9 @@ impl Job {
     /// Shuts out the owner that did not let go, and becomes the owner.
     async fn take_over(&self) -> Step<()> {
         let address = self.context.storage.address().await?;
-        let before = self.snapshot().await.owner_address;
-        if let Some(before) = before.filter(|before| *before != address) {
+        let before = self.snapshot().await.owner_address.filter(|before| *before != address);
+        let taken = before.is_some();
+        if let Some(before) = before {
             match self.context.storage.fence(&before).await {
                 Ok(change) => tracing::info!(image_id = %self.id, client = before, ?change, "fenced the owner before"),
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
@@ -242,6 +243,8 @@ impl Job {
             record.owner_address = Some(address.clone());
             // the attempt reads the image first of all
             record.check = false;
+            // the fence keeps the owner before out of Ceph, not out of Glance
+            record.mend |= taken;
         })
         .await
     }
@@ -707,12 +710,14 @@ impl Job {
             if record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
                 return Ok(());
             }
+            // so that whoever comes next knows of us, if this ends half way
+            self.take_over().await?;
             let image = self.read_image().await?;
             if image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing) {
                 self.before_visible_step().await?;
                 self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
             }
-            self.update(|record| record.acknowledged = true).await
+            self.let_go(|record| record.acknowledged = true).await
         };
         if let Err(stop) = work.await {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
@@ -875,8 +880,11 @@ impl Job {
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
             self.take_down().await?;
-            if let Some(image) = image.filter(|image| image.status == "queued") {
-                self.tell_end(image, &ending).await?;
+            match image {
+                Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
+                // another writer's; while it uploads, Glance would bring back what is taken off
+                Some(_) => self.update(|record| record.mend = true).await?,
+                None => {}
             }
             self.conclude(&ending).await?;
             Ok(ending.state)
@@ -965,18 +973,7 @@ impl Job {
     }
 
     async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
-        let request = self.snapshot().await.request_id;
-        let (status, message) = match ending.state {
-            State::Declined => (Status::Declined, ending.reason.clone()),
-            State::Cancelled => (Status::Failed, format!("{}; set the request tag to ask again", ending.reason)),
-            // what broke inside is for the operator
-            _ => (
-                Status::Failed,
-                format!(
-                    "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
-                ),
-            ),
-        };
+        let (status, message) = last_word(ending.state, &ending.reason, self.snapshot().await.request_id);
         for _ in 0..RECORD_TRIES {
             match self.context.cloud.update_image(&self.id.to_string(), &tenant::end(&image, status, &message)).await {
                 Ok(_) => return Ok(()),
@@ -1091,6 +1088,21 @@ impl Job {
             .await?;
         }
         Ok(percent)
+    }
+}
+
+/// What the tenant is told at an end without an image.
+pub(super) fn last_word(state: State, reason: &str, request: Uuid) -> (Status, String) {
+    match state {
+        State::Declined => (Status::Declined, reason.to_owned()),
+        State::Cancelled => (Status::Failed, format!("{reason}; set the request tag to ask again")),
+        // what broke inside is for the operator
+        _ => (
+            Status::Failed,
+            format!(
+                "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
+            ),
+        ),
     }
 }
 
