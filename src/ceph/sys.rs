@@ -27,7 +27,6 @@ pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 pub const SNAP_NAMESPACE_USER: c_int = 0;
 pub const TRASH_SOURCE_REMOVING: c_int = 3;
 
-
 /// `rbd_image_spec_t`
 #[repr(C)]
 pub struct ImageSpec {
