@@ -51,6 +51,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const CANCEL_GRACE: Duration = Duration::from_secs(4);
 
 /// A client of one cluster. Cheap to clone; all clones share one connection.
+///
+/// Drop all clones, and let running calls end, before the process exits: an exit cleans up OpenSSL under librados'
+/// threads, and they abort the process then. Dropping the last clone shuts the connection down, which takes milliseconds.
+///
+/// Calls have no time limit while OSDs are down (see `OPTIONS`): who cannot wait drops the future, and the call ends on
+/// its own thread once the OSDs are back.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,

@@ -7,6 +7,7 @@
 mod cluster;
 mod copy;
 mod error;
+mod fill;
 mod layers;
 mod objects;
 mod rbd;

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, cancelled};
 use super::copy::{Pace, copy};
+use super::fill::fill;
 use super::layers::{shared_extents, total, union, without};
 use super::objects::omap_page;
 use super::rbd::{self, Access, Image, Options};
@@ -137,12 +138,16 @@ impl Storage for Client {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        _limits: TransferLimits,
-        _progress: &Progress,
-        _cancel: &CancellationToken,
+        limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
     ) -> Result<Moved> {
         let operation = format!("fill {destination} from {source}@{snapshot}");
-        Err(Error::new(operation, ErrorKind::Unsupported, "not built in"))
+        let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
+            fill(cluster, &source, &snapshot, &destination, limits, progress, cancel)
+        })
+        .await
     }
 
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>> {

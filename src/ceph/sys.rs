@@ -203,6 +203,18 @@ unsafe extern "C" {
     pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
 }
 
+// copy_from.cc
+unsafe extern "C" {
+    pub fn rbd_offload_copy_from(
+        source: rados_ioctx_t,
+        source_object: *const c_char,
+        destination: rados_ioctx_t,
+        object: *const c_char,
+        done: extern "C" fn(argument: *mut c_void, result: c_int),
+        argument: *mut c_void,
+    ) -> c_int;
+}
+
 #[link(name = "rados")]
 unsafe extern "C" {
     pub fn rados_getaddrs(cluster: rados_t, addresses: *mut *mut c_char) -> c_int;

@@ -2,7 +2,7 @@
 //!
 //! Data goes to standard output, everything else to standard error; the exit status follows sysexits(3).
 
-// mod run;
+mod run;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ enum Command {
 impl Cli {
     pub fn run(self) -> Result<ExitCode, Failure> {
         match self.command {
-            Command::Run => Err(Failure::new(Failure::SOFTWARE, "not yet")),
+            Command::Run => blocking(run::run(&self.config)),
         }
     }
 }

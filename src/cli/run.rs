@@ -43,7 +43,8 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 
 pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let config = Arc::new(load(path)?);
-    let log = start_logging(&config.log).map_err(|e| Failure::new(Failure::OS, format!("the log does not start: {e}")))?;
+    let log =
+        start_logging(&config.log).map_err(|e| Failure::new(Failure::OS, format!("the log does not start: {e}")))?;
     let metrics = start_metrics().map_err(|e| Failure::new(Failure::SOFTWARE, format!("metrics do not start: {e}")))?;
     // before anything can take time, so that no signal is lost
     let mut signals = Signals::new()?;
@@ -66,19 +67,20 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         identity: Identity::of_this_process(),
         clock,
     });
-    let listener = Arc::new(Listener::new(config.messaging.clone()));
+    let listener = Listener::new(config.messaging.clone())
+        .map_err(|e| Failure::new(Failure::CONFIG, format!("[messaging] transport_url: {e}")))?;
     let (stop, drain) = (CancellationToken::new(), CancellationToken::new());
     let daemon = Arc::new(Daemon { engine: Arc::clone(&engine), broker: listener.status(), storage, session });
     if let Some(listen) = config.metrics.listen {
         serve(listen, metrics.clone(), Arc::clone(&daemon) as Arc<dyn Health>, stop.clone()).await.map_err(|e| {
-            Failure::new(Failure::CONFIG, format!("[metrics] listen = {listen}: {e}; choose another address or leave it empty"))
+            Failure::new(
+                Failure::CONFIG,
+                format!("[metrics] listen = {listen}: {e}; choose another address or leave it empty"),
+            )
         })?;
     }
 
-    let listening = tokio::spawn({
-        let (listener, intake, stop) = (Arc::clone(&listener), Intake::new(Arc::clone(&engine)), stop.clone());
-        async move { listener.run(intake, stop).await }
-    });
+    let listening = tokio::spawn(listener.run(Intake::new(Arc::clone(&engine)), stop.clone()));
     let reconciling = tokio::spawn(Reconciler::new(Arc::clone(&engine)).run(stop.clone()));
     let mut working = tokio::spawn(Arc::clone(&engine).run(stop.clone(), drain.clone()));
     let telling = tokio::spawn({
@@ -154,7 +156,7 @@ async fn serve_signals(
         tokio::select! {
             _ = signals.terminate.recv() => return false,
             _ = signals.interrupt.recv() => return false,
-            _ = engine => return true,
+            _ = &mut *engine => return true,
             _ = signals.reload.recv() => reload(path.to_owned(), log, config),
         }
     }
@@ -201,8 +203,7 @@ impl Daemon {
         let mut told = String::new();
         loop {
             let engine = self.engine.status();
-            let broker = if self.broker.is_connected() { "broker connected" } else { "broker away" };
-            let status = format!("{} running, {} waiting; {broker}", engine.running, engine.waiting);
+            let status = format!("{} running, {} waiting; {}", engine.running, engine.waiting, self.broker.get());
             if status != told {
                 notify(&[NotifyState::Status(&status)]);
                 told = status;
@@ -220,6 +221,7 @@ impl Daemon {
 impl Health for Daemon {
     async fn health(&self) -> (bool, serde_json::Value) {
         let engine = self.engine.status();
+        let broker = self.broker.get();
         let (ceph, keystone) = tokio::join!(
             timeout(ANSWERED_WITHIN, self.storage.fsid()),
             timeout(ANSWERED_WITHIN, self.session.probe_identity())
@@ -230,7 +232,7 @@ impl Health for Daemon {
             Err(_) => format!("no answer within {} s", ANSWERED_WITHIN.as_secs()),
         };
         let parts = [
-            ("broker", if self.broker.is_connected() { "ok".to_owned() } else { "not connected".to_owned() }),
+            ("broker", if broker.connected() { "ok".to_owned() } else { broker.to_string() }),
             ("ceph", said(ceph.map(|answer| answer.map(drop).map_err(|e| e.to_string())))),
             ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
             ("engine", moving(engine.last_look)),

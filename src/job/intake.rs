@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::store::{NewJob, Result, Submitted};
+use super::store::{Error, NewJob, Result, Submitted};
+use crate::notification::{Event, Meta, Sink, SinkError};
 use crate::request::{self, Asked, Trigger};
 
 /// Takes requests for an engine.
@@ -57,5 +59,32 @@ impl Intake {
             self.engine.wake(image_id);
         }
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Sink for Intake {
+    async fn accept(&self, event: Event, meta: Meta) -> std::result::Result<(), SinkError> {
+        let stored = match event {
+            Event::ImageChanged { image_id, owner, tags, .. } => self.image_queued(image_id, owner, &tags).await,
+            Event::ImageDeleted { image_id } => self.image_deleted(image_id).await,
+            // stock Cinder and Nova write these images themselves, and delete them when somebody else does
+            Event::VolumeUpload { image_id, .. } | Event::InstanceSnapshot { image_id, .. } => {
+                tracing::debug!(%image_id, event = %meta.event_type, "observed, not acted on");
+                Ok(())
+            }
+            Event::LegacyInstanceSnapshot { instance_id } => {
+                tracing::debug!(%instance_id, event = %meta.event_type, "observed, not acted on");
+                Ok(())
+            }
+        };
+        match stored {
+            // it would not become readable by delivering again
+            Err(error @ Error::Unreadable { .. }) => {
+                tracing::error!(%error, "a request could not be stored");
+                Ok(())
+            }
+            other => other.map_err(SinkError::new),
+        }
     }
 }

@@ -121,6 +121,8 @@ pub struct Publication {
     /// GiB.
     pub min_disk: u64,
     pub properties: BTreeMap<String, String>,
+    /// SHA-512 of the bytes in hexadecimal, where `[offload] hash` asks for it.
+    pub sha512: Option<String>,
 }
 
 /// What the job made or is about to make, written down **before** it is made: what is not named here is not ours.

@@ -16,12 +16,13 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::clock::Clock;
+use super::engine::{PoolSlot, PoolSlots};
 use super::lease::{Identity, Lease};
 use super::record::{Ending, Origin, Publication, Record, Stage, State};
 use super::store::{self, Store, Stored};
 use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage, TransferLimits};
-use crate::config::Config;
-use crate::openstack::{self, Cloud, Image, LocationAnswer};
+use crate::config::{Config, Hash};
+use crate::openstack::{self, Cloud, Image, LocationAnswer, Validation};
 use crate::plan::{self, NoPlan, Plan, Question};
 use crate::publish::record::{self as tenant, Status};
 use crate::publish::{self, Name};
@@ -89,6 +90,10 @@ enum Stop {
     End(Ending),
     /// It may pass.
     Retry(String),
+    /// As many jobs as may run into this pool do.
+    NoRoom {
+        pool: String,
+    },
     /// Stopped from outside; the watcher knows why.
     Interrupted,
     LeaseLost,
@@ -168,12 +173,17 @@ pub struct Job {
     finishing: AtomicBool,
     /// Of the latest attempts, one of each name.
     stages: std::sync::Mutex<Vec<Stage>>,
+    pools: PoolSlots,
+    /// The job's place among those that write to its destination pool.
+    slot: Mutex<Option<PoolSlot>>,
+    /// Held while the source's snapshot is being removed.
+    removing: Mutex<()>,
     id: Uuid,
 }
 
 impl Job {
     /// `stored` was read after the lease was taken.
-    pub fn new(context: Context, lease: Lease, stored: Stored) -> Self {
+    pub fn new(context: Context, lease: Lease, stored: Stored, pools: PoolSlots) -> Self {
         let id = stored.record.image_id;
         let stages = stored.record.stages.clone();
         Self {
@@ -185,6 +195,9 @@ impl Job {
             cancel: CancellationToken::new(),
             finishing: AtomicBool::new(false),
             stages: std::sync::Mutex::new(stages),
+            pools,
+            slot: Mutex::new(None),
+            removing: Mutex::new(()),
             id,
         }
     }
@@ -233,6 +246,9 @@ impl Job {
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                     tracing::warn!(image_id = %self.id, client = before, %error,
                         "the owner before cannot be fenced: give the cephx user `mon 'profile rbd'`");
+                }
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    tracing::warn!(image_id = %self.id, %error, "the record names no client that could be fenced");
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -323,10 +339,12 @@ impl Job {
         if record.cancel && !record.state.is_ended() {
             return end(State::Cancelled, "cancelled by the operator");
         }
-        if record.state.is_ended() {
-            if !self.asked_again().await? {
-                return Ok(self.snapshot().await.state);
-            }
+        if record.state.is_ended() && !self.asked_again().await? {
+            return Ok(self.snapshot().await.state);
+        }
+        let config = self.context.config.borrow().clone();
+        if config.offload.observe && self.snapshot().await.state == State::Accepted {
+            return self.observe(&config).await;
         }
         match self.snapshot().await.state {
             State::Publishing => {}
@@ -334,11 +352,15 @@ impl Job {
                 // begun by an attempt that did not end: start over
                 self.take_down().await?;
                 self.enter(State::Accepted).await?;
-                self.copy().await?;
+                self.copy(&config).await?;
             }
-            _ => self.copy().await?,
+            _ => self.copy(&config).await?,
         }
-        self.publish().await?;
+        // the source is free of our snapshot as soon as the copy no longer needs it
+        let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
+        published?;
+        removed?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
         Ok(State::Done)
     }
 
@@ -351,7 +373,9 @@ impl Job {
             Some(Asked::Unclear(_)) => Some(None),
         };
         let now = self.context.clock.now();
-        if let (Some(source), true) = (asked, self.snapshot().await.state.may_become(State::Accepted)) {
+        let may =
+            !self.context.config.borrow().offload.observe && self.snapshot().await.state.may_become(State::Accepted);
+        if let (Some(source), true) = (asked, may) {
             self.update(|record| {
                 if record.restart(false, now).is_ok() {
                     record.source = source;
@@ -370,12 +394,30 @@ impl Job {
         Ok(false)
     }
 
+    /// Makes the plan, says what it is, and touches nothing. The request stays as it is, for the day on which the
+    /// daemon does more than observe.
+    async fn observe(&self, config: &Config) -> Step<State> {
+        let finding = match self.stage("plan", self.plan(config)).await {
+            Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
+            Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(stop) => return Err(stop),
+        };
+        tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
+        metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
+        let reason = format!("only observed ([offload] observe = true): {finding}");
+        self.conclude(&Ending { state: State::Cancelled, reason }).await?;
+        Ok(State::Cancelled)
+    }
+
     // ---- plan and copy ----
 
     /// From a request to a complete, inspected, sealed copy under its private name.
-    async fn copy(&self) -> Step<()> {
-        let config = self.context.config.borrow().clone();
-        let plan = self.stage("plan", self.plan(&config)).await?;
+    async fn copy(&self, config: &Config) -> Step<()> {
+        let plan = self.stage("plan", self.plan(config)).await?;
+        match self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) {
+            Some(slot) => *self.slot.lock().await = Some(slot),
+            None => return Err(Stop::NoRoom { pool: plan.dest_pool }),
+        }
         let copy = ImageSpec::named(&plan.dest_pool, super::record::private_name(self.id));
         self.check_names(&plan, &copy).await?;
 
@@ -399,7 +441,8 @@ impl Job {
             record.project_id = Some(plan.project_id.clone());
             record.origin = Some(origin.clone());
             record.dest_pool = Some(plan.dest_pool.clone());
-            record.publication = Publication { min_disk: plan.min_disk, properties: plan.properties.clone() };
+            record.publication =
+                Publication { min_disk: plan.min_disk, properties: plan.properties.clone(), sha512: None };
             record.method = first;
             record.bytes_total = plan.info.size;
             record.bytes_done = 0;
@@ -420,15 +463,18 @@ impl Job {
         );
         snapped?;
         shown?;
-        self.stage("transfer", self.transfer(&config, &methods, &source, &snapshot, &copy)).await?;
+        self.stage("transfer", self.transfer(config, &methods, &source, &snapshot, &copy)).await?;
         if self.cancel.is_cancelled() {
             return Err(Stop::Interrupted);
         }
-        self.show_again(Status::Publishing, "the copy is complete and is being registered").await;
-        let (sealed, removed) =
-            tokio::join!(self.stage("inspect", self.inspect_and_seal(&copy)), self.remove_source_snapshot());
+        let (sealed, ()) = tokio::join!(
+            self.stage("inspect", self.inspect_and_seal(&copy)),
+            self.show_again(Status::Publishing, "the copy is complete and is being registered")
+        );
         sealed?;
-        removed?;
+        if config.offload.hash == Hash::Sha512 {
+            self.stage("hash", self.hash(&copy, plan.info.size)).await?;
+        }
         self.enter(State::Publishing).await
     }
 
@@ -554,7 +600,13 @@ impl Job {
         Ok(publish::seal(storage, copy).await?)
     }
 
+    async fn hash(&self, copy: &ImageSpec, size: u64) -> Step<()> {
+        let hash = publish::sha512(self.context.storage.as_ref(), copy, size, &self.cancel).await?;
+        self.update(|record| record.publication.sha512 = Some(hash.clone())).await
+    }
+
     async fn remove_source_snapshot(&self) -> Step<()> {
+        let _one = self.removing.lock().await;
         let record = self.snapshot().await;
         if let (true, Some(origin)) = (record.made.snapshot, &record.origin) {
             let source = ImageSpec::with_id(&origin.pool, &origin.image_id);
@@ -659,7 +711,9 @@ impl Job {
         if image.status == "queued" {
             let url = publish::location(&self.context.storage.fsid().await?, pool, &id);
             self.before_visible_step().await?;
-            match cloud.add_location(&id, &url, None).await? {
+            let hash = self.snapshot().await.publication.sha512;
+            let validation = hash.map(|value| Validation { algorithm: "sha512".into(), value });
+            match cloud.add_location(&id, &url, validation.as_ref()).await? {
                 // a conflict may be our own success, whose answer was lost: look
                 Some(LocationAnswer::Accepted | LocationAnswer::Conflict) => {}
                 None => return image_gone(),
@@ -707,7 +761,8 @@ impl Job {
     pub async fn acknowledge(self) {
         let work = async {
             let record = self.snapshot().await;
-            if record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
+            let observe = self.context.config.borrow().offload.observe;
+            if observe || record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
                 return Ok(());
             }
             // so that whoever comes next knows of us, if this ends half way
@@ -739,8 +794,7 @@ impl Job {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.remove_source_snapshot().await?;
-        self.conclude(&Ending { state: State::Done, reason: String::new() }).await
+        Ok(())
     }
 
     // ---- the way out ----
@@ -790,6 +844,11 @@ impl Job {
             Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
             Stop::Retry(reason) => self.pause_or_fail(reason).await,
+            // the index tells the engine not to take it before there is room
+            Stop::NoRoom { pool } => match self.let_go(|record| record.dest_pool = Some(pool.clone())).await {
+                Ok(()) => Outcome::Waiting(Duration::ZERO),
+                Err(_) => Outcome::Abandoned,
+            },
             Stop::Drained => {
                 tracing::info!(image_id = %self.id, "released: this daemon stops, another goes on");
                 match self.let_go(|_| {}).await {
@@ -897,7 +956,9 @@ impl Job {
                 Outcome::Abandoned
             }
             Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => self.pause(&reason, false).await,
-            Err(Stop::Interrupted | Stop::Drained) => self.pause("stopped while it was winding up", false).await,
+            Err(Stop::Interrupted | Stop::Drained | Stop::NoRoom { .. }) => {
+                self.pause("stopped while it was winding up", false).await
+            }
         }
     }
 
@@ -913,6 +974,8 @@ impl Job {
         }
         self.update(|record| record.ending = None).await?;
         self.finish(pool, image).await?;
+        self.remove_source_snapshot().await?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
         Ok(true)
     }
 

@@ -73,11 +73,18 @@ pub struct Summary {
     pub project: Option<String>,
     pub created: Option<Timestamp>,
     pub not_before: Option<Timestamp>,
+    /// Destination pool, once a plan has found it.
+    pub pool: Option<String>,
 }
 
 impl From<&Record> for Summary {
     fn from(record: &Record) -> Self {
-        Self { project: record.project_id.clone(), created: Some(record.created_at), not_before: record.not_before }
+        Self {
+            project: record.project_id.clone(),
+            created: Some(record.created_at),
+            not_before: record.not_before,
+            pool: record.dest_pool.clone(),
+        }
     }
 }
 

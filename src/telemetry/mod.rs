@@ -61,6 +61,8 @@ fn targets(level: LogLevel) -> Targets {
         .with_target("rbd_offload", level)
         // the SDK repeats what services answer; its callers here say what matters
         .with_target("openstack_sdk", LevelFilter::OFF)
+        // a failed passive declaration is an ERROR there, and how the listener asks whether an exchange exists
+        .with_target("lapin", LevelFilter::OFF)
 }
 
 /// Starts collecting metrics; the handle renders them.

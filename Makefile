@@ -1,0 +1,46 @@
+# Everything a developer runs. `make demo` and `make test` install what is missing, on Debian 12 with a Rust toolchain.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+# Short, since Unix sockets live below it; two checkouts side by side need two of each.
+LAB_DIR ?= /tmp/rbd-offload-lab
+LAB_BASE ?= 24000
+export LAB_DIR LAB_BASE
+
+.PHONY: build release deps lab-up lab-down demo test bench lint clean
+
+build: deps
+	$(CARGO) build --locked
+
+release: deps
+	$(CARGO) build --locked --release
+
+# headers and libraries that the build links
+deps:
+	@lab/lib/install-packages librados-dev librbd-dev libradospp-dev pkg-config g++
+
+lab-up:
+	RBDLAB_BASE=$(LAB_BASE) lab/up $(LAB_DIR)
+
+lab-down:
+	lab/down --wipe $(LAB_DIR)
+
+demo:
+	lab/demo
+
+# every test, against a lab of its own; ends with the test runner's summary
+test:
+	tests/run
+
+bench:
+	benches/run
+
+lint: deps
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	lab/lib/install-packages shellcheck
+	shellcheck -x lab/up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh tests/run benches/run .ci/run
+	@command -v cargo-deny >/dev/null && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,757 @@
+//! Consumes the notifications from RabbitMQ: an own durable queue, bound to the services' exchanges, for ever.
+//!
+//! ```text
+//! run      one host after the other, with growing pauses
+//! └ session     connect, declare the queue, consume; until the connection ends
+//!   ├ keep_bound    binds the queue to each exchange, to a missing one as soon as a service declares it
+//!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored | give back
+//! ```
+//!
+//! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by `amqp_durable_queues` or
+//! `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind is refused with 406: tried with oslo.messaging
+//! 18 both ways round, every notification of that service is then lost. So an exchange of ours could silence the service whose it is.
+//!
+//! **Only the priority `info` is bound.** All events that matter are of it; error notifications are not, and those of Nova carry tokens.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::{FutureExt, StreamExt};
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
+use metrics::{Counter, counter};
+use rand::seq::SliceRandom;
+use secrecy::ExposeSecret;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::acks::Acks;
+use super::envelope::Unreadable;
+use super::event::{Event, EventType, Notification};
+use super::sink::{Meta, Sink, SinkError};
+use super::status::Status;
+use super::transport_url::{self, Host, TransportUrl};
+use crate::config::{Messaging, QueueType};
+
+/// The pause after all hosts failed, and what it grows by each time up to the last: oslo.messaging's own figures.
+const RECONNECT_FIRST: Duration = Duration::from_secs(1);
+const RECONNECT_STEP: Duration = Duration::from_secs(2);
+const RECONNECT_LAST: Duration = Duration::from_secs(30);
+/// A session that consumed this long counts as a success: the pause starts anew.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// For TCP, TLS and login together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// For a declaration or a binding.
+const RPC_TIMEOUT: Duration = Duration::from_secs(30);
+/// For calls of the sink that still run when the session ends.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A message of the same kind is logged again after this long.
+const LOG_AGAIN: Duration = Duration::from_secs(600);
+/// Acknowledgements wait this long for company.
+const ACK_DELAY: Duration = Duration::from_millis(20);
+/// Every so many looks for missing exchanges, all are bound anew: somebody may have deleted and declared one again.
+const REBIND_ALL: u32 = 12;
+
+/// Nova's and Cinder's routing keys are `<topic>.<priority>`.
+const PRIORITY: &str = "info";
+
+/// Rounds through the broker (`x-delivery-count` of quorum queues) after which a delivery is held longer: RabbitMQ 4 drops a message
+/// after 20, which is then more than an hour of a sink that cannot store.
+const PATIENT_AFTER: i64 = 4;
+
+/// Waiting times, for tests to shorten.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// The sink is tried this long before a delivery is given back to the broker.
+    pub hold: Duration,
+    /// The same for a delivery that was given back several times; far below the broker's `consumer_timeout` (30 minutes).
+    pub hold_again: Duration,
+    /// For one call of the sink.
+    pub attempt: Duration,
+    /// Before the sink is tried again; doubles up to eight times.
+    pub retry: Duration,
+    /// Between two looks for missing exchanges.
+    pub look: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Pace {
+            hold: Duration::from_secs(45),
+            hold_again: Duration::from_secs(240),
+            attempt: Duration::from_secs(30),
+            retry: Duration::from_secs(1),
+            look: Duration::from_secs(5),
+        }
+    }
+}
+
+/// The consumer of `[messaging]`.
+#[derive(Debug)]
+pub struct Listener {
+    config: Messaging,
+    url: TransportUrl,
+    pace: Pace,
+    status: Arc<Status>,
+}
+
+/// Why a session ended, with the mend where an operator has to do something.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(
+        "{host} refused user {user:?}: wrong user or password; check transport_url in [messaging] and `rabbitmqctl authenticate_user`"
+    )]
+    Login { host: String, user: String },
+    #[error("{host}: user {user:?} may not use the virtual host {vhost:?}, or there is none of that name ({error})")]
+    Vhost { host: String, user: String, vhost: String, error: lapin::Error },
+    #[error("cannot connect to {host}: {error}")]
+    Connect { host: String, error: lapin::Error },
+    #[error("{host} did not answer within {} s", CONNECT_TIMEOUT.as_secs())]
+    ConnectTimeout { host: String },
+    #[error("cannot read {path}: {error}")]
+    File { path: String, error: std::io::Error },
+    #[error(
+        "queue {queue:?} exists with other properties than queue_type = {wanted} in [messaging] asks for: set queue_type to what it is, name \
+         another queue, or delete it with `rabbitmqctl delete_queue {queue}` ({error})"
+    )]
+    QueueDiffers { queue: String, wanted: &'static str, error: lapin::Error },
+    #[error(
+        "not allowed to {what}: grant the user configure, write and read on {queue:?} and read on the exchanges, with `rabbitmqctl \
+         set_permissions` ({error})"
+    )]
+    Denied { what: &'static str, queue: String, error: lapin::Error },
+    #[error("{what} failed: {error}")]
+    Call { what: &'static str, error: lapin::Error },
+    #[error("{what}: no answer within {} s", RPC_TIMEOUT.as_secs())]
+    CallTimeout { what: &'static str },
+    #[error("the connection to {host} was lost: {error}")]
+    Lost { host: String, error: lapin::Error },
+    #[error("the broker ended the consumer of queue {0:?} (the queue was deleted, or moved to another node)")]
+    Cancelled(String),
+}
+
+impl Listener {
+    /// Reads the transport_url; does not connect.
+    pub fn new(config: Messaging) -> Result<Listener, transport_url::Error> {
+        let url = TransportUrl::parse(config.transport_url.expose_secret())?;
+        Ok(Listener { config, url, pace: Pace::default(), status: Arc::default() })
+    }
+
+    pub fn pace(mut self, pace: Pace) -> Listener {
+        self.pace = pace;
+        self
+    }
+
+    pub fn status(&self) -> Arc<Status> {
+        self.status.clone()
+    }
+
+    /// Consumes until cancelled, whatever the broker does. On the way out it stops consuming, waits for the sink (10 s at most), and
+    /// closes the connection; what was not stored goes back to the queue.
+    pub async fn run(self, sink: impl Sink, cancel: CancellationToken) {
+        for note in &self.url.notes {
+            warn!("transport_url: {note}");
+        }
+        if self.config.ssl_ca_file.is_some() && self.url.tls.is_none() {
+            warn!("ssl_ca_file in [messaging] has no effect without ssl=1 in transport_url");
+        }
+        let mut hosts = self.url.hosts.clone();
+        hosts.shuffle(&mut rand::rng());
+
+        let mut run = Run {
+            sink: Arc::new(sink),
+            connecting: HashMap::new(),
+            warned: BTreeSet::new(),
+            logged: Logged::default(),
+            counters: Counters::default(),
+            listener: &self,
+        };
+        let mut pause = RECONNECT_FIRST;
+        for attempt in 1usize.. {
+            let place = (attempt - 1) % hosts.len();
+            let Some(host) = hosts.get(place) else { break };
+            let ended = run.session(place, host, &cancel).await;
+            let consumed = {
+                let mut status = self.status.lock();
+                let since = status.connected_since.take();
+                status.queue_declared = false;
+                since.map(|since| since.elapsed())
+            };
+            let Err(ended) = ended else { break };
+            {
+                let mut status = self.status.lock();
+                status.reconnects += 1;
+                status.problem = Some(ended.to_string());
+            }
+            counter!("rbd_offload_broker_reconnects_total").increment(1);
+            let text = ended.to_string();
+            match run.logged.due(&text) {
+                Some(_) if matches!(ended, Ended::QueueDiffers { .. } | Ended::Denied { .. } | Ended::Login { .. }) => {
+                    error!("{text}; trying again");
+                }
+                Some(_) => warn!("{text}; trying again"),
+                None => debug!("{text}; trying again"),
+            }
+
+            let settled = consumed.is_some_and(|time| time >= SETTLED);
+            if settled {
+                pause = RECONNECT_FIRST;
+            }
+            // The other hosts are tried at once.
+            if settled || attempt % hosts.len() == 0 {
+                tokio::select! {
+                    () = cancel.cancelled() => break,
+                    () = sleep(pause) => {}
+                }
+                pause = (pause + RECONNECT_STEP).min(RECONNECT_LAST);
+            } else if cancel.is_cancelled() {
+                break;
+            }
+        }
+        debug!("stopped consuming");
+    }
+
+    fn queue(&self) -> &str {
+        &self.config.queue
+    }
+
+    async fn tls(&self) -> Result<OwnedTLSConfig, Ended> {
+        let Some(tls) = &self.url.tls else {
+            return Ok(OwnedTLSConfig::default());
+        };
+        let cert_chain = match self.config.ssl_ca_file.as_ref().or(tls.ca_file.as_ref()) {
+            Some(path) => Some(String::from_utf8_lossy(&read(path).await?).into_owned()),
+            None => None,
+        };
+        let identity = match (&tls.cert_file, &tls.key_file) {
+            (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: read(cert).await?, key: read(key).await? }),
+            _ => None,
+        };
+        Ok(OwnedTLSConfig { identity, cert_chain })
+    }
+
+    /// On a channel of its own, since a refusal closes it.
+    async fn declare_queue(&self, connection: &Connection) -> Result<(), Ended> {
+        let wanted = match self.config.queue_type {
+            QueueType::Quorum => "quorum",
+            QueueType::Classic => "classic",
+        };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(wanted.into()));
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let what = "declare the queue";
+        let channel = call(what, connection.create_channel()).await?;
+        match call(what, channel.queue_declare(self.queue().into(), options, arguments)).await {
+            Ok(_) => {
+                self.status.lock().queue_declared = true;
+                let _ = timeout(CLOSE_TIMEOUT, channel.close(200, "".into())).await;
+                Ok(())
+            }
+            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::PRECONDITIONFAILED) => {
+                Err(Ended::QueueDiffers { queue: self.queue().to_owned(), wanted, error })
+            }
+            Err(ended) => Err(self.denied(ended)),
+        }
+    }
+
+    fn denied(&self, ended: Ended) -> Ended {
+        match ended {
+            Ended::Call { what, error } if soft(&error, AMQPSoftError::ACCESSREFUSED) => {
+                Ended::Denied { what, queue: self.queue().to_owned(), error }
+            }
+            other => other,
+        }
+    }
+
+    /// False: no such exchange.
+    async fn bind(&self, channel: &Channel, exchange: &str) -> Result<bool, Ended> {
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let declared = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
+        match call("look for an exchange", declared).await {
+            Ok(()) => {}
+            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+            Err(ended) => return Err(ended),
+        }
+        for topic in &self.config.topics {
+            let key = format!("{topic}.{PRIORITY}");
+            let (queue, options) = (self.queue().into(), QueueBindOptions::default());
+            let bound = channel.queue_bind(queue, exchange.into(), key.into(), options, FieldTable::default());
+            match call("bind the queue to an exchange", bound).await {
+                Ok(()) => {}
+                // Deleted in between; a queue that is gone ends the consumer.
+                Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+                Err(ended) => return Err(ended),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// What lives over the sessions.
+struct Run<'a> {
+    listener: &'a Listener,
+    sink: Arc<dyn Sink>,
+    /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so it is waited for again, not doubled.
+    connecting: HashMap<usize, JoinHandle<lapin::Result<Connection>>>,
+    /// Exchanges whose absence was logged.
+    warned: BTreeSet<String>,
+    logged: Logged,
+    counters: Counters,
+}
+
+impl Run<'_> {
+    /// Ok: cancelled.
+    async fn session(&mut self, place: usize, host: &Host, cancel: &CancellationToken) -> Result<(), Ended> {
+        let listener = self.listener;
+        listener.status.lock().host = Some(host.to_string());
+        let setup = async {
+            let connection = self.connect(place, host).await?;
+            listener.declare_queue(&connection).await?;
+            let what = "consume";
+            let channel = call(what, connection.create_channel()).await?;
+            let prefetch = listener.config.prefetch.max(1);
+            call(what, channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
+            let options = BasicConsumeOptions::default();
+            let consume = channel.basic_consume(listener.queue().into(), "".into(), options, FieldTable::default());
+            let consumer = call(what, consume).await.map_err(|ended| listener.denied(ended))?;
+            Ok((connection, channel, consumer))
+        };
+        let (connection, channel, consumer) = tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            ready = setup => ready?,
+        };
+        {
+            let mut status = listener.status.lock();
+            status.connected_since = Some(Instant::now());
+            status.problem = None;
+        }
+        self.logged.forget();
+        info!("consuming queue {:?} from {host}", listener.queue());
+
+        let mut pump = Pump {
+            host,
+            channel,
+            sink: self.sink.clone(),
+            stop: CancellationToken::new(),
+            stores: JoinSet::new(),
+            acks: Acks::default(),
+            logged: &mut self.logged,
+            counters: &self.counters,
+            listener,
+        };
+        let ended = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Ok(()),
+            ended = keep_bound(listener, &mut self.warned, &connection) => Err(ended),
+            ended = pump.run(consumer.clone()) => Err(ended),
+        };
+        // A lost connection may show first in what is not its cause; lapin knows.
+        pump.stop(&consumer, ended.is_ok()).await;
+        let _ = timeout(CLOSE_TIMEOUT, connection.close(200, "".into())).await;
+        ended
+    }
+
+    async fn connect(&mut self, place: usize, host: &Host) -> Result<Connection, Ended> {
+        let listener = self.listener;
+        let mut attempt = match self.connecting.remove(&place) {
+            Some(attempt) => attempt,
+            None => {
+                let tls = listener.tls().await?;
+                let uri = listener.url.amqp_uri(host);
+                let name = format!("rbd-offload:{}", listener.queue());
+                let properties = ConnectionProperties::default().with_connection_name(name.into());
+                tokio::spawn(async move {
+                    let runtime = lapin::runtime::default_runtime()?;
+                    Connection::connect_uri_with_config(uri, properties, tls, runtime).await
+                })
+            }
+        };
+        let text = host.to_string();
+        match timeout(CONNECT_TIMEOUT, &mut attempt).await {
+            Err(_) => {
+                self.connecting.insert(place, attempt);
+                Err(Ended::ConnectTimeout { host: text })
+            }
+            Ok(Ok(Ok(connection))) => Ok(connection),
+            Ok(Ok(Err(error))) if soft(&error, AMQPSoftError::ACCESSREFUSED) => {
+                Err(Ended::Login { host: text, user: host.user.clone() })
+            }
+            Ok(Ok(Err(error))) if hard(&error, AMQPHardError::NOTALLOWED) => {
+                Err(Ended::Vhost { host: text, user: host.user.clone(), vhost: listener.url.vhost.clone(), error })
+            }
+            Ok(Ok(Err(error))) => Err(Ended::Connect { host: text, error }),
+            Ok(Err(_)) => Err(Ended::ConnectTimeout { host: text }),
+        }
+    }
+}
+
+/// Binds the queue to all exchanges, then looks for the missing ones again and again. Ends with the connection only.
+async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connection: &Connection) -> Ended {
+    let mut scratch: Option<Channel> = None;
+    let mut bound = BTreeSet::new();
+    for round in 0u32.. {
+        let all = round % REBIND_ALL == 0;
+        for exchange in &listener.config.exchanges {
+            if !all && bound.contains(exchange) {
+                continue;
+            }
+            let channel = match scratch.take().filter(|channel| channel.status().connected()) {
+                Some(channel) => channel,
+                None => match call("open a channel", connection.create_channel()).await {
+                    Ok(channel) => channel,
+                    Err(ended) => return ended,
+                },
+            };
+            let found = match listener.bind(&channel, exchange).await.map_err(|ended| listener.denied(ended)) {
+                Ok(found) => found,
+                Err(ended @ Ended::Denied { .. }) => {
+                    if warned.insert(format!("{exchange} denied")) {
+                        error!("exchange {exchange:?}: {ended}");
+                    }
+                    false
+                }
+                Err(ended) => return ended,
+            };
+            if found {
+                scratch = Some(channel);
+                if bound.insert(exchange.clone()) {
+                    info!("queue {:?} is bound to exchange {exchange:?}", listener.queue());
+                }
+                listener.status.lock().missing_exchanges.remove(exchange);
+                warned.remove(exchange);
+            } else {
+                bound.remove(exchange);
+                listener.status.lock().missing_exchanges.insert(exchange.clone());
+                if warned.insert(exchange.clone()) {
+                    warn!(
+                        "exchange {exchange:?} does not exist yet; bound as soon as its service sends a first notification or starts \
+                         (if there is none of that name, take it out of exchanges in [messaging])"
+                    );
+                }
+            }
+        }
+        sleep(listener.pace.look).await;
+    }
+    Ended::CallTimeout { what: "look for an exchange" }
+}
+
+/// Deliveries of one channel, to their end.
+struct Pump<'a> {
+    listener: &'a Listener,
+    host: &'a Host,
+    channel: Channel,
+    sink: Arc<dyn Sink>,
+    /// Cuts retries short.
+    stop: CancellationToken,
+    stores: JoinSet<(u64, EventType, bool)>,
+    acks: Acks,
+    logged: &'a mut Logged,
+    counters: &'a Counters,
+}
+
+impl Pump<'_> {
+    async fn run(&mut self, mut consumer: Consumer) -> Ended {
+        let batch = usize::from(self.listener.config.prefetch / 2).max(1);
+        let mut flush_at = tokio::time::Instant::now();
+        loop {
+            let waiting = self.acks.waiting();
+            let result = tokio::select! {
+                biased;
+                Some(stored) = self.stores.join_next(), if !self.stores.is_empty() => {
+                    match stored {
+                        Ok(stored) => self.settle(stored).await,
+                        // Not reached: the task neither panics nor is aborted here.
+                        Err(_) => Ok(()),
+                    }
+                }
+                delivery = consumer.next() => {
+                    let mut next = Some(delivery);
+                    // What has come in the meantime, without going to sleep.
+                    while let Some(delivery) = next {
+                        match delivery {
+                            None => return Ended::Cancelled(self.listener.queue().to_owned()),
+                            Some(Err(error)) => return self.lost(error),
+                            Some(Ok(delivery)) => self.take(&delivery),
+                        }
+                        if self.acks.waiting() >= batch {
+                            break;
+                        }
+                        next = consumer.next().now_or_never();
+                    }
+                    self.listener.status.lock().last_delivery = Some(Instant::now());
+                    if waiting == 0 {
+                        flush_at = tokio::time::Instant::now() + ACK_DELAY;
+                    }
+                    if self.acks.waiting() >= batch { self.flush().await } else { Ok(()) }
+                }
+                () = sleep_until(flush_at), if waiting > 0 => self.flush().await,
+            };
+            if let Err(error) = result {
+                return self.lost(error);
+            }
+        }
+    }
+
+    fn lost(&self, error: lapin::Error) -> Ended {
+        Ended::Lost { host: self.host.to_string(), error }
+    }
+
+    fn take(&mut self, delivery: &Delivery) {
+        let tag = delivery.delivery_tag;
+        let (event, meta) = match Notification::read(&delivery.data, compression(delivery)) {
+            Ok(Notification::Irrelevant(event_type)) => {
+                self.counters.dropped(event_type);
+                return self.acks.done(tag);
+            }
+            Err(reason) => {
+                self.counters.unreadable(reason);
+                if let Some(more) = self.logged.due(reason.label()) {
+                    warn!(
+                        exchange = delivery.exchange.as_str(),
+                        bytes = delivery.data.len(),
+                        "a notification cannot be read and is dropped: {reason}{more}"
+                    );
+                }
+                return self.acks.done(tag);
+            }
+            Ok(Notification::Relevant { event, event_type, message_id, unique_id }) => (
+                event,
+                Meta {
+                    event_type,
+                    message_id,
+                    unique_id,
+                    exchange: delivery.exchange.as_str().to_owned(),
+                    routing_key: delivery.routing_key.as_str().to_owned(),
+                    redelivered: delivery.redelivered,
+                },
+            ),
+        };
+        self.acks.hold(tag);
+        let pace = self.listener.pace;
+        let hold = if rounds(delivery) >= PATIENT_AFTER { pace.hold_again } else { pace.hold };
+        let (sink, stop, event_type) = (self.sink.clone(), self.stop.clone(), meta.event_type);
+        self.stores.spawn(async move { (tag, event_type, store(sink, event, meta, hold, pace, stop).await) });
+    }
+
+    async fn settle(&mut self, (tag, event_type, stored): (u64, EventType, bool)) -> lapin::Result<()> {
+        if stored {
+            self.counters.stored(event_type);
+            self.acks.done(tag);
+            return self.flush().await;
+        }
+        self.counters.requeued(event_type);
+        self.acks.returned(tag);
+        let options = BasicNackOptions { requeue: true, multiple: false };
+        self.channel.basic_nack(tag, options).await
+    }
+
+    async fn flush(&mut self) -> lapin::Result<()> {
+        for ack in self.acks.take() {
+            let options = BasicAckOptions { multiple: ack.multiple };
+            self.channel.basic_ack(ack.tag, options).await?;
+        }
+        Ok(())
+    }
+
+    /// `open`: the channel still works, so what is stored meanwhile is acknowledged, and the rest goes back when the channel closes.
+    async fn stop(&mut self, consumer: &Consumer, open: bool) {
+        self.stop.cancel();
+        if open {
+            let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+            let _ = timeout(CLOSE_TIMEOUT, cancel).await;
+        }
+        let drain = async {
+            while let Some(stored) = self.stores.join_next().await {
+                if let Ok(stored) = stored
+                    && open
+                    && self.settle(stored).await.is_err()
+                {
+                    break;
+                }
+            }
+            if open {
+                let _ = self.flush().await;
+            }
+        };
+        if timeout(DRAIN_TIMEOUT, drain).await.is_err() {
+            warn!("jobs were still being stored; their notifications go back to the queue");
+        }
+        self.stores.abort_all();
+    }
+}
+
+/// Hands an event to the sink until it is stored, `hold` is over or `stop` is called. Never panics, whatever the sink does.
+async fn store(
+    sink: Arc<dyn Sink>,
+    event: Event,
+    meta: Meta,
+    hold: Duration,
+    pace: Pace,
+    stop: CancellationToken,
+) -> bool {
+    let until = Instant::now() + hold;
+    let mut pause = pace.retry;
+    for attempt in 1u32.. {
+        let (sink, event, about) = (sink.clone(), event.clone(), meta.clone());
+        let mut running = tokio::spawn(async move { sink.accept(event, about).await });
+        let error = match timeout(pace.attempt, &mut running).await {
+            Ok(Ok(Ok(()))) => return true,
+            Ok(Ok(Err(error))) => error,
+            Ok(Err(error)) => SinkError::new(error),
+            Err(_) => {
+                running.abort();
+                SinkError::new(format!("not done within {} s", pace.attempt.as_secs()))
+            }
+        };
+        let id = meta_id(&meta);
+        if stop.is_cancelled() {
+            break;
+        }
+        if attempt == 1 {
+            warn!(
+                event_type = meta.event_type.as_str(),
+                "notification {id} could not be stored, trying again: {error}"
+            );
+        }
+        // The pause comes before giving it back too, or the broker would hand it out again at once.
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = sleep(pause) => {}
+        }
+        if Instant::now() >= until {
+            warn!(event_type = meta.event_type.as_str(), "notification {id} goes back to the queue: {error}");
+            break;
+        }
+        pause = (pause * 2).min(pace.retry * 8);
+    }
+    false
+}
+
+fn meta_id(meta: &Meta) -> &str {
+    meta.message_id.as_deref().unwrap_or("without an id")
+}
+
+/// kombu's header of that name, or the content encoding.
+fn compression(delivery: &Delivery) -> Option<&str> {
+    let headers = delivery.properties.headers().as_ref();
+    match headers.and_then(|headers| headers.inner().get("compression")) {
+        Some(AMQPValue::LongString(name)) => std::str::from_utf8(name.as_bytes()).ok().or(Some("?")),
+        Some(AMQPValue::ShortString(name)) => Some(name.as_str()),
+        Some(AMQPValue::Void) | None => delivery.properties.content_encoding().as_ref().map(|name| name.as_str()),
+        Some(_) => Some("?"),
+    }
+}
+
+/// How often a quorum queue has handed it out before.
+fn rounds(delivery: &Delivery) -> i64 {
+    let headers = delivery.properties.headers().as_ref();
+    match headers.and_then(|headers| headers.inner().get("x-delivery-count")) {
+        Some(AMQPValue::LongLongInt(count)) => *count,
+        Some(AMQPValue::LongInt(count)) => i64::from(*count),
+        _ => 0,
+    }
+}
+
+async fn call<T>(what: &'static str, call: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
+    match timeout(RPC_TIMEOUT, call).await {
+        Ok(result) => result.map_err(|error| Ended::Call { what, error }),
+        Err(_) => Err(Ended::CallTimeout { what }),
+    }
+}
+
+async fn read(path: &Path) -> Result<Vec<u8>, Ended> {
+    tokio::fs::read(path).await.map_err(|error| Ended::File { path: path.display().to_string(), error })
+}
+
+fn soft(error: &lapin::Error, kind: AMQPSoftError) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(kind))
+}
+
+fn hard(error: &lapin::Error, kind: AMQPHardError) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Hard(kind))
+}
+
+/// What was logged when, so that the same thing does not fill the log.
+#[derive(Default)]
+struct Logged(HashMap<String, (Instant, u64)>);
+
+impl Logged {
+    /// Whether this is to be logged now, and then how many of the kind were not.
+    fn due(&mut self, what: &str) -> Option<String> {
+        if self.0.len() > 64 {
+            self.0.clear();
+        }
+        match self.0.get_mut(what) {
+            Some((since, kept)) if since.elapsed() < LOG_AGAIN => {
+                *kept += 1;
+                None
+            }
+            Some((since, kept)) => {
+                let more = std::mem::take(kept);
+                *since = Instant::now();
+                Some(format!(" (and {more} more for this reason)"))
+            }
+            None => {
+                self.0.insert(what.to_owned(), (Instant::now(), 0));
+                Some(String::new())
+            }
+        }
+    }
+
+    /// Connected: what stopped us before is worth a line when it comes again.
+    fn forget(&mut self) {
+        self.0.retain(|what, _| !what.contains(' '));
+    }
+}
+
+/// `rbd_offload_notifications_total{fate, event_type}` and `rbd_offload_unreadable_total{reason}`.
+struct Counters {
+    /// Nearly all that comes, so looked up once.
+    others_dropped: Counter,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Counters { others_dropped: notifications("dropped", EventType::Other) }
+    }
+}
+
+fn notifications(fate: &'static str, event_type: EventType) -> Counter {
+    counter!("rbd_offload_notifications_total", "fate" => fate, "event_type" => event_type.as_str())
+}
+
+impl Counters {
+    fn dropped(&self, event_type: EventType) {
+        match event_type {
+            EventType::Other => self.others_dropped.increment(1),
+            _ => notifications("dropped", event_type).increment(1),
+        }
+    }
+
+    fn stored(&self, event_type: EventType) {
+        notifications("stored", event_type).increment(1);
+    }
+
+    fn requeued(&self, event_type: EventType) {
+        notifications("requeued", event_type).increment(1);
+    }
+
+    fn unreadable(&self, reason: Unreadable) {
+        notifications("unreadable", EventType::Other).increment(1);
+        counter!("rbd_offload_unreadable_total", "reason" => reason.label()).increment(1);
+    }
+}

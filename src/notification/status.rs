@@ -1,0 +1,59 @@
+//! How the listener is doing, for `/healthz` and the unit's STATUS line.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Written by the listener, read by anyone.
+#[derive(Debug, Default)]
+pub struct Status(Mutex<State>);
+
+/// The listener's state at a moment.
+#[derive(Debug, Default, Clone)]
+pub struct State {
+    /// `host:port` of the broker that is consumed from, or was tried last.
+    pub host: Option<String>,
+    /// Consuming since; None: not connected.
+    pub connected_since: Option<Instant>,
+    pub last_delivery: Option<Instant>,
+    /// Connections lost or refused since the start.
+    pub reconnects: u64,
+    /// The queue exists and is of the right type.
+    pub queue_declared: bool,
+    /// Exchanges that no service has declared yet.
+    pub missing_exchanges: BTreeSet<String>,
+    /// Why there is no connection, and the mend.
+    pub problem: Option<String>,
+}
+
+impl Status {
+    pub fn get(&self) -> State {
+        self.lock().clone()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    pub fn connected(&self) -> bool {
+        self.connected_since.is_some()
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.host, &self.problem) {
+            (Some(host), _) if self.connected() => write!(f, "consuming from {host}")?,
+            (_, Some(problem)) => write!(f, "not connected: {problem}")?,
+            _ => write!(f, "connecting")?,
+        }
+        if !self.missing_exchanges.is_empty() {
+            let names: Vec<&str> = self.missing_exchanges.iter().map(String::as_str).collect();
+            write!(f, "; waiting for exchanges: {}", names.join(", "))?;
+        }
+        Ok(())
+    }
+}
