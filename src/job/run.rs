@@ -4,7 +4,7 @@
 //! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
 //! cancellation.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{DefaultHasher, Hash as _, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
