@@ -99,6 +99,9 @@ impl Features {
     pub const OPERATIONS: Self = Self(256);
     pub const MIGRATING: Self = Self(512);
 
+    /// Both that say which objects there are.
+    pub const MAPS: Self = Self(8 | 16);
+
     /// What every published image has.
     pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);
 
