@@ -3,6 +3,7 @@
 //! Data goes to standard output, everything else to standard error; the exit status follows sysexits(3).
 
 mod cancel;
+mod check;
 mod completions;
 mod failure;
 mod jobs;
@@ -51,6 +52,8 @@ pub struct Cli {
 enum Command {
     /// Run the daemon.
     Run,
+    /// Dial everything with the configuration; exit 0 only if all holds.
+    Check(check::Args),
     /// List the jobs of the whole cluster.
     Jobs(jobs::Args),
     /// Show one job.
@@ -74,6 +77,7 @@ impl Cli {
         let config = self.config.as_path();
         match self.command {
             Command::Run => blocking(run::run(config)),
+            Command::Check(args) => blocking(check::check(config, args)),
             Command::Jobs(args) => blocking(jobs::jobs(config, args)),
             Command::Show(args) => blocking(show::show(config, args)),
             Command::Retry(args) => blocking(retry::retry(config, args)),
