@@ -260,8 +260,12 @@ impl Reconciler {
                     None => (name.as_str(), false),
                 };
                 let Some(image_id) = request::parse_uuid(id) else { continue };
-                if private || unfinished.contains(&image_id) {
-                    suspects.push((image_id, ImageSpec::named(pool, &name)));
+                if !private && !unfinished.contains(&image_id) {
+                    continue;
+                }
+                let image = ImageSpec::named(pool, &name);
+                if publish::is_marked(self.context().storage.as_ref(), &image, id).await? {
+                    suspects.push((image_id, image));
                 }
             }
         }

@@ -241,6 +241,10 @@ impl Stage {
     pub fn ask_again(&self, image_id: Uuid) -> bool {
         let mut world = self.world.lock();
         let now = Instant::now();
+        // the tenant sees that it is being worked on, also when that is by the operator's `retry`
+        if checks::jobs(&world).iter().any(|j| j.image_id == image_id && !j.state.is_ended() && j.ending.is_none()) {
+            return false;
+        }
         let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) else { return false };
         let asked = record.image.tags.iter().any(|t| t.starts_with("rbd-offload:"));
         if record.image.status != "queued" || asked || !record.requested {
@@ -269,6 +273,9 @@ impl Stage {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(500, 40_000));
             sleep(pause).await;
+            if Instant::now() >= until {
+                return;
+            }
             let id = image_id.to_string();
             match self.dice(|dice| dice.below(40)) {
                 0 => {
@@ -321,6 +328,9 @@ impl Stage {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(500, 30_000));
             sleep(pause).await;
+            if Instant::now() >= until {
+                return;
+            }
             let mut world = self.world.lock();
             let now = Instant::now();
             let long = world.dice.millis(5_000, 100_000);
