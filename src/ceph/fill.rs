@@ -5,7 +5,8 @@
 //! another object size or striping, or the overlap with it ends inside an object.
 //!
 //! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the clone
-//! has already sees them too. librbd knows nothing of these writes: the object map is rebuilt at the end.
+//! has already sees them too. librbd knows nothing of these writes, so the object map is off meanwhile and made anew at
+//! the end: a map that knows less than there is would make a removal of the half filled clone leave objects behind.
 #![allow(unsafe_code)]
 
 use std::collections::HashSet;
@@ -76,7 +77,11 @@ pub(super) fn fill(
     let r = unsafe { rados_ioctx_selfmanaged_snap_set_write_ctx(data.raw(), 0, ptr::null_mut(), 0) };
     check(&operation, r)?;
     let prefix = to.object_prefix()?;
+    let maps = to.features()?.has(Features::OBJECT_MAP);
     drop(to);
+    if maps {
+        Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
+    }
 
     let bytes = layout.object_size;
     progress.set_total(plan.len() as u64 * bytes);
@@ -127,6 +132,7 @@ pub(super) fn fill(
     }
     drop(again);
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    to.set_features(Features::MAPS, true)?;
     to.rebuild_object_map(cancel)?;
     for snapshot in to.snapshots()? {
         to.set_snapshot(&snapshot.name)?;
