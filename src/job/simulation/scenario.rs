@@ -177,7 +177,7 @@ impl Stage {
     }
 
     /// One message of the broker: delivered until somebody acks it.
-    async fn deliver(self, image_id: Uuid, deleted: bool) {
+    async fn deliver(self, image_id: Uuid, deleted: bool, tags: Vec<String>) {
         loop {
             let pause = self.dice(|dice| if dice.percent(80) { dice.millis(0, 800) } else { dice.millis(0, 90_000) });
             sleep(pause).await;
@@ -196,13 +196,6 @@ impl Stage {
                 sleep(Duration::from_secs(1)).await;
                 continue;
             };
-            let told = if deleted {
-                Some(Vec::new())
-            } else {
-                // what the notification says is of the moment when it was sent; it may be old
-                self.world.lock().cloud.images.get(&image_id.to_string()).map(|r| r.image.tags.clone())
-            };
-            let Some(tags) = told else { return };
             let work = async {
                 if deleted {
                     intake.image_deleted(image_id).await
@@ -232,8 +225,11 @@ impl Stage {
             8 => 2,
             _ => dice.below(10),
         });
+        // what a notification says is of the moment when it was sent
+        let image = self.world.lock().cloud.images.get(&image_id.to_string()).map(|r| r.image.clone());
+        let tags = image.filter(|i| i.status == "queued").map(|i| i.tags).unwrap_or_default();
         for _ in 0..copies {
-            tokio::spawn(self.clone().deliver(image_id, deleted));
+            tokio::spawn(self.clone().deliver(image_id, deleted, tags.clone()));
         }
     }
 
@@ -310,17 +306,8 @@ impl Stage {
     }
 
     async fn cancel(&self, image_id: Uuid) {
-        let changed = self
-            .store
-            .change(image_id, |record| {
-                record.not_before = None;
-                !record.state.is_ended() && !std::mem::replace(&mut record.cancel, true)
-            })
-            .await;
-        if let Ok(Some(record)) = changed {
-            self.world.lock().log(|| format!("the operator cancels {image_id} in state {}", record.state));
-            let _ = self.store.index(&record).await;
-        }
+        let answer = self.store.cancel(image_id).await;
+        self.world.lock().log(|| format!("the operator cancels {image_id}: {answer:?}"));
     }
 
     /// What befalls the volumes and the services.
