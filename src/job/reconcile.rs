@@ -216,13 +216,19 @@ impl Reconciler {
         }
     }
 
-    /// Image records of ended jobs on which a daemon that stood still, or another writer's upload, may have brought back
+    /// Jobs that live again though the index says that they ended. And image records of ended jobs on which a daemon that stood still, or another writer's upload, may have brought back
     /// what was taken off or put right: Glance takes no condition with a change, so it cannot be kept from happening.
     async fn mend_records(&self, findings: &mut Findings) -> Result<()> {
         for (image_id, _) in self.context().store.ended().await? {
             let Ok(Some(stored)) = self.context().store.load(image_id).await else { continue };
             let record = stored.record;
-            if !record.mend || !record.is_settled() {
+            if !record.is_settled() {
+                // whoever made it live again died before the index said so
+                self.context().store.index(&record).await?;
+                findings.records += 1;
+                continue;
+            }
+            if !record.mend {
                 continue;
             }
             let id = image_id.to_string();
@@ -270,8 +276,12 @@ impl Reconciler {
                     None => (name.as_str(), false),
                 };
                 let Some(image_id) = request::parse_uuid(id) else { continue };
-                if private || unfinished.contains(&image_id) {
-                    suspects.push((image_id, ImageSpec::named(pool, &name)));
+                if !private && !unfinished.contains(&image_id) {
+                    continue;
+                }
+                let image = ImageSpec::named(pool, &name);
+                if publish::is_marked(self.context().storage.as_ref(), &image, id).await? {
+                    suspects.push((image_id, image));
                 }
             }
         }

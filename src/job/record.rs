@@ -135,6 +135,8 @@ pub struct Made {
     pub copy: bool,
     /// `<image id>` in the destination pool, by renaming the copy.
     pub published: bool,
+    /// Glance has made the image active with what we published; our mark is coming off.
+    pub active: bool,
 }
 
 /// A job, whole.
@@ -198,6 +200,9 @@ pub struct Record {
     /// The tenant was told that the request was accepted.
     #[serde(default)]
     pub acknowledged: bool,
+    /// The tenant is being told of the end, or was: a request tag on the image record may be a new one by now.
+    #[serde(default)]
+    pub told: bool,
     /// An owner was shut out, or another writer has the image: what was said on the image record may not be what stands
     /// there. The reconciler puts it right, after the end too.
     #[serde(default)]
@@ -261,6 +266,7 @@ impl Record {
             again: false,
             retried: false,
             acknowledged: false,
+            told: false,
             mend: false,
         }
     }

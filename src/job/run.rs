@@ -639,6 +639,9 @@ impl Job {
             image = self.stage("record", self.prepare_record(image, &record.publication)).await?;
         }
         let image = self.stage("register", self.register(image, &pool, record.bytes_total)).await?;
+        if !self.is_our_image(&copy).await? {
+            return end(State::Declined, OTHER_WRITER);
+        }
         self.finish(&pool, &image).await
     }
 
@@ -646,16 +649,14 @@ impl Job {
         Ok(plan::read_image(self.context.cloud.as_ref(), self.id).await?)
     }
 
-    /// Whether an active image is active by what we published. Our mark says so; it is taken off when the image is
-    /// active, and then the copy is not under its private name any more.
+    /// Whether an active image is active by what we published: our mark says so, and once it is coming off, the record.
     async fn is_our_image(&self, copy: &ImageSpec) -> Step<bool> {
-        if !self.snapshot().await.made.published {
-            return Ok(false);
+        let made = self.snapshot().await.made;
+        if !made.published || made.active {
+            return Ok(made.active);
         }
-        let storage = self.context.storage.as_ref();
         let published = ImageSpec::named(&copy.pool, self.id.to_string());
-        Ok(publish::is_marked(storage, &published, &self.id.to_string()).await?
-            || storage.image(copy, None).await?.is_none())
+        Ok(publish::is_marked(self.context.storage.as_ref(), &published, &self.id.to_string()).await?)
     }
 
     async fn take_name(&self, copy: &ImageSpec) -> Step<()> {
@@ -785,6 +786,9 @@ impl Job {
         self.finishing.store(true, Ordering::SeqCst);
         let id = self.id.to_string();
         let published = ImageSpec::named(pool, &id);
+        if !self.snapshot().await.made.active {
+            self.update(|record| record.made.active = true).await?;
+        }
         self.context.storage.remove_metadata(&published, transfer::MARK).await?;
         let leftovers = tenant::clear(image);
         if !leftovers.is_empty() {
@@ -1036,7 +1040,14 @@ impl Job {
     }
 
     async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
-        let (status, message) = last_word(ending.state, &ending.reason, self.snapshot().await.request_id);
+        let record = self.snapshot().await;
+        let (status, message) = last_word(ending.state, &ending.reason, record.request_id);
+        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        if record.told && asks && tenant::show(&image, status, 0, &message).is_empty() {
+            // told already, which took the tag off: the tenant has asked again since
+            return self.update(|record| record.again = true).await;
+        }
+        self.update(|record| record.told = true).await?;
         for _ in 0..RECORD_TRIES {
             match self.context.cloud.update_image(&self.id.to_string(), &tenant::end(&image, status, &message)).await {
                 Ok(_) => return Ok(()),

@@ -12,7 +12,7 @@ use crate::job::record::{Record, State};
 use crate::request::TAG_PREFIX;
 use crate::transfer::MARK;
 
-fn jobs(world: &World) -> Vec<Record> {
+pub fn jobs(world: &World) -> Vec<Record> {
     let objects = world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job."));
     objects.filter_map(|(_, object)| Record::parse(&object.data).ok()).collect()
 }

@@ -177,7 +177,7 @@ impl Stage {
     }
 
     /// One message of the broker: delivered until somebody acks it.
-    async fn deliver(self, image_id: Uuid, deleted: bool) {
+    async fn deliver(self, image_id: Uuid, deleted: bool, tags: Vec<String>) {
         loop {
             let pause = self.dice(|dice| if dice.percent(80) { dice.millis(0, 800) } else { dice.millis(0, 90_000) });
             sleep(pause).await;
@@ -196,13 +196,6 @@ impl Stage {
                 sleep(Duration::from_secs(1)).await;
                 continue;
             };
-            let told = if deleted {
-                Some(Vec::new())
-            } else {
-                // what the notification says is of the moment when it was sent; it may be old
-                self.world.lock().cloud.images.get(&image_id.to_string()).map(|r| r.image.tags.clone())
-            };
-            let Some(tags) = told else { return };
             let work = async {
                 if deleted {
                     intake.image_deleted(image_id).await
@@ -232,8 +225,11 @@ impl Stage {
             8 => 2,
             _ => dice.below(10),
         });
+        // what a notification says is of the moment when it was sent
+        let image = self.world.lock().cloud.images.get(&image_id.to_string()).map(|r| r.image.clone());
+        let tags = image.filter(|i| i.status == "queued").map(|i| i.tags).unwrap_or_default();
         for _ in 0..copies {
-            tokio::spawn(self.clone().deliver(image_id, deleted));
+            tokio::spawn(self.clone().deliver(image_id, deleted, tags.clone()));
         }
     }
 
@@ -241,6 +237,10 @@ impl Stage {
     pub fn ask_again(&self, image_id: Uuid) -> bool {
         let mut world = self.world.lock();
         let now = Instant::now();
+        // the tenant sees that it is being worked on, also when that is by the operator's `retry`
+        if checks::jobs(&world).iter().any(|j| j.image_id == image_id && !j.state.is_ended() && j.ending.is_none()) {
+            return false;
+        }
         let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) else { return false };
         let asked = record.image.tags.iter().any(|t| t.starts_with("rbd-offload:"));
         if record.image.status != "queued" || asked || !record.requested {
@@ -269,6 +269,9 @@ impl Stage {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(500, 40_000));
             sleep(pause).await;
+            if Instant::now() >= until {
+                return;
+            }
             let id = image_id.to_string();
             match self.dice(|dice| dice.below(40)) {
                 0 => {
@@ -303,17 +306,8 @@ impl Stage {
     }
 
     async fn cancel(&self, image_id: Uuid) {
-        let changed = self
-            .store
-            .change(image_id, |record| {
-                record.not_before = None;
-                !record.state.is_ended() && !std::mem::replace(&mut record.cancel, true)
-            })
-            .await;
-        if let Ok(Some(record)) = changed {
-            self.world.lock().log(|| format!("the operator cancels {image_id} in state {}", record.state));
-            let _ = self.store.index(&record).await;
-        }
+        let answer = self.store.cancel(image_id).await;
+        self.world.lock().log(|| format!("the operator cancels {image_id}: {answer:?}"));
     }
 
     /// What befalls the volumes and the services.
@@ -321,6 +315,9 @@ impl Stage {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(500, 30_000));
             sleep(pause).await;
+            if Instant::now() >= until {
+                return;
+            }
             let mut world = self.world.lock();
             let now = Instant::now();
             let long = world.dice.millis(5_000, 100_000);
