@@ -114,7 +114,7 @@ macro_rules! shapes {
                 let record = demo.image(&id).await;
                 assert_eq!((&record["hw_disk_bus"], &record["os_type"]), (&json!("scsi"), &json!("linux")));
 
-                let second = demo.create_volume(json!({"source_volid": clone.id})).await;
+                let second = demo.clone_volume(&clone).await;
                 second.disk.write(3, &[(6 * MIB, 5000)]).await;
                 assert!(second.disk.facts().await.unwrap().parent.is_some());
                 offloads(&daemon, &demo, &second, 1).await;

@@ -12,7 +12,7 @@ use super::disk::{self, Disk};
 use super::{MIB, lab, seconds, unique, until};
 
 /// How long anything may take that is not measured.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 const TAG: &str = "rbd-offload:";
 
@@ -30,6 +30,8 @@ enum Made {
     Image(String),
     Volume(String),
     Snapshot(String),
+    /// What Cinder makes in a volume that is cloned, and leaves there when the clone is deleted.
+    CloneSnapshot(Disk, String),
 }
 
 /// The tag that asks for a volume.
@@ -249,6 +251,16 @@ impl Account {
         Volume { disk: Disk::new(pool, format!("volume-{id}")), id }
     }
 
+    /// A volume made from a volume.
+    pub async fn clone_volume(&self, parent: &Volume) -> Volume {
+        let clone = self.create_volume(json!({"source_volid": parent.id})).await;
+        let snapshot = Made::CloneSnapshot(parent.disk.clone(), format!("volume-{}.clone_snap", clone.id));
+        let mut made = self.made.lock().unwrap();
+        let before_the_clone = made.len() - 1;
+        made.insert(before_the_clone, snapshot);
+        clone
+    }
+
     /// A volume whose disk is made smaller behind Cinder's back, to what a quick test needs, with some data.
     pub async fn small_volume(&self, more: Value, seed: u64) -> Volume {
         let volume = self.create_volume(more).await;
@@ -313,6 +325,7 @@ impl Account {
                 (format!("image {id}"), self.glance(&format!("images/{id}")))
             }
             Made::Volume(id) => (format!("volume {id}"), self.cinder(&format!("volumes/{id}"))),
+            Made::CloneSnapshot(disk, snapshot) => return disk.remove_snapshot(snapshot).await,
             Made::Snapshot(id) => (format!("snapshot {id}"), self.cinder(&format!("snapshots/{id}"))),
         };
         until(&format!("the end of {what}"), PATIENCE, || async {

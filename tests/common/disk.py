@@ -63,6 +63,12 @@ def remove(pool, image):
         pass
 
 
+def remove_snapshot(pool, image, snapshot):
+    with rbd.Image(open_pool(pool), image) as disk:
+        disk.unprotect_snap(snapshot)
+        disk.remove_snap(snapshot)
+
+
 def digest(pool, image, snapshot=None):
     """Size and a hash of all bytes; holes and zeros are the same."""
     whole, zeros = hashlib.blake2b(), bytes(CHUNK)

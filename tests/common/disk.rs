@@ -97,6 +97,10 @@ impl Disk {
         ask::<()>("remove", self.arguments(json!({}))).await;
     }
 
+    pub async fn remove_snapshot(&self, snapshot: &str) {
+        ask::<()>("remove_snapshot", self.arguments(json!({"snapshot": snapshot}))).await;
+    }
+
     pub async fn digest(&self, snapshot: Option<&str>) -> Digest {
         ask("digest", self.arguments(json!({"snapshot": snapshot}))).await
     }
