@@ -9,10 +9,16 @@ import requests
 TIMEOUT = 60
 
 
+def fail(service, text):
+    """lab/up shows the log of the service that the message starts with."""
+    sys.exit('%s: %s' % (service, text))
+
+
 class Api:
     """One service, seen with one token."""
 
-    def __init__(self, url, token=None, **headers):
+    def __init__(self, service, url, token=None, **headers):
+        self.service = service
         self.url = url
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy on the way to loopback
@@ -21,9 +27,13 @@ class Api:
             self.session.headers['X-Auth-Token'] = token
 
     def call(self, method, path, **kwargs):
-        answer = self.session.request(method, self.url + path, timeout=TIMEOUT, **kwargs)
+        where = '%s %s%s' % (method, self.url, path)
+        try:
+            answer = self.session.request(method, self.url + path, timeout=TIMEOUT, **kwargs)
+        except requests.RequestException as error:
+            fail(self.service, '%s: %s' % (where, error))
         if not answer.ok:
-            sys.exit('%s %s%s: %s %s' % (method, self.url, path, answer.status_code, answer.text[:500]))
+            fail(self.service, '%s answers %s: %s' % (where, answer.status_code, answer.text[:500]))
         return answer
 
     def get(self, path, **query):
@@ -39,7 +49,7 @@ class Api:
 def login(keystone_url):
     """The administrator that `keystone-manage bootstrap` made: an Api of Keystone, the token, the project's id."""
     default = {'id': 'default'}
-    answer = Api(keystone_url).post('/v3/auth/tokens', {'auth': {
+    answer = Api('keystone', keystone_url).post('/v3/auth/tokens', {'auth': {
         'identity': {
             'methods': ['password'],
             'password': {'user': {'name': 'admin', 'domain': default, 'password': 'secret'}},
@@ -47,7 +57,7 @@ def login(keystone_url):
         'scope': {'project': {'name': 'admin', 'domain': default}},
     }})
     token = answer.headers['X-Subject-Token']
-    return Api(keystone_url + '/v3', token), token, answer.json()['token']['project']['id']
+    return Api('keystone', keystone_url + '/v3', token), token, answer.json()['token']['project']['id']
 
 
 def ensure(keystone, kind, name, **attributes):
@@ -121,7 +131,8 @@ def await_cinder(cinder, seconds=60):
         if wanted <= up:
             return
         if time.monotonic() > end:
-            sys.exit('not up after %d s, says cinder-api: %s' % (seconds, sorted(wanted - up)))
+            missing = sorted(wanted - up)
+            fail(missing[-1][0], 'not up after %d s, says cinder-api: %s' % (seconds, missing))
         time.sleep(1)
 
 
@@ -136,10 +147,13 @@ def main():
     projects = make_identities(keystone, options.password)
     make_catalog(keystone, options.glance, options.cinder)
 
-    cinder = Api('%s/v3/%s' % (options.cinder, admin_project), token, **{'OpenStack-API-Version': 'volume 3.60'})
+    cinder = Api('cinder-api', '%s/v3/%s' % (options.cinder, admin_project), token, **{'OpenStack-API-Version': 'volume 3.60'})
     make_volume_types(cinder)
     set_quotas(cinder, (projects['demo'], projects['demo2']))
     await_cinder(cinder)
+
+    # Glance answers a bare GET / without its database.
+    Api('glance', options.glance, token).get('/v2/images', limit=1)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method};
-use crate::openstack::{self, Cloud, Image, Volume};
+use crate::openstack::{self, Cloud, Image, Store, Volume};
 use crate::request::{self, Asked, Source, Trigger};
 
 /// Prefix of the properties that the daemon keeps on a queued record for the tenant.
@@ -126,11 +126,15 @@ pub async fn make(
     check_record(&image)?;
     let Some(owner) = image.owner.clone() else { return declined("the image has no owner") };
 
-    let found = match source {
-        Source::Volume(id) => of_volume(cloud, config, question.trigger, &owner, id).await?,
-        Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await?,
-        Source::Instance(_) => return declined("this version takes volumes and volume snapshots only"),
+    let find = async {
+        match source {
+            Source::Volume(id) => of_volume(cloud, config, question.trigger, &owner, id).await,
+            Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await,
+            Source::Instance(_) => declined("this version takes volumes and volume snapshots only"),
+        }
     };
+    let (found, stores, limit) = tokio::join!(find, cloud.stores(), cloud.image_size_limit(&owner));
+    let found = found?;
     let origin = ImageSpec::named(&found.pool, &found.image);
     let info = match storage.image(&origin, found.snapshot.as_deref()).await {
         Ok(Some(info)) => info,
@@ -147,8 +151,8 @@ pub async fn make(
             "the disk of {source} is an RBD image of format 1, which cannot be cloned or copied safely"
         ));
     }
-    check_destination(cloud, storage, &found.dest_pool).await?;
-    check_limit(cloud, &owner, info.size).await?;
+    check_destination(&stores?, &storage.fsid().await?, &found.dest_pool)?;
+    check_limit(cloud, limit?, &owner, info.size).await?;
 
     Ok(Plan {
         min_disk: found.min_disk.max(image.min_disk),
@@ -268,26 +272,22 @@ fn backend_of(host: &str) -> Option<&str> {
 }
 
 /// Glance must have a store over that pool in this cluster: it would accept the location, and never open it.
-async fn check_destination(cloud: &dyn Cloud, storage: &dyn Storage, pool: &str) -> Result<()> {
-    let stores = cloud.stores().await?;
+fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
     // Glance before 30 tells neither; the location's outcome tells then
-    if stores.iter().all(|store| store.pool.is_none()) {
-        return Ok(());
-    }
-    let fsid = storage.fsid().await?;
+    let silent = stores.iter().all(|store| store.pool.is_none());
     let fits = stores.iter().any(|store| {
         store.pool.as_deref() == Some(pool)
-            && store.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(&fsid))
+            && store.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(fsid))
     });
-    if fits {
+    if silent || fits {
         return Ok(());
     }
     declined("Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
 }
 
 /// The project's limit for all its images, where the cloud has one: an upload would be held to it.
-async fn check_limit(cloud: &dyn Cloud, project_id: &str, bytes: u64) -> Result<()> {
-    let Some(limit) = cloud.image_size_limit(project_id).await? else { return Ok(()) };
+async fn check_limit(cloud: &dyn Cloud, limit: Option<u64>, project_id: &str, bytes: u64) -> Result<()> {
+    let Some(limit) = limit else { return Ok(()) };
     let used = cloud.image_usage(project_id).await?;
     if used.saturating_add(bytes) > limit {
         return declined(format!(

@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
-const METHODS: [Method; 2] = [Method::Copy, Method::Clone];
+const METHODS: [Method; 3] = [Method::Copy, Method::Clone, Method::Fill];
 const LIMITS: TransferLimits = TransferLimits { concurrency: 8, bytes_per_second: 0, objects_per_second: 0 };
 
 /// What the Python that prepares sources may use.
 const PRELUDE: &str = r#"
-import random, sys
+import os, random, sys
 import rados, rbd
 M = 1 << 20
 conf, keyring, NAME = sys.argv[1:4]
@@ -69,6 +69,9 @@ def clean():
     raise SystemExit('images of ' + NAME + ' could not be removed')
 "#;
 
+/// Leaves at once: an orderly exit cleans up OpenSSL under librados' threads, which then abort the process.
+const LEAVE: &str = "sys.stdout.flush(); os._exit(0)";
+
 /// One test's view of the lab. What it made goes when it is dropped.
 struct Lab {
     dir: PathBuf,
@@ -96,7 +99,7 @@ impl Lab {
 
     fn python(&self, code: &str) -> Vec<u8> {
         let output = Command::new("/usr/bin/python3")
-            .args(["-c", &format!("{PRELUDE}\n{code}")])
+            .args(["-c", &format!("{PRELUDE}\n{code}\n{LEAVE}")])
             .args([self.conf(), self.keyring(), self.name.clone().into()])
             .output()
             .unwrap();
@@ -137,7 +140,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         let output = Command::new("/usr/bin/python3")
-            .args(["-c", &format!("{PRELUDE}\nclean()")])
+            .args(["-c", &format!("{PRELUDE}\nclean()\n{LEAVE}")])
             .args([self.conf(), self.keyring(), self.name.clone().into()])
             .output();
         if let Ok(output) = output
@@ -168,6 +171,7 @@ async fn transfer(client: &Client, method: Method, source: &ImageSpec, destinati
     let mut filled = Moved::default();
     if method == Method::Fill {
         filled = client.fill(source, "s", destination, LIMITS, &progress, &cancel).await.unwrap();
+        assert_eq!((progress.done(), filled.through_host), (progress.total(), 0));
     }
     let flattened = client.flatten(destination, &Progress::default(), &cancel).await.unwrap();
     Moved {
@@ -408,12 +412,13 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     transfer(&client, Method::Copy, &by_id, &lab.image()).await;
     assert_eq!(lab.data(&lab.image(), None), expected);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    client.fill(&by_id, "s", &cloned, LIMITS, &progress, &cancel).await.unwrap();
     client.flatten(&cloned, &progress, &cancel).await.unwrap();
     assert_eq!(lab.data(&cloned, None), expected);
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
     let refused = client.clone_image(&by_id, "s", &again).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
-    assert_eq!(client.snapshots("volumes", "s", 0).await.unwrap(), [(by_id.clone(), "s".to_owned())]);
+    assert!(client.snapshots("volumes", "s", 0).await.unwrap().contains(&(by_id.clone(), "s".to_owned())));
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::Made);
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::AlreadyThere);
     assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
@@ -516,6 +521,46 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     client.flatten(&image, &progress, &cancel).await.unwrap_err();
     assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_stopped_half_way_leaves_nothing_when_its_clone_is_removed() {
+    let lab = Lab::new();
+    lab.python(
+        "create('volumes', NAME + '-volume', 256 * M)
+for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let id = client.image(&image, None).await.unwrap().unwrap().id;
+    let slow = TransferLimits { objects_per_second: 20, ..LIMITS };
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let stopper = async {
+        while progress.done() < 8 * 4 * MIB {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        cancel.cancel();
+    };
+    let (stopped, ()) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &cancel), stopper);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    let objects = |lab: &Lab| lab.command("rados", &["-p", "images", "ls"]).lines().filter(|o| o.contains(&id)).count();
+    assert!(objects(&lab) > 8);
+    client.remove_image(&image).await.unwrap();
+    assert_eq!(objects(&lab), 0);
+
+    // One that goes on after having been stopped is whole.
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    cancel.cancel();
+    client.fill(&source, "s", &image, LIMITS, &progress, &cancel).await.unwrap_err();
+    client.fill(&source, "s", &image, LIMITS, &progress, &CancellationToken::new()).await.unwrap();
+    client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
+    let info = client.image(&image, None).await.unwrap().unwrap();
+    assert!(info.features.has(Features::PUBLISHED) && info.flags == 0 && info.parent.is_none());
+    assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -877,4 +922,146 @@ async fn missing_capabilities_are_found() {
     let found = client.capabilities("volumes", false).await.unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].mend.contains("profile rbd pool=volumes"), "{found:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_can_be_repeated_and_is_seen_by_the_clones_own_snapshots() {
+    let lab = Lab::new();
+    lab.python(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 30 * M); write('images', NAME + '-a', 0, 30 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+write('volumes', v, 9 * M, 2 * M, 2)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    let expected = lab.data(&source, Some("s"));
+    client.clone_image(&source, "s", &image).await.unwrap();
+    client.create_snapshot(&image, "snap").await.unwrap();
+
+    let slow = TransferLimits { objects_per_second: 4, concurrency: 1, ..LIMITS };
+    let cancel = CancellationToken::new();
+    let stopper = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        cancel.cancel();
+        Instant::now()
+    };
+    let (stopped, at) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &cancel), stopper);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(at.elapsed() < Duration::from_secs(2));
+    assert!(progress.done() > 0 && progress.done() < progress.total());
+    assert!(lab.data(&image, None) == expected, "half filled");
+
+    for _ in 0..2 {
+        let moved = client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap();
+        assert_eq!((moved.objects, moved.through_host), (8, 0));
+    }
+    client.flatten(&image, &progress, &never).await.unwrap();
+    assert_eq!(client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap(), Moved::default());
+    client.remove_snapshot(&source, "s").await.unwrap();
+    client.remove_image(&source).await.unwrap();
+    assert!(lab.data(&image, None) == expected);
+    assert!(lab.data(&image, Some("snap")) == expected);
+    lab.command("rbd", &["object-map", "check", &image.to_string()]);
+    lab.command("rbd", &["object-map", "check", &format!("{image}@snap")]);
+    assert_eq!(client.image(&image, Some("snap")).await.unwrap().unwrap().flags, 0);
+    assert_eq!(client.image(&image, None).await.unwrap().unwrap().flags, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_clone_of_that_snapshot_is_filled() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)");
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    for snapshot in ["s", "t"] {
+        client.create_snapshot(&source, snapshot).await.unwrap();
+        client.protect_snapshot(&source, snapshot).await.unwrap();
+    }
+    client.clone_image(&source, "t", &image).await.unwrap();
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let refused = client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+}
+
+/// Clones of format 2 keep a removed snapshot of their parent aside until they are flattened.
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_of_format_2() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 24 * M); write('images', NAME + '-a', 0, 10 * M, 1)
+with rbd.Image(io('images'), NAME + '-a') as image: image.create_snap('x')
+cluster.conf_set('rbd_default_clone_format', '2')
+clone('images', NAME + '-a', 'x', 'volumes', v)
+with rbd.Image(io('images'), NAME + '-a') as image: image.remove_snap('x')
+write('images', NAME + '-a', 0, 10 * M, 5)
+write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",
+    )
+    .await;
+}
+
+/// What the transfers wrote is right to the OSDs too: a deep scrub compares data, sizes and statistics.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deep_scrub_finds_nothing() {
+    let lab = Lab::new();
+    lab.python(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 64 * M, data_pool='ecdata'); write('images', NAME + '-a', 0, 30 * M + 7, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+write('volumes', v, 20 * M, 30 * M, 2)",
+    );
+    let client = lab.client().await;
+    let source = lab.volume();
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    for method in METHODS {
+        let destination = ImageSpec::named("images", format!("{}-{method:?}", lab.name));
+        transfer(&client, method, &source, &destination).await;
+        client.create_snapshot(&destination, "snap").await.unwrap();
+    }
+    const POOLS: [&str; 3] = ["images", "volumes", "ecdata"];
+    let stamps = || -> Vec<(String, String, String)> {
+        POOLS
+            .iter()
+            .flat_map(|pool| {
+                let dump = lab.command("ceph", &["pg", "ls-by-pool", pool, "--format", "json"]);
+                let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
+                let text = |pg: &serde_json::Value, key: &str| pg[key].as_str().unwrap().to_owned();
+                dump["pg_stats"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|pg| (text(pg, "pgid"), text(pg, "last_deep_scrub_stamp"), text(pg, "state")))
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    };
+    let before = stamps();
+    for pool in POOLS {
+        lab.command("ceph", &["osd", "pool", "deep-scrub", pool]);
+    }
+    let began = Instant::now();
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let now = stamps();
+        for (pg, _, state) in &now {
+            assert!(!state.contains("inconsistent"), "{pg} is {state}");
+        }
+        let waiting: Vec<_> = now.iter().zip(&before).filter(|(a, b)| a.1 == b.1).map(|(a, _)| a.0.clone()).collect();
+        if waiting.is_empty() {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(300), "not scrubbed: {waiting:?}");
+        for pg in waiting.iter().filter(|_| began.elapsed().as_secs().is_multiple_of(20)) {
+            lab.command("ceph", &["pg", "deep-scrub", pg]);
+        }
+    }
+    let health = lab.command("ceph", &["health", "detail"]);
+    assert!(!health.contains("PG_DAMAGED") && !health.contains("OSD_SCRUB_ERRORS"), "{health}");
 }

@@ -12,9 +12,9 @@ launch_osd() { launch "osd.$1" ceph-osd -f -c "$CEPH_CONF" -i "$1" --osd-data "$
 
 # The daemons are asked themselves, through their admin sockets: the cluster notices a death only after a while.
 ask_daemon() { timeout 20 ceph --admin-daemon "$DIR/run/$1.$2.asok" "$3"; }
-ready_mon() { ask_daemon mon.a "$(pid_of mon)" mon_status | grep -q '"state": "leader"'; }
-ready_osd() { ask_daemon "osd.$1" "$(pid_of "osd.$1")" status | grep -q '"state": "active"'; }
-ready_mgr() { ceph_ mgr stat | grep -q '"available": true'; }
+ready_mon() { [[ $(ask_daemon mon.a "$(pid_of mon)" mon_status) == *'"state": "leader"'* ]]; }
+ready_osd() { [[ $(ask_daemon "osd.$1" "$(pid_of "osd.$1")" status) == *'"state": "active"'* ]]; }
+ready_mgr() { [[ $(ceph_ mgr stat) == *'"available": true'* ]]; }
 
 logs_mon() { printf '%s\n' "$DIR/log/mon.out" "$DIR/log/ceph-mon.a.log"; }
 logs_mgr() { printf '%s\n' "$DIR/log/mgr.out" "$DIR/log/ceph-mgr.x.log"; }

@@ -38,7 +38,7 @@ venv_ready() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.installed" 2>/dev/n
 
 # --system-site-packages: Glance and Cinder need Debian's python3-rados and python3-rbd, which PyPI does not have.
 make_venv() {
-  step pip 120 /usr/bin/python3 -m venv --system-site-packages "$VENV"
+  step pip 300 /usr/bin/python3 -m venv --system-site-packages "$VENV"
   step pip 1200 "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off \
     -c "$LAB_HERE/constraints.txt" -r "$LAB_HERE/requirements.txt"
   venv_wanted >"$VENV/.installed"

@@ -77,18 +77,20 @@ step() {
   timeout -k 5 "$limit" "$@" >>"$DIR/log/$name.log" 2>&1 </dev/null 9>&- || status=$?
   [ $status = 0 ] && return
   [ $status != 124 ] || say "$name: not done after $limit s"
-  fail_with_log "$name failed: ${*##*/}" "$DIR/log/$name.log"
+  fail_with_log "$name failed, with exit status $status" "$DIR/log/$name.log"
 }
 
-# fail_with_log MESSAGE FILE…: MESSAGE and the end of the logs, then out.
+# fail_with_log MESSAGE FILE…: MESSAGE and the end of the logs, then out. The first file gets more lines: a service that
+# dies ends it with a traceback, and its reason stands above that.
 fail_with_log() {
-  local message=$1 file
+  local message=$1 file lines=40
   shift
   say "$message"
   for file in "$@"; do
     [ -s "$file" ] || continue
     echo "---- the end of $file" >&2
-    tail -n 20 "$file" >&2
+    tail -n $lines "$file" >&2
+    lines=20
   done
   exit 1
 }

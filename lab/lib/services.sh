@@ -14,7 +14,7 @@ all_services() {
   openstack_services
 }
 
-is_service() { all_services | grep -qxF -- "$1"; }
+is_service() { [[ $'\n'$(all_services)$'\n' == *$'\n'"$1"$'\n'* ]]; }
 need_service() { is_service "$1" || die "no such service: $1 (there are: $(all_services | xargs))"; }
 
 # call ACTION NAME: launch_keystone, ready_cinder_volume, logs_osd 2, …
@@ -65,8 +65,11 @@ service_await() {
 }
 
 service_failed() { # NAME MESSAGE
-  local files
-  mapfile -t files < <(service_logs "$1")
+  local file files=()
+  # What was not written since the start would only mislead.
+  while read -r file; do
+    [ "$file" -ot "$DIR/run/$1.pid" ] || files+=("$file")
+  done < <(service_logs "$1")
   fail_with_log "$2" "${files[@]}"
 }
 

@@ -29,6 +29,7 @@ pub(super) type Extent = Range<u64>;
 pub(super) struct Image {
     raw: sys::rbd_image_t,
     spec: ImageSpec,
+    namespace: String,
     io: IoCtx,
 }
 
@@ -42,7 +43,7 @@ pub(super) struct ParentLink {
 impl Image {
     /// Opens the image's head. `None` when there is no such image; a missing pool is an error.
     pub fn open(cluster: &Arc<Cluster>, spec: &ImageSpec, access: Access) -> Result<Option<Self>> {
-        Self::open_in(IoCtx::open(cluster, &spec.pool)?, spec, access)
+        Self::open_in(IoCtx::open(cluster, &spec.pool)?, "", spec, access)
     }
 
     /// As [`open`](Self::open), with a missing image as an error.
@@ -62,14 +63,14 @@ impl Image {
     pub fn open_parent(cluster: &Arc<Cluster>, link: &ParentLink) -> Result<Self> {
         let io = IoCtx::open_id(cluster, link.pool_id)?.with_namespace(&link.parent.namespace)?;
         let spec = ImageSpec::with_id(&link.parent.pool, &link.parent.image_id);
-        let image = Self::open_in(io, &spec, Access::ReadOnly)?
+        let image = Self::open_in(io, &link.parent.namespace, &spec, Access::ReadOnly)?
             .ok_or_else(|| Error::new(format!("open {spec}"), ErrorKind::NotFound, "no such image"))?;
         // SAFETY: the image is open.
         image.check("open the parent snapshot of", unsafe { sys::rbd_snap_set_by_id(image.raw, link.snap_id) })?;
         Ok(image)
     }
 
-    fn open_in(io: IoCtx, spec: &ImageSpec, access: Access) -> Result<Option<Self>> {
+    fn open_in(io: IoCtx, namespace: &str, spec: &ImageSpec, access: Access) -> Result<Option<Self>> {
         let operation = format!("open {spec}");
         let mut raw: sys::rbd_image_t = ptr::null_mut();
         let (key, open): (_, unsafe extern "C" fn(_, _, _, _) -> c_int) = match (&spec.image, access) {
@@ -85,7 +86,7 @@ impl Image {
             return Ok(None);
         }
         check(operation, r)?;
-        Ok(Some(Self { raw, spec: spec.clone(), io }))
+        Ok(Some(Self { raw, spec: spec.clone(), namespace: namespace.to_owned(), io }))
     }
 
     fn check(&self, verb: &str, r: c_int) -> Result<c_int> {
@@ -98,6 +99,11 @@ impl Image {
 
     pub fn io(&self) -> &IoCtx {
         &self.io
+    }
+
+    /// The namespace of the pool that the image lies in.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     pub fn spec(&self) -> &ImageSpec {
@@ -406,6 +412,13 @@ impl Image {
     /// Copies what is shared with the parent into the image, and cuts the parent off. Stops soon after `cancel`.
     pub fn flatten(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
         self.long_call("flatten", sys::rbd_flatten_with_progress, Some(progress), cancel)
+    }
+
+    /// Switches features on or off.
+    pub fn set_features(&self, features: Features, on: bool) -> Result<()> {
+        // SAFETY: the image is open.
+        let r = unsafe { sys::rbd_update_features(self.raw, features.0, on.into()) };
+        self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
     }
 
     /// Makes the object map agree with the objects that there are.

@@ -147,6 +147,7 @@ unsafe extern "C" {
     pub fn rbd_linked_image_spec_cleanup(image: *mut LinkedImageSpec);
     pub fn rbd_snap_spec_cleanup(snap: *mut SnapSpec);
     pub fn rbd_flatten_with_progress(image: rbd_image_t, progress: ProgressFn, argument: *mut c_void) -> c_int;
+    pub fn rbd_update_features(image: rbd_image_t, features: u64, enabled: u8) -> c_int;
     pub fn rbd_rebuild_object_map(image: rbd_image_t, progress: ProgressFn, argument: *mut c_void) -> c_int;
 
     // Its snapshots
@@ -201,6 +202,18 @@ unsafe extern "C" {
     pub fn rbd_metadata_get(image: rbd_image_t, key: *const c_char, value: *mut c_char, length: *mut usize) -> c_int;
     pub fn rbd_metadata_set(image: rbd_image_t, key: *const c_char, value: *const c_char) -> c_int;
     pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
+}
+
+// copy_from.cc
+unsafe extern "C" {
+    pub fn rbd_offload_copy_from(
+        source: rados_ioctx_t,
+        source_object: *const c_char,
+        destination: rados_ioctx_t,
+        object: *const c_char,
+        done: extern "C" fn(argument: *mut c_void, result: c_int),
+        argument: *mut c_void,
+    ) -> c_int;
 }
 
 #[link(name = "rados")]

@@ -45,8 +45,49 @@ pub struct Status {
     pub last_turn: Instant,
 }
 
+/// Jobs that run here, counted by the pool that they write to.
+#[derive(Debug, Clone, Default)]
+pub struct PoolSlots(Arc<Mutex<HashMap<String, usize>>>);
+
+impl PoolSlots {
+    /// A place among the `limit` jobs of that pool; 0: no limit. It is free again when the slot is dropped.
+    pub fn take(&self, pool: &str, limit: usize) -> Option<PoolSlot> {
+        let mut counts = lock(&self.0);
+        let count = counts.entry(pool.to_owned()).or_default();
+        if limit > 0 && *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(PoolSlot { slots: self.clone(), pool: pool.to_owned() })
+    }
+
+    fn is_full(&self, pool: &str, limit: usize) -> bool {
+        limit > 0 && lock(&self.0).get(pool).is_some_and(|count| *count >= limit)
+    }
+}
+
+/// See [`PoolSlots::take`].
+#[derive(Debug)]
+pub struct PoolSlot {
+    slots: PoolSlots,
+    pool: String,
+}
+
+impl Drop for PoolSlot {
+    fn drop(&mut self) {
+        let mut counts = lock(&self.slots.0);
+        if let Some(count) = counts.get_mut(&self.pool) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.pool);
+            }
+        }
+    }
+}
+
 pub struct Engine {
     context: Context,
+    pools: PoolSlots,
     /// Jobs that run here, with the project of each.
     running: Mutex<HashMap<Uuid, String>>,
     /// Jobs that are left alone until then.
@@ -67,6 +108,7 @@ impl Engine {
     pub fn new(context: Context) -> Arc<Self> {
         Arc::new(Self {
             context,
+            pools: PoolSlots::default(),
             running: Mutex::default(),
             held: Mutex::default(),
             acknowledged: Mutex::default(),
@@ -150,12 +192,14 @@ impl Engine {
     /// The jobs that may be started now by what the index says.
     fn eligible(&self, live: Vec<(Uuid, Summary)>) -> Vec<(Uuid, Summary)> {
         let now = self.context.clock.now();
+        let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
         let running = lock(&self.running);
         let held = lock(&self.held);
         live.into_iter()
             .filter(|(id, _)| !running.contains_key(id))
             .filter(|(id, _)| held.get(id).is_none_or(|until| *until <= Instant::now()))
             .filter(|(_, summary)| is_due(summary.not_before, now))
+            .filter(|(_, summary)| summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool)))
             .collect()
     }
 
@@ -209,7 +253,7 @@ impl Engine {
             self.context.store.index(record).await?;
             return Ok(None);
         }
-        Ok(Some(Job::new(self.context.clone(), lease, stored)))
+        Ok(Some(Job::new(self.context.clone(), lease, stored, self.pools.clone())))
     }
 
     async fn not_taken(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
@@ -239,7 +283,8 @@ impl Engine {
         self.tasks.spawn(async move {
             let outcome = job.run(drain).await;
             match outcome {
-                Outcome::Waiting(pause) => engine.hold(image_id, pause),
+                // how long it waits stands in the index, where `retry` and `cancel` may end it
+                Outcome::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
                 Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
                 Outcome::Ended(_) | Outcome::Released => {}
             }
@@ -274,4 +319,31 @@ impl Engine {
 fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
     let longest = SignedDuration::try_from(BACKOFF_MAX * 2).unwrap_or(SignedDuration::MAX);
     not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_takes_no_more_jobs_than_its_limit() {
+        let pools = PoolSlots::default();
+        let first = pools.take("images", 1);
+        assert!(first.is_some());
+        assert!(pools.take("images", 1).is_none());
+        assert!(pools.take("other", 1).is_some());
+        assert!(pools.take("images", 0).is_some());
+        drop(first);
+        assert!(pools.take("images", 1).is_some());
+    }
+
+    #[test]
+    fn a_time_far_ahead_comes_from_a_wrong_clock_and_is_not_waited_for() {
+        let now = Timestamp::now();
+        let ahead = |seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok();
+        assert!(is_due(None, now));
+        assert!(is_due(ahead(-1), now));
+        assert!(!is_due(ahead(30), now));
+        assert!(is_due(ahead(3600), now));
+    }
 }

@@ -121,6 +121,8 @@ pub struct Publication {
     /// GiB.
     pub min_disk: u64,
     pub properties: BTreeMap<String, String>,
+    /// SHA-512 of the bytes in hexadecimal, where `[offload] hash` asks for it.
+    pub sha512: Option<String>,
 }
 
 /// What the job made or is about to make, written down **before** it is made: what is not named here is not ours.
@@ -196,6 +198,10 @@ pub struct Record {
     /// The tenant was told that the request was accepted.
     #[serde(default)]
     pub acknowledged: bool,
+    /// An owner was shut out, or another writer has the image: what was said on the image record may not be what stands
+    /// there. The reconciler puts it right, after the end too.
+    #[serde(default)]
+    pub mend: bool,
 }
 
 /// A way that the states do not allow.
@@ -255,6 +261,7 @@ impl Record {
             again: false,
             retried: false,
             acknowledged: false,
+            mend: false,
         }
     }
 
@@ -298,7 +305,13 @@ impl Record {
     pub fn restart(&mut self, retried: bool, now: Timestamp) -> Result<(), IllegalTransition> {
         self.enter(State::Accepted, now)?;
         let fresh = Self::new(self.image_id, self.trigger, self.source, self.project_id.clone(), now);
-        *self = Self { retried, owner: self.owner.take(), owner_address: self.owner_address.take(), ..fresh };
+        *self = Self {
+            retried,
+            owner: self.owner.take(),
+            owner_address: self.owner_address.take(),
+            mend: self.mend,
+            ..fresh
+        };
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
 //! cancellation.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,12 +16,13 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::clock::Clock;
+use super::engine::{PoolSlot, PoolSlots};
 use super::lease::{Identity, Lease};
 use super::record::{Ending, Origin, Publication, Record, Stage, State};
 use super::store::{self, Store, Stored};
 use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage, TransferLimits};
-use crate::config::Config;
-use crate::openstack::{self, Cloud, Image, LocationAnswer};
+use crate::config::{Config, Hash};
+use crate::openstack::{self, Cloud, Image, LocationAnswer, Validation};
 use crate::plan::{self, NoPlan, Plan, Question};
 use crate::publish::record::{self as tenant, Status};
 use crate::publish::{self, Name};
@@ -88,6 +90,10 @@ enum Stop {
     End(Ending),
     /// It may pass.
     Retry(String),
+    /// As many jobs as may run into this pool do.
+    NoRoom {
+        pool: String,
+    },
     /// Stopped from outside; the watcher knows why.
     Interrupted,
     LeaseLost,
@@ -167,12 +173,17 @@ pub struct Job {
     finishing: AtomicBool,
     /// Of the latest attempts, one of each name.
     stages: std::sync::Mutex<Vec<Stage>>,
+    pools: PoolSlots,
+    /// The job's place among those that write to its destination pool.
+    slot: Mutex<Option<PoolSlot>>,
+    /// Held while the source's snapshot is being removed.
+    removing: Mutex<()>,
     id: Uuid,
 }
 
 impl Job {
     /// `stored` was read after the lease was taken.
-    pub fn new(context: Context, lease: Lease, stored: Stored) -> Self {
+    pub fn new(context: Context, lease: Lease, stored: Stored, pools: PoolSlots) -> Self {
         let id = stored.record.image_id;
         let stages = stored.record.stages.clone();
         Self {
@@ -184,6 +195,9 @@ impl Job {
             cancel: CancellationToken::new(),
             finishing: AtomicBool::new(false),
             stages: std::sync::Mutex::new(stages),
+            pools,
+            slot: Mutex::new(None),
+            removing: Mutex::new(()),
             id,
         }
     }
@@ -224,13 +238,17 @@ impl Job {
     /// Shuts out the owner that did not let go, and becomes the owner.
     async fn take_over(&self) -> Step<()> {
         let address = self.context.storage.address().await?;
-        let before = self.snapshot().await.owner_address;
-        if let Some(before) = before.filter(|before| *before != address) {
+        let before = self.snapshot().await.owner_address.filter(|before| *before != address);
+        let taken = before.is_some();
+        if let Some(before) = before {
             match self.context.storage.fence(&before).await {
                 Ok(change) => tracing::info!(image_id = %self.id, client = before, ?change, "fenced the owner before"),
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                     tracing::warn!(image_id = %self.id, client = before, %error,
                         "the owner before cannot be fenced: give the cephx user `mon 'profile rbd'`");
+                }
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    tracing::warn!(image_id = %self.id, %error, "the record names no client that could be fenced");
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -241,6 +259,8 @@ impl Job {
             record.owner_address = Some(address.clone());
             // the attempt reads the image first of all
             record.check = false;
+            // the fence keeps the owner before out of Ceph, not out of Glance
+            record.mend |= taken;
         })
         .await
     }
@@ -313,16 +333,18 @@ impl Job {
     /// One attempt, from where the record stands.
     async fn attempt(&self) -> Step<State> {
         let record = self.snapshot().await;
-        if let Some(ending) = record.ending {
+        if let (Some(ending), false) = (record.ending, record.state.is_ended()) {
             return Err(Stop::End(ending));
         }
         if record.cancel && !record.state.is_ended() {
             return end(State::Cancelled, "cancelled by the operator");
         }
-        if record.state.is_ended() {
-            if !self.asked_again().await? {
-                return Ok(self.snapshot().await.state);
-            }
+        if record.state.is_ended() && !self.asked_again().await? {
+            return Ok(self.snapshot().await.state);
+        }
+        let config = self.context.config.borrow().clone();
+        if config.offload.observe && self.snapshot().await.state == State::Accepted {
+            return self.observe(&config).await;
         }
         match self.snapshot().await.state {
             State::Publishing => {}
@@ -330,23 +352,34 @@ impl Job {
                 // begun by an attempt that did not end: start over
                 self.take_down().await?;
                 self.enter(State::Accepted).await?;
-                self.copy().await?;
+                self.copy(&config).await?;
             }
-            _ => self.copy().await?,
+            _ => self.copy(&config).await?,
         }
-        self.publish().await?;
+        // the source is free of our snapshot as soon as the copy no longer needs it
+        let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
+        published?;
+        removed?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
         Ok(State::Done)
     }
 
     /// An ended job was asked for again, perhaps by a notification that came late: the image record knows.
     async fn asked_again(&self) -> Step<bool> {
         let image = self.context.cloud.image(&self.id.to_string()).await?;
-        let asked = image
-            .is_some_and(|image| image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing));
+        let asked = match image.filter(|image| image.status == "queued").map(|image| request::asked_by(&image.tags)) {
+            None | Some(Asked::Nothing) => None,
+            Some(Asked::For(source)) => Some(Some(source)),
+            Some(Asked::Unclear(_)) => Some(None),
+        };
         let now = self.context.clock.now();
-        if asked && self.snapshot().await.state.may_become(State::Accepted) {
+        let may =
+            !self.context.config.borrow().offload.observe && self.snapshot().await.state.may_become(State::Accepted);
+        if let (Some(source), true) = (asked, may) {
             self.update(|record| {
-                let _ = record.restart(false, now);
+                if record.restart(false, now).is_ok() {
+                    record.source = source;
+                }
             })
             .await?;
             return Ok(true);
@@ -361,12 +394,30 @@ impl Job {
         Ok(false)
     }
 
+    /// Makes the plan, says what it is, and touches nothing. The request stays as it is, for the day on which the
+    /// daemon does more than observe.
+    async fn observe(&self, config: &Config) -> Step<State> {
+        let finding = match self.stage("plan", self.plan(config)).await {
+            Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
+            Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(stop) => return Err(stop),
+        };
+        tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
+        metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
+        let reason = format!("only observed ([offload] observe = true): {finding}");
+        self.conclude(&Ending { state: State::Cancelled, reason }).await?;
+        Ok(State::Cancelled)
+    }
+
     // ---- plan and copy ----
 
     /// From a request to a complete, inspected, sealed copy under its private name.
-    async fn copy(&self) -> Step<()> {
-        let config = self.context.config.borrow().clone();
-        let plan = self.stage("plan", self.plan(&config)).await?;
+    async fn copy(&self, config: &Config) -> Step<()> {
+        let plan = self.stage("plan", self.plan(config)).await?;
+        match self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) {
+            Some(slot) => *self.slot.lock().await = Some(slot),
+            None => return Err(Stop::NoRoom { pool: plan.dest_pool }),
+        }
         let copy = ImageSpec::named(&plan.dest_pool, super::record::private_name(self.id));
         self.check_names(&plan, &copy).await?;
 
@@ -390,7 +441,8 @@ impl Job {
             record.project_id = Some(plan.project_id.clone());
             record.origin = Some(origin.clone());
             record.dest_pool = Some(plan.dest_pool.clone());
-            record.publication = Publication { min_disk: plan.min_disk, properties: plan.properties.clone() };
+            record.publication =
+                Publication { min_disk: plan.min_disk, properties: plan.properties.clone(), sha512: None };
             record.method = first;
             record.bytes_total = plan.info.size;
             record.bytes_done = 0;
@@ -411,15 +463,18 @@ impl Job {
         );
         snapped?;
         shown?;
-        self.stage("transfer", self.transfer(&config, &methods, &source, &snapshot, &copy)).await?;
+        self.stage("transfer", self.transfer(config, &methods, &source, &snapshot, &copy)).await?;
         if self.cancel.is_cancelled() {
             return Err(Stop::Interrupted);
         }
-        self.show_again(Status::Publishing, "the copy is complete and is being registered").await;
-        let (sealed, removed) =
-            tokio::join!(self.stage("inspect", self.inspect_and_seal(&copy)), self.remove_source_snapshot());
+        let (sealed, ()) = tokio::join!(
+            self.stage("inspect", self.inspect_and_seal(&copy)),
+            self.show_again(Status::Publishing, "the copy is complete and is being registered")
+        );
         sealed?;
-        removed?;
+        if config.offload.hash == Hash::Sha512 {
+            self.stage("hash", self.hash(&copy, plan.info.size)).await?;
+        }
         self.enter(State::Publishing).await
     }
 
@@ -429,6 +484,10 @@ impl Job {
             Question { image_id: self.id, trigger: record.trigger, source: record.source, retried: record.retried };
         let image = plan::read_image(self.context.cloud.as_ref(), self.id).await?;
         let source = plan::read_request(&image, &question)?;
+        if record.source != Some(source) {
+            // also where the plan then refuses it: `retry` goes by the latest request, not by one before
+            self.update(|record| record.source = Some(source)).await?;
+        }
         Ok(plan::make(self.context.cloud.as_ref(), self.context.storage.as_ref(), config, &question, image, source)
             .await?)
     }
@@ -541,7 +600,13 @@ impl Job {
         Ok(publish::seal(storage, copy).await?)
     }
 
+    async fn hash(&self, copy: &ImageSpec, size: u64) -> Step<()> {
+        let hash = publish::sha512(self.context.storage.as_ref(), copy, size, &self.cancel).await?;
+        self.update(|record| record.publication.sha512 = Some(hash.clone())).await
+    }
+
     async fn remove_source_snapshot(&self) -> Step<()> {
+        let _one = self.removing.lock().await;
         let record = self.snapshot().await;
         if let (true, Some(origin)) = (record.made.snapshot, &record.origin) {
             let source = ImageSpec::with_id(&origin.pool, &origin.image_id);
@@ -646,7 +711,9 @@ impl Job {
         if image.status == "queued" {
             let url = publish::location(&self.context.storage.fsid().await?, pool, &id);
             self.before_visible_step().await?;
-            match cloud.add_location(&id, &url, None).await? {
+            let hash = self.snapshot().await.publication.sha512;
+            let validation = hash.map(|value| Validation { algorithm: "sha512".into(), value });
+            match cloud.add_location(&id, &url, validation.as_ref()).await? {
                 // a conflict may be our own success, whose answer was lost: look
                 Some(LocationAnswer::Accepted | LocationAnswer::Conflict) => {}
                 None => return image_gone(),
@@ -694,15 +761,18 @@ impl Job {
     pub async fn acknowledge(self) {
         let work = async {
             let record = self.snapshot().await;
-            if record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
+            let observe = self.context.config.borrow().offload.observe;
+            if observe || record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
                 return Ok(());
             }
+            // so that whoever comes next knows of us, if this ends half way
+            self.take_over().await?;
             let image = self.read_image().await?;
             if image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing) {
                 self.before_visible_step().await?;
                 self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
             }
-            self.update(|record| record.acknowledged = true).await
+            self.let_go(|record| record.acknowledged = true).await
         };
         if let Err(stop) = work.await {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
@@ -724,8 +794,7 @@ impl Job {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.remove_source_snapshot().await?;
-        self.conclude(&Ending { state: State::Done, reason: String::new() }).await
+        Ok(())
     }
 
     // ---- the way out ----
@@ -769,9 +838,17 @@ impl Job {
 
     async fn settle(&self, stop: Stop) -> Outcome {
         let objects = self.context.store.objects().clone();
+        let ended = self.snapshot().await.state.is_ended();
         let outcome = match stop {
+            // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
+            Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
             Stop::Retry(reason) => self.pause_or_fail(reason).await,
+            // the index tells the engine not to take it before there is room
+            Stop::NoRoom { pool } => match self.let_go(|record| record.dest_pool = Some(pool.clone())).await {
+                Ok(()) => Outcome::Waiting(Duration::ZERO),
+                Err(_) => Outcome::Abandoned,
+            },
             Stop::Drained => {
                 tracing::info!(image_id = %self.id, "released: this daemon stops, another goes on");
                 match self.let_go(|_| {}).await {
@@ -819,7 +896,7 @@ impl Job {
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     async fn pause(&self, reason: &str, counts: bool) -> Outcome {
         let attempts = self.snapshot().await.attempts;
-        let pause = backoff(attempts);
+        let pause = backoff(self.id, attempts);
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
@@ -862,8 +939,11 @@ impl Job {
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
             self.take_down().await?;
-            if let Some(image) = image.filter(|image| image.status == "queued") {
-                self.tell_end(image, &ending).await?;
+            match image {
+                Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
+                // another writer's; while it uploads, Glance would bring back what is taken off
+                Some(_) => self.update(|record| record.mend = true).await?,
+                None => {}
             }
             self.conclude(&ending).await?;
             Ok(ending.state)
@@ -876,7 +956,9 @@ impl Job {
                 Outcome::Abandoned
             }
             Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => self.pause(&reason, false).await,
-            Err(Stop::Interrupted | Stop::Drained) => self.pause("stopped while it was winding up", false).await,
+            Err(Stop::Interrupted | Stop::Drained | Stop::NoRoom { .. }) => {
+                self.pause("stopped while it was winding up", false).await
+            }
         }
     }
 
@@ -892,6 +974,8 @@ impl Job {
         }
         self.update(|record| record.ending = None).await?;
         self.finish(pool, image).await?;
+        self.remove_source_snapshot().await?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
         Ok(true)
     }
 
@@ -952,18 +1036,7 @@ impl Job {
     }
 
     async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
-        let request = self.snapshot().await.request_id;
-        let (status, message) = match ending.state {
-            State::Declined => (Status::Declined, ending.reason.clone()),
-            State::Cancelled => (Status::Failed, format!("{}; set the request tag to ask again", ending.reason)),
-            // what broke inside is for the operator
-            _ => (
-                Status::Failed,
-                format!(
-                    "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
-                ),
-            ),
-        };
+        let (status, message) = last_word(ending.state, &ending.reason, self.snapshot().await.request_id);
         for _ in 0..RECORD_TRIES {
             match self.context.cloud.update_image(&self.id.to_string(), &tenant::end(&image, status, &message)).await {
                 Ok(_) => return Ok(()),
@@ -1081,13 +1154,32 @@ impl Job {
     }
 }
 
+/// What the tenant is told at an end without an image.
+pub(super) fn last_word(state: State, reason: &str, request: Uuid) -> (Status, String) {
+    match state {
+        State::Declined => (Status::Declined, reason.to_owned()),
+        State::Cancelled => (Status::Failed, format!("{reason}; set the request tag to ask again")),
+        // what broke inside is for the operator
+        _ => (
+            Status::Failed,
+            format!(
+                "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
+            ),
+        ),
+    }
+}
+
 /// Whether a Glance task works on the image.
 fn at_work(image: &Image) -> bool {
     image.status == "importing" || image.properties.contains_key("os_glance_import_task")
 }
 
-/// The pause after so many attempts, with a quarter of jitter either way.
-fn backoff(attempts: u32) -> Duration {
+/// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
+/// one by one.
+fn backoff(id: Uuid, attempts: u32) -> Duration {
     let pause = BACKOFF_FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(BACKOFF_MAX);
-    pause.mul_f64(rand::random_range(0.75..1.25))
+    let mut hasher = DefaultHasher::new();
+    (id, attempts).hash(&mut hasher);
+    // 75 to 124 hundredths
+    pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
 }

@@ -7,6 +7,9 @@
 pub mod header;
 pub mod record;
 
+use sha2::{Digest, Sha512};
+use tokio_util::sync::CancellationToken;
+
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
@@ -14,6 +17,9 @@ use crate::transfer::MARK;
 
 /// Name that Glance's driver gives to the protected snapshot which consumers clone from.
 pub const SNAPSHOT: &str = "snap";
+
+/// Bytes hashed at a time; twice as many are in memory.
+const HASH_CHUNK: usize = 16 << 20;
 
 /// Bytes read for the inspection of the header.
 const HEADER_BYTES: usize = 64 << 10;
@@ -29,6 +35,38 @@ pub async fn seal(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<()> {
     storage.create_snapshot(copy, SNAPSHOT).await?;
     storage.protect_snapshot(copy, SNAPSHOT).await?;
     Ok(())
+}
+
+/// SHA-512 of the copy's `size` bytes, holes included, in hexadecimal; reads the next chunk while it hashes one.
+/// [`ErrorKind::Cancelled`] soon after `cancel` fires.
+pub async fn sha512(
+    storage: &dyn Storage,
+    copy: &ImageSpec,
+    size: u64,
+    cancel: &CancellationToken,
+) -> ceph::Result<String> {
+    let mut hasher = Sha512::new();
+    let mut offset = 0;
+    let mut chunk = storage.read(copy, 0, HASH_CHUNK).await?;
+    while !chunk.is_empty() {
+        if cancel.is_cancelled() {
+            return Err(ceph::Error::new(format!("hash {copy}"), ErrorKind::Cancelled, "stopped"));
+        }
+        offset += chunk.len() as u64;
+        let next = storage.read(copy, offset, if offset < size { HASH_CHUNK } else { 0 });
+        let hash = tokio::task::spawn_blocking(move || {
+            hasher.update(&chunk);
+            hasher
+        });
+        let (next, hashed) = tokio::join!(next, hash);
+        hasher = hashed.map_err(|e| ceph::Error::new(format!("hash {copy}"), ErrorKind::Other, e.to_string()))?;
+        chunk = next?;
+    }
+    if offset != size {
+        let what = format!("{offset} bytes read of {size}");
+        return Err(ceph::Error::new(format!("hash {copy}"), ErrorKind::Other, what));
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What became of taking the image's name.

@@ -1,0 +1,584 @@
+//! The listener against a real RabbitMQ: what it declares and what it leaves alone, and that nothing is lost on the way to the sink.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, resume_unwind};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::FutureExt;
+use lapin::options::{
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
+use rbd_offload::config::{Messaging, QueueType};
+use rbd_offload::notification::{Event, Listener, Meta, Pace, Sink, SinkError, Status, TransportUrl};
+use serde_json::json;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+fn lab(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: this test needs the lab; run `make test`"))
+}
+
+/// A broker of the lab, and names that nobody else uses.
+struct Broker {
+    connection: Connection,
+    id: String,
+}
+
+impl Broker {
+    async fn connect() -> Broker {
+        let url = TransportUrl::parse(&lab("RBDLAB_OFFLOAD_AMQP")).unwrap();
+        let tls = lapin::tcp::OwnedTLSConfig {
+            identity: None,
+            cert_chain: url
+                .tls
+                .as_ref()
+                .and_then(|tls| tls.ca_file.as_ref())
+                .map(|path| std::fs::read_to_string(path).unwrap()),
+        };
+        let runtime = lapin::runtime::default_runtime().unwrap();
+        let uri = url.amqp_uri(&url.hosts[0]);
+        let connection =
+            Connection::connect_uri_with_config(uri, ConnectionProperties::default(), tls, runtime).await.unwrap();
+        Broker { connection, id: Uuid::new_v4().simple().to_string() }
+    }
+
+    fn queue(&self) -> String {
+        format!("test-{}", self.id)
+    }
+
+    fn exchange(&self) -> String {
+        format!("test-x-{}", self.id)
+    }
+
+    fn topic(&self) -> String {
+        format!("test-notifications-{}", self.id)
+    }
+
+    fn config(&self) -> Messaging {
+        Messaging {
+            transport_url: lab("RBDLAB_OFFLOAD_AMQP").into(),
+            queue: self.queue(),
+            queue_type: QueueType::Quorum,
+            exchanges: vec![self.exchange()],
+            topics: vec![self.topic()],
+            prefetch: 128,
+            ssl_ca_file: None,
+        }
+    }
+
+    async fn channel(&self) -> Channel {
+        self.connection.create_channel().await.unwrap()
+    }
+
+    async fn declare_exchange(&self) {
+        let options = ExchangeDeclareOptions::default();
+        let (name, kind) = (self.exchange(), ExchangeKind::Topic);
+        let channel = self.channel().await;
+        channel.exchange_declare(name.as_str().into(), kind, options, FieldTable::default()).await.unwrap();
+    }
+
+    async fn exchange_exists(&self) -> bool {
+        let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let (name, kind) = (self.exchange(), ExchangeKind::Topic);
+        let channel = self.channel().await;
+        channel.exchange_declare(name.as_str().into(), kind, options, FieldTable::default()).await.is_ok()
+    }
+
+    /// Whether a declaration of this type is what exists.
+    async fn queue_is(&self, kind: &str) -> bool {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let channel = self.channel().await;
+        channel.queue_declare(self.queue().as_str().into(), options, arguments).await.is_ok()
+    }
+
+    /// Messages ready in a queue; not those that a consumer holds.
+    async fn ready(&self, queue: &str) -> Option<u32> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let channel = self.channel().await;
+        let queue = channel.queue_declare(queue.into(), options, FieldTable::default()).await.ok()?;
+        Some(queue.message_count())
+    }
+
+    async fn publish_bytes(&self, channel: &Channel, body: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions::default();
+        let (exchange, key) = (self.exchange(), format!("{}.info", self.topic()));
+        channel
+            .basic_publish(exchange.as_str().into(), key.as_str().into(), options, body, properties)
+            .await
+            .unwrap()
+            .await
+            .unwrap();
+    }
+
+    async fn publish(&self, body: &str) {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        self.publish_bytes(&self.confirming().await, body.as_bytes(), properties).await;
+    }
+
+    async fn confirming(&self) -> Channel {
+        let channel = self.channel().await;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        channel
+    }
+
+    async fn clean_up(&self) {
+        for queue in [self.queue(), format!("{}.info", self.topic())] {
+            let channel = self.channel().await;
+            let _ = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await;
+        }
+        let channel = self.channel().await;
+        let _ = channel.exchange_delete(self.exchange().as_str().into(), ExchangeDeleteOptions::default()).await;
+    }
+}
+
+/// Runs a test with a broker, and deletes what it made, however it ends.
+async fn with_broker<F: Future<Output = ()>>(test: impl FnOnce(Arc<Broker>) -> F) {
+    let broker = Arc::new(Broker::connect().await);
+    let result = AssertUnwindSafe(test(broker.clone())).catch_unwind().await;
+    broker.clean_up().await;
+    if let Err(panic) = result {
+        resume_unwind(panic);
+    }
+}
+
+/// A listener in the background; stops when dropped, without a goodbye.
+struct Running {
+    task: JoinHandle<()>,
+    cancel: CancellationToken,
+    status: Arc<Status>,
+}
+
+impl Running {
+    fn start(config: Messaging, sink: &Arc<Store>) -> Running {
+        let listener = Listener::new(config).unwrap().pace(Pace {
+            hold: Duration::from_secs(2),
+            hold_again: Duration::from_secs(2),
+            attempt: Duration::from_secs(30),
+            retry: Duration::from_millis(100),
+            look: Duration::from_millis(500),
+        });
+        let status = listener.status();
+        let cancel = CancellationToken::new();
+        let task = tokio::spawn(listener.run(sink.clone(), cancel.clone()));
+        Running { task, cancel, status }
+    }
+
+    async fn bound(config: Messaging, sink: &Arc<Store>) -> Running {
+        let running = Running::start(config, sink);
+        running.consuming().await;
+        // Binding follows consuming.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        running
+    }
+
+    async fn consuming(&self) {
+        eventually("the listener consumes", async || self.status.get().connected()).await;
+    }
+
+    async fn stop(mut self) {
+        self.cancel.cancel();
+        tokio::time::timeout(Duration::from_secs(15), &mut self.task).await.unwrap().unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A store of events that can be told to fail or to hang.
+#[derive(Default)]
+struct Store {
+    stored: Mutex<Vec<(Event, Meta)>>,
+    calls: AtomicUsize,
+    fail: AtomicBool,
+    hang: AtomicBool,
+}
+
+impl Store {
+    fn images(&self) -> BTreeSet<Uuid> {
+        let stored = self.stored.lock().unwrap();
+        stored
+            .iter()
+            .map(|(event, _)| match event {
+                Event::ImageDeleted { image_id } => *image_id,
+                other => panic!("{other:?}"),
+            })
+            .collect()
+    }
+}
+
+#[async_trait]
+impl Sink for Store {
+    async fn accept(&self, event: Event, meta: Meta) -> Result<(), SinkError> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        while self.hang.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if self.fail.load(Ordering::SeqCst) {
+            return Err(SinkError::new("the pool is away"));
+        }
+        self.stored.lock().unwrap().push((event, meta));
+        Ok(())
+    }
+}
+
+async fn eventually(what: &str, check: impl AsyncFn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(40);
+    while !check().await {
+        assert!(Instant::now() < until, "not within 40 s: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn message(event_type: &str, payload: serde_json::Value) -> String {
+    let inner = json!({
+        "message_id": Uuid::new_v4(), "publisher_id": "image.localhost", "event_type": event_type, "priority": "INFO",
+        "payload": payload, "timestamp": "2026-11-20 17:55:03.810063", "_unique_id": Uuid::new_v4().simple().to_string(),
+    });
+    json!({"oslo.version": "2.0", "oslo.message": inner.to_string()}).to_string()
+}
+
+fn deletion(image: Uuid) -> String {
+    message("image.delete", json!({"id": image, "status": "deleted"}))
+}
+
+/// rabbitmqctl on the lab's broker.
+fn rabbitmqctl(arguments: &[&str]) -> String {
+    let command =
+        std::env::var("RBDLAB_RABBITMQCTL").unwrap_or_else(|_| format!("{}/svc rabbitctl", lab("RBDLAB_HERE")));
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap()).args(words).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Has the broker close the listener's connection, and no other.
+async fn close_connection(queue: String) {
+    tokio::task::spawn_blocking(move || {
+        let name = format!("rbd-offload:{queue}");
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            let list = rabbitmqctl(&["-q", "list_connections", "pid", "client_properties"]);
+            if let Some(line) = list.lines().find(|line| line.contains(&name)) {
+                rabbitmqctl(&["-q", "close_connection", line.split_whitespace().next().unwrap(), "a test"]);
+                return;
+            }
+            assert!(Instant::now() < until, "the broker knows no connection {name}");
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_has_the_configured_type() {
+    with_broker(|broker| async move {
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        assert!(running.status.get().queue_declared);
+        assert!(broker.queue_is("quorum").await);
+        assert!(!broker.queue_is("classic").await);
+        running.stop().await;
+
+        // The other type: says what to do, and goes on as soon as it is done.
+        let classic = Messaging { queue_type: QueueType::Classic, ..broker.config() };
+        let running = Running::start(classic, &store);
+        eventually("a second attempt", async || running.status.get().reconnects >= 2).await;
+        let state = running.status.get();
+        assert!(!state.connected() && !state.queue_declared);
+        let problem = state.problem.clone().unwrap();
+        assert!(problem.contains("queue_type = classic") && problem.contains("delete_queue"), "{problem}");
+        broker
+            .channel()
+            .await
+            .queue_delete(broker.queue().as_str().into(), QueueDeleteOptions::default())
+            .await
+            .unwrap();
+        running.consuming().await;
+        assert!(broker.queue_is("classic").await);
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_exchange_is_not_created_and_bound_when_it_comes() {
+    with_broker(|broker| async move {
+        let store = Arc::new(Store::default());
+        let running = Running::start(broker.config(), &store);
+        let exchange = broker.exchange();
+        eventually("the exchange is missed", async || running.status.get().missing_exchanges.contains(&exchange)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(!broker.exchange_exists().await);
+        let state = running.status.get();
+        assert!(state.connected() && state.reconnects == 0);
+        assert!(state.to_string().contains(&exchange), "{state}");
+
+        broker.declare_exchange().await;
+        eventually("the exchange is bound", async || running.status.get().missing_exchanges.is_empty()).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("the event comes", async || store.images().contains(&image)).await;
+        assert_eq!(running.status.get().reconnects, 0);
+
+        // Deleted by somebody and declared again: bound again, at the latest with the sixth look.
+        let channel = broker.channel().await;
+        channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
+        broker.declare_exchange().await;
+        let image = Uuid::new_v4();
+        eventually("the new exchange is bound", async || {
+            broker.publish(&deletion(image)).await;
+            store.images().contains(&image)
+        })
+        .await;
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_when_the_broker_closes_the_connection() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        let images: BTreeSet<Uuid> = (0..300).map(|_| Uuid::new_v4()).collect();
+        let publisher = tokio::spawn({
+            let (broker, images) = (broker.clone(), images.clone());
+            async move {
+                for image in images {
+                    broker.publish(&deletion(image)).await;
+                    broker.publish(&message("compute.instance.update", json!({"a": 1}))).await;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        });
+        close_connection(broker.queue()).await;
+        running.consuming().await;
+        close_connection(broker.queue()).await;
+        publisher.await.unwrap();
+        eventually("all events", async || store.images() == images).await;
+        assert!(running.status.get().reconnects >= 2);
+        eventually("an empty queue", async || broker.ready(&broker.queue()).await == Some(0)).await;
+        running.stop().await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_sink_refuses_comes_again() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        store.fail.store(true, Ordering::SeqCst);
+        let running = Running::bound(broker.config(), &store).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        // Longer than it is held: given back, and taken again.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let calls = store.calls.load(Ordering::SeqCst);
+        assert!((4..80).contains(&calls), "{calls} calls: neither once nor in a loop");
+        store.fail.store(false, Ordering::SeqCst);
+        eventually("the event is stored", async || store.images().contains(&image)).await;
+        assert!(store.stored.lock().unwrap()[0].1.redelivered);
+        running.stop().await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_is_acknowledged_only_when_it_is_stored() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        store.hang.store(true, Ordering::SeqCst);
+        let running = Running::bound(broker.config(), &store).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        // Others pass meanwhile, and are acknowledged around it.
+        for _ in 0..300 {
+            broker.publish(&message("compute.instance.update", json!({}))).await;
+        }
+        eventually("the sink has it", async || store.calls.load(Ordering::SeqCst) == 1).await;
+        eventually("the others are gone", async || broker.ready(&broker.queue()).await == Some(0)).await;
+        // Gone without a word, in the middle of the store.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(running);
+        eventually("the one comes back", async || broker.ready(&broker.queue()).await == Some(1)).await;
+
+        let store = Arc::new(Store::default());
+        let running = Running::start(broker.config(), &store);
+        eventually("the next listener stores it", async || store.images().contains(&image)).await;
+        running.stop().await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_what_is_being_stored() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        store.hang.store(true, Ordering::SeqCst);
+        let running = Running::bound(broker.config(), &store).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("the sink has it", async || store.calls.load(Ordering::SeqCst) == 1).await;
+        let release = tokio::spawn({
+            let store = store.clone();
+            async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                store.hang.store(false, Ordering::SeqCst);
+            }
+        });
+        running.stop().await;
+        release.await.unwrap();
+        assert!(store.images().contains(&image));
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_of_other_consumers_is_left_alone() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        // As a publisher of oslo.messaging declares it: named like the routing key.
+        let theirs = format!("{}.info", broker.topic());
+        let channel = broker.channel().await;
+        let options = QueueDeclareOptions::default();
+        channel.queue_declare(theirs.as_str().into(), options, FieldTable::default()).await.unwrap();
+        channel
+            .queue_bind(
+                theirs.as_str().into(),
+                broker.exchange().as_str().into(),
+                theirs.as_str().into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .unwrap();
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        for _ in 0..20 {
+            broker.publish(&deletion(Uuid::new_v4())).await;
+        }
+        eventually("all events", async || store.images().len() == 20).await;
+        running.stop().await;
+        assert_eq!(broker.ready(&theirs).await, Some(20));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_is_said_and_tried_again() {
+    with_broker(|broker| async move {
+        let right = TransportUrl::parse(&lab("RBDLAB_OFFLOAD_AMQP")).unwrap();
+        let (_, query) = lab("RBDLAB_OFFLOAD_AMQP")
+            .split_once('?')
+            .map(|(url, query)| (url.to_owned(), format!("?{query}")))
+            .unwrap_or_default();
+        let host = &right.hosts[0];
+        let config = Messaging {
+            transport_url: format!("rabbit://{}:hunter2@{host}/{query}", host.user).into(),
+            ..broker.config()
+        };
+        let store = Arc::new(Store::default());
+        let running = Running::start(config, &store);
+        eventually("a second attempt", async || running.status.get().reconnects >= 2).await;
+        let state = running.status.get();
+        let problem = state.problem.clone().unwrap();
+        assert!(problem.contains("wrong user or password") && problem.contains("transport_url"), "{problem}");
+        assert!(!format!("{state:?} {state} {:?}", running.status).contains("hunter2"));
+        assert!(!state.connected());
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_host_is_tried_when_one_is_away() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let url = lab("RBDLAB_OFFLOAD_AMQP");
+        let dead = url.replacen("://", "://guest:guest@127.0.0.1:1,guest:guest@[::1]:1,", 1);
+        let config = Messaging { transport_url: dead.into(), ..broker.config() };
+        let store = Arc::new(Store::default());
+        let started = Instant::now();
+        let running = Running::start(config, &store);
+        running.consuming().await;
+        assert!(started.elapsed() < Duration::from_secs(5), "the others are tried without a pause");
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_queue_is_declared_again() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        broker
+            .channel()
+            .await
+            .queue_delete(broker.queue().as_str().into(), QueueDeleteOptions::default())
+            .await
+            .unwrap();
+        eventually("the queue is back", async || broker.ready(&broker.queue()).await.is_some()).await;
+        let image = Uuid::new_v4();
+        eventually("events come", async || {
+            broker.publish(&deletion(image)).await;
+            store.images().contains(&image)
+        })
+        .await;
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unreadable_and_compressed_bodies() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        let channel = broker.confirming().await;
+        let mut headers = FieldTable::default();
+        headers.insert("compression".into(), AMQPValue::LongString("application/x-gzip".into()));
+        let compressed = BasicProperties::default().with_content_encoding("utf-8".into()).with_headers(headers);
+
+        for body in [&b""[..], b"nonsense", b"\xff\xff", b"{\"oslo.version\": \"1.0\", \"oslo.message\": \"{}\"}"] {
+            broker.publish_bytes(&channel, body, BasicProperties::default()).await;
+        }
+        broker.publish_bytes(&channel, b"not compressed", compressed.clone()).await;
+        let image = Uuid::new_v4();
+        let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+        zlib.write_all(deletion(image).as_bytes()).unwrap();
+        broker.publish_bytes(&channel, &zlib.finish().unwrap(), compressed).await;
+
+        eventually("the compressed event", async || store.images().contains(&image)).await;
+        assert_eq!(running.status.get().reconnects, 0);
+        running.stop().await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
