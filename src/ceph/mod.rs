@@ -21,7 +21,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-pub use cluster::Client;
+pub use cluster::{Client, leave};
 pub use error::{Error, ErrorKind, Result};
 pub use objects::Namespace;
 pub use storage::Finding;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -70,6 +71,7 @@ pub struct Findings {
 }
 
 pub struct Reconciler {
+    wake: Arc<Notify>,
     engine: Arc<Engine>,
     intake: Intake,
     scanned: bool,
@@ -79,7 +81,12 @@ pub struct Reconciler {
 impl Reconciler {
     pub fn new(engine: Arc<Engine>) -> Self {
         let intake = Intake::new(Arc::clone(&engine));
-        Self { engine, intake, scanned: false, next_sweep: Instant::now() }
+        Self { wake: Arc::default(), engine, intake, scanned: false, next_sweep: Instant::now() }
+    }
+
+    /// What begins the next round now, where there is a reason to: notifications may have been missed.
+    pub fn waker(&self) -> Arc<Notify> {
+        Arc::clone(&self.wake)
     }
 
     /// A round at once, then one every `[offload] reconcile_interval`, until `stop` fires.
@@ -88,7 +95,10 @@ impl Reconciler {
             loop {
                 self.guarded_round().await;
                 let interval = self.context().config.borrow().offload.reconcile_interval;
-                sleep(interval).await;
+                tokio::select! {
+                    () = sleep(interval) => {}
+                    () = self.wake.notified() => {}
+                }
             }
         };
         tokio::select! {
