@@ -209,8 +209,8 @@ fn broker(port: &str) -> String {
 #[test]
 fn check_passes_where_all_holds_and_leaves_nothing() {
     let setup = Setup::new();
-    let before = block_on(leftovers());
     let _one = one_at_a_time();
+    let before = block_on(leftovers());
     let ran = setup.run(&["check"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(ran.out.ends_with("all holds\n") && !ran.out.contains('\x1b'), "{ran:?}");
@@ -241,7 +241,12 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
         assert!(line.contains("  ok"), "{line}");
     }
     assert_eq!(block_on(async { setup.objects().await.list().await.unwrap() }), Vec::<String>::new());
-    assert_eq!(block_on(leftovers()), before);
+    // somebody else's check may run in this lab: its images go
+    let left = |_: &u32| {
+        std::thread::sleep(Duration::from_millis(500));
+        block_on(leftovers()).iter().any(|image| !before.contains(image))
+    };
+    assert!((0..20).take_while(left).count() < 20, "left behind: {:?}", block_on(leftovers()));
 }
 
 /// Images of probes, in all pools.
