@@ -55,7 +55,7 @@ pub trait Failure: Sized {
 
 impl Failure for ceph::Error {
     fn passing(what: &str, dice: u64) -> Self {
-        let kind = if dice % 2 == 0 { ceph::ErrorKind::Other } else { ceph::ErrorKind::TimedOut };
+        let kind = if dice.is_multiple_of(2) { ceph::ErrorKind::Other } else { ceph::ErrorKind::TimedOut };
         Self::new(what, kind, "it failed")
     }
 
@@ -268,7 +268,7 @@ impl Handle {
             }
             return self.finish(what, effect).await;
         }
-        if fate.hangs && fate.dice % 3 == 0 {
+        if fate.hangs && fate.dice.is_multiple_of(3) {
             sleep(patience).await;
             node.pass().await;
             return Err(E::timed_out(&what()));
