@@ -287,15 +287,15 @@ impl Account {
     }
 
     pub async fn volume_action(&self, id: &str, action: Value) -> Value {
-        let (status, body) =
-            self.call(Method::POST, &self.cinder(&format!("volumes/{id}/action")), Some(action)).await;
+        let (status, body) = self.call(Method::POST, &self.cinder(&format!("volumes/{id}/action")), Some(action)).await;
         assert!(status < 300, "{status} {body}");
         body
     }
 
     /// Cinder's own upload of a volume; the image's id.
     pub async fn stock_upload(&self, volume: &Volume) -> String {
-        let upload = json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
+        let upload =
+            json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
         let answer = self.volume_action(&volume.id, json!({"os-volume_upload_image": upload})).await;
         let id = answer["os-volume_upload_image"]["image_id"].as_str().unwrap().to_owned();
         self.note(Made::Image(id.clone()));
