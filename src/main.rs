@@ -1,5 +1,6 @@
 //! The command line of rbd-offload, and nothing else.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -9,15 +10,26 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { Failure::USAGE } else { 0 });
+            if !error.use_stderr() {
+                // --help and --version
+                let _ = error.print();
+                return ExitCode::SUCCESS;
+            }
+            let text = error.render().to_string();
+            say(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+            return ExitCode::from(Failure::USAGE);
         }
     };
     match cli.run() {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("rbd-offload: {failure}");
+            say(&failure.to_string());
             ExitCode::from(failure.code)
         }
     }
+}
+
+/// Not `eprintln!`, which panics when nobody reads.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "rbd-offload: {text}");
 }

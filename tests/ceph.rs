@@ -524,6 +524,46 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_stopped_half_way_leaves_nothing_when_its_clone_is_removed() {
+    let lab = Lab::new();
+    lab.python(
+        "create('volumes', NAME + '-volume', 256 * M)
+for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    client.create_snapshot(&source, "s").await.unwrap();
+    client.protect_snapshot(&source, "s").await.unwrap();
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let id = client.image(&image, None).await.unwrap().unwrap().id;
+    let slow = TransferLimits { objects_per_second: 20, ..LIMITS };
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let stopper = async {
+        while progress.done() < 8 * 4 * MIB {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        cancel.cancel();
+    };
+    let (stopped, ()) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &cancel), stopper);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    let objects = |lab: &Lab| lab.command("rados", &["-p", "images", "ls"]).lines().filter(|o| o.contains(&id)).count();
+    assert!(objects(&lab) > 8);
+    client.remove_image(&image).await.unwrap();
+    assert_eq!(objects(&lab), 0);
+
+    // One that goes on after having been stopped is whole.
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    cancel.cancel();
+    client.fill(&source, "s", &image, LIMITS, &progress, &cancel).await.unwrap_err();
+    client.fill(&source, "s", &image, LIMITS, &progress, &CancellationToken::new()).await.unwrap();
+    client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
+    let info = client.image(&image, None).await.unwrap().unwrap();
+    assert!(info.features.has(Features::PUBLISHED) && info.flags == 0 && info.parent.is_none());
+    assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn repeated_steps_find_nothing_to_do() {
     let lab = Lab::new();
     lab.python("create('volumes', NAME + '-volume', 4 * M); write('volumes', NAME + '-volume', 0, 5000, 1)");

@@ -100,6 +100,7 @@ void rbd_offload_abi(void)
   SAME(rbd_linked_image_spec_cleanup, void, rbd_linked_image_spec_t *);
   SAME(rbd_snap_spec_cleanup, void, rbd_snap_spec_t *);
   SAME(rbd_flatten_with_progress, int, rbd_image_t, int (*)(uint64_t, uint64_t, void *), void *);
+  SAME(rbd_update_features, int, rbd_image_t, uint64_t, uint8_t);
   SAME(rbd_rebuild_object_map, int, rbd_image_t, int (*)(uint64_t, uint64_t, void *), void *);
 
   SAME(rbd_snap_list, int, rbd_image_t, rbd_snap_info_t *, int *);

@@ -17,8 +17,8 @@ use std::time::Duration;
 use ceph::rados::{
     rados_buffer_free, rados_cluster_fsid, rados_conf_get, rados_conf_read_file, rados_conf_set, rados_connect,
     rados_create, rados_ioctx_create, rados_ioctx_create2, rados_ioctx_destroy, rados_ioctx_get_id,
-    rados_ioctx_set_namespace, rados_ioctx_t, rados_pool_list, rados_pool_reverse_lookup, rados_shutdown, rados_stat,
-    rados_t, rados_wait_for_latest_osdmap,
+    rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list, rados_pool_reverse_lookup,
+    rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -168,6 +168,31 @@ impl Client {
         }
     }
 
+    /// The releases that the cluster's OSDs run, as `ceph versions` tells them: `16.2.15`.
+    pub async fn osd_versions(&self) -> Result<Vec<String>> {
+        const OPERATION: &str = "ask for the OSDs' versions";
+        let answer = self
+            .run(OPERATION, |cluster| cluster.ask_monitors(OPERATION, r#"{"prefix": "versions", "format": "json"}"#))
+            .await?;
+        let told: serde_json::Value = serde_json::from_slice(&answer)
+            .map_err(|e| Error::new(OPERATION, ErrorKind::Other, format!("the answer is no JSON: {e}")))?;
+        // {"osd": {"ceph version 16.2.15 (618f…) pacific (stable)": 3}, …}
+        let names = told.get("osd").and_then(serde_json::Value::as_object).into_iter().flat_map(serde_json::Map::keys);
+        Ok(names.filter_map(|name| Some(name.strip_prefix("ceph version ")?.split(' ').next()?.to_owned())).collect())
+    }
+
+    /// Whether the monitors let this client shut others out, without doing so: they look at the capabilities before
+    /// they read the address, which is none.
+    pub async fn may_fence(&self) -> Result<bool> {
+        const OPERATION: &str = "ask whether `osd blocklist add` is allowed";
+        let command = r#"{"prefix": "osd blocklist", "blocklistop": "add", "addr": "rbd-offload-check/0"}"#;
+        match self.run(OPERATION, move |cluster| cluster.ask_monitors(OPERATION, command)).await {
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(false),
+            Err(e) if matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Fenced) => Err(e),
+            _ => Ok(true),
+        }
+    }
+
     /// Shuts out all addresses of another client, and waits for the map that says so.
     pub(super) async fn fence_address(&self, address: &str) -> Result<Change> {
         let operation = format!("fence client {address}");
@@ -207,6 +232,13 @@ async fn dial(conf: PathBuf, user: String) -> Result<Arc<Cluster>> {
         Ok(result) => result.map(Arc::new),
         Err(lost) => Err(Error::new(operation, ErrorKind::Other, lost.to_string())),
     }
+}
+
+/// Ends the process as it is, without the clean-up of an exit: for a command that gave up waiting for a call, which would
+/// abort the process then (see [`Client`]). What is to be printed must have been.
+pub fn leave(status: u8) -> ! {
+    // SAFETY: takes a number and does not return.
+    unsafe { libc::_exit(status.into()) }
 }
 
 /// A connected handle of librados, shut down when its last user is gone: every [`IoCtx`] holds one.
@@ -342,6 +374,41 @@ impl Cluster {
         let r = unsafe { rados_pool_reverse_lookup(self.raw, id, buffer.as_mut_ptr().cast(), buffer.len()) };
         check(format!("look up pool {id}"), r)?;
         Ok(until_nul(&buffer))
+    }
+
+    /// Sends a command to the monitors and returns its output.
+    fn ask_monitors(&self, operation: &str, command: &str) -> Result<Vec<u8>> {
+        let command = c_string(operation, command)?;
+        let mut commands = [command.as_ptr()];
+        let (mut output, mut status): (*mut c_char, *mut c_char) = (ptr::null_mut(), ptr::null_mut());
+        let (mut length, mut status_length) = (0usize, 0usize);
+        // SAFETY: a connected handle, one command that ends in NUL, no input; both outputs have a place.
+        let r = unsafe {
+            rados_mon_command(
+                self.raw,
+                commands.as_mut_ptr(),
+                commands.len(),
+                ptr::null(),
+                0,
+                &mut output,
+                &mut length,
+                &mut status,
+                &mut status_length,
+            )
+        };
+        let mut answer = Vec::new();
+        if !output.is_null() {
+            // SAFETY: librados says that there are so many bytes.
+            answer.extend_from_slice(unsafe { std::slice::from_raw_parts(output.cast::<u8>(), length) });
+        }
+        for buffer in [output, status] {
+            if !buffer.is_null() {
+                // SAFETY: allocated by librados, not used again.
+                unsafe { rados_buffer_free(buffer) };
+            }
+        }
+        check(operation, r)?;
+        Ok(answer)
     }
 
     /// This client's addresses, as librados prints them.

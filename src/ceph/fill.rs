@@ -7,7 +7,8 @@
 //! sparse again after the copy.
 //!
 //! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the clone
-//! has already sees them too. librbd knows nothing of these writes: the object map is rebuilt at the end.
+//! has already sees them too. librbd knows nothing of these writes, so the object map is off meanwhile and made anew at
+//! the end: a map that knows less than there is would make a removal of the half filled clone leave objects behind.
 #![allow(unsafe_code)]
 
 use std::collections::HashSet;
@@ -113,7 +114,11 @@ pub(super) fn fill(
     }
     let data = open_to_fill(&to)?;
     let prefix = to.object_prefix()?;
+    let maps = to.features()?.has(Features::OBJECT_MAP);
     drop(to);
+    if maps {
+        Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
+    }
 
     progress.set_total(plan.len() as u64 * layout.object_size);
     let mut copier = Copier::new(&operation, &data, &prefix, layout.object_size, (progress, cancel));
@@ -151,6 +156,7 @@ pub(super) fn fill(
         return Ok(moved);
     }
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    to.set_features(Features::MAPS, true)?;
     to.rebuild_object_map(cancel)?;
     for snapshot in to.snapshots()? {
         to.set_snapshot(&snapshot.name)?;

@@ -22,7 +22,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-pub use cluster::Client;
+pub use cluster::{Client, leave};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
@@ -101,6 +101,9 @@ impl Features {
     pub const DATA_POOL: Self = Self(128);
     pub const OPERATIONS: Self = Self(256);
     pub const MIGRATING: Self = Self(512);
+
+    /// Both that say which objects there are.
+    pub const MAPS: Self = Self(8 | 16);
 
     /// What every published image has.
     pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);

@@ -414,6 +414,13 @@ impl Image {
         self.long_call("flatten", sys::rbd_flatten_with_progress, Some(progress), cancel)
     }
 
+    /// Switches features on or off.
+    pub fn set_features(&self, features: Features, on: bool) -> Result<()> {
+        // SAFETY: the image is open.
+        let r = unsafe { sys::rbd_update_features(self.raw, features.0, on.into()) };
+        self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
+    }
+
     /// Makes the object map agree with the objects that there are.
     pub fn rebuild_object_map(&self, cancel: &CancellationToken) -> Result<()> {
         self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, None, cancel)

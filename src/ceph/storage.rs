@@ -463,6 +463,7 @@ fn contains(data: &[u8], text: &[u8]) -> bool {
 pub struct Finding {
     /// `create an image`
     pub what: &'static str,
+    pub kind: ErrorKind,
     pub error: String,
     /// What the operator should do.
     pub mend: String,
@@ -479,7 +480,9 @@ impl Client {
             // Being shut out is no matter of capabilities.
             match findings {
                 Err((_, e)) if e.kind() == ErrorKind::Fenced => Err(e),
-                Err((what, e)) => Ok(vec![Finding { what, mend: mend(&pool, &e), error: e.to_string() }]),
+                Err((what, e)) => {
+                    Ok(vec![Finding { what, kind: e.kind(), mend: mend(&pool, &e), error: e.to_string() }])
+                }
                 Ok(()) => Ok(Vec::new()),
             }
         })
@@ -493,11 +496,28 @@ fn probe(cluster: &Arc<Cluster>, pool: &str, read_only: bool) -> std::result::Re
     if read_only {
         return Ok(());
     }
-    let spec = ImageSpec::named(pool, format!("rbd-offload.check-{}", uuid::Uuid::new_v4()));
+    let name = format!("rbd-offload.check-{}", uuid::Uuid::new_v4());
+    let (clone_name, renamed_name) = (format!("{name}-clone"), format!("{name}-renamed"));
+    let [spec, clone, renamed] = [&name, &clone_name, &renamed_name].map(|name| ImageSpec::named(pool, name));
     let result = rbd::create_default(&io, &spec, 1 << 20).map_err(|e| ("create an image", e)).and_then(|()| {
         let image = Image::open_existing(cluster, &spec, Access::ReadWrite).map_err(|e| ("open an image", e))?;
         image.create_snapshot("check").map_err(|e| ("create a snapshot", e))?;
         image.protect_snapshot("check").map_err(|e| ("protect a snapshot", e))?;
+        drop(image);
+        let parent = Image::open_snapshot(cluster, &spec, "check").map_err(|e| ("open a snapshot", e))?;
+        let cloned = Options::published(&parent)
+            .and_then(|options| rbd::clone(parent.io(), &name, "check", &io, &clone, &options, "clone a snapshot"))
+            .map_err(|e| ("clone a snapshot", e))
+            .and_then(|()| {
+                rbd::rename(&io, &clone_name, &renamed_name, "rename an image").map_err(|e| ("rename an image", e))
+            });
+        drop(parent);
+        let removed = [&renamed, &clone].map(|spec| remove_image(cluster, spec).map_err(|e| ("remove an image", e)));
+        cloned?;
+        for removed in removed {
+            removed?;
+        }
+        let image = Image::open_existing(cluster, &spec, Access::ReadWrite).map_err(|e| ("open an image", e))?;
         image.unprotect_snapshot("check").map_err(|e| ("unprotect a snapshot", e))?;
         image.remove_snapshot("check").map_err(|e| ("remove a snapshot", e))
     });

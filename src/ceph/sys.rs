@@ -147,6 +147,7 @@ unsafe extern "C" {
     pub fn rbd_linked_image_spec_cleanup(image: *mut LinkedImageSpec);
     pub fn rbd_snap_spec_cleanup(snap: *mut SnapSpec);
     pub fn rbd_flatten_with_progress(image: rbd_image_t, progress: ProgressFn, argument: *mut c_void) -> c_int;
+    pub fn rbd_update_features(image: rbd_image_t, features: u64, enabled: u8) -> c_int;
     pub fn rbd_rebuild_object_map(image: rbd_image_t, progress: ProgressFn, argument: *mut c_void) -> c_int;
 
     // Its snapshots

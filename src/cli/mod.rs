@@ -2,19 +2,39 @@
 //!
 //! Data goes to standard output, everything else to standard error; the exit status follows sysexits(3).
 
+mod cancel;
+mod check;
+mod completions;
+mod failure;
+mod jobs;
+mod man;
+mod output;
+mod replay;
+mod request;
+mod retry;
 mod run;
+mod show;
 
-use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use uuid::Uuid;
 
-use crate::ceph;
+use crate::ceph::Client;
 use crate::config::{self, Config};
-use crate::job::store;
+use crate::job::clock::Clock;
+use crate::job::store::Store;
 use crate::notification::TransportUrl;
 use crate::openstack;
+use crate::request::parse_uuid;
+
+pub use failure::Failure;
+
+/// How long calls that were given up may still run when a command ends: they remove what they made.
+const WIND_UP: Duration = Duration::from_secs(5);
 
 /// Turns volumes, snapshots and instances into Glance images inside the Ceph cluster.
 #[derive(Debug, Parser)]
@@ -32,101 +52,79 @@ pub struct Cli {
 enum Command {
     /// Run the daemon.
     Run,
+    /// Dial everything with the configuration; exit 0 only if all holds.
+    Check(check::Args),
+    /// List the jobs of the whole cluster.
+    Jobs(jobs::Args),
+    /// Show one job.
+    Show(show::Args),
+    /// Start a job again that was declined, failed or was cancelled.
+    Retry(retry::Args),
+    /// Stop a job and remove what it made.
+    Cancel(cancel::Args),
+    /// Ask for an image, as a tenant: with OS_* variables or clouds.yaml, without the configuration file.
+    Request(request::Args),
+    /// Feed notifications from a file, as if they had come from the broker.
+    Replay(replay::Args),
+    /// Print the completions of a shell.
+    Completions(completions::Args),
+    /// Print the manual page.
+    Man,
 }
 
 impl Cli {
     pub fn run(self) -> Result<ExitCode, Failure> {
+        let config = self.config.as_path();
         match self.command {
-            Command::Run => blocking(run::run(&self.config)),
+            Command::Run => blocking(run::run(config)),
+            Command::Check(args) => blocking(check::check(config, args)),
+            Command::Jobs(args) => blocking(jobs::jobs(config, args)),
+            Command::Show(args) => blocking(show::show(config, args)),
+            Command::Retry(args) => blocking(retry::retry(config, args)),
+            Command::Cancel(args) => blocking(cancel::cancel(config, args)),
+            Command::Request(args) => blocking(request::request(args)),
+            Command::Replay(args) => blocking(replay::replay(config, args)),
+            Command::Completions(args) => completions::completions(args),
+            Command::Man => man::man(),
         }
     }
-}
-
-/// Reads the configuration with every check that needs no network.
-fn load(path: &std::path::Path) -> Result<Config, Failure> {
-    Ok(Config::load_with(path, &|url| TransportUrl::parse(url).map(drop).map_err(|e| e.to_string()))?)
 }
 
 /// Runs a command that needs the runtime.
 fn blocking(command: impl Future<Output = Result<ExitCode, Failure>>) -> Result<ExitCode, Failure> {
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|e| Failure::new(Failure::OS, format!("the runtime does not start: {e}")))?
-        .block_on(command)
+        .map_err(|e| Failure::new(Failure::OS, format!("the runtime does not start: {e}")))?;
+    let outcome = runtime.block_on(command);
+    runtime.shutdown_timeout(WIND_UP);
+    outcome
 }
 
-/// Why a command did not do what it was asked; the text is for a person.
-#[derive(Debug)]
-pub struct Failure {
-    pub code: u8,
-    message: String,
+/// Reads the configuration with every check that needs no network.
+fn load(path: &Path) -> Result<Config, Failure> {
+    Ok(Config::load_with(path, &|url| TransportUrl::parse(url).map(drop).map_err(|e| e.to_string()))?)
 }
 
-impl Failure {
-    /// EX_USAGE
-    pub const USAGE: u8 = 64;
-    /// EX_NOINPUT
-    pub const NO_INPUT: u8 = 66;
-    /// EX_UNAVAILABLE: a service does not answer, or the request was declined.
-    pub const UNAVAILABLE: u8 = 69;
-    /// EX_SOFTWARE
-    pub const SOFTWARE: u8 = 70;
-    /// EX_OSERR
-    pub const OS: u8 = 71;
-    /// EX_TEMPFAIL: it may pass.
-    pub const TEMPORARY: u8 = 75;
-    /// EX_NOPERM
-    pub const NO_PERMISSION: u8 = 77;
-    /// EX_CONFIG
-    pub const CONFIG: u8 = 78;
-
-    pub fn new(code: u8, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
-    }
+/// The store of the jobs, by the configuration: what commands about jobs need, whether a daemon runs or not.
+async fn connect_store(path: &Path) -> Result<Store, Failure> {
+    let config = load(path)?;
+    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let objects = client.objects(&config.jobs.pool, &config.jobs.namespace)?;
+    Ok(Store::new(Arc::new(objects), Clock::System))
 }
 
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
+/// An image's id on the command line.
+fn image_id(text: &str) -> Result<Uuid, String> {
+    parse_uuid(text).ok_or_else(|| "an image's id is a UUID, like c99c2483-d3ea-4877-bd86-edb7c4607374".to_owned())
 }
 
-impl From<config::Error> for Failure {
-    fn from(error: config::Error) -> Self {
-        Self::new(error.exit_code(), error.to_string())
-    }
-}
-
-impl From<ceph::Error> for Failure {
-    fn from(error: ceph::Error) -> Self {
-        let code = match error.kind() {
-            ceph::ErrorKind::PermissionDenied => Self::NO_PERMISSION,
-            ceph::ErrorKind::NotFound => Self::CONFIG,
-            _ => Self::UNAVAILABLE,
-        };
-        Self::new(code, error.to_string())
-    }
-}
-
-impl From<store::Error> for Failure {
-    fn from(error: store::Error) -> Self {
-        match error {
-            store::Error::Ceph(error) => error.into(),
-            error => Self::new(Self::UNAVAILABLE, error.to_string()),
-        }
-    }
-}
-
-impl From<openstack::Error> for Failure {
-    fn from(error: openstack::Error) -> Self {
-        let code = match error.kind() {
-            openstack::ErrorKind::Unauthorized | openstack::ErrorKind::Forbidden => Self::NO_PERMISSION,
-            _ => Self::UNAVAILABLE,
-        };
-        Self::new(code, error.to_string())
-    }
+fn no_such_job(image_id: Uuid) -> Failure {
+    Failure::new(
+        Failure::NO_INPUT,
+        format!("there is no job for image {image_id}; `rbd-offload jobs --all` lists them"),
+    )
 }
 
 /// What speaks against the destination pools of the configuration, by what Glance tells of its stores. Glance before 30

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +34,9 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 /// How often systemd is told the status.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often the connection to the broker is looked at.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
 /// An engine that has not turned for so long does not move: systemd's watchdog is no longer fed.
 const STANDSTILL: Duration = Duration::from_secs(90);
@@ -81,7 +84,9 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     }
 
     let listening = tokio::spawn(listener.run(Intake::new(Arc::clone(&engine)), stop.clone()));
-    let reconciling = tokio::spawn(Reconciler::new(Arc::clone(&engine)).run(stop.clone()));
+    let reconciler = Reconciler::new(Arc::clone(&engine));
+    let following = tokio::spawn(follow_broker(Arc::clone(&daemon.broker), reconciler.waker()));
+    let reconciling = tokio::spawn(reconciler.run(stop.clone()));
     let mut working = tokio::spawn(Arc::clone(&engine).run(stop.clone(), drain.clone()));
     let telling = tokio::spawn({
         let (daemon, metrics) = (Arc::clone(&daemon), metrics);
@@ -92,6 +97,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
 
     let ended = serve_signals(&mut signals, path, &log, &publish_config, &mut working).await;
     telling.abort();
+    following.abort();
     notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     stop.cancel();
     if ended {
@@ -125,6 +131,21 @@ async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) 
     let fsid = storage.fsid().await?;
     let problems = super::store_problems(config, &stores, &fsid);
     if problems.is_empty() { Ok(()) } else { Err(Failure::new(Failure::CONFIG, problems.join("\n"))) }
+}
+
+/// What was sent while there was no connection, or before an exchange was there to bind, has not reached us: the
+/// reconciler looks as soon as that may have happened.
+async fn follow_broker(broker: Arc<notification::Status>, reconcile: Arc<Notify>) {
+    let seen = |state: notification::State| (state.connected_since, state.missing_exchanges);
+    let mut before = seen(broker.get());
+    loop {
+        sleep(FOLLOW_INTERVAL).await;
+        let now = seen(broker.get());
+        if now.0.is_some() && now != before {
+            reconcile.notify_one();
+        }
+        before = now;
+    }
 }
 
 struct Signals {

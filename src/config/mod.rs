@@ -28,6 +28,7 @@ use secrecy::SecretString;
 
 pub use keys::{Key, Kind, Need, keys};
 pub use report::{Error, Origin, Problem, Report};
+pub use values::duration;
 
 /// Where the packages put the file.
 pub const DEFAULT_PATH: &str = "/etc/rbd-offload/rbd-offload.conf";

@@ -283,7 +283,8 @@ impl Engine {
         self.tasks.spawn(async move {
             let outcome = job.run(drain).await;
             match outcome {
-                Outcome::Waiting(pause) => engine.hold(image_id, pause),
+                // how long it waits stands in the index, where `retry` and `cancel` may end it
+                Outcome::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
                 Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
                 Outcome::Ended(_) | Outcome::Released => {}
             }

@@ -6,19 +6,33 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::store::{Error, NewJob, Result, Submitted};
+use super::store::{Error, NewJob, Result, Store, Submitted};
 use crate::notification::{Event, Meta, Sink, SinkError};
 use crate::request::{self, Asked, Trigger};
 
-/// Takes requests for an engine.
+/// Takes requests.
 #[derive(Clone)]
 pub struct Intake {
-    engine: Arc<Engine>,
+    store: Store,
+    /// Is told of new jobs; without one, a daemon finds them at its next look.
+    engine: Option<Arc<Engine>>,
 }
 
 impl Intake {
+    /// Stores jobs for this engine, and wakes it.
     pub fn new(engine: Arc<Engine>) -> Self {
-        Self { engine }
+        Self { store: engine.context().store.clone(), engine: Some(engine) }
+    }
+
+    /// Only stores jobs; any running daemon takes them up.
+    pub fn storing(store: Store) -> Self {
+        Self { store, engine: None }
+    }
+
+    fn wake(&self, image_id: Uuid) {
+        if let Some(engine) = &self.engine {
+            engine.wake(image_id);
+        }
     }
 
     /// An image record is queued and bears these tags. Once this returned, what they ask for is stored.
@@ -30,7 +44,7 @@ impl Intake {
             Asked::Unclear(_) => None,
         };
         let new = NewJob { image_id, trigger: Trigger::Request, source, project_id: owner };
-        let submitted = self.engine.context().store.submit(&new).await?;
+        let submitted = self.store.submit(&new).await?;
         match submitted {
             Submitted::Created => {
                 tracing::info!(%image_id, job_stage = "accepted", source = source.map(|s| s.to_string()), "request stored");
@@ -39,15 +53,15 @@ impl Intake {
             Submitted::AskedAgain => tracing::info!(%image_id, "the image was heard of again; looked at anew"),
             Submitted::Running => return Ok(()),
         }
-        self.engine.wake(image_id);
+        self.wake(image_id);
         Ok(())
     }
 
     /// An image was deleted, says a notification. A live job of it asks Glance and ends if that is so.
     pub async fn image_deleted(&self, image_id: Uuid) -> Result<()> {
-        let store = &self.engine.context().store;
         let mut live = false;
-        let changed = store
+        let changed = self
+            .store
             .change(image_id, |record| {
                 live = !record.is_settled();
                 record.not_before = None;
@@ -55,8 +69,8 @@ impl Intake {
             })
             .await?;
         if let (true, Some(record)) = (live, changed) {
-            store.index(&record).await?;
-            self.engine.wake(image_id);
+            self.store.index(&record).await?;
+            self.wake(image_id);
         }
         Ok(())
     }

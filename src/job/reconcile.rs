@@ -4,11 +4,12 @@
 //! temporary snapshots that bear our mark and belong to no live job; ended records that are old enough. One daemon at
 //! a time does a round. Jobs whose daemon died need no reconciler: the engine takes them when their lease runs out.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -22,6 +23,7 @@ use super::store::Error;
 use crate::ceph::{self, ImageSpec, LockKey, Locked};
 use crate::openstack;
 use crate::publish;
+use crate::publish::record as tenant;
 use crate::request::{self, Asked};
 
 /// Object whose lock keeps two daemons from doing the same round.
@@ -58,6 +60,8 @@ pub struct Findings {
     pub requests: usize,
     /// Records that were in no index.
     pub records: usize,
+    /// Image records put right.
+    pub mended: usize,
     /// RBD images removed.
     pub images: usize,
     /// Snapshots removed.
@@ -67,6 +71,7 @@ pub struct Findings {
 }
 
 pub struct Reconciler {
+    wake: Arc<Notify>,
     engine: Arc<Engine>,
     intake: Intake,
     scanned: bool,
@@ -76,7 +81,12 @@ pub struct Reconciler {
 impl Reconciler {
     pub fn new(engine: Arc<Engine>) -> Self {
         let intake = Intake::new(Arc::clone(&engine));
-        Self { engine, intake, scanned: false, next_sweep: Instant::now() }
+        Self { wake: Arc::default(), engine, intake, scanned: false, next_sweep: Instant::now() }
+    }
+
+    /// What begins the next round now, where there is a reason to: notifications may have been missed.
+    pub fn waker(&self) -> Arc<Notify> {
+        Arc::clone(&self.wake)
     }
 
     /// A round at once, then one every `[offload] reconcile_interval`, until `stop` fires.
@@ -85,7 +95,10 @@ impl Reconciler {
             loop {
                 self.guarded_round().await;
                 let interval = self.context().config.borrow().offload.reconcile_interval;
-                sleep(interval).await;
+                tokio::select! {
+                    () = sleep(interval) => {}
+                    () = self.wake.notified() => {}
+                }
             }
         };
         tokio::select! {
@@ -129,6 +142,7 @@ impl Reconciler {
         for (kind, count) in [
             ("request", findings.requests),
             ("record", findings.records),
+            ("mended", findings.mended),
             ("image", findings.images),
             ("snapshot", findings.snapshots),
             ("expired", findings.expired),
@@ -147,6 +161,7 @@ impl Reconciler {
             self.scanned = true;
         }
         self.find_requests(findings).await?;
+        self.mend_records(findings).await?;
         self.remove_images(findings).await?;
         if Instant::now() >= self.next_sweep {
             let started = Instant::now();
@@ -201,10 +216,57 @@ impl Reconciler {
         }
     }
 
+    /// Jobs that live again though the index says that they ended. And image records of ended jobs on which a daemon that stood still, or another writer's upload, may have brought back
+    /// what was taken off or put right: Glance takes no condition with a change, so it cannot be kept from happening.
+    async fn mend_records(&self, findings: &mut Findings) -> Result<()> {
+        for (image_id, _) in self.context().store.ended().await? {
+            let Ok(Some(stored)) = self.context().store.load(image_id).await else { continue };
+            let record = stored.record;
+            if !record.is_settled() {
+                // whoever made it live again died before the index said so
+                self.context().store.index(&record).await?;
+                findings.records += 1;
+                continue;
+            }
+            if !record.mend {
+                continue;
+            }
+            let id = image_id.to_string();
+            let Some(image) = self.context().cloud.image(&id).await? else { continue };
+            let changes = match image.status.as_str() {
+                "active" | "deactivated" => tenant::clear(&image),
+                "queued" if record.state != State::Done && request::asked_by(&image.tags) == Asked::Nothing => {
+                    let reason = record.reason.unwrap_or_default();
+                    let (status, message) = super::run::last_word(record.state, &reason, record.request_id);
+                    tenant::show(&image, status, 0, &message)
+                }
+                _ => continue,
+            };
+            if changes.is_empty() {
+                continue;
+            }
+            // with the lease of an ended job nobody begins it anew meanwhile
+            let Some(guard) = self.guard(image_id).await? else { continue };
+            let mended = match self.is_orphaned(image_id).await {
+                Ok(true) => self.context().cloud.update_image(&id, &changes).await.map(|_| ()).map_err(Trouble::from),
+                Ok(false) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Some(lease) = guard.0 {
+                lease.release(self.context().store.objects().as_ref()).await;
+            }
+            match mended {
+                Ok(()) => findings.mended += 1,
+                Err(error) => tracing::warn!(%image_id, %error, "an image record could not be put right; tried again"),
+            }
+        }
+        Ok(())
+    }
+
     /// Private copies, and published images that bear our mark, of jobs that ended or are not there.
     async fn remove_images(&self, findings: &mut Findings) -> Result<()> {
         let config = self.context().config.borrow().clone();
-        let pools: HashSet<&String> = config.backends.values().map(|backend| &backend.dest_pool).collect();
+        let pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.dest_pool).collect();
         let mut suspects = Vec::new();
         for pool in pools {
             let unfinished = self.unfinished().await?;
@@ -214,8 +276,12 @@ impl Reconciler {
                     None => (name.as_str(), false),
                 };
                 let Some(image_id) = request::parse_uuid(id) else { continue };
-                if private || unfinished.contains(&image_id) {
-                    suspects.push((image_id, ImageSpec::named(pool, &name)));
+                if !private && !unfinished.contains(&image_id) {
+                    continue;
+                }
+                let image = ImageSpec::named(pool, &name);
+                if publish::is_marked(self.context().storage.as_ref(), &image, id).await? {
+                    suspects.push((image_id, image));
                 }
             }
         }
@@ -247,7 +313,7 @@ impl Reconciler {
 
     async fn remove_snapshots(&self, findings: &mut Findings) -> Result<()> {
         let config = self.context().config.borrow().clone();
-        let mut pools: HashSet<&String> = config.backends.values().map(|backend| &backend.pool).collect();
+        let mut pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.pool).collect();
         if config.nova.integration {
             pools.insert(&config.nova.pool);
         }

@@ -135,6 +135,8 @@ pub struct Made {
     pub copy: bool,
     /// `<image id>` in the destination pool, by renaming the copy.
     pub published: bool,
+    /// Glance has made the image active with what we published; our mark is coming off.
+    pub active: bool,
 }
 
 /// A job, whole.
@@ -201,6 +203,13 @@ pub struct Record {
     /// The tenant was told that the request was accepted.
     #[serde(default)]
     pub acknowledged: bool,
+    /// The tenant is being told of the end, or was: a request tag on the image record may be a new one by now.
+    #[serde(default)]
+    pub told: bool,
+    /// An owner was shut out, or another writer has the image: what was said on the image record may not be what stands
+    /// there. The reconciler puts it right, after the end too.
+    #[serde(default)]
+    pub mend: bool,
 }
 
 /// A way that the states do not allow.
@@ -261,6 +270,8 @@ impl Record {
             again: false,
             retried: false,
             acknowledged: false,
+            told: false,
+            mend: false,
         }
     }
 
@@ -304,7 +315,13 @@ impl Record {
     pub fn restart(&mut self, retried: bool, now: Timestamp) -> Result<(), IllegalTransition> {
         self.enter(State::Accepted, now)?;
         let fresh = Self::new(self.image_id, self.trigger, self.source, self.project_id.clone(), now);
-        *self = Self { retried, owner: self.owner.take(), owner_address: self.owner_address.take(), ..fresh };
+        *self = Self {
+            retried,
+            owner: self.owner.take(),
+            owner_address: self.owner_address.take(),
+            mend: self.mend,
+            ..fresh
+        };
         Ok(())
     }
 

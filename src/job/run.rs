@@ -4,6 +4,7 @@
 //! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
 //! cancellation.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -237,8 +238,9 @@ impl Job {
     /// Shuts out the owner that did not let go, and becomes the owner.
     async fn take_over(&self) -> Step<()> {
         let address = self.context.storage.address().await?;
-        let before = self.snapshot().await.owner_address;
-        if let Some(before) = before.filter(|before| *before != address) {
+        let before = self.snapshot().await.owner_address.filter(|before| *before != address);
+        let taken = before.is_some();
+        if let Some(before) = before {
             match self.context.storage.fence(&before).await {
                 Ok(change) => tracing::info!(image_id = %self.id, client = before, ?change, "fenced the owner before"),
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
@@ -257,6 +259,8 @@ impl Job {
             record.owner_address = Some(address.clone());
             // the attempt reads the image first of all
             record.check = false;
+            // the fence keeps the owner before out of Ceph, not out of Glance
+            record.mend |= taken;
         })
         .await
     }
@@ -329,7 +333,7 @@ impl Job {
     /// One attempt, from where the record stands.
     async fn attempt(&self) -> Step<State> {
         let record = self.snapshot().await;
-        if let Some(ending) = record.ending {
+        if let (Some(ending), false) = (record.ending, record.state.is_ended()) {
             return Err(Stop::End(ending));
         }
         if record.cancel && !record.state.is_ended() {
@@ -363,13 +367,19 @@ impl Job {
     /// An ended job was asked for again, perhaps by a notification that came late: the image record knows.
     async fn asked_again(&self) -> Step<bool> {
         let image = self.context.cloud.image(&self.id.to_string()).await?;
-        let asked = image
-            .is_some_and(|image| image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing));
+        let asked = match image.filter(|image| image.status == "queued").map(|image| request::asked_by(&image.tags)) {
+            None | Some(Asked::Nothing) => None,
+            Some(Asked::For(source)) => Some(Some(source)),
+            Some(Asked::Unclear(_)) => Some(None),
+        };
         let now = self.context.clock.now();
-        let observe = self.context.config.borrow().offload.observe;
-        if asked && !observe && self.snapshot().await.state.may_become(State::Accepted) {
+        let may =
+            !self.context.config.borrow().offload.observe && self.snapshot().await.state.may_become(State::Accepted);
+        if let (Some(source), true) = (asked, may) {
             self.update(|record| {
-                let _ = record.restart(false, now);
+                if record.restart(false, now).is_ok() {
+                    record.source = source;
+                }
             })
             .await?;
             return Ok(true);
@@ -483,6 +493,10 @@ impl Job {
             Question { image_id: self.id, trigger: record.trigger, source: record.source, retried: record.retried };
         let image = plan::read_image(self.context.cloud.as_ref(), self.id).await?;
         let source = plan::read_request(&image, &question)?;
+        if record.source != Some(source) {
+            // also where the plan then refuses it: `retry` goes by the latest request, not by one before
+            self.update(|record| record.source = Some(source)).await?;
+        }
         Ok(plan::make(self.context.cloud.as_ref(), self.context.storage.as_ref(), config, &question, image, source)
             .await?)
     }
@@ -658,6 +672,9 @@ impl Job {
             image = self.stage("record", self.prepare_record(image, &record.publication)).await?;
         }
         let image = self.stage("register", self.register(image, &pool, record.bytes_total)).await?;
+        if !self.is_our_image(&copy).await? {
+            return end(State::Declined, OTHER_WRITER);
+        }
         self.finish(&pool, &image).await
     }
 
@@ -665,16 +682,14 @@ impl Job {
         Ok(plan::read_image(self.context.cloud.as_ref(), self.id).await?)
     }
 
-    /// Whether an active image is active by what we published. Our mark says so; it is taken off when the image is
-    /// active, and then the copy is not under its private name any more.
+    /// Whether an active image is active by what we published: our mark says so, and once it is coming off, the record.
     async fn is_our_image(&self, copy: &ImageSpec) -> Step<bool> {
-        if !self.snapshot().await.made.published {
-            return Ok(false);
+        let made = self.snapshot().await.made;
+        if !made.published || made.active {
+            return Ok(made.active);
         }
-        let storage = self.context.storage.as_ref();
         let published = ImageSpec::named(&copy.pool, self.id.to_string());
-        Ok(publish::is_marked(storage, &published, &self.id.to_string()).await?
-            || storage.image(copy, None).await?.is_none())
+        Ok(publish::is_marked(self.context.storage.as_ref(), &published, &self.id.to_string()).await?)
     }
 
     async fn take_name(&self, copy: &ImageSpec) -> Step<()> {
@@ -784,12 +799,14 @@ impl Job {
             if observe || record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
                 return Ok(());
             }
+            // so that whoever comes next knows of us, if this ends half way
+            self.take_over().await?;
             let image = self.read_image().await?;
             if image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing) {
                 self.before_visible_step().await?;
                 self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
             }
-            self.update(|record| record.acknowledged = true).await
+            self.let_go(|record| record.acknowledged = true).await
         };
         if let Err(stop) = work.await {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
@@ -802,6 +819,9 @@ impl Job {
         self.finishing.store(true, Ordering::SeqCst);
         let id = self.id.to_string();
         let published = ImageSpec::named(pool, &id);
+        if !self.snapshot().await.made.active {
+            self.update(|record| record.made.active = true).await?;
+        }
         self.context.storage.remove_metadata(&published, transfer::MARK).await?;
         let leftovers = tenant::clear(image);
         if !leftovers.is_empty() {
@@ -855,7 +875,10 @@ impl Job {
 
     async fn settle(&self, stop: Stop) -> Outcome {
         let objects = self.context.store.objects().clone();
+        let ended = self.snapshot().await.state.is_ended();
         let outcome = match stop {
+            // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
+            Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
             Stop::Retry(reason) => self.pause_or_fail(reason).await,
             // the index tells the engine not to take it before there is room
@@ -910,7 +933,7 @@ impl Job {
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     async fn pause(&self, reason: &str, counts: bool) -> Outcome {
         let attempts = self.snapshot().await.attempts;
-        let pause = backoff(attempts);
+        let pause = backoff(self.id, attempts);
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
@@ -953,8 +976,11 @@ impl Job {
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
             self.take_down().await?;
-            if let Some(image) = image.filter(|image| image.status == "queued") {
-                self.tell_end(image, &ending).await?;
+            match image {
+                Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
+                // another writer's; while it uploads, Glance would bring back what is taken off
+                Some(_) => self.update(|record| record.mend = true).await?,
+                None => {}
             }
             self.conclude(&ending).await?;
             Ok(ending.state)
@@ -1047,18 +1073,14 @@ impl Job {
     }
 
     async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
-        let request = self.snapshot().await.request_id;
-        let (status, message) = match ending.state {
-            State::Declined => (Status::Declined, ending.reason.clone()),
-            State::Cancelled => (Status::Failed, format!("{}; set the request tag to ask again", ending.reason)),
-            // what broke inside is for the operator
-            _ => (
-                Status::Failed,
-                format!(
-                    "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
-                ),
-            ),
-        };
+        let record = self.snapshot().await;
+        let (status, message) = last_word(ending.state, &ending.reason, record.request_id);
+        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        if record.told && asks && tenant::show(&image, status, 0, &message).is_empty() {
+            // told already, which took the tag off: the tenant has asked again since
+            return self.update(|record| record.again = true).await;
+        }
+        self.update(|record| record.told = true).await?;
         for _ in 0..RECORD_TRIES {
             match self.context.cloud.update_image(&self.id.to_string(), &tenant::end(&image, status, &message)).await {
                 Ok(_) => return Ok(()),
@@ -1176,13 +1198,32 @@ impl Job {
     }
 }
 
+/// What the tenant is told at an end without an image.
+pub(super) fn last_word(state: State, reason: &str, request: Uuid) -> (Status, String) {
+    match state {
+        State::Declined => (Status::Declined, reason.to_owned()),
+        State::Cancelled => (Status::Failed, format!("{reason}; set the request tag to ask again")),
+        // what broke inside is for the operator
+        _ => (
+            Status::Failed,
+            format!(
+                "the copy could not be made; set the request tag to ask again, or tell your operator the request id {request}"
+            ),
+        ),
+    }
+}
+
 /// Whether a Glance task works on the image.
 fn at_work(image: &Image) -> bool {
     image.status == "importing" || image.properties.contains_key("os_glance_import_task")
 }
 
-/// The pause after so many attempts, with a quarter of jitter either way.
-fn backoff(attempts: u32) -> Duration {
+/// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
+/// one by one.
+fn backoff(id: Uuid, attempts: u32) -> Duration {
     let pause = BACKOFF_FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(BACKOFF_MAX);
-    pause.mul_f64(rand::random_range(0.75..1.25))
+    let mut hasher = DefaultHasher::new();
+    (id, attempts).hash(&mut hasher);
+    // 75 to 124 hundredths
+    pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
 }

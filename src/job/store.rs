@@ -287,6 +287,36 @@ impl Store {
             None => Ok(None),
         }
     }
+
+    /// Asks whoever works on the job to end it and take everything down; one that waits is taken up for that at once.
+    /// `None`: there is no such job.
+    pub async fn cancel(&self, image_id: Uuid) -> Result<Option<Cancelled>> {
+        let mut outcome = Cancelled::Asked;
+        let changed = self
+            .change(image_id, |record| {
+                if record.state.is_ended() {
+                    outcome = Cancelled::Ended(record.state);
+                    // nor is it looked at again
+                    return std::mem::take(&mut record.again);
+                }
+                outcome = Cancelled::Asked;
+                let waited = record.not_before.take().is_some();
+                !std::mem::replace(&mut record.cancel, true) || waited
+            })
+            .await?;
+        let Some(record) = changed else { return Ok(None) };
+        self.index(&record).await?;
+        Ok(Some(outcome))
+    }
+}
+
+/// What became of `cancel`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancelled {
+    /// A daemon ends it at its next look.
+    Asked,
+    /// It had ended before.
+    Ended(State),
 }
 
 /// What became of `retry`.

@@ -49,6 +49,7 @@ impl Acks {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use proptest::prelude::*;
 
@@ -81,7 +82,7 @@ mod tests {
             let mut acks = Acks::default();
             let (mut next, mut unacked, mut held, mut returned) = (1u64, BTreeSet::new(), Vec::new(), 0usize);
             let mut done = BTreeSet::new();
-            let mut broker = |acks: &mut Acks, unacked: &mut BTreeSet<u64>, done: &BTreeSet<u64>| {
+            let broker = |acks: &mut Acks, unacked: &mut BTreeSet<u64>, done: &BTreeSet<u64>| {
                 for ack in acks.take() {
                     let covered: Vec<u64> = unacked.iter().copied()
                         .filter(|tag| if ack.multiple { *tag <= ack.tag } else { *tag == ack.tag }).collect();

@@ -195,6 +195,7 @@ impl<'a> Scan<'a> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use std::io::Write;
 

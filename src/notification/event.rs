@@ -407,6 +407,7 @@ impl<'de> Deserialize<'de> for Properties {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use serde_json::{Value, json};
 

@@ -252,6 +252,18 @@ impl Session {
         }
     }
 
+    /// Whether this Glance has the location API: for a path that it knows it refuses HEAD with 405, for another with 404.
+    pub async fn has_location_api(&self) -> Result<bool> {
+        let path = ["images", "00000000-0000-0000-0000-000000000000", "locations"];
+        let request = Request::send(Method::HEAD, Service::Image, "look for the location API", &path);
+        let answer = self.wire.send(request).await?;
+        match answer.status {
+            StatusCode::METHOD_NOT_ALLOWED => Ok(true),
+            StatusCode::NOT_FOUND => Ok(false),
+            _ => answer.success().map(|_| true),
+        }
+    }
+
     /// Whether Glance answers us: the cheapest call that takes a token.
     pub async fn probe_image(&self) -> Result<()> {
         let query = vec![("limit", "1".to_owned()), ("status", "queued".to_owned())];

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
 use openstack_sdk::auth::authtoken::AuthTokenScope;
 use openstack_sdk::auth::{Auth, AuthError};
 use openstack_sdk::config::CloudConfig;
@@ -111,6 +113,12 @@ impl Session {
     /// Whether Keystone answers, without a login.
     pub async fn probe_identity(&self) -> Result<()> {
         self.wire.send(Request::get(Service::IdentityVersion, "version", &[])).await?.json().map(drop)
+    }
+
+    /// What time it is by Keystone's host, to the second; `None` when it does not say.
+    pub async fn identity_time(&self) -> Result<Option<Timestamp>> {
+        let answer = self.wire.send(Request::get(Service::IdentityVersion, "version", &[])).await?;
+        Ok(answer.date.as_deref().and_then(|date| rfc2822::parse(date).ok()).map(|date| date.timestamp()))
     }
 
     /// Gives our token back to Keystone; the next call logs in again.
@@ -225,13 +233,15 @@ impl<'a> Request<'a> {
 pub(super) struct Answer {
     pub(super) call: String,
     pub(super) status: StatusCode,
+    /// The header `Date`.
+    date: Option<String>,
     body: Vec<u8>,
 }
 
 impl Answer {
     /// The JSON body of a success.
     pub(super) fn json(self) -> Result<Value> {
-        let Answer { call, status, body } = self.success()?;
+        let Answer { call, status, body, .. } = self.success()?;
         serde_json::from_slice(&body)
             .map_err(|error| Error::protocol(call, format!("{}: the body is no JSON: {error}", status.as_u16())))
     }
@@ -564,6 +574,7 @@ impl Wire {
 
     async fn read(&self, call: String, mut response: reqwest::Response, login: Option<&Login>) -> Result<Answer> {
         let status = response.status();
+        let date = response.headers().get(header::DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
         let mut body = Vec::new();
         loop {
             match response.chunk().await {
@@ -579,7 +590,7 @@ impl Wire {
             body = self.redact(&String::from_utf8_lossy(&body), login).into_bytes();
         }
         tracing::trace!(call, status = status.as_u16(), bytes = body.len(), "answer");
-        Ok(Answer { call, status, body })
+        Ok(Answer { call, status, date, body })
     }
 
     async fn revoke(&self) -> Result<()> {

@@ -15,6 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt, reload};
 
 use crate::config::{Log, LogFormat, LogLevel};
+use crate::notification::QUIET_TARGET;
 
 /// Upper bounds of the duration histograms, in seconds: from a rename to the hashing of a large image.
 const SECONDS: [f64; 16] =
@@ -62,7 +63,7 @@ fn targets(level: LogLevel) -> Targets {
         // the SDK repeats what services answer; its callers here say what matters
         .with_target("openstack_sdk", LevelFilter::OFF)
         // a failed passive declaration is an ERROR there, and how the listener asks whether an exchange exists
-        .with_target("lapin", LevelFilter::OFF)
+        .with_target(QUIET_TARGET, LevelFilter::OFF)
 }
 
 /// Starts collecting metrics; the handle renders them.

@@ -1,0 +1,299 @@
+//! RabbitMQ: each host of transport_url, the queue, the exchanges.
+
+use std::time::Duration;
+
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use secrecy::ExposeSecret;
+
+use super::report::{Row, Verdict};
+use super::within;
+use crate::config::{Config, Messaging};
+use crate::notification::{Host, TransportUrl};
+
+/// Between two looks at a queue that somebody consumes.
+const GROWTH: Duration = Duration::from_secs(1);
+
+/// Messages that a daemon which keeps up never leaves waiting.
+const MANY: u32 = 1000;
+
+pub async fn check(config: &Config) -> Vec<Row> {
+    let url = match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
+        Ok(url) => url,
+        Err(error) => return vec![Row::fault("RabbitMQ", error.to_string(), "mend transport_url in [messaging]")],
+    };
+    let dialled = url.hosts.iter().map(|host| dial(&config.messaging, &url, host));
+    let (mut rows, connections): (Vec<Row>, Vec<Option<Connection>>) =
+        futures::future::join_all(dialled).await.into_iter().unzip();
+    let connections: Vec<Connection> = connections.into_iter().flatten().collect();
+    match connections.first() {
+        Some(connection) => {
+            let exchanges = config.messaging.exchanges.iter().map(|name| exchange(connection, config, name));
+            let (queue, exchanges) = tokio::join!(queue(connection, config), futures::future::join_all(exchanges));
+            rows.push(queue);
+            rows.extend(stand_in(config, exchanges));
+        }
+        None => {
+            const WHY: &str = "no connection to RabbitMQ";
+            rows.push(Row::skipped(queue_name(config), WHY));
+            rows.extend(config.messaging.exchanges.iter().map(|name| Row::skipped(exchange_name(name), WHY)));
+        }
+    }
+    for connection in connections {
+        let _ = tokio::time::timeout(Duration::from_secs(2), connection.close(200, "".into())).await;
+    }
+    rows
+}
+
+fn queue_name(config: &Config) -> String {
+    format!("RabbitMQ queue {}", config.messaging.queue)
+}
+
+fn exchange_name(exchange: &str) -> String {
+    format!("RabbitMQ exchange {exchange}")
+}
+
+/// Connects, authenticates and opens the virtual host.
+async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Option<Connection>) {
+    let name = format!("RabbitMQ {host}");
+    let mut connected = None;
+    let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async {
+        let tls = match tls(config, url).await {
+            Ok(tls) => tls,
+            Err(reason) => {
+                return Row::fault(&name, reason, "mend ssl_ca_file in [messaging] or ssl_* in transport_url");
+            }
+        };
+        let uri = url.amqp_uri(host);
+        let properties = ConnectionProperties::default().with_connection_name("rbd-offload check".into());
+        // on a task of its own: giving up waiting does not end lapin's attempt
+        let attempt = tokio::spawn(async move {
+            let runtime = lapin::runtime::default_runtime()?;
+            Connection::connect_uri_with_config(uri, properties, tls, runtime).await
+        });
+        match attempt.await {
+            Ok(Ok(connection)) => {
+                connected = Some(connection);
+                Row::ok(&name, format!("user {}, virtual host {}", host.user, url.vhost))
+            }
+            Ok(Err(error)) => refused(&name, url, host, &error),
+            Err(lost) => Row::fault(&name, lost.to_string(), "try again"),
+        }
+    })
+    .await;
+    (row, connected)
+}
+
+fn refused(name: &str, url: &TransportUrl, host: &Host, error: &lapin::Error) -> Row {
+    let (user, vhost) = (&host.user, &url.vhost);
+    if soft(error, AMQPSoftError::ACCESSREFUSED) {
+        return Row::fault(
+            name,
+            format!("wrong user or password: RabbitMQ refused user {user}"),
+            format!("mend transport_url in [messaging]; `rabbitmqctl authenticate_user {user}` tries a password"),
+        );
+    }
+    if hard(error, AMQPHardError::NOTALLOWED) {
+        return match error.to_string().contains("not found") {
+            true => Row::fault(
+                name,
+                format!("there is no virtual host {vhost}"),
+                "name the virtual host of the services at the end of transport_url in [messaging]; `rabbitmqctl list_vhosts` has them",
+            ),
+            false => Row::fault(
+                name,
+                format!("user {user} may not use the virtual host {vhost}"),
+                format!("rabbitmqctl set_permissions -p {vhost} {user} '^rbd-offload' '^rbd-offload' '.*'"),
+            ),
+        };
+    }
+    let mend = match url.tls {
+        Some(_) => "see whether the broker runs and takes TLS on that port, and whether ssl_ca_file holds its CA",
+        None => "see whether the broker runs there (port 5672, with ssl=1 in transport_url 5671)",
+    };
+    Row::fault(name, format!("cannot be reached: {error}"), mend)
+}
+
+async fn tls(config: &Messaging, url: &TransportUrl) -> Result<OwnedTLSConfig, String> {
+    let Some(tls) = &url.tls else { return Ok(OwnedTLSConfig::default()) };
+    let read = async |path: &std::path::Path| {
+        tokio::fs::read(path).await.map_err(|error| format!("cannot read {}: {error}", path.display()))
+    };
+    let cert_chain = match config.ssl_ca_file.as_ref().or(tls.ca_file.as_ref()) {
+        Some(path) => Some(String::from_utf8_lossy(&read(path).await?).into_owned()),
+        None => None,
+    };
+    let identity = match (&tls.cert_file, &tls.key_file) {
+        (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: read(cert).await?, key: read(key).await? }),
+        _ => None,
+    };
+    Ok(OwnedTLSConfig { identity, cert_chain })
+}
+
+/// What is known of the queue without touching it.
+struct Depth {
+    messages: u32,
+    consumers: u32,
+}
+
+async fn queue(connection: &Connection, config: &Config) -> Row {
+    let name = queue_name(config);
+    let row = within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async {
+        match look_at_queue(connection, config).await {
+            Ok(row) => row,
+            Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
+            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log"),
+        }
+    });
+    row.await
+}
+
+fn denied(name: &str, config: &Config, error: &lapin::Error) -> Row {
+    Row::fault(
+        name,
+        format!("not allowed: {error}"),
+        format!(
+            "grant the user configure, write and read on {} and read on the exchanges, with `rabbitmqctl set_permissions`",
+            config.messaging.queue
+        ),
+    )
+}
+
+async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Result<Row> {
+    let (name, queue) = (queue_name(config), &config.messaging.queue);
+    let Some(depth) = depth(connection, queue).await? else {
+        return Ok(Row::ok(name, "not there yet; the daemon makes it when it first starts"));
+    };
+    // It is there: declared with the configured type, that changes nothing, or is refused.
+    let wanted = config.messaging.queue_type.as_str();
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString(wanted.into()));
+    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    match connection.create_channel().await?.queue_declare(queue.as_str().into(), options, arguments).await {
+        Ok(_) => {}
+        Err(error) if soft(&error, AMQPSoftError::PRECONDITIONFAILED) => {
+            return Ok(Row::fault(
+                name,
+                format!("it exists and is not a durable queue of type {wanted}"),
+                format!(
+                    "set queue_type in [messaging] to what it is, name another queue, or `rabbitmqctl delete_queue {queue}`"
+                ),
+            ));
+        }
+        Err(error) => return Err(error),
+    }
+    if depth.consumers > 0 && depth.messages > MANY {
+        tokio::time::sleep(GROWTH).await;
+        let later = self::depth(connection, queue).await?.map_or(0, |depth| depth.messages);
+        if later > depth.messages {
+            return Ok(Row::fault(
+                name,
+                format!("{later} messages wait and more come than its {} consumers take", depth.consumers),
+                "see the daemon's log: most often Ceph does not take the jobs",
+            ));
+        }
+    }
+    Ok(judge(name, wanted, &depth))
+}
+
+fn judge(name: String, wanted: &str, depth: &Depth) -> Row {
+    let Depth { messages, consumers } = depth;
+    match (consumers, messages) {
+        (0, 0) => Row::ok(name, format!("{wanted}, empty; no daemon consumes it")),
+        (0, _) => Row::fault(
+            name,
+            format!("its messages grow: {messages} wait and nobody consumes it"),
+            "start the daemon (systemctl start rbd-offload), or delete the queue where none is to run any more",
+        ),
+        _ => Row::ok(name, format!("{wanted}; {messages} messages, {consumers} consumers")),
+    }
+}
+
+/// `None`: there is no such queue. On a channel of its own, since a refusal closes it.
+async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Depth>> {
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    match connection.create_channel().await?.queue_declare(queue.into(), passive, FieldTable::default()).await {
+        Ok(queue) => Ok(Some(Depth { messages: queue.message_count(), consumers: queue.consumer_count() })),
+        Err(error) if soft(&error, AMQPSoftError::NOTFOUND) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> Row {
+    let name = exchange_name(exchange);
+    within(&name, "see the broker's log", async {
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let declared = async {
+            let channel = connection.create_channel().await?;
+            channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default()).await
+        };
+        match declared.await {
+            Ok(()) => Row::ok(&name, ""),
+            Err(error) if soft(&error, AMQPSoftError::NOTFOUND) => missing(&name, exchange, config),
+            Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
+            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log"),
+        }
+    })
+    .await
+}
+
+/// Nothing is lost by an exchange that only an integration which is off would need.
+fn missing(name: &str, exchange: &str, config: &Config) -> Row {
+    let (service, needed) = match exchange {
+        "glance" => ("Glance", true),
+        "cinder" | "openstack" => ("Cinder (control_exchange, openstack by default)", config.cinder.integration),
+        "nova" => ("Nova", config.nova.integration),
+        _ => ("the service with control_exchange = that name", true),
+    };
+    let mend = format!(
+        "{service} creates it with its first notification: set driver = messagingv2 in its [oslo_messaging_notifications] \
+         and restart it; if there is none of that name, take it out of exchanges in [messaging]"
+    );
+    match needed {
+        true => Row::fault(name, "does not exist: no notification of it can come", mend),
+        false => Row::warning(name, "does not exist; not needed now", mend),
+    }
+}
+
+/// Cinder uses one of two names: with its exchange there, the other one is not missed.
+fn stand_in(config: &Config, mut rows: Vec<Row>) -> Vec<Row> {
+    let cinders: Vec<usize> = (0..rows.len())
+        .filter(|index| {
+            matches!(config.messaging.exchanges.get(*index).map(String::as_str), Some("cinder" | "openstack"))
+        })
+        .collect();
+    if cinders.iter().any(|index| rows[*index].verdict == Verdict::Ok) {
+        for index in cinders {
+            if rows[index].verdict == Verdict::Fault && rows[index].detail.starts_with("does not exist") {
+                rows[index].verdict = Verdict::Warning;
+            }
+        }
+    }
+    rows
+}
+
+fn soft(error: &lapin::Error, kind: AMQPSoftError) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(kind))
+}
+
+fn hard(error: &lapin::Error, kind: AMQPHardError) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Hard(kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_grows_when_nobody_consumes_it() {
+        let judge = |messages, consumers| judge("q".into(), "quorum", &Depth { messages, consumers });
+        assert_eq!(judge(0, 0).verdict, Verdict::Ok);
+        assert_eq!(judge(5, 1).verdict, Verdict::Ok);
+        let row = judge(5, 0);
+        assert_eq!(row.verdict, Verdict::Fault);
+        assert!(row.detail.contains("5 wait"), "{row:?}");
+    }
+}

@@ -1,0 +1,272 @@
+//! Ceph: the connection, its release, and what our user may do in each pool.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures::future::join_all;
+use uuid::Uuid;
+
+use super::report::Row;
+use super::within;
+use crate::ceph::{Client, Error, ErrorKind, LockKey, Locked, Objects, Storage};
+use crate::config::Config;
+
+/// The oldest release that is supported: Pacific.
+const OLDEST: u64 = 16;
+
+/// How long the lock of the probe would be kept.
+const LOCK: Duration = Duration::from_secs(10);
+
+pub struct Findings {
+    pub rows: Vec<Row>,
+    /// `None` without a connection.
+    pub fsid: Option<String>,
+    /// A call was given up and still runs on a thread of its own.
+    pub stuck: bool,
+}
+
+fn is_stuck(row: &Row) -> bool {
+    row.detail.starts_with(super::NO_ANSWER)
+}
+
+pub async fn check(config: &Config) -> Findings {
+    let mut client = None;
+    let mut fsid = None;
+    let row = within("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async {
+        match connect(config).await {
+            Ok((connected, id)) => {
+                let row = Row::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
+                (client, fsid) = (Some(connected), Some(id));
+                row
+            }
+            // its text names what to look at
+            Err(error) => Row::fault("Ceph", error.to_string(), "mend conf or user in [ceph], or the keyring"),
+        }
+    })
+    .await;
+    let pools = pools(config);
+    let Some(client) = client else {
+        let mut names = vec!["Ceph release".to_owned(), "Ceph fencing".to_owned()];
+        names.extend(pools.iter().map(|pool| pool_name(pool)));
+        names.push(jobs_name(config));
+        let skipped = names.into_iter().map(|name| Row::skipped(name, "no connection to Ceph"));
+        let stuck = is_stuck(&row);
+        return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, stuck };
+    };
+    let probes = join_all(pools.iter().map(|pool| capabilities(config, &client, pool)));
+    let (release, fencing, probed, jobs) =
+        tokio::join!(release(&client), fencing(config, &client), probes, jobs(config, &client));
+    let mut rows = vec![row, release, fencing];
+    rows.extend(probed);
+    rows.push(jobs);
+    let stuck = rows.iter().any(is_stuck);
+    Findings { rows, fsid, stuck }
+}
+
+async fn connect(config: &Config) -> Result<(Client, String), Error> {
+    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let fsid = client.fsid().await?;
+    Ok((client, fsid))
+}
+
+fn pool_name(pool: &str) -> String {
+    format!("Ceph pool {pool}")
+}
+
+fn jobs_name(config: &Config) -> String {
+    format!("Ceph jobs in {}/{}", config.jobs.pool, config.jobs.namespace)
+}
+
+/// The pools that images are taken from and made in.
+fn pools(config: &Config) -> BTreeSet<&str> {
+    let backends = config.backends.values().flat_map(|backend| [backend.pool.as_str(), backend.dest_pool.as_str()]);
+    let mut pools: BTreeSet<&str> = backends.collect();
+    if config.nova.integration {
+        pools.insert(&config.nova.pool);
+    }
+    pools
+}
+
+/// The command that gives our user what it needs in all pools: `auth caps` replaces what it had.
+fn caps(config: &Config) -> String {
+    let mut pools = pools(config);
+    pools.insert(&config.jobs.pool);
+    let osd: Vec<String> = pools.iter().map(|pool| format!("profile rbd pool={pool}")).collect();
+    format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))
+}
+
+fn mend(config: &Config, error: &Error, pool_key: &str) -> String {
+    match error.kind() {
+        ErrorKind::PermissionDenied => caps(config),
+        ErrorKind::NotFound => format!("name the right pool with {pool_key}, or create it and `rbd pool init` it"),
+        ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
+        ErrorKind::Fenced => "this client was shut out: see `ceph osd blocklist ls`".to_owned(),
+        _ => "see `ceph status`".to_owned(),
+    }
+}
+
+async fn release(client: &Client) -> Row {
+    const NAME: &str = "Ceph release";
+    within(NAME, "see `ceph status`", async {
+        match client.osd_versions().await {
+            Ok(versions) => judge_release(NAME, versions),
+            Err(error) => Row::fault(NAME, error.to_string(), "see `ceph versions`"),
+        }
+    })
+    .await
+}
+
+fn judge_release(name: &str, mut versions: Vec<String>) -> Row {
+    let major = |version: &str| version.split('.').next().and_then(|major| major.parse::<u64>().ok());
+    versions.sort_by_key(|version| major(version));
+    let listed = versions.join(", ");
+    match versions.first().map(|version| major(version)) {
+        Some(Some(oldest)) if oldest < OLDEST => Row::fault(
+            name,
+            format!("too old: OSDs run {listed}"),
+            format!("upgrade Ceph to {OLDEST} (Pacific) or later"),
+        ),
+        Some(Some(_)) => Row::ok(name, listed),
+        // a build of one's own, or no OSD that is up
+        _ => Row::warning(
+            name,
+            format!("not known: {listed}"),
+            "see `ceph versions`: 16 (Pacific) or later is supported",
+        ),
+    }
+}
+
+/// Whoever takes over a job shuts out the daemon that had it.
+async fn fencing(config: &Config, client: &Client) -> Row {
+    const NAME: &str = "Ceph fencing";
+    within(NAME, "see `ceph status`", async {
+        match client.may_fence().await {
+            Ok(true) => Row::ok(NAME, "may shut out a daemon that lost its lease"),
+            Ok(false) => Row::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
+            Err(error) => Row::fault(NAME, error.to_string(), "see `ceph status`"),
+        }
+    })
+    .await
+}
+
+/// Tries everything that the daemon does to images with a tiny one.
+async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
+    let name = pool_name(pool);
+    let row = within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async {
+        let findings = match client.capabilities(pool, false).await {
+            Ok(findings) => findings,
+            Err(error) => return Row::fault(&name, error.to_string(), mend(config, &error, "pool or dest_pool")),
+        };
+        match findings.into_iter().next() {
+            None => Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
+            Some(finding) => Row::fault(
+                &name,
+                match finding.kind {
+                    ErrorKind::PermissionDenied => {
+                        format!("missing: osd 'profile rbd pool={pool}': cannot {} ({})", finding.what, finding.error)
+                    }
+                    _ => format!("cannot {}: {}", finding.what, finding.error),
+                },
+                match finding.kind {
+                    ErrorKind::PermissionDenied => caps(config),
+                    ErrorKind::NotFound => format!("name the right pool in {}, or create it", used_by(config, pool)),
+                    _ => finding.mend,
+                },
+            ),
+        }
+    });
+    row.await
+}
+
+/// Where the configuration names a pool.
+fn used_by(config: &Config, pool: &str) -> String {
+    let mut places = Vec::new();
+    if config.glance.pool == pool {
+        places.push("[glance] pool".to_owned());
+    }
+    for (name, backend) in &config.backends {
+        if backend.pool == pool {
+            places.push(format!("[backend:{name}] pool"));
+        }
+        if backend.dest_pool == pool && config.glance.pool != pool {
+            places.push(format!("[backend:{name}] dest_pool"));
+        }
+    }
+    if config.nova.integration && config.nova.pool == pool {
+        places.push("[nova] pool".to_owned());
+    }
+    places.join(", ")
+}
+
+/// Tries everything that the daemon does to job records with an object of its own.
+async fn jobs(config: &Config, client: &Client) -> Row {
+    let name = jobs_name(config);
+    let row = within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async {
+        let objects = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
+            Ok(objects) => objects,
+            Err(error) => return Row::fault(&name, error.to_string(), "mend pool or namespace in [jobs]"),
+        };
+        let object = format!("check.{}", Uuid::new_v4());
+        let probed = probe(&objects, &object).await;
+        let removed = remove(&objects, &object).await.map_err(|error| ("remove an object", error));
+        match probed.and(removed) {
+            Ok(()) => Row::ok(&name, "write, lock, omap, remove"),
+            Err((what, error)) if error.kind() == ErrorKind::PermissionDenied => {
+                let pool = &config.jobs.pool;
+                Row::fault(
+                    &name,
+                    format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})"),
+                    caps(config),
+                )
+            }
+            Err((what, error)) => {
+                Row::fault(&name, format!("cannot {what}: {error}"), mend(config, &error, "pool in [jobs]"))
+            }
+        }
+    });
+    row.await
+}
+
+async fn probe(objects: &dyn Objects, object: &str) -> Result<(), (&'static str, Error)> {
+    let key = LockKey { name: "check".into(), cookie: Uuid::new_v4().to_string() };
+    objects.create(object, b"{}").await.map_err(|e| ("write an object", e))?;
+    match objects.lock(object, &key, "check", LOCK).await.map_err(|e| ("lock an object", e))? {
+        Locked::Acquired => {}
+        Locked::Held | Locked::NoObject => {
+            return Err(("lock an object", Error::new("lock", ErrorKind::Conflict, "somebody else took it")));
+        }
+    }
+    let (_, version) = objects
+        .read(object)
+        .await
+        .map_err(|e| ("read an object", e))?
+        .ok_or_else(|| ("read an object", Error::new("read", ErrorKind::NotFound, "it is gone")))?;
+    objects.replace(object, b"{}", version, Some(&key)).await.map_err(|e| ("write under a lock", e))?;
+    objects.unlock(object, &key).await.map_err(|e| ("unlock an object", e))?;
+    objects.set_omap(object, &[("check".into(), Vec::new())]).await.map_err(|e| ("write an omap", e))?;
+    objects.omap(object, "", 1).await.map_err(|e| ("read an omap", e))?;
+    objects.remove_omap(object, &["check".into()]).await.map_err(|e| ("write an omap", e))
+}
+
+async fn remove(objects: &dyn Objects, object: &str) -> Result<(), Error> {
+    match objects.read(object).await? {
+        Some((_, version)) => objects.remove(object, version, None).await,
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::Verdict;
+    use super::*;
+
+    #[test]
+    fn the_oldest_osd_counts() {
+        let judge = |versions: &[&str]| judge_release("r", versions.iter().map(ToString::to_string).collect());
+        assert_eq!(judge(&["18.2.4", "16.2.15"]).verdict, Verdict::Ok);
+        let row = judge(&["16.2.15", "9.2.1"]);
+        assert_eq!((row.verdict, row.detail.as_str()), (Verdict::Fault, "too old: OSDs run 9.2.1, 16.2.15"));
+        assert_eq!(judge(&[]).verdict, Verdict::Warning);
+        assert_eq!(judge(&["mine"]).verdict, Verdict::Warning);
+    }
+}

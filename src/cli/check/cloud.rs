@@ -1,0 +1,364 @@
+//! Keystone, Glance, Cinder and Nova.
+
+use std::collections::BTreeSet;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::report::Row;
+use super::within;
+use crate::config::{Config, Credentials, Keystone, Register};
+use crate::openstack::{self, Cloud, ErrorKind, Session};
+
+/// What the daemon's token must carry, and what for.
+const ROLES: [(&str, &str); 2] = [
+    ("service", "Glance takes locations only from it"),
+    ("admin", "images and volumes of all projects are seen with it"),
+];
+
+/// Clocks that differ by more make logs and leases hard to read, and tokens fail.
+const SKEW: SignedDuration = SignedDuration::from_secs(30);
+
+const NO_ID: &str = "00000000-0000-0000-0000-000000000000";
+
+pub struct Findings {
+    pub rows: Vec<Row>,
+    /// What Glance tells of its stores; `None` when it was not asked or did not answer.
+    pub stores: Option<Vec<openstack::Store>>,
+}
+
+pub async fn check(config: &Config) -> Findings {
+    let session = match Session::connect(&config.keystone, &config.glance) {
+        Ok(session) => session,
+        Err(error) => return without_login(config, Row::fault("Keystone", error.to_string(), "mend [keystone]")),
+    };
+    let (login, clock) = tokio::join!(login(config, &session), clock(&session));
+    if !login.holds() {
+        let mut findings = without_login(config, login);
+        findings.rows.insert(1, clock);
+        return findings;
+    }
+    let (roles, glance, location_api, (stores_row, stores), cinder, backends, nova) = tokio::join!(
+        roles(config, &session),
+        glance(&session),
+        location_api(config, &session),
+        stores(&session),
+        cinder(&session),
+        backends(config, &session),
+        nova(config, &session),
+    );
+    let mut rows = vec![login, clock, roles, glance, location_api];
+    rows.extend(stores_row);
+    rows.extend([cinder, backends]);
+    rows.extend(nova);
+    Findings { rows, stores }
+}
+
+fn without_login(config: &Config, login: Row) -> Findings {
+    let mut names = vec!["Keystone roles", "Glance", "Glance location API", "Cinder", "Cinder backends"];
+    if config.nova.integration {
+        names.push("Nova");
+    }
+    let mut rows = vec![login];
+    rows.extend(names.into_iter().map(|name| Row::skipped(name, "no login at Keystone")));
+    Findings { rows, stores: None }
+}
+
+/// Who we are, for commands that an operator may copy.
+fn user(keystone: &Keystone) -> String {
+    match &keystone.credentials {
+        Credentials::Password { username, .. } => format!("user {username}"),
+        Credentials::Application { id, .. } => format!("application credential {id}"),
+    }
+}
+
+async fn login(config: &Config, session: &Session) -> Row {
+    const NAME: &str = "Keystone";
+    let keystone = &config.keystone;
+    let unreachable =
+        format!("see whether auth_url in [keystone] is right ({}) and the service runs", keystone.auth_url);
+    within(NAME, &unreachable, async {
+        match session.login().await {
+            Ok(()) => Row::ok(NAME, format!("{}, {}", keystone.auth_url, user(keystone))),
+            Err(error) if error.kind() == ErrorKind::Unauthorized => Row::fault(
+                NAME,
+                format!("{} was refused: wrong password, user, project or domain ({error})", user(keystone)),
+                "mend [keystone]; `openstack token issue` with the same values tries them",
+            ),
+            Err(error) => Row::fault(NAME, error.to_string(), &unreachable),
+        }
+    })
+    .await
+}
+
+/// By Keystone's host, which is one of the controllers.
+async fn clock(session: &Session) -> Row {
+    const NAME: &str = "clock";
+    let time = async {
+        let before = Timestamp::now();
+        let theirs = match session.identity_time().await {
+            Ok(Some(theirs)) => theirs,
+            Ok(None) => return Row::ok(NAME, "Keystone does not tell the time"),
+            Err(error) => return Row::skipped(NAME, format!("Keystone was not asked: {error}")),
+        };
+        // Their header has whole seconds, and the answer took a while.
+        let skew =
+            if theirs < before { theirs.duration_since(before) } else { theirs.duration_since(Timestamp::now()) };
+        judge_clock(NAME, skew)
+    };
+    match tokio::time::timeout(super::LIMIT, time).await {
+        Ok(row) => row,
+        Err(_) => Row::skipped(NAME, "Keystone did not answer"),
+    }
+}
+
+/// `skew`: how far Keystone's clock is ahead.
+fn judge_clock(name: &str, skew: SignedDuration) -> Row {
+    if skew.abs() <= SKEW {
+        return Row::ok(name, "as Keystone's");
+    }
+    let direction = if skew.is_negative() { "ahead of" } else { "behind" };
+    Row::fault(
+        name,
+        format!("this host's clock is {} s {direction} Keystone's", skew.abs().as_secs()),
+        "set up time synchronisation on all controllers: `timedatectl`, `chronyc tracking`",
+    )
+}
+
+async fn roles(config: &Config, session: &Session) -> Row {
+    const NAME: &str = "Keystone roles";
+    within(NAME, "try again", async {
+        match session.roles().await {
+            Ok(roles) => judge_roles(NAME, &config.keystone, &roles),
+            Err(error) => Row::fault(NAME, error.to_string(), "try again"),
+        }
+    })
+    .await
+}
+
+fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> Row {
+    let missing: Vec<_> =
+        ROLES.into_iter().filter(|(role, _)| !roles.iter().any(|have| have.eq_ignore_ascii_case(role))).collect();
+    if missing.is_empty() {
+        return Row::ok(name, "service, admin");
+    }
+    let reasons: Vec<String> = missing.iter().map(|(role, why)| format!("{role} ({why})")).collect();
+    let names: Vec<&str> = missing.iter().map(|(role, _)| *role).collect();
+    let mend = match &keystone.credentials {
+        Credentials::Password { username, project_name, user_domain_name, project_domain_name, .. } => {
+            let commands: Vec<String> = names
+                .iter()
+                .map(|role| {
+                    format!(
+                        "openstack role add --user {username} --user-domain {user_domain_name} --project {project_name} \
+                         --project-domain {project_domain_name} {role}"
+                    )
+                })
+                .collect();
+            commands.join("; ")
+        }
+        Credentials::Application { .. } => format!(
+            "give the credential's user the roles with `openstack role add … {}`, then create the application credential anew \
+             with --role service --role admin",
+            names.join(" and ")
+        ),
+    };
+    let roles = if names.len() == 1 { "role" } else { "roles" };
+    Row::fault(name, format!("{} lacks the {roles} {}", user(keystone), reasons.join(" and ")), mend)
+}
+
+/// A service's refusal, with what an operator can do about it.
+fn failed(name: &str, service: &str, error: &openstack::Error) -> Row {
+    let mend = match error.kind() {
+        ErrorKind::Forbidden | ErrorKind::Unauthorized => format!("see the roles above, and {service}'s policy"),
+        ErrorKind::NoService => format!(
+            "see `openstack catalog list`: region_name and interface in [keystone] must name an endpoint of {service}"
+        ),
+        ErrorKind::Unavailable => format!("see whether {service} runs, and its log"),
+        _ => format!("see {service}'s log"),
+    };
+    Row::fault(name, error.to_string(), mend)
+}
+
+async fn glance(session: &Session) -> Row {
+    const NAME: &str = "Glance";
+    within(NAME, "see whether Glance runs, and its log", async {
+        match session.probe_image().await {
+            Ok(()) => Row::ok(NAME, "answers"),
+            Err(error) => failed(NAME, "Glance", &error),
+        }
+    })
+    .await
+}
+
+async fn location_api(config: &Config, session: &Session) -> Row {
+    const NAME: &str = "Glance location API";
+    within(NAME, "see whether Glance runs, and its log", async {
+        match session.has_location_api().await {
+            Ok(there) => judge_location_api(NAME, config.glance.register, there),
+            Err(error) => failed(NAME, "Glance", &error),
+        }
+    })
+    .await
+}
+
+fn judge_location_api(name: &str, register: Register, there: bool) -> Row {
+    const PATCH: &str = "set show_multiple_locations = True in the [DEFAULT] of a glance-api that only services reach";
+    match (register, there) {
+        (Register::Auto | Register::LocationsApi, true) => Row::ok(name, "there, and used"),
+        (Register::Auto, false) => {
+            Row::warning(name, "off: this Glance has none (it came with 2024.2); locations are set by PATCH", PATCH)
+        }
+        (Register::LocationsApi, false) => Row::fault(
+            name,
+            "off: this Glance has none (it came with 2024.2), and register = locations-api asks for it",
+            "set register = auto or patch in [glance], or upgrade Glance",
+        ),
+        (Register::Patch, true) => Row::warning(
+            name,
+            "there, but not used: register = patch, which works only with show_multiple_locations = True",
+            "set register = auto in [glance]",
+        ),
+        (Register::Patch, false) => Row::warning(name, "not used: register = patch", PATCH),
+    }
+}
+
+/// A row only where Glance did not answer; what it says is judged with Ceph's fsid.
+async fn stores(session: &Session) -> (Option<Row>, Option<Vec<openstack::Store>>) {
+    const NAME: &str = "Glance stores asked";
+    match tokio::time::timeout(super::LIMIT, session.stores()).await {
+        Ok(Ok(stores)) => (None, Some(stores)),
+        Ok(Err(error)) => (Some(failed(NAME, "Glance", &error)), None),
+        Err(_) => (Some(Row::fault(NAME, "no answer", "see whether Glance runs, and its log")), None),
+    }
+}
+
+async fn cinder(session: &Session) -> Row {
+    const NAME: &str = "Cinder";
+    within(NAME, "see whether cinder-api runs, and its log", async {
+        match session.probe_volume().await {
+            Ok(()) => Row::ok(NAME, "answers"),
+            Err(error) => failed(NAME, "Cinder", &error),
+        }
+    })
+    .await
+}
+
+async fn backends(config: &Config, session: &Session) -> Row {
+    const NAME: &str = "Cinder backends";
+    within(NAME, "see whether cinder-api runs, and its log", async {
+        match session.volume_backends().await {
+            Ok(hosts) => judge_backends(NAME, config, &hosts),
+            Err(error) => failed(NAME, "Cinder", &error),
+        }
+    })
+    .await
+}
+
+/// `hosts`: `node@backend`.
+fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
+    let running: BTreeSet<&str> = hosts.iter().filter_map(|host| Some(host.rsplit_once('@')?.1)).collect();
+    let configured: BTreeSet<&str> = config.backends.keys().map(String::as_str).collect();
+    let listed = |names: Vec<&str>| names.join(", ");
+    let unknown: Vec<&str> = configured.difference(&running).copied().collect();
+    let unserved: Vec<&str> = running.difference(&configured).copied().collect();
+    let (mut reasons, mut mends) = (Vec::new(), Vec::new());
+    if !unserved.is_empty() {
+        reasons.push(format!("Cinder has backends without a section: {}", listed(unserved.clone())));
+        let sections: Vec<String> = unserved.iter().map(|name| format!("[backend:{name}]")).collect();
+        mends.push(format!(
+            "add {} with its pool (rbd_pool in cinder.conf); one that is not RBD: its volumes are declined anyway",
+            sections.join(", ")
+        ));
+    }
+    if !unknown.is_empty() {
+        reasons.push(format!("Cinder has no backend {}", listed(unknown)));
+        mends.push(match running.is_empty() {
+            true => "see `openstack volume service list`".to_owned(),
+            false => format!(
+                "name the sections like enabled_backends in cinder.conf; it has {}",
+                listed(running.into_iter().collect())
+            ),
+        });
+    }
+    if reasons.is_empty() {
+        return Row::ok(name, listed(configured.into_iter().collect()));
+    }
+    Row::fault(name, reasons.join("; "), mends.join("; "))
+}
+
+/// Only asked where something depends on it.
+async fn nova(config: &Config, session: &Session) -> Option<Row> {
+    const NAME: &str = "Nova";
+    if !config.nova.integration {
+        return None;
+    }
+    let row = within(NAME, "see whether nova-api runs, and its log", async {
+        match session.server(NO_ID).await {
+            Ok(_) => Row::ok(NAME, "answers"),
+            Err(error) => failed(NAME, "Nova", &error),
+        }
+    });
+    Some(row.await)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::Verdict;
+    use super::*;
+
+    fn config() -> Config {
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = offload\n\
+                    password = p\nproject_name = service\n[backend:a]\npool = a\n[backend:b]\npool = b\n";
+        Config::parse("test".as_ref(), text).unwrap()
+    }
+
+    #[test]
+    fn a_missing_role_is_named_with_the_command_that_adds_it() {
+        let keystone = config().keystone;
+        let judge = |roles: &[&str]| {
+            judge_roles("roles", &keystone, &roles.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        assert_eq!(judge(&["admin", "Service", "x"]).verdict, Verdict::Ok);
+        let row = judge(&["admin"]);
+        assert!(row.detail.starts_with("user offload lacks the role service ("), "{row:?}");
+        assert_eq!(
+            row.mend.as_deref(),
+            Some(
+                "openstack role add --user offload --user-domain Default --project service --project-domain Default service"
+            )
+        );
+        assert!(judge(&[]).detail.contains("the roles service"), "{row:?}");
+    }
+
+    #[test]
+    fn sections_and_backends_are_compared() {
+        let config = config();
+        let judge =
+            |hosts: &[&str]| judge_backends("b", &config, &hosts.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(judge(&["n1@a", "n1@b", "n2@a"]).verdict, Verdict::Ok);
+        let row = judge(&["n1@a", "n1@b", "n1@lvm"]);
+        assert_eq!(row.detail, "Cinder has backends without a section: lvm");
+        assert!(row.mend.unwrap().contains("[backend:lvm]"));
+        assert_eq!(judge(&["n1@a"]).detail, "Cinder has no backend b");
+    }
+
+    #[test]
+    fn a_clock_may_differ_a_little() {
+        assert_eq!(judge_clock("c", SignedDuration::from_secs(-30)).verdict, Verdict::Ok);
+        assert_eq!(
+            judge_clock("c", SignedDuration::from_secs(-95)).detail,
+            "this host's clock is 95 s ahead of Keystone's"
+        );
+        assert_eq!(
+            judge_clock("c", SignedDuration::from_secs(95)).detail,
+            "this host's clock is 95 s behind Keystone's"
+        );
+    }
+
+    #[test]
+    fn the_way_of_registering_is_told() {
+        assert_eq!(judge_location_api("l", Register::Auto, true).verdict, Verdict::Ok);
+        assert_eq!(judge_location_api("l", Register::Auto, false).verdict, Verdict::Warning);
+        assert_eq!(judge_location_api("l", Register::LocationsApi, false).verdict, Verdict::Fault);
+    }
+}

@@ -1,0 +1,131 @@
+//! What `check` found, as a table or as JSON.
+
+use std::io::{IsTerminal, stdout};
+
+use serde::Serialize;
+
+use crate::cli::output;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    Ok,
+    /// Works as configured now, but somebody should know.
+    Warning,
+    Fault,
+    /// Could not be looked at, since another check failed.
+    Skipped,
+}
+
+impl Verdict {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Fault => "FAULT",
+            Self::Skipped => "skipped",
+        }
+    }
+
+    /// An SGR sequence.
+    fn colour(self) -> &'static str {
+        match self {
+            Self::Ok => "\x1b[32m",
+            Self::Warning | Self::Skipped => "\x1b[33m",
+            Self::Fault => "\x1b[1;31m",
+        }
+    }
+}
+
+/// One check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Row {
+    pub check: String,
+    #[serde(rename = "result")]
+    pub verdict: Verdict,
+    /// What was found; the reason of a fault.
+    pub detail: String,
+    /// What to do, where something is to be done.
+    pub mend: Option<String>,
+}
+
+impl Row {
+    pub fn ok(check: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Ok, detail.into(), None)
+    }
+
+    pub fn warning(check: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Warning, detail.into(), Some(mend.into()))
+    }
+
+    pub fn fault(check: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Fault, detail.into(), Some(mend.into()))
+    }
+
+    pub fn skipped(check: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Skipped, why.into(), None)
+    }
+
+    fn new(check: String, verdict: Verdict, detail: String, mend: Option<String>) -> Self {
+        // services' own words end up here
+        Self { check, verdict, detail: output::line(&detail), mend }
+    }
+
+    pub fn holds(&self) -> bool {
+        matches!(self.verdict, Verdict::Ok | Verdict::Warning)
+    }
+}
+
+/// Whether standard output is a terminal that is asked to be colourful.
+pub fn colours() -> bool {
+    stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// A line a check, and one more for its mend. Lines are not broken: commands are copied from them.
+pub fn table(rows: &[Row], colours: bool) -> String {
+    const VERDICT: usize = 7;
+    let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in rows {
+        let verdict = format!("{:VERDICT$}", row.verdict.as_str());
+        let verdict = if colours { format!("{}{verdict}\x1b[0m", row.verdict.colour()) } else { verdict };
+        text.push_str(format!("{:name$}  {verdict}  {}", row.check, row.detail).trim_end());
+        text.push('\n');
+        if let Some(mend) = &row.mend {
+            text.push_str(&format!("{:name$}  {:VERDICT$}  → {mend}\n", "", ""));
+        }
+    }
+    let faults = rows.iter().filter(|row| row.verdict == Verdict::Fault).count();
+    let skipped = rows.iter().filter(|row| row.verdict == Verdict::Skipped).count();
+    text.push_str(&match (faults, skipped) {
+        (0, 0) => "all holds\n".to_owned(),
+        (_, 0) => format!("{faults} of {} checks failed\n", rows.len()),
+        _ => format!("{faults} of {} checks failed, {skipped} skipped\n", rows.len()),
+    });
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mend_stands_below_its_reason() {
+        let rows = [Row::ok("Ceph", ""), Row::fault("pool a", "no\nsnapshots", "ceph auth caps …")];
+        assert_eq!(
+            table(&rows, false),
+            "Ceph    ok\npool a  FAULT    no snapshots\n                 → ceph auth caps …\n1 of 2 checks failed\n"
+        );
+        assert!(table(&rows, true).contains("\x1b[1;31mFAULT  \x1b[0m"));
+        assert_eq!(table(&rows[..1], false), "Ceph  ok\nall holds\n");
+    }
+
+    #[test]
+    fn json_has_the_four_fields() {
+        assert_eq!(
+            serde_json::to_value(Row::ok("Nova", "answers")).unwrap(),
+            serde_json::json!({"check": "Nova", "result": "ok", "detail": "answers", "mend": null})
+        );
+        assert!(!Row::skipped("x", "y").holds() && Row::warning("x", "y", "z").holds());
+    }
+}

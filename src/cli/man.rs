@@ -1,0 +1,143 @@
+//! `man`: rbd-offload(8), made from the command line's own definition.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Arg, Command, CommandFactory};
+use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
+
+use super::{Cli, Failure, output};
+
+/// sysexits(3), as the commands use them.
+const STATUSES: [(&str, &str); 12] = [
+    ("0", "All went well."),
+    ("1", "check: something does not hold."),
+    ("64", "The command line is wrong."),
+    ("65", "A record or a line of the input cannot be read."),
+    ("66", "There is no such file or job."),
+    ("69", "A service does not answer, the request was declined or failed, or the job has ended another way."),
+    ("70", "A fault of the program."),
+    ("71", "The operating system refused something."),
+    ("74", "The output cannot be written."),
+    ("75", "It may pass: try again. request --wait: the time was up."),
+    ("77", "Ceph or Keystone refused us."),
+    ("78", "The configuration is wrong."),
+];
+
+pub fn man() -> Result<ExitCode, Failure> {
+    let page = page().map_err(|e| Failure::new(Failure::SOFTWARE, format!("the page cannot be written: {e}")))?;
+    output::print(&String::from_utf8_lossy(&page)).map(|_| ExitCode::SUCCESS)
+}
+
+fn page() -> io::Result<Vec<u8>> {
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone()).title("RBD-OFFLOAD").section("8").manual("System Administration");
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    commands(&command).to_writer(&mut page)?;
+    rest().to_writer(&mut page)?;
+    Ok(page)
+}
+
+/// All commands on the one page, each with its options.
+fn commands(command: &Command) -> Roff {
+    let mut roff = Roff::new();
+    roff.control("SH", ["COMMANDS"]);
+    for command in command.get_subcommands() {
+        roff.control("SS", [usage(command).as_str()]);
+        if let Some(about) = command.get_long_about().or_else(|| command.get_about()) {
+            roff.text([roman(about.to_string())]);
+        }
+        // the global ones stand above
+        let arguments = command.get_arguments().filter(|arg| !arg.is_global_set() && !arg.is_hide_set());
+        for argument in arguments.filter(|arg| arg.get_id() != "help") {
+            roff.control("TP", []);
+            roff.text(name(argument));
+            let help = argument.get_long_help().or_else(|| argument.get_help());
+            roff.text([roman(help.map(ToString::to_string).unwrap_or_default())]);
+        }
+    }
+    roff
+}
+
+/// `jobs [OPTIONS]`
+fn usage(command: &Command) -> String {
+    let usage = command.clone().render_usage().to_string();
+    let usage = usage.strip_prefix("Usage: ").unwrap_or(&usage).split_whitespace().collect::<Vec<_>>().join(" ");
+    usage.strip_prefix("rbd-offload ").unwrap_or(&usage).to_owned()
+}
+
+fn name(argument: &Arg) -> Vec<Inline> {
+    let mut name = Vec::new();
+    if let Some(short) = argument.get_short() {
+        name.extend([bold(format!("-{short}")), roman(", ")]);
+    }
+    if let Some(long) = argument.get_long() {
+        name.push(bold(format!("--{long}")));
+    }
+    if argument.get_action().takes_values() {
+        if !name.is_empty() {
+            name.push(roman(" "));
+        }
+        let value = argument.get_value_names().and_then(|names| names.first()).map(|name| name.as_str());
+        name.push(italic(value.unwrap_or_else(|| argument.get_id().as_str())));
+    }
+    name
+}
+
+fn rest() -> Roff {
+    let mut roff = Roff::new();
+    roff.control("SH", ["EXIT STATUS"]);
+    for (status, meaning) in STATUSES {
+        roff.control("TP", []);
+        roff.text([bold(status)]);
+        roff.text([roman(meaning)]);
+    }
+    roff.control("SH", ["FILES"]);
+    for (file, meaning) in [
+        (crate::config::DEFAULT_PATH, "The configuration; see rbd-offload.conf(5)."),
+        ("/etc/rbd-offload/conf.d/*.conf", "Read after it, in lexical order."),
+    ] {
+        roff.control("TP", []);
+        roff.text([italic(file)]);
+        roff.text([roman(meaning)]);
+    }
+    roff.control("SH", ["ENVIRONMENT"]);
+    for (name, meaning) in [
+        ("RBD_OFFLOAD_<SECTION>__<KEY>", "Overrides a key of the configuration."),
+        ("OS_*", "Credentials for request, as the openstack command takes them."),
+    ] {
+        roff.control("TP", []);
+        roff.text([bold(name)]);
+        roff.text([roman(meaning)]);
+    }
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([bold("rbd-offload.conf"), roman("(5), "), bold("rbd"), roman("(8), "), bold("openstack"), roman("(1)")]);
+    roff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_holds_every_command() {
+        let page = String::from_utf8(page().unwrap()).unwrap();
+        assert!(page.contains(".TH RBD\\-OFFLOAD 8") || page.contains(".TH RBD-OFFLOAD 8"), "{page}");
+        for command in ["run", "check", "jobs", "show", "retry", "cancel", "request", "replay", "completions", "man"] {
+            let heading = page.lines().any(|line| {
+                line.strip_prefix(".SS ")
+                    .is_some_and(|rest| rest.trim_matches('"').split_whitespace().next() == Some(command))
+            });
+            assert!(heading, "{command} is missing:\n{page}");
+        }
+        for part in ["\\-\\-wait", "EXIT STATUS", "conf.d"] {
+            assert!(page.contains(part), "{part} is missing:\n{page}");
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! `request`: what a tenant runs. Creates the image record with the tag that asks for it, and may wait for the image.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, stderr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::{Failure, output};
+use crate::config;
+use crate::openstack::{Image, Tenant, is_reserved};
+use crate::plan::PROPERTY_PREFIX;
+use crate::request::{Source, parse_uuid};
+
+/// Between two looks at the record.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Looks in a row that may fail before the waiting is given up.
+const FAILED_LOOKS: u32 = 30;
+
+/// After this long without a sign of a daemon, the person is told.
+const SILENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Name of the image.
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    name: String,
+    /// A property of the image; may be given several times.
+    #[arg(long = "property", value_name = "KEY=VALUE", value_parser = property)]
+    properties: Vec<(String, String)>,
+    /// Wait until the image is active, and show the progress.
+    #[arg(long)]
+    wait: bool,
+    /// With --wait: give up after this time (500ms, 30s, 5m, 12h, 7d); the request stays.
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+    timeout: Duration,
+    /// A cloud of clouds.yaml; OS_CLOUD and the other OS_* variables otherwise.
+    #[arg(long, value_name = "NAME")]
+    os_cloud: Option<String>,
+}
+
+/// What the image is to be made from.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct SourceArgs {
+    /// Make the image from this volume.
+    #[arg(long, value_name = "ID", value_parser = uuid)]
+    volume: Option<Uuid>,
+    /// Make the image from this volume snapshot.
+    #[arg(long, value_name = "ID", value_parser = uuid)]
+    snapshot: Option<Uuid>,
+    /// Make the image from this instance's disk.
+    #[arg(long, value_name = "ID", value_parser = uuid)]
+    instance: Option<Uuid>,
+}
+
+impl SourceArgs {
+    fn source(&self) -> Option<Source> {
+        None.or(self.volume.map(Source::Volume))
+            .or(self.snapshot.map(Source::Snapshot))
+            .or(self.instance.map(Source::Instance))
+    }
+}
+
+fn uuid(text: &str) -> Result<Uuid, String> {
+    parse_uuid(text).ok_or_else(|| "not a UUID, like c99c2483-d3ea-4877-bd86-edb7c4607374".to_owned())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    config::duration(text).ok_or_else(|| "a whole number and a unit: 500ms, 30s, 5m, 12h, 7d".to_owned())
+}
+
+fn property(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    if name.is_empty() {
+        return Err("write KEY=VALUE".to_owned());
+    }
+    if name.starts_with(PROPERTY_PREFIX) {
+        return Err(format!("properties that start with {PROPERTY_PREFIX} are the daemon's own"));
+    }
+    if is_reserved(name) {
+        return Err(format!("{name:?} is one of Glance's own attributes, not a property"));
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+pub async fn request(args: Args) -> Result<ExitCode, Failure> {
+    // clap sees to it that there is one
+    let source = args.source.source().ok_or_else(|| Failure::new(Failure::USAGE, "name a source"))?;
+    let tenant = Tenant::from_env(args.os_cloud.as_deref())?;
+    let properties: BTreeMap<String, String> = args.properties.into_iter().collect();
+    let image = tenant.create_image(&args.name, &[source.tag()], &properties).await?;
+    output::print(&format!("{}\n", image.id))?;
+    if !args.wait {
+        return Ok(ExitCode::SUCCESS);
+    }
+    wait(&tenant, image, args.timeout).await.map(|()| ExitCode::SUCCESS)
+}
+
+/// Follows the record until the image is active.
+async fn wait(tenant: &Tenant, image: Image, within: Duration) -> Result<(), Failure> {
+    let id = image.id.clone();
+    let begun = Instant::now();
+    let mut shown = Display::new();
+    let (mut silent, mut failed_looks) = (true, 0);
+    let mut seen = Progress::of(&image);
+    loop {
+        match seen.outcome(&id) {
+            Some(Ok(())) => {
+                shown.end(&format!("image {id} is active, after {:.1} s", begun.elapsed().as_secs_f64()));
+                return Ok(());
+            }
+            Some(Err(failure)) => {
+                shown.clear();
+                return Err(failure);
+            }
+            None => {}
+        }
+        silent &= seen.status.is_none();
+        let quiet = silent && begun.elapsed() >= SILENCE;
+        shown.show(&seen, quiet);
+        let Some(left) = within.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) else {
+            shown.clear();
+            return Err(Failure::new(
+                Failure::TEMPORARY,
+                format!(
+                    "image {id} is not active after {} s; the request stays: look at the image again later",
+                    within.as_secs_f64()
+                ),
+            ));
+        };
+        sleep(LOOK.min(left)).await;
+        match tenant.image(&id).await {
+            Ok(found) => {
+                failed_looks = 0;
+                seen = found.as_ref().map_or_else(Progress::gone, Progress::of);
+            }
+            Err(error) if error.is_transient() && failed_looks < FAILED_LOOKS => failed_looks += 1,
+            Err(error) => {
+                shown.clear();
+                return Err(error.into());
+            }
+        }
+    }
+}
+
+/// What the record says of the request.
+#[derive(Debug, PartialEq, Eq)]
+struct Progress {
+    /// Glance's.
+    image_status: Option<String>,
+    /// `rbd_offload_status`
+    status: Option<String>,
+    percent: u64,
+    message: String,
+}
+
+impl Progress {
+    fn of(image: &Image) -> Self {
+        let property = |name: &str| image.properties.get(&format!("{PROPERTY_PREFIX}{name}"));
+        Self {
+            image_status: Some(image.status.clone()),
+            status: property("status").map(|status| output::line(status)),
+            percent: property("progress").and_then(|percent| percent.parse().ok()).unwrap_or(0).min(100),
+            message: property("message").map(|message| output::line(message)).unwrap_or_default(),
+        }
+    }
+
+    fn gone() -> Self {
+        Self { image_status: None, status: None, percent: 0, message: String::new() }
+    }
+
+    /// How it ended, if it did.
+    fn outcome(&self, id: &str) -> Option<Result<(), Failure>> {
+        let failure = |text: String| Some(Err(Failure::new(Failure::UNAVAILABLE, text)));
+        match (self.image_status.as_deref(), self.status.as_deref()) {
+            (Some("active"), _) => Some(Ok(())),
+            (None | Some("deleted" | "pending_delete"), _) => failure(format!("image {id} was deleted")),
+            (Some(status @ ("killed" | "deactivated")), _) => failure(format!("image {id} is {status}")),
+            (_, Some(status @ ("declined" | "failed"))) => failure(match self.message.is_empty() {
+                true => format!("image {id}: {status}"),
+                false => format!("image {id}: {status}: {}", self.message),
+            }),
+            _ => None,
+        }
+    }
+
+    fn line(&self) -> String {
+        match (self.status.as_deref(), self.image_status.as_deref()) {
+            (Some(status), _) if self.message.is_empty() => status.to_owned(),
+            (Some(status), _) => format!("{status}: {}", self.message),
+            // taken off before the location is registered, or not yet there
+            (None, Some("queued")) => "queued".to_owned(),
+            (None, other) => other.unwrap_or("deleted").to_owned(),
+        }
+    }
+}
+
+/// A bar on a terminal, otherwise a line whenever something changed.
+struct Display {
+    bar: Option<ProgressBar>,
+    last: String,
+    percent: u64,
+}
+
+impl Display {
+    fn new() -> Self {
+        let bar = stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(100);
+            if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos:>3} %  {elapsed}  {wide_msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        Self { bar, last: String::new(), percent: 0 }
+    }
+
+    fn show(&mut self, seen: &Progress, quiet: bool) {
+        // the properties are taken off before the end: the bar does not fall back
+        self.percent = self.percent.max(seen.percent);
+        let mut line = seen.line();
+        if quiet {
+            line.push_str(": no daemon has taken the request up yet");
+        }
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(self.percent);
+                bar.set_message(line);
+            }
+            None => {
+                let line = if seen.status.is_some() { format!("{:>3} % {line}", self.percent) } else { line };
+                if line != self.last {
+                    output::tell(&line);
+                    self.last = line;
+                }
+            }
+        }
+    }
+
+    fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn end(&self, text: &str) {
+        self.clear();
+        output::tell(text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(status: &str, properties: &[(&str, &str)]) -> Image {
+        Image {
+            id: "i".into(),
+            name: None,
+            status: status.into(),
+            owner: None,
+            disk_format: None,
+            container_format: None,
+            min_disk: 0,
+            size: None,
+            tags: Vec::new(),
+            properties: properties.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+        }
+    }
+
+    fn outcome(status: &str, properties: &[(&str, &str)]) -> Option<Result<(), String>> {
+        let outcome = Progress::of(&image(status, properties)).outcome("i");
+        outcome.map(|ended| ended.map_err(|failure| failure.to_string()))
+    }
+
+    #[test]
+    fn the_record_tells_how_it_ends() {
+        assert_eq!(outcome("queued", &[]), None);
+        assert_eq!(outcome("queued", &[("rbd_offload_status", "copying")]), None);
+        assert_eq!(outcome("importing", &[]), None);
+        assert_eq!(outcome("active", &[]), Some(Ok(())));
+        assert_eq!(
+            outcome("queued", &[("rbd_offload_status", "declined"), ("rbd_offload_message", "no such\nvolume")]),
+            Some(Err("image i: declined: no such volume".into()))
+        );
+        assert_eq!(outcome("killed", &[]), Some(Err("image i is killed".into())));
+        assert!(Progress::gone().outcome("i").is_some_and(|ended| ended.is_err()));
+    }
+
+    #[test]
+    fn progress_that_is_no_number_is_none() {
+        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "45")])).percent, 45);
+        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "999")])).percent, 100);
+        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "x")])).percent, 0);
+    }
+
+    #[test]
+    fn reserved_properties_are_refused() {
+        assert_eq!(property("hw_disk_bus=scsi=x"), Ok(("hw_disk_bus".into(), "scsi=x".into())));
+        for bad in ["a", "=b", "rbd_offload_status=done", "os_glance_x=1", "owner=me", "visibility=public"] {
+            assert!(property(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! `retry`: starts an ended job again. The record holds the source, so nothing else is needed.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use uuid::Uuid;
+
+use super::{Failure, connect_store, image_id, no_such_job, output};
+use crate::job::store::Retried;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Id of the image that the job makes.
+    #[arg(value_parser = image_id)]
+    image: Uuid,
+}
+
+pub async fn retry(config: &Path, args: Args) -> Result<ExitCode, Failure> {
+    let store = connect_store(config).await?;
+    let image = args.image;
+    let said = match store.retry(image).await?.ok_or_else(|| no_such_job(image))? {
+        Retried::Restarted => {
+            format!(
+                "the job of image {image} starts again, as soon as a daemon has room for it: `rbd-offload show {image}`"
+            )
+        }
+        Retried::StillRunning => {
+            format!("the job of image {image} has not ended; where it waited for its next attempt, that comes now")
+        }
+        Retried::AlreadyDone => {
+            return Err(Failure::new(
+                Failure::UNAVAILABLE,
+                format!("image {image} is done: there is nothing to retry"),
+            ));
+        }
+    };
+    output::print(&format!("{said}\n")).map(|_| ExitCode::SUCCESS)
+}

@@ -1,0 +1,174 @@
+//! The promises, checked when the world is quiet.
+
+use std::sync::PoisonError;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::cluster::Rbd;
+use super::scenario::Stage;
+use super::world::World;
+use crate::job::record::{Record, State};
+use crate::request::TAG_PREFIX;
+use crate::transfer::MARK;
+
+pub fn jobs(world: &World) -> Vec<Record> {
+    let objects = world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job."));
+    objects.filter_map(|(_, object)| Record::parse(&object.data).ok()).collect()
+}
+
+fn leftovers(world: &World) -> Vec<String> {
+    let mut left = Vec::new();
+    for image in &world.ceph.images {
+        let name = image.name.clone().unwrap_or_else(|| "(trash)".into());
+        let serves = world.cloud.images.get(&name).is_some_and(|r| r.image.status == "active");
+        if image.ours && !serves {
+            left.push(format!("the image {}/{name}", image.pool));
+        }
+        for snap in image.snaps.iter().filter(|s| s.ours && !(image.ours && s.name == "snap")) {
+            left.push(format!("the snapshot {}/{name}@{}", image.pool, snap.name));
+        }
+    }
+    if let Some(index) = world.ceph.objects.get("index.live") {
+        left.extend(index.omap.keys().map(|id| format!("an index entry of {id}")));
+    }
+    left.extend(jobs(world).iter().filter(|j| !j.is_settled()).map(|j| format!("job {} in {}", j.image_id, j.state)));
+    left
+}
+
+/// Whether nothing is left to do that a daemon should do.
+pub fn is_quiet(stage: &Stage) -> bool {
+    let world = stage.world.lock();
+    let asks = |tags: &[String]| tags.iter().any(|t| t.starts_with(TAG_PREFIX));
+    leftovers(&world).is_empty()
+        && !world
+            .cloud
+            .images
+            .values()
+            .any(|r| r.image.status == "saving" || (r.image.status == "queued" && asks(&r.image.tags)))
+}
+
+pub fn all(stage: &Stage, foreign: &[Rbd], when: &str) {
+    let mut world = stage.world.lock();
+    let mut broken = Vec::new();
+    let jobs = jobs(&world);
+    for id in stage.acked.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        match jobs.iter().find(|j| j.image_id == *id) {
+            Some(job) if job.is_settled() => {}
+            Some(job) => broken.push(format!("the acked request for {id} did not end: {}", job.state)),
+            None => broken.push(format!("the acked request for {id} was lost")),
+        }
+    }
+    broken.extend(leftovers(&world).into_iter().map(|what| format!("left behind: {what}")));
+    let now = Instant::now();
+    for (name, object) in world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job.")) {
+        if object.locks.values().any(|(_, _, until)| *until > now) {
+            broken.push(format!("left behind: a lock on {name}"));
+        }
+    }
+    for before in foreign {
+        let same = world.ceph.by_id(&before.id).is_some_and(|after| {
+            after.name == before.name
+                && after.content == before.content
+                && after.snaps == before.snaps
+                && after.metadata == before.metadata
+        });
+        let deleted = before.name.as_ref().is_some_and(|name| stage.images.iter().any(|i| i.to_string() == *name));
+        if !same && !deleted {
+            broken.push(format!("a foreign image was changed: {:?}", before.name));
+        }
+    }
+    for (id, record) in &world.cloud.images {
+        let job = jobs.iter().find(|j| j.image_id.to_string() == *id);
+        broken.extend(image(&world, id, record, job));
+    }
+    for what in broken {
+        world.violated(format!("{when}: {what}"));
+    }
+}
+
+fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Record>) -> Vec<String> {
+    let mut broken = Vec::new();
+    let image = &record.image;
+    let ours = |name: &&String| name.starts_with("rbd_offload_");
+    match image.status.as_str() {
+        "active" => {
+            if record.locations.len() != 1 {
+                broken.push(format!("active image {id} has the locations {:?}", record.locations));
+            }
+            let Some(rbd) = world.ceph.named("images", id) else {
+                broken.push(format!("active image {id} has no RBD image"));
+                return broken;
+            };
+            if rbd.parent.is_some() || !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected) {
+                broken.push(format!("active image {id} has a parent or lacks its snapshot"));
+            }
+            if rbd.metadata.contains_key(MARK) && rbd.ours {
+                broken.push(format!("active image {id} bears our mark"));
+            }
+            if record.active_by_location {
+                if let Some(property) = image.properties.keys().find(ours) {
+                    broken.push(format!("active image {id} has the property {property}"));
+                }
+                if image.disk_format.as_deref() != Some("raw") || image.container_format.as_deref() != Some("bare") {
+                    broken.push(format!("active image {id} is not raw and bare"));
+                }
+                if image.min_disk != 1 || image.properties.get("hw_disk_bus").map(String::as_str) != Some("scsi") {
+                    broken.push(format!("active image {id} lacks what the volume hands on"));
+                }
+                if !rbd.ours {
+                    broken.push(format!("image {id} is active through us with somebody else's data"));
+                }
+                if job.is_none_or(|job| job.state != State::Done) {
+                    broken.push(format!("active image {id}'s job is {:?}", job.map(|j| j.state)));
+                }
+            } else if rbd.ours || !record.uploads.contains(&rbd.content) {
+                broken.push(format!("image {id} of another writer holds {}", rbd.content));
+            }
+        }
+        "queued" if record.requested => {
+            if image.tags.iter().any(|t| t.starts_with(TAG_PREFIX)) {
+                broken.push(format!("image {id} is queued and still asks, job {:?}", job.map(|j| j.state)));
+            }
+            let status = image.properties.get("rbd_offload_status").map(String::as_str);
+            if !matches!(status, Some("declined" | "failed")) || !image.properties.contains_key("rbd_offload_message") {
+                let job = job.map(|j| (j.state, j.reason.clone()));
+                broken.push(format!("image {id} was not told how it ended: {status:?}, job {job:?}"));
+            }
+            if job.is_some_and(|job| job.state == State::Done) {
+                broken.push(format!("image {id} is queued, and its job done"));
+            }
+        }
+        _ => {}
+    }
+    broken
+}
+
+/// In a world without accidents, whoever asks for what can be done gets it.
+pub fn all_served(stage: &Stage, asked: &[Uuid]) {
+    let mut world = stage.world.lock();
+    for id in asked {
+        let id = id.to_string();
+        let Some(record) = world.cloud.images.get(&id) else { continue };
+        if record.image.status == "active" {
+            continue;
+        }
+        let job = jobs(&world).into_iter().find(|j| j.image_id.to_string() == id);
+        let reason = job.as_ref().and_then(|j| j.reason.clone()).unwrap_or_default();
+        // what is ruled out stays ruled out
+        const RIGHTLY: [&str; 7] = [
+            "not raw",
+            "header of a",
+            "is in-use",
+            "in the way",
+            "another image of that id",
+            "more than one",
+            "Glance still",
+        ];
+        let stuck = record.image.properties.contains_key("os_glance_import_task");
+        if !stuck && !RIGHTLY.iter().any(|right| reason.contains(right)) {
+            let state = job.map(|j| j.state);
+            world.violated(format!("image {id} was asked for again in a calm world and is {state:?}: {reason}"));
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The simulated Glance and Cinder, as far as a job meets them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::{Instant, sleep};
+
+use super::cluster::FSID;
+use super::node::{Handle, Kind};
+use super::world::{Shared, World};
+use crate::openstack::{
+    Cloud, Error, ErrorKind, Image, ImageChange, ImageTask, LocationAnswer, Result, Server, Store, Validation, Volume,
+    VolumeSnapshot,
+};
+use crate::request::Source;
+
+const TASK: &str = "os_glance_import_task";
+
+/// An image record, and what the checks want to know of it.
+#[derive(Debug, Clone)]
+pub struct Record {
+    pub image: Image,
+    pub locations: Vec<String>,
+    pub tasks: Vec<ImageTask>,
+    /// When it was last asked for.
+    pub asked: Instant,
+    /// What it was last asked to be made from.
+    pub source: Option<Source>,
+    /// Was ever asked for, rightly or not.
+    pub requested: bool,
+    /// Contents that other writers uploaded.
+    pub uploads: BTreeSet<u64>,
+    pub active_by_location: bool,
+    /// An upload is going on.
+    pub uploading: bool,
+}
+
+/// A volume and what was on it when.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    pub volume: Volume,
+    pub rbd: String,
+    pub history: Vec<(Instant, u64)>,
+    pub deleted: Option<Instant>,
+}
+
+#[derive(Default)]
+pub struct CloudState {
+    pub images: BTreeMap<String, Record>,
+    pub disks: BTreeMap<String, Disk>,
+    pub snapshots: BTreeMap<String, (VolumeSnapshot, u64)>,
+    pub glance_away_until: Option<Instant>,
+    pub cinder_away_until: Option<Instant>,
+    /// Owner of what a content was written for.
+    pub projects: BTreeMap<u64, String>,
+}
+
+impl CloudState {
+    fn away(&self, glance: bool) -> bool {
+        let until = if glance { self.glance_away_until } else { self.cinder_away_until };
+        until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// Contents that a request for `source` since `asked` may end with.
+    pub fn right_contents(&self, source: Source, asked: Instant) -> BTreeSet<u64> {
+        match source {
+            Source::Volume(id) => {
+                let Some(disk) = self.disks.get(&id.to_string()) else { return BTreeSet::new() };
+                let mut right = BTreeSet::new();
+                for (i, (_, content)) in disk.history.iter().enumerate() {
+                    let until = disk.history.get(i + 1).map(|(from, _)| *from);
+                    if until.is_none_or(|until| until >= asked) {
+                        right.insert(*content);
+                    }
+                }
+                right
+            }
+            Source::Snapshot(id) => {
+                self.snapshots.get(&id.to_string()).map(|(_, content)| *content).into_iter().collect()
+            }
+            Source::Instance(_) => BTreeSet::new(),
+        }
+    }
+}
+
+fn split(url: &str) -> Option<(String, String, String)> {
+    let rest = url.strip_prefix(&format!("rbd://{FSID}/"))?;
+    let mut parts = rest.split('/').map(str::to_owned);
+    Some((parts.next()?, parts.next()?, parts.next()?))
+}
+
+/// Glance's driver removes the image's data.
+pub fn remove_data(world: &mut World, id: &str) {
+    if let Some(found) = world.ceph.named("images", id).map(|i| i.id.clone()) {
+        world.log(|| format!("glance removes the data of {id}"));
+        world.ceph.drop_image(&found);
+    }
+}
+
+/// The image becomes active by what lies at the location: the promises of publishing are checked here.
+fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
+    let Some(record) = world.cloud.images.get(id).cloned() else { return };
+    let Some(rbd) = world.ceph.named(pool, name).cloned() else {
+        return world.violated(format!("image {id} became active without its RBD image"));
+    };
+    if rbd.parent.is_some() {
+        world.violated(format!("image {id} became active while its RBD image has a parent"));
+    }
+    if !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected && s.content == rbd.content) {
+        world.violated(format!("image {id} became active without a protected snapshot of its content"));
+    }
+    let right = record.source.map(|source| world.cloud.right_contents(source, record.asked)).unwrap_or_default();
+    if rbd.content == 0 || !right.contains(&rbd.content) {
+        world.violated(format!("image {id} became active with content {}, right is {right:?}", rbd.content));
+    }
+    if world.cloud.projects.get(&rbd.content) != record.image.owner.as_ref() {
+        world.violated(format!("image {id} became active with content {} of another project", rbd.content));
+    }
+    if world.ceph.containers.contains(&rbd.content) {
+        world.violated(format!("image {id} became active with the header of a container format"));
+    }
+}
+
+/// Glance's task that looks at a location and makes the image active.
+async fn location_task(shared: Shared, id: String, task: String, url: String) {
+    let (first, second, fails, stuck, removes) = {
+        let mut world = shared.lock();
+        let (failure, stuck) = (world.faults.task_failure, world.faults.task_stuck);
+        let slow = world.dice.percent(10);
+        let first = if slow { world.dice.millis(500, 20_000) } else { world.dice.millis(20, 300) };
+        let second = if slow { world.dice.millis(100, 9_000) } else { world.dice.millis(10, 150) };
+        let fails = world.dice.chance(failure);
+        (first, second, fails, world.dice.chance(stuck), world.dice.percent(50))
+    };
+    sleep(first).await;
+    let finish = |world: &mut World, status: &str, message: &str| {
+        world.log(|| format!("glance task of {id}: {status} {message}"));
+        if let Some(record) = world.cloud.images.get_mut(&id) {
+            record.image.properties.remove(TASK);
+            for t in record.tasks.iter_mut().filter(|t| t.id == task) {
+                t.status = status.into();
+                t.message = message.into();
+            }
+        }
+    };
+    {
+        let mut world = shared.lock();
+        if stuck {
+            return world.log(|| format!("glance task of {id} is stuck for ever"));
+        }
+        let Some(record) = world.cloud.images.get(&id).cloned() else { return };
+        let data = split(&url).and_then(|(pool, name, snap)| {
+            world.ceph.named(&pool, &name).filter(|i| i.snaps.iter().any(|s| s.name == snap)).map(|_| name)
+        });
+        if data.as_deref() != Some(id.as_str()) {
+            return finish(&mut world, "failure", "Invalid location");
+        }
+        if record.image.disk_format.is_none() || record.image.container_format.is_none() {
+            remove_data(&mut world, &id);
+            return finish(&mut world, "failure", "formats are unset");
+        }
+        if fails {
+            if removes {
+                remove_data(&mut world, &id);
+            }
+            return finish(&mut world, "failure", "the store had trouble");
+        }
+        if let Some(record) = world.cloud.images.get_mut(&id) {
+            record.image.size = Some(1 << 30);
+        }
+    }
+    sleep(second).await;
+    let mut world = shared.lock();
+    let Some(record) = world.cloud.images.get(&id) else { return };
+    if record.image.status != "queued" {
+        return finish(&mut world, "failure", "the image is not queued any more");
+    }
+    if let Some((pool, name, _)) = split(&url) {
+        check_published(&mut world, &id, &pool, &name);
+    }
+    if let Some(record) = world.cloud.images.get_mut(&id) {
+        record.image.status = "active".into();
+        record.locations.push(url);
+        record.active_by_location = true;
+    }
+    finish(&mut world, "success", "");
+}
+
+/// Another writer uploads data to the image, as glance-api does it.
+pub async fn upload(shared: Shared, id: String) {
+    let (content, time) = {
+        let mut world = shared.lock();
+        let content = world.ceph.next() + 1_000_000;
+        let time = world.dice.millis(500, 20_000);
+        let Some(record) = world.cloud.images.get_mut(&id) else { return };
+        if record.image.status != "queued" {
+            return;
+        }
+        record.image.disk_format.get_or_insert("raw".into());
+        record.image.container_format.get_or_insert("bare".into());
+        record.image.status = "saving".into();
+        record.uploading = true;
+        let owner = record.image.owner.clone().unwrap_or_default();
+        world.cloud.projects.insert(content, owner);
+        world.log(|| format!("another writer uploads {content} to {id}"));
+        (content, time)
+    };
+    sleep(Duration::from_millis(50)).await;
+    let rbd = {
+        let mut world = shared.lock();
+        if world.ceph.named("images", &id).is_some() {
+            world.log(|| format!("glance: duplicate data of {id}, back to queued"));
+            if let Some(record) = world.cloud.images.get_mut(&id) {
+                record.uploading = false;
+                if record.image.status == "saving" {
+                    record.image.status = "queued".into();
+                }
+            }
+            return;
+        }
+        world.ceph.create("images", &id, 0, false).id.clone()
+    };
+    sleep(time).await;
+    let mut world = shared.lock();
+    let gone = match world.cloud.images.get_mut(&id) {
+        Some(record) => {
+            record.uploading = false;
+            record.image.status != "saving"
+        }
+        None => true,
+    };
+    if gone {
+        world.ceph.drop_image(&rbd);
+        return;
+    }
+    match world.ceph.by_id_mut(&rbd) {
+        Some(found) => found.content = content,
+        None => world.violated(format!("the data of another writer's upload to {id} is gone")),
+    }
+    world.ceph.snap(&rbd, "snap", true, false);
+    world.log(|| format!("the upload to {id} is active"));
+    if let Some(record) = world.cloud.images.get_mut(&id) {
+        record.image.status = "active".into();
+        record.image.size = Some(1 << 30);
+        record.uploads.insert(content);
+        record.locations.push(format!("rbd://{FSID}/images/{id}/snap"));
+    }
+}
+
+/// The tenant deletes the image. Data of a queued one stays behind, as in Glance.
+pub fn delete_image(world: &mut World, id: &str) -> bool {
+    let Some(record) = world.cloud.images.get(id) else { return false };
+    if record.uploading {
+        return false;
+    }
+    let active = record.image.status == "active";
+    world.log(|| format!("the tenant deletes image {id}, active={active}"));
+    if active {
+        let clones = world.ceph.named("images", id).map(|i| i.id.clone()).is_some_and(|i| world.ceph.has_clones(&i));
+        if clones {
+            return false;
+        }
+        remove_data(world, id);
+    }
+    world.cloud.images.remove(id);
+    true
+}
+
+/// Cinder deletes the volume: what has snapshots or clones goes to the trash.
+pub fn delete_volume(world: &mut World, id: &str) {
+    let used = world.cloud.snapshots.values().any(|(s, _)| s.volume_id == id);
+    let Some(disk) = world.cloud.disks.get_mut(id) else { return };
+    if disk.deleted.is_some() || used {
+        return;
+    }
+    disk.deleted = Some(Instant::now());
+    let rbd = disk.rbd.clone();
+    world.log(|| format!("the tenant deletes volume {id}"));
+    let kept = world.ceph.by_id(&rbd).is_some_and(|i| !i.snaps.is_empty()) || world.ceph.has_clones(&rbd);
+    if kept {
+        if let Some(image) = world.ceph.by_id_mut(&rbd) {
+            image.name = None;
+        }
+    } else {
+        world.ceph.drop_image(&rbd);
+    }
+}
+
+/// What the trash holds without snapshots goes.
+pub fn purge_trash(world: &mut World) {
+    world.ceph.images.retain(|i| i.name.is_some() || !i.snaps.is_empty());
+}
+
+impl Handle {
+    async fn glance<T>(
+        &self,
+        kind: Kind,
+        what: impl Fn() -> String,
+        effect: impl FnOnce(&mut World) -> Result<T>,
+    ) -> Result<T> {
+        self.service(true, kind, what, effect).await
+    }
+
+    async fn service<T>(
+        &self,
+        glance: bool,
+        kind: Kind,
+        what: impl Fn() -> String,
+        effect: impl FnOnce(&mut World) -> Result<T>,
+    ) -> Result<T> {
+        let shown = &what;
+        self.gate(kind, false, shown, |world| {
+            if world.cloud.away(glance) {
+                return Err(Error::new(shown(), ErrorKind::Unavailable, "503"));
+            }
+            effect(world)
+        })
+        .await
+    }
+}
+
+fn apply(record: &Record, changes: &[ImageChange]) -> std::result::Result<Image, ErrorKind> {
+    let mut image = record.image.clone();
+    let changeable = image.status == "queued";
+    for change in changes {
+        match change {
+            ImageChange::Set { property, value } => {
+                image.properties.insert(property.clone(), value.clone());
+            }
+            ImageChange::Replace { property, value } => match image.properties.get_mut(property) {
+                Some(old) => old.clone_from(value),
+                None => return Err(ErrorKind::Conflict),
+            },
+            ImageChange::Remove { property } => {
+                if image.properties.remove(property).is_none() {
+                    return Err(ErrorKind::Conflict);
+                }
+            }
+            ImageChange::DiskFormat(format) => {
+                if !changeable && image.disk_format.as_ref() != Some(format) {
+                    return Err(ErrorKind::Forbidden);
+                }
+                image.disk_format = Some(format.clone());
+            }
+            ImageChange::ContainerFormat(format) => {
+                if !changeable && image.container_format.as_ref() != Some(format) {
+                    return Err(ErrorKind::Forbidden);
+                }
+                image.container_format = Some(format.clone());
+            }
+            ImageChange::MinDisk(gib) => image.min_disk = *gib,
+            ImageChange::MinRam(_) => {}
+            ImageChange::Tags(tags) => image.tags.clone_from(tags),
+        }
+    }
+    Ok(image)
+}
+
+#[async_trait]
+impl Cloud for Handle {
+    async fn image(&self, id: &str) -> Result<Option<Image>> {
+        self.glance(
+            Kind::Read,
+            || format!("glance image {id}"),
+            |world| Ok(world.cloud.images.get(id).map(|r| r.image.clone())),
+        )
+        .await
+    }
+
+    async fn update_image(&self, id: &str, changes: &[ImageChange]) -> Result<Option<Image>> {
+        self.glance(
+            Kind::Write,
+            || format!("glance patch {id} {changes:?}"),
+            |world| {
+                let Some(record) = world.cloud.images.get_mut(id) else { return Ok(None) };
+                match apply(record, changes) {
+                    Ok(image) => {
+                        record.image = image;
+                        Ok(Some(record.image.clone()))
+                    }
+                    Err(kind) => Err(Error::new(format!("update image {id}"), kind, "refused")),
+                }
+            },
+        )
+        .await
+    }
+
+    async fn add_location(
+        &self,
+        id: &str,
+        url: &str,
+        _validation: Option<&Validation>,
+    ) -> Result<Option<LocationAnswer>> {
+        let shared = self.world().clone();
+        self.glance(
+            Kind::Write,
+            || format!("glance add location {id} {url}"),
+            |world| {
+                let Some(record) = world.cloud.images.get(id) else { return Ok(None) };
+                if record.image.status != "queued" || record.image.properties.contains_key(TASK) {
+                    return Ok(Some(LocationAnswer::Conflict));
+                }
+                let data = split(url).and_then(|(pool, name, _)| world.ceph.named(&pool, &name).cloned());
+                if let Some(data) = data {
+                    if data.parent.is_some() {
+                        world.violated(format!("the location of {id} was registered while the RBD image has a parent"));
+                    }
+                    if !data.ours {
+                        world
+                            .violated(format!("the location of {id} was registered with an image that no daemon made"));
+                    }
+                }
+                let task = format!("task-{}", world.ceph.next());
+                if let Some(record) = world.cloud.images.get_mut(id) {
+                    record.image.properties.insert(TASK.into(), task.clone());
+                    let queued = ImageTask { id: task.clone(), status: "processing".into(), message: String::new() };
+                    record.tasks.insert(0, queued);
+                }
+                tokio::spawn(location_task(shared, id.to_owned(), task, url.to_owned()));
+                Ok(Some(LocationAnswer::Accepted))
+            },
+        )
+        .await
+    }
+
+    async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
+        self.glance(
+            Kind::Read,
+            || format!("glance tasks {id}"),
+            |world| Ok(world.cloud.images.get(id).map(|r| r.tasks.clone()).unwrap_or_default()),
+        )
+        .await
+    }
+
+    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
+        // small pages, so that the marker is followed
+        let limit = limit.min(2);
+        self.glance(
+            Kind::Read,
+            || format!("glance queued images after {marker:?}"),
+            |world| {
+                let queued = world.cloud.images.values().filter(|r| r.image.status == "queued").map(|r| &r.image);
+                Ok(queued.filter(|i| marker.is_none_or(|m| i.id.as_str() > m)).take(limit).cloned().collect())
+            },
+        )
+        .await
+    }
+
+    async fn image_usage(&self, _project_id: &str) -> Result<u64> {
+        Ok(0)
+    }
+
+    async fn image_size_limit(&self, _project_id: &str) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    async fn stores(&self) -> Result<Vec<Store>> {
+        self.glance(
+            Kind::Read,
+            || "glance stores".into(),
+            |_| {
+                Ok(vec![Store {
+                    id: "rbd".into(),
+                    kind: "rbd".into(),
+                    pool: Some("images".into()),
+                    fsid: Some(FSID.into()),
+                    default: true,
+                }])
+            },
+        )
+        .await
+    }
+
+    async fn volume(&self, id: &str) -> Result<Option<Volume>> {
+        self.service(
+            false,
+            Kind::Read,
+            || format!("cinder volume {id}"),
+            |world| Ok(world.cloud.disks.get(id).filter(|d| d.deleted.is_none()).map(|d| d.volume.clone())),
+        )
+        .await
+    }
+
+    async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
+        self.service(
+            false,
+            Kind::Read,
+            || format!("cinder snapshot {id}"),
+            |world| Ok(world.cloud.snapshots.get(id).map(|(s, _)| s.clone())),
+        )
+        .await
+    }
+
+    async fn server(&self, _id: &str) -> Result<Option<Server>> {
+        Ok(None)
+    }
+}

@@ -1,0 +1,898 @@
+//! The simulated Ceph cluster: images whose bytes are one number, objects with versions and locks, the blocklist.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::node::{Handle, Kind};
+use super::world::World;
+use crate::ceph::{
+    Change, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, LockKey, Locked, Moved, Objects, Parent,
+    Progress, Result, Snapshot, Storage, TransferLimits, Version,
+};
+
+pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
+
+/// How long the cluster takes a client for alive that says nothing more.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snap {
+    pub id: u64,
+    pub name: String,
+    pub content: u64,
+    pub protected: bool,
+    /// Made by a daemon.
+    pub ours: bool,
+}
+
+/// An RBD image. Content 0 is zeros, or bytes that are not all there.
+#[derive(Debug, Clone)]
+pub struct Rbd {
+    pub id: String,
+    pub pool: String,
+    /// `None` in the trash.
+    pub name: Option<String>,
+    pub content: u64,
+    /// Image and snapshot.
+    pub parent: Option<(String, u64)>,
+    pub snaps: Vec<Snap>,
+    pub metadata: BTreeMap<String, String>,
+    /// Made by a daemon.
+    pub ours: bool,
+    /// Clients that have it open for writing.
+    pub watchers: BTreeMap<String, Instant>,
+    pub features: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Object {
+    pub data: Vec<u8>,
+    pub version: u64,
+    pub omap: BTreeMap<String, Vec<u8>>,
+    /// By name: cookie, client, until.
+    pub locks: BTreeMap<String, (String, String, Instant)>,
+}
+
+#[derive(Default)]
+pub struct Cluster {
+    pub images: Vec<Rbd>,
+    pub objects: BTreeMap<String, Object>,
+    pub blocklist: BTreeSet<String>,
+    pub counter: u64,
+    /// Contents that start with the header of another format.
+    pub containers: BTreeSet<u64>,
+}
+
+impl Cluster {
+    pub fn next(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    pub fn create(&mut self, pool: &str, name: &str, content: u64, ours: bool) -> &mut Rbd {
+        let id = format!("rbd{}", self.next());
+        self.images.push(Rbd {
+            id,
+            pool: pool.into(),
+            name: Some(name.into()),
+            content,
+            parent: None,
+            snaps: Vec::new(),
+            metadata: BTreeMap::new(),
+            ours,
+            watchers: BTreeMap::new(),
+            features: Features::PUBLISHED.0,
+        });
+        self.images.last_mut().unwrap()
+    }
+
+    pub fn named(&self, pool: &str, name: &str) -> Option<&Rbd> {
+        self.images.iter().find(|i| i.pool == pool && i.name.as_deref() == Some(name))
+    }
+
+    pub fn by_id(&self, id: &str) -> Option<&Rbd> {
+        self.images.iter().find(|i| i.id == id)
+    }
+
+    pub fn by_id_mut(&mut self, id: &str) -> Option<&mut Rbd> {
+        self.images.iter_mut().find(|i| i.id == id)
+    }
+
+    fn find(&self, spec: &ImageSpec) -> Option<&Rbd> {
+        match &spec.image {
+            ImageKey::Name(name) => self.named(&spec.pool, name),
+            ImageKey::Id(id) => self.by_id(id).filter(|i| i.pool == spec.pool),
+        }
+    }
+
+    fn find_id(&self, what: &str, spec: &ImageSpec) -> Result<String> {
+        self.find(spec).map(|i| i.id.clone()).ok_or_else(|| missing(what, spec))
+    }
+
+    pub fn snap_content(&self, image: &str, snap: u64) -> Option<u64> {
+        self.by_id(image)?.snaps.iter().find(|s| s.id == snap).map(|s| s.content)
+    }
+
+    /// What a reader of the head gets.
+    pub fn content(&self, image: &Rbd) -> u64 {
+        match &image.parent {
+            Some((parent, snap)) => self.snap_content(parent, *snap).unwrap_or(0),
+            None => image.content,
+        }
+    }
+
+    pub fn snap(&mut self, id: &str, name: &str, protected: bool, ours: bool) {
+        let snap_id = self.next();
+        let Some(image) = self.by_id(id) else { return };
+        let content = self.content(image);
+        if let Some(image) = self.by_id_mut(id) {
+            image.snaps.push(Snap { id: snap_id, name: name.into(), content, protected, ours });
+        }
+    }
+
+    pub fn has_clones(&self, id: &str) -> bool {
+        self.images.iter().any(|i| i.parent.as_ref().is_some_and(|(parent, _)| parent == id))
+    }
+
+    pub fn drop_image(&mut self, id: &str) {
+        self.images.retain(|i| i.id != id);
+    }
+
+    fn object(&mut self, what: &str, name: &str) -> Result<&mut Object> {
+        self.objects.get_mut(name).ok_or_else(|| Error::new(what, ErrorKind::NotFound, format!("no object {name}")))
+    }
+
+    fn check_lock(object: &Object, lock: Option<&LockKey>, client: &str) -> Result<()> {
+        let Some(lock) = lock else { return Ok(()) };
+        match object.locks.get(&lock.name) {
+            Some((cookie, holder, until)) if *cookie == lock.cookie && holder == client && *until > Instant::now() => {
+                Ok(())
+            }
+            _ => Err(Error::new("write", ErrorKind::NotLocked, "the lock is not held")),
+        }
+    }
+}
+
+fn missing(what: &str, spec: &ImageSpec) -> Error {
+    Error::new(format!("{what} {spec}"), ErrorKind::NotFound, "no such image")
+}
+
+/// A daemon touches an image: it must be one that a daemon made.
+fn must_be_ours(world: &mut World, what: &str, id: &str) {
+    let Some(image) = world.ceph.by_id(id) else { return };
+    if !image.ours {
+        let text = format!("{what} of {}/{:?}, which no daemon made", image.pool, image.name);
+        world.violated(text);
+    }
+}
+
+/// A daemon takes an image away, or its name: no active image may lose its data.
+fn must_not_be_active(world: &mut World, what: &str, id: &str) {
+    let Some(image) = world.ceph.by_id(id) else { return };
+    let Some(name) = image.name.clone() else { return };
+    if world.cloud.images.get(&name).is_some_and(|i| i.image.status == "active") {
+        world.violated(format!("{what} of the data of the active image {name}"));
+    }
+}
+
+impl Handle {
+    /// A long call: `steps` times a while, in which the client may be shut out, frozen or told to stop.
+    async fn long(
+        &self,
+        what: &str,
+        id: &str,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        writes_while_running: bool,
+    ) -> Result<()> {
+        let (steps, background) = {
+            let mut world = self.world().lock();
+            (1 + world.dice.below(6), world.dice.percent(40))
+        };
+        let address = self.node.address();
+        let mut pause = {
+            let mut world = self.world().lock();
+            let longest = if world.dice.percent(20) { 8_000 } else { 1_500 };
+            world.dice.millis(20, longest)
+        };
+        for step in 0..=steps {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => {
+                    if background {
+                        pause = pause.min(Duration::from_secs(3));
+                        let world = self.world().clone();
+                        let (id, address) = (id.to_owned(), address.clone());
+                        tokio::spawn(async move {
+                            tokio::time::sleep(pause).await;
+                            if let Some(image) = world.lock().ceph.by_id_mut(&id) {
+                                image.watchers.remove(&address);
+                            }
+                        });
+                    } else if let Some(image) = self.world().lock().ceph.by_id_mut(id) {
+                        image.watchers.remove(&address);
+                    }
+                    return Err(Error::new(what, ErrorKind::Cancelled, "stopped"));
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
+            self.node.pass().await;
+            let mut world = self.world().lock();
+            if world.ceph.blocklist.contains(&address) {
+                self.node.was_fenced(&address);
+                return Err(Error::new(what, ErrorKind::Fenced, "shut out"));
+            }
+            match world.ceph.by_id_mut(id) {
+                Some(image) => {
+                    image.watchers.insert(address.clone(), Instant::now() + WATCH_TIMEOUT);
+                }
+                None => {
+                    if writes_while_running {
+                        world.violated(format!("{what} wrote objects of an image that had been removed"));
+                    }
+                    return Err(Error::new(what, ErrorKind::NotFound, "the image is gone"));
+                }
+            }
+            progress.set_total(steps << 20);
+            progress.set_done(step << 20);
+        }
+        Ok(())
+    }
+
+    async fn open(&self, what: &str, image: &ImageSpec) -> Result<String> {
+        let address = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("open for {what} {image}"),
+            |world| {
+                let id = world.ceph.find_id(what, image)?;
+                must_be_ours(world, what, &id);
+                if let Some(image) = world.ceph.by_id_mut(&id) {
+                    image.watchers.insert(address.clone(), Instant::now() + WATCH_TIMEOUT);
+                }
+                Ok(id)
+            },
+        )
+        .await
+    }
+}
+
+#[async_trait]
+impl Storage for Handle {
+    async fn fsid(&self) -> Result<String> {
+        Ok(FSID.into())
+    }
+
+    async fn pools(&self) -> Result<Vec<String>> {
+        Ok(vec!["images".into(), "volumes".into(), "ssd".into()])
+    }
+
+    async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>> {
+        self.ceph(
+            Kind::Read,
+            || format!("image {image} {snapshot:?}"),
+            |world| {
+                let Some(found) = world.ceph.find(image) else { return Ok(None) };
+                if let Some(snapshot) = snapshot
+                    && !found.snaps.iter().any(|s| s.name == snapshot)
+                {
+                    return Err(Error::new(
+                        format!("open {image}@{snapshot}"),
+                        ErrorKind::NotFound,
+                        "no such snapshot",
+                    ));
+                }
+                let parent = found.parent.as_ref().and_then(|(id, snap)| {
+                    let parent = world.ceph.by_id(id)?;
+                    Some(Parent {
+                        pool: parent.pool.clone(),
+                        namespace: String::new(),
+                        image: parent.name.clone().unwrap_or_default(),
+                        image_id: id.clone(),
+                        snapshot: parent.snaps.iter().find(|s| s.id == *snap)?.name.clone(),
+                        overlap: 1 << 30,
+                        in_trash: parent.name.is_none(),
+                    })
+                });
+                Ok(Some(ImageInfo {
+                    id: found.id.clone(),
+                    size: 1 << 30,
+                    object_size: 4 << 20,
+                    stripe_unit: 4 << 20,
+                    stripe_count: 1,
+                    features: Features(found.features),
+                    flags: 0,
+                    parent,
+                    snapshots: found
+                        .snaps
+                        .iter()
+                        .map(|s| Snapshot { id: s.id, name: s.name.clone(), size: 1 << 30, protected: s.protected })
+                        .collect(),
+                    data_pool: None,
+                    old_format: false,
+                }))
+            },
+        )
+        .await
+    }
+
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("create snapshot {image}@{snapshot}"),
+            |world| {
+                let id = world.ceph.find_id("snapshot", image)?;
+                if world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot)) {
+                    return Ok(Change::AlreadyThere);
+                }
+                world.ceph.snap(&id, snapshot, false, true);
+                Ok(Change::Made)
+            },
+        )
+        .await
+    }
+
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("protect {image}@{snapshot}"),
+            |world| {
+                let id = world.ceph.find_id("protect", image)?;
+                let found = world.ceph.by_id_mut(&id).and_then(|i| i.snaps.iter_mut().find(|s| s.name == snapshot));
+                let Some(snap) = found else { return Err(missing("protect", image)) };
+                if std::mem::replace(&mut snap.protected, true) { Ok(Change::AlreadyThere) } else { Ok(Change::Made) }
+            },
+        )
+        .await
+    }
+
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        // two operations, as in librbd: a crash may come between them
+        for last in [false, true] {
+            let done = self
+                .ceph(
+                    Kind::Write,
+                    || format!("remove snapshot {image}@{snapshot} last={last}"),
+                    |world| {
+                        let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else {
+                            return Ok(Some(Change::AlreadyThere));
+                        };
+                        let snap =
+                            world.ceph.by_id(&id).and_then(|i| i.snaps.iter().find(|s| s.name == snapshot)).cloned();
+                        let Some(snap) = snap else { return Ok(Some(Change::AlreadyThere)) };
+                        if !snap.ours {
+                            world.violated(format!("removal of the snapshot {image}@{snapshot}, which no daemon made"));
+                        }
+                        let clones =
+                            world.ceph.images.iter().any(|i| i.parent.as_ref() == Some(&(id.clone(), snap.id)));
+                        if clones {
+                            return Err(Error::new(
+                                format!("unprotect {image}@{snapshot}"),
+                                ErrorKind::Busy,
+                                "has clones",
+                            ));
+                        }
+                        if let Some(found) = world.ceph.by_id_mut(&id) {
+                            if last {
+                                if snap.protected {
+                                    return Err(Error::new("remove snapshot", ErrorKind::Busy, "is protected"));
+                                }
+                                found.snaps.retain(|s| s.id != snap.id);
+                                return Ok(Some(Change::Made));
+                            }
+                            found.snaps.iter_mut().filter(|s| s.id == snap.id).for_each(|s| s.protected = false);
+                        }
+                        Ok(None)
+                    },
+                )
+                .await?;
+            if let Some(change) = done {
+                return Ok(change);
+            }
+        }
+        Ok(Change::Made)
+    }
+
+    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("clone {source}@{snapshot} to {destination}"),
+            |world| {
+                let id = world.ceph.find_id("clone", source)?;
+                let found = world.ceph.by_id(&id).ok_or_else(|| missing("clone", source))?;
+                let Some(snap) = found.snaps.iter().find(|s| s.name == snapshot).cloned() else {
+                    return Err(missing("clone", source));
+                };
+                let metadata = found.metadata.clone();
+                if !snap.protected {
+                    return Err(Error::new("clone", ErrorKind::Other, "the snapshot is not protected"));
+                }
+                if world.ceph.find(destination).is_some() {
+                    return Err(Error::new(format!("clone to {destination}"), ErrorKind::Exists, "exists"));
+                }
+                let ImageKey::Name(name) = &destination.image else { return Err(missing("clone", destination)) };
+                let made = world.ceph.create(&destination.pool, name, 0, true);
+                made.parent = Some((id, snap.id));
+                // a clone inherits it
+                made.metadata = metadata;
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("create {destination} like {source}@{snapshot}"),
+            |world| {
+                let id = world.ceph.find_id("open", source)?;
+                if !world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot)) {
+                    return Err(missing("open snapshot of", source));
+                }
+                if world.ceph.find(destination).is_some() {
+                    return Err(Error::new(format!("create {destination}"), ErrorKind::Exists, "exists"));
+                }
+                let ImageKey::Name(name) = &destination.image else { return Err(missing("create", destination)) };
+                world.ceph.create(&destination.pool, name, 0, true);
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
+        let id = self.open("flatten", image).await?;
+        self.long("flatten", &id, progress, cancel, false).await?;
+        let address = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("flattened {image}"),
+            |world| {
+                let Some(found) = world.ceph.by_id(&id) else { return Err(missing("flatten", image)) };
+                let content = world.ceph.content(found);
+                if let Some(found) = world.ceph.by_id_mut(&id) {
+                    found.content = content;
+                    found.parent = None;
+                    found.watchers.remove(&address);
+                }
+                Ok(Moved { bytes: 1 << 20, through_host: 1 << 20, objects: 1 })
+            },
+        )
+        .await
+    }
+
+    async fn copy(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        _limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let id = self.open("copy", destination).await?;
+        self.long("copy", &id, progress, cancel, true).await?;
+        let address = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("copied {source}@{snapshot} to {destination}"),
+            |world| {
+                let Some(from) = world.ceph.find(source) else { return Err(missing("copy", source)) };
+                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot) else {
+                    return Err(missing("copy snapshot of", source));
+                };
+                let content = snap.content;
+                let Some(to) = world.ceph.by_id_mut(&id) else { return Err(missing("copy", destination)) };
+                to.content = content;
+                to.watchers.remove(&address);
+                Ok(Moved { bytes: 1 << 20, through_host: 2 << 20, objects: 1 })
+            },
+        )
+        .await
+    }
+
+    async fn fill(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        _limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        {
+            let mut world = self.world().lock();
+            let rate = world.faults.unsupported;
+            if world.dice.chance(rate) {
+                return Err(Error::new(format!("fill from {source}@{snapshot}"), ErrorKind::Unsupported, "not here"));
+            }
+        }
+        let id = self.open("fill", destination).await?;
+        self.long("fill", &id, progress, cancel, true).await?;
+        Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+    }
+
+    async fn read(&self, image: &ImageSpec, _offset: u64, length: usize) -> Result<Vec<u8>> {
+        self.ceph(
+            Kind::Read,
+            || format!("read {image}"),
+            |world| {
+                let Some(found) = world.ceph.find(image) else { return Err(missing("read", image)) };
+                let content = world.ceph.content(found);
+                let mut bytes = vec![0; length.min(4096)];
+                if world.ceph.containers.contains(&content) {
+                    bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+                }
+                Ok(bytes)
+            },
+        )
+        .await
+    }
+
+    async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("rename {image} to {name}"),
+            |world| {
+                let id = world.ceph.find_id("rename", image)?;
+                if world.ceph.named(&image.pool, name).is_some() {
+                    return Err(Error::new(format!("rename {image} to {name}"), ErrorKind::Exists, "exists"));
+                }
+                must_be_ours(world, "rename", &id);
+                must_not_be_active(world, "rename", &id);
+                if let Some(found) = world.ceph.by_id_mut(&id) {
+                    found.name = Some(name.into());
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
+        let mut opened: Option<String> = None;
+        for last in [false, true] {
+            let opened = &mut opened;
+            let done = self
+                .ceph(
+                    Kind::Write,
+                    || format!("remove {image} last={last}"),
+                    |world| {
+                        let found = match opened.clone() {
+                            // librbd has it open by now
+                            Some(id) => world.ceph.by_id(&id).map(|i| i.id.clone()),
+                            None => world.ceph.find(image).map(|i| i.id.clone()),
+                        };
+                        let Some(id) = found else { return Ok(Some(Change::AlreadyThere)) };
+                        *opened = Some(id.clone());
+                        must_be_ours(world, "removal", &id);
+                        must_not_be_active(world, "removal", &id);
+                        let now = Instant::now();
+                        let blocked = world.ceph.blocklist.clone();
+                        let watched = world.ceph.by_id(&id).is_some_and(|i| {
+                            i.watchers.iter().any(|(client, until)| *until > now && !blocked.contains(client))
+                        });
+                        if watched || world.ceph.has_clones(&id) {
+                            return Err(Error::new(format!("remove {image}"), ErrorKind::Busy, "is in use"));
+                        }
+                        if last {
+                            world.ceph.drop_image(&id);
+                            return Ok(Some(Change::Made));
+                        }
+                        if let Some(found) = world.ceph.by_id_mut(&id) {
+                            // the objects and the snapshots go first, the header last
+                            found.snaps.clear();
+                            found.content = 0;
+                            found.parent = None;
+                        }
+                        Ok(None)
+                    },
+                )
+                .await?;
+            if let Some(change) = done {
+                return Ok(change);
+            }
+        }
+        Ok(Change::Made)
+    }
+
+    async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {
+        self.ceph(
+            Kind::Read,
+            || format!("metadata {image} {key}"),
+            |world| Ok(world.ceph.find(image).and_then(|i| i.metadata.get(key).cloned())),
+        )
+        .await
+    }
+
+    async fn set_metadata(&self, image: &ImageSpec, key: &str, value: &str) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("set metadata {image} {key}={value}"),
+            |world| {
+                let id = world.ceph.find_id("set metadata of", image)?;
+                must_be_ours(world, "marking", &id);
+                if let Some(found) = world.ceph.by_id_mut(&id) {
+                    found.metadata.insert(key.into(), value.into());
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("remove metadata {image} {key}"),
+            |world| {
+                let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else { return Ok(Change::AlreadyThere) };
+                must_be_ours(world, "unmarking", &id);
+                let removed = world.ceph.by_id_mut(&id).and_then(|i| i.metadata.remove(key));
+                if removed.is_some() { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
+            },
+        )
+        .await
+    }
+
+    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>> {
+        self.ceph(
+            Kind::Read,
+            || format!("images of {pool}"),
+            |world| {
+                let names = world.ceph.images.iter().filter(|i| i.pool == pool).filter_map(|i| i.name.clone());
+                Ok(names.filter(|name| name.starts_with(prefix)).collect())
+            },
+        )
+        .await
+    }
+
+    async fn snapshots(&self, pool: &str, prefix: &str, _pace: u32) -> Result<Vec<(ImageSpec, String)>> {
+        self.ceph(
+            Kind::Read,
+            || format!("snapshots of {pool}"),
+            |world| {
+                let mut found = Vec::new();
+                for image in world.ceph.images.iter().filter(|i| i.pool == pool) {
+                    let spec = match &image.name {
+                        Some(name) => ImageSpec::named(pool, name),
+                        None => ImageSpec::with_id(pool, &image.id),
+                    };
+                    for snap in image.snaps.iter().filter(|s| s.name.starts_with(prefix)) {
+                        found.push((spec.clone(), snap.name.clone()));
+                    }
+                }
+                Ok(found)
+            },
+        )
+        .await
+    }
+
+    async fn address(&self) -> Result<String> {
+        Ok(self.node.address())
+    }
+
+    async fn fence(&self, address: &str) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("fence {address}"),
+            |world| {
+                if world.ceph.blocklist.insert(address.into()) { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
+            },
+        )
+        .await
+    }
+
+    async fn reconnect(&self) -> Result<Change> {
+        self.node.pass().await;
+        Ok(if self.node.reconnect() { Change::Made } else { Change::AlreadyThere })
+    }
+}
+
+#[async_trait]
+impl Objects for Handle {
+    async fn read(&self, object: &str) -> Result<Option<(Vec<u8>, Version)>> {
+        self.ceph(
+            Kind::Read,
+            || format!("read {object}"),
+            |world| Ok(world.ceph.objects.get(object).map(|o| (o.data.clone(), Version(o.version)))),
+        )
+        .await
+    }
+
+    async fn create(&self, object: &str, data: &[u8]) -> Result<Version> {
+        self.ceph(
+            Kind::Write,
+            || format!("create {object}"),
+            |world| {
+                if world.ceph.objects.contains_key(object) {
+                    return Err(Error::new(format!("create {object}"), ErrorKind::Exists, "exists"));
+                }
+                let version = world.ceph.next();
+                world.ceph.objects.insert(object.into(), Object { data: data.into(), version, ..Object::default() });
+                Ok(Version(version))
+            },
+        )
+        .await
+    }
+
+    async fn replace(&self, object: &str, data: &[u8], version: Version, lock: Option<&LockKey>) -> Result<Version> {
+        let client = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("replace {object} {}", brief(data)),
+            |world| {
+                let next = world.ceph.next();
+                let found = world.ceph.object("replace", object)?;
+                Cluster::check_lock(found, lock, &client)?;
+                if found.version != version.0 {
+                    return Err(Error::new(format!("replace {object}"), ErrorKind::Conflict, "another version"));
+                }
+                found.data = data.into();
+                found.version = next;
+                Ok(Version(next))
+            },
+        )
+        .await
+    }
+
+    async fn remove(&self, object: &str, version: Version, lock: Option<&LockKey>) -> Result<()> {
+        let client = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("remove {object}"),
+            |world| {
+                let found = world.ceph.object("remove", object)?;
+                Cluster::check_lock(found, lock, &client)?;
+                if found.version != version.0 {
+                    return Err(Error::new(format!("remove {object}"), ErrorKind::Conflict, "another version"));
+                }
+                world.ceph.objects.remove(object);
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn lock(&self, object: &str, lock: &LockKey, _description: &str, duration: Duration) -> Result<Locked> {
+        let client = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("lock {object} {}", lock.cookie),
+            |world| {
+                let next = world.ceph.next();
+                let Some(found) = world.ceph.objects.get_mut(object) else { return Ok(Locked::NoObject) };
+                let now = Instant::now();
+                if let Some((cookie, holder, until)) = found.locks.get(&lock.name)
+                    && *until > now
+                    && (*cookie != lock.cookie || *holder != client)
+                {
+                    return Ok(Locked::Held);
+                }
+                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client, now + duration));
+                found.version = next;
+                Ok(Locked::Acquired)
+            },
+        )
+        .await
+    }
+
+    async fn renew(&self, object: &str, lock: &LockKey, _description: &str, duration: Duration) -> Result<()> {
+        let client = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("renew {object} {}", lock.cookie),
+            |world| {
+                let next = world.ceph.next();
+                let found = world.ceph.object("renew", object)?;
+                Cluster::check_lock(found, Some(lock), &client)?;
+                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client, Instant::now() + duration));
+                found.version = next;
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Change> {
+        let client = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("unlock {object} {}", lock.cookie),
+            |world| {
+                let next = world.ceph.next();
+                let Some(found) = world.ceph.objects.get_mut(object) else { return Ok(Change::AlreadyThere) };
+                if Cluster::check_lock(found, Some(lock), &client).is_err() {
+                    return Ok(Change::AlreadyThere);
+                }
+                found.locks.remove(&lock.name);
+                found.version = next;
+                Ok(Change::Made)
+            },
+        )
+        .await
+    }
+
+    async fn is_locked(&self, object: &str, lock_name: &str) -> Result<bool> {
+        self.ceph(
+            Kind::Read,
+            || format!("is locked {object}"),
+            |world| {
+                let now = Instant::now();
+                let found = world.ceph.objects.get(object).and_then(|o| o.locks.get(lock_name));
+                Ok(found.is_some_and(|(_, _, until)| *until > now))
+            },
+        )
+        .await
+    }
+
+    async fn omap(&self, object: &str, after: &str, max: usize) -> Result<Vec<(String, Vec<u8>)>> {
+        self.ceph(
+            Kind::Read,
+            || format!("omap {object}"),
+            |world| {
+                let Some(found) = world.ceph.objects.get(object) else { return Ok(Vec::new()) };
+                let entries = found.omap.iter().filter(|(key, _)| key.as_str() > after).take(max);
+                Ok(entries.map(|(key, value)| (key.clone(), value.clone())).collect())
+            },
+        )
+        .await
+    }
+
+    async fn set_omap(&self, object: &str, entries: &[(String, Vec<u8>)]) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("set omap {object} {}", entries.len()),
+            |world| {
+                let next = world.ceph.next();
+                let found = world.ceph.objects.entry(object.into()).or_default();
+                found.omap.extend(entries.iter().cloned());
+                found.version = next;
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn remove_omap(&self, object: &str, keys: &[String]) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("remove omap {object} {keys:?}"),
+            |world| {
+                let next = world.ceph.next();
+                if let Some(found) = world.ceph.objects.get_mut(object) {
+                    found.omap.retain(|key, _| !keys.contains(key));
+                    found.version = next;
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn list(&self) -> Result<Vec<String>> {
+        self.ceph(Kind::Read, || "list objects".into(), |world| Ok(world.ceph.objects.keys().cloned().collect())).await
+    }
+}
+
+/// A job record for the trace.
+fn brief(data: &[u8]) -> String {
+    let Ok(record) = crate::job::record::Record::parse(data) else { return String::new() };
+    format!(
+        "{} made={:?} ending={:?} attempts={} cancel={} check={} again={} retried={} owner={:?}",
+        record.state,
+        record.made,
+        record.ending.map(|e| e.state),
+        record.attempts,
+        record.cancel,
+        record.check,
+        record.again,
+        record.retried,
+        record.owner_address
+    )
+}

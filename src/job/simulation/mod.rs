@@ -1,0 +1,71 @@
+//! The engine simulated: the real engine, reconciler and intake of one to three daemons over a cluster and services in
+//! memory, in a time that costs nothing. A seed decides everything: who asks for what, what fails, who dies or stands
+//! still at which call. When the accidents are over the world runs on until it is quiet, and every promise is checked.
+//!
+//! `RBD_OFFLOAD_SIMULATION_SEEDS=20000` runs more seeds, `RBD_OFFLOAD_SIMULATION_SEED=17` runs one and prints what
+//! happened.
+
+mod checks;
+mod cloud;
+mod cluster;
+mod node;
+mod scenario;
+mod world;
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+/// Seeds of an ordinary test run, shared by all the tests below.
+const SEEDS: u64 = 1200;
+
+/// Runs one seed to its end; returns the promises that it broke, and what happened if that was asked for.
+fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<String>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(scenario::run(seed, nodes, trace))
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs this share of the seeds with so many daemons.
+fn hold(nodes: u64) {
+    if let Some(seed) = number("RBD_OFFLOAD_SIMULATION_SEED") {
+        let (violations, trace) = run(seed, nodes, true);
+        for line in trace {
+            println!("{line}");
+        }
+        assert!(violations.is_empty(), "seed {seed}, {nodes} daemons: {violations:#?}");
+        return;
+    }
+    let seeds = number("RBD_OFFLOAD_SIMULATION_SEEDS").unwrap_or(SEEDS).div_ceil(3);
+    let first = number("RBD_OFFLOAD_SIMULATION_FIRST").unwrap_or(0);
+    let mut broken = String::new();
+    let mut count = 0;
+    for seed in first..first + seeds {
+        let (violations, _) = run(seed, nodes, false);
+        if !violations.is_empty() {
+            let _ = writeln!(broken, "seed {seed}, {nodes} daemons: {violations:#?}");
+            count += 1;
+            if count >= 5 {
+                break;
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{broken}run one with RBD_OFFLOAD_SIMULATION_SEED=<seed>");
+}
+
+#[test]
+fn one_daemon_keeps_every_promise_whatever_fails() {
+    hold(1);
+}
+
+#[test]
+fn two_daemons_keep_every_promise_whatever_fails() {
+    hold(2);
+}
+
+#[test]
+fn three_daemons_keep_every_promise_whatever_fails() {
+    hold(3);
+}

@@ -1,0 +1,373 @@
+//! Keystone, Glance and Cinder over plain HTTP, as a tenant or an administrator uses them.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use futures::FutureExt;
+use reqwest::{Client, Method};
+use serde_json::{Value, json};
+
+use super::disk::{self, Disk};
+use super::{MIB, lab, seconds, unique, until};
+
+/// How long anything may take that is not measured.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+const TAG: &str = "rbd-offload:";
+
+/// Somebody's token. What it made is deleted when it is dropped, the latest first.
+pub struct Account {
+    http: Client,
+    token: String,
+    pub project_id: String,
+    pub user_id: String,
+    made: Mutex<Vec<Made>>,
+}
+
+#[derive(Debug, Clone)]
+enum Made {
+    Image(String),
+    Volume(String),
+    Snapshot(String),
+    /// What Cinder makes in a volume that is cloned, and leaves there when the clone is deleted.
+    CloneSnapshot(Disk, String),
+}
+
+/// The tag that asks for a volume.
+pub fn volume_tag(id: &str) -> String {
+    format!("{TAG}volume:{id}")
+}
+
+pub fn snapshot_tag(id: &str) -> String {
+    format!("{TAG}snapshot:{id}")
+}
+
+/// A volume: Cinder's id, and its disk.
+#[derive(Debug, Clone)]
+pub struct Volume {
+    pub id: String,
+    pub disk: Disk,
+}
+
+impl Account {
+    async fn login(user: &str, project: &str, password: &str) -> Self {
+        let http = Client::builder().timeout(seconds(60)).no_proxy().build().unwrap();
+        let body = json!({"auth": {
+            "identity": {"methods": ["password"], "password": {
+                "user": {"name": user, "domain": {"id": "default"}, "password": password}}},
+            "scope": {"project": {"name": project, "domain": {"id": "default"}}},
+        }});
+        let url = format!("{}/auth/tokens", lab().keystone);
+        let request = http.post(url).header("content-type", "application/json").body(body.to_string());
+        let answer = request.send().await.expect("Keystone answers");
+        let token = answer.headers()["x-subject-token"].to_str().unwrap().to_owned();
+        let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        let text = |path: &str| body.pointer(path).and_then(Value::as_str).unwrap().to_owned();
+        Self {
+            http,
+            token,
+            project_id: text("/token/project/id"),
+            user_id: text("/token/user/id"),
+            made: Mutex::default(),
+        }
+    }
+
+    pub async fn demo() -> Self {
+        Self::login("demo", "demo", "secret").await
+    }
+
+    pub async fn demo2() -> Self {
+        Self::login("demo2", "demo2", "secret").await
+    }
+
+    pub async fn admin() -> Self {
+        Self::login("admin", "admin", "secret").await
+    }
+
+    /// The daemon's own user: role `service`, which sees locations.
+    pub async fn service() -> Self {
+        Self::login("offload", "service", &lab().offload_password).await
+    }
+
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    // ---- HTTP ----
+
+    async fn try_call(&self, method: Method, url: &str, kind: &str, body: Option<String>) -> Option<(u16, Value)> {
+        let mut request = self.http.request(method, url).header("x-auth-token", &self.token);
+        if url.starts_with(&lab().cinder) {
+            request = request.header("openstack-api-version", "volume 3.60");
+        }
+        if let Some(body) = body {
+            request = request.header("content-type", kind).body(body);
+        }
+        let answer = request.send().await.ok()?;
+        let status = answer.status().as_u16();
+        let bytes = answer.bytes().await.ok()?;
+        let text = || Value::String(String::from_utf8_lossy(&bytes).chars().take(300).collect());
+        Some((status, serde_json::from_slice(&bytes).unwrap_or_else(|_| text())))
+    }
+
+    /// Status and body. A service that is away for a moment is asked again.
+    pub async fn call(&self, method: Method, url: &str, body: Option<Value>) -> (u16, Value) {
+        self.call_as(method, url, "application/json", body.map(|body| body.to_string())).await
+    }
+
+    async fn call_as(&self, method: Method, url: &str, kind: &str, body: Option<String>) -> (u16, Value) {
+        until(&format!("{method} {url}"), PATIENCE, || async {
+            let again = method == Method::GET || method == Method::DELETE;
+            let answer = self.try_call(method.clone(), url, kind, body.clone()).await;
+            answer.filter(|(status, _)| !again || !matches!(status, 502..=504))
+        })
+        .await
+    }
+
+    fn glance(&self, path: &str) -> String {
+        format!("{}/v2/{path}", lab().glance)
+    }
+
+    fn cinder(&self, path: &str) -> String {
+        format!("{}/{}/{path}", lab().cinder, self.project_id)
+    }
+
+    fn note(&self, made: Made) {
+        self.made.lock().unwrap().push(made);
+    }
+
+    // ---- images ----
+
+    /// A queued record; `more` is laid over what a tenant would write.
+    pub async fn create_image(&self, tags: &[String], more: Value) -> String {
+        let mut body = json!({"name": format!("test-{}", unique()), "tags": tags, "visibility": "private"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, made) = self.call(Method::POST, &self.glance("images"), Some(body)).await;
+        assert_eq!(status, 201, "{made}");
+        let id = made["id"].as_str().unwrap().to_owned();
+        self.note(Made::Image(id.clone()));
+        id
+    }
+
+    /// Files a request for a volume, as a tenant does.
+    pub async fn request(&self, volume: &Volume) -> String {
+        self.create_image(&[volume_tag(&volume.id)], json!({"disk_format": "raw", "container_format": "bare"})).await
+    }
+
+    /// `null` when there is no such image, or none for this account.
+    pub async fn image(&self, id: &str) -> Value {
+        match self.call(Method::GET, &self.glance(&format!("images/{id}")), None).await {
+            (200, image) => image,
+            (404, _) => Value::Null,
+            (status, body) => panic!("image {id}: {status} {body}"),
+        }
+    }
+
+    pub async fn patch_image(&self, id: &str, operations: Value) -> (u16, Value) {
+        let kind = "application/openstack-images-v2.1-json-patch";
+        self.call_as(Method::PATCH, &self.glance(&format!("images/{id}")), kind, Some(operations.to_string())).await
+    }
+
+    pub async fn add_tag(&self, id: &str, tag: &str) {
+        let (status, body) = self.call(Method::PUT, &self.glance(&format!("images/{id}/tags/{tag}")), None).await;
+        assert_eq!(status, 204, "{body}");
+    }
+
+    pub async fn delete_image(&self, id: &str) -> u16 {
+        self.call(Method::DELETE, &self.glance(&format!("images/{id}")), None).await.0
+    }
+
+    /// Uploads bytes as everybody does.
+    pub async fn upload(&self, id: &str, bytes: Vec<u8>) -> u16 {
+        let url = self.glance(&format!("images/{id}/file"));
+        let request = self.http.put(url).header("x-auth-token", &self.token);
+        request.header("content-type", "application/octet-stream").body(bytes).send().await.unwrap().status().as_u16()
+    }
+
+    /// Locations, as only a service sees them.
+    pub async fn locations(&self, id: &str) -> Vec<String> {
+        let (status, body) = self.call(Method::GET, &self.glance(&format!("images/{id}/locations")), None).await;
+        assert_eq!(status, 200, "{body}");
+        body.as_array().unwrap().iter().map(|location| location["url"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Waits until Glance's own work on the image (the hash of its bytes) is done.
+    pub async fn await_tasks(&self, id: &str) {
+        let url = self.glance(&format!("images/{id}/tasks"));
+        until("the end of Glance's tasks", PATIENCE, || async {
+            let (status, body) = self.call(Method::GET, &url, None).await;
+            let over = |task: &Value| matches!(task["status"].as_str(), Some("success" | "failure"));
+            (status == 404 || body["tasks"].as_array().is_some_and(|tasks| tasks.iter().all(over))).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits for a status; panics when the request is declined or failed instead.
+    pub async fn await_image(&self, id: &str, status: &str) -> Value {
+        until(&format!("image {id} is {status}"), PATIENCE, || async {
+            let image = self.image(id).await;
+            let ended = matches!(image["rbd_offload_status"].as_str(), Some("declined" | "failed"));
+            assert!(!ended || status == "queued", "image {id}: {image:#}");
+            (image["status"] == status).then_some(image)
+        })
+        .await
+    }
+
+    /// Waits until the request was turned down, and returns the sentence that the tenant gets.
+    pub async fn await_end(&self, id: &str, status: &str) -> String {
+        let image = until(&format!("the request of image {id} is {status}"), PATIENCE, || async {
+            let image = self.image(id).await;
+            assert!(!image.is_null(), "image {id} is gone");
+            assert_ne!(image["status"], "active", "image {id}: {image:#}");
+            let tagged = image["tags"].as_array().unwrap().iter().any(|tag| tag.as_str().unwrap().starts_with(TAG));
+            (!tagged && image["rbd_offload_status"] == status).then_some(image)
+        })
+        .await;
+        assert_eq!(image["status"], "queued", "{image:#}");
+        let message = image["rbd_offload_message"].as_str().unwrap_or_default().to_owned();
+        assert!(message.len() > 20 && message.len() < 400, "no sentence that helps: {message:?}");
+        message
+    }
+
+    /// Waits until the request was declined, and nothing is left of it.
+    pub async fn await_declined(&self, id: &str) -> String {
+        let message = self.await_end(id, "declined").await;
+        nothing_is_left_of(id).await;
+        message
+    }
+
+    // ---- volumes ----
+
+    pub async fn create_volume(&self, more: Value) -> Volume {
+        let mut body = json!({"size": 1, "name": format!("test-{}", unique()), "volume_type": "ceph"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, made) = self.call(Method::POST, &self.cinder("volumes"), Some(json!({"volume": body}))).await;
+        assert_eq!(status, 202, "{made}");
+        let id = made["volume"]["id"].as_str().unwrap().to_owned();
+        self.note(Made::Volume(id.clone()));
+        self.await_volume(&id, "available").await;
+        let pool = if body["volume_type"] == "ceph2" { "volumes2" } else { "volumes" };
+        Volume { disk: Disk::new(pool, format!("volume-{id}")), id }
+    }
+
+    /// A volume made from a volume.
+    pub async fn clone_volume(&self, parent: &Volume) -> Volume {
+        let clone = self.create_volume(json!({"source_volid": parent.id})).await;
+        let snapshot = Made::CloneSnapshot(parent.disk.clone(), format!("volume-{}.clone_snap", clone.id));
+        let mut made = self.made.lock().unwrap();
+        let before_the_clone = made.len() - 1;
+        made.insert(before_the_clone, snapshot);
+        clone
+    }
+
+    /// A volume whose disk is made smaller behind Cinder's back, to what a quick test needs, with some data.
+    pub async fn small_volume(&self, more: Value, seed: u64) -> Volume {
+        let volume = self.create_volume(more).await;
+        volume.disk.resize(64 * MIB).await;
+        volume.disk.write_some(seed).await;
+        volume
+    }
+
+    pub async fn volume(&self, id: &str) -> Value {
+        match self.call(Method::GET, &self.cinder(&format!("volumes/{id}")), None).await {
+            (200, mut body) => body["volume"].take(),
+            (404, _) => Value::Null,
+            (status, body) => panic!("volume {id}: {status} {body}"),
+        }
+    }
+
+    pub async fn await_volume(&self, id: &str, status: &str) {
+        until(&format!("volume {id} is {status}"), PATIENCE, || async {
+            let volume = self.volume(id).await;
+            assert!(!volume["status"].as_str().unwrap_or_default().starts_with("error"), "{volume:#}");
+            (volume["status"] == status).then_some(())
+        })
+        .await;
+    }
+
+    pub async fn volume_action(&self, id: &str, action: Value) -> Value {
+        let (status, body) =
+            self.call(Method::POST, &self.cinder(&format!("volumes/{id}/action")), Some(action)).await;
+        assert!(status < 300, "{status} {body}");
+        body
+    }
+
+    /// Cinder's own upload of a volume; the image's id.
+    pub async fn stock_upload(&self, volume: &Volume) -> String {
+        let upload = json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
+        let answer = self.volume_action(&volume.id, json!({"os-volume_upload_image": upload})).await;
+        let id = answer["os-volume_upload_image"]["image_id"].as_str().unwrap().to_owned();
+        self.note(Made::Image(id.clone()));
+        id
+    }
+
+    pub async fn create_snapshot(&self, volume: &Volume) -> String {
+        let body = json!({"snapshot": {"volume_id": volume.id, "name": format!("test-{}", unique())}});
+        let (status, made) = self.call(Method::POST, &self.cinder("snapshots"), Some(body)).await;
+        assert_eq!(status, 202, "{made}");
+        let id = made["snapshot"]["id"].as_str().unwrap().to_owned();
+        self.note(Made::Snapshot(id.clone()));
+        until("the snapshot", PATIENCE, || async {
+            let (_, body) = self.call(Method::GET, &self.cinder(&format!("snapshots/{id}")), None).await;
+            (body["snapshot"]["status"] == "available").then_some(())
+        })
+        .await;
+        id
+    }
+
+    // ---- the end ----
+
+    async fn delete(&self, made: &Made) {
+        let (what, url) = match made {
+            Made::Image(id) => {
+                self.await_tasks(id).await;
+                (format!("image {id}"), self.glance(&format!("images/{id}")))
+            }
+            Made::Volume(id) => (format!("volume {id}"), self.cinder(&format!("volumes/{id}"))),
+            Made::CloneSnapshot(disk, snapshot) => return disk.remove_snapshot(snapshot).await,
+            Made::Snapshot(id) => (format!("snapshot {id}"), self.cinder(&format!("snapshots/{id}"))),
+        };
+        until(&format!("the end of {what}"), PATIENCE, || async {
+            let (status, _) = self.call(Method::DELETE, &url, None).await;
+            if status == 404 {
+                return Some(());
+            }
+            super::pause(Duration::from_millis(500)).await;
+            None
+        })
+        .await;
+    }
+
+    /// Deletes all that was made, the latest first.
+    pub async fn clean(&self) {
+        loop {
+            let made = self.made.lock().unwrap().pop();
+            let Some(made) = made else { return };
+            self.delete(&made).await;
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        if self.made.lock().unwrap().is_empty() {
+            return;
+        }
+        // also after a panic: the next test wants a tidy lab
+        let clean = AssertUnwindSafe(tokio::time::timeout(PATIENCE, self.clean())).catch_unwind();
+        let cleaned = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(clean));
+        let left = self.made.lock().unwrap().clone();
+        if !matches!(cleaned, Ok(Ok(()))) {
+            eprintln!("could not be deleted, or is still there: {left:?}");
+            assert!(std::thread::panicking(), "the test did not tidy up");
+        }
+    }
+}
+
+/// Neither a private copy nor a published image is there.
+pub async fn nothing_is_left_of(image: &str) {
+    for name in [image.to_owned(), format!("rbd-offload.{image}")] {
+        assert!(disk::Disk::of_image(&name).facts().await.is_none(), "images/{name} is still there");
+    }
+}

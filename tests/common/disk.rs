@@ -1,0 +1,136 @@
+//! RBD images, seen and changed by Debian's own bindings (`disk.py`).
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{MIB, lab, run};
+
+const SCRIPT: &str = include_str!("disk.py");
+
+/// What image, pool and function say.
+async fn ask<T: DeserializeOwned>(function: &str, arguments: Value) -> T {
+    let (well, said) = run(Command::new("/usr/bin/python3")
+        .args(["-c", SCRIPT])
+        .arg(lab().ceph_conf())
+        .arg(lab().dir.join("ceph/client.admin.keyring"))
+        .args([function, &arguments.to_string()]))
+    .await;
+    assert!(well, "{function} {arguments}: {said}");
+    serde_json::from_str(&said).unwrap_or_else(|e| panic!("{function} {arguments}: {e}: {said}"))
+}
+
+/// Size and bytes of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Digest {
+    pub size: u64,
+    hash: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Facts {
+    pub id: String,
+    pub size: u64,
+    pub features: u64,
+    pub flags: u64,
+    pub parent: Option<Value>,
+    pub metadata: BTreeMap<String, String>,
+    /// Name, and whether it is protected.
+    pub snapshots: BTreeMap<String, bool>,
+    pub lockers: usize,
+}
+
+/// An RBD image `pool/name`.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    pub pool: String,
+    pub name: String,
+}
+
+impl Disk {
+    pub fn new(pool: &str, name: impl Into<String>) -> Self {
+        Self { pool: pool.into(), name: name.into() }
+    }
+
+    /// What Glance has, or is to have, of an image.
+    pub fn of_image(id: &str) -> Self {
+        Self::new("images", id)
+    }
+
+    fn arguments(&self, more: Value) -> Value {
+        let mut arguments = json!({"pool": self.pool, "image": self.name});
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        arguments
+    }
+
+    /// Random bytes of a seed, at these places (offset and length).
+    pub async fn write(&self, seed: u64, places: &[(u64, u64)]) {
+        let extents: Vec<_> =
+            places.iter().zip(0u64..).map(|((at, length), n)| json!([at, length, seed * 1000 + n])).collect();
+        ask::<()>("write", self.arguments(json!({"extents": extents}))).await;
+    }
+
+    /// A few MiB here and there, at the very beginning and the very end too, for a disk of 64 MiB and more.
+    pub async fn write_some(&self, seed: u64) {
+        let end = self.facts().await.unwrap().size;
+        let places = [(0, 3 * MIB), (9 * MIB + 777, 5000), (24 * MIB, 8 * MIB), (end - 2 * MIB - 100, 2 * MIB + 100)];
+        self.write(seed, &places).await;
+    }
+
+    pub async fn put(&self, offset: u64, bytes: &[u8]) {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        ask::<()>("put", self.arguments(json!({"offset": offset, "hex": hex}))).await;
+    }
+
+    pub async fn resize(&self, size: u64) {
+        ask::<()>("resize", self.arguments(json!({"size": size}))).await;
+    }
+
+    pub async fn create(&self, size: u64) {
+        ask::<()>("create", self.arguments(json!({"size": size}))).await;
+    }
+
+    pub async fn remove(&self) {
+        ask::<()>("remove", self.arguments(json!({}))).await;
+    }
+
+    pub async fn remove_snapshot(&self, snapshot: &str) {
+        ask::<()>("remove_snapshot", self.arguments(json!({"snapshot": snapshot}))).await;
+    }
+
+    pub async fn digest(&self, snapshot: Option<&str>) -> Digest {
+        ask("digest", self.arguments(json!({"snapshot": snapshot}))).await
+    }
+
+    /// `None`: there is no such image.
+    pub async fn facts(&self) -> Option<Facts> {
+        ask("facts", self.arguments(json!({}))).await
+    }
+}
+
+/// The record of a job.
+pub async fn job(namespace: &str, image: &str) -> Option<Value> {
+    ask("job", json!({"pool": "images", "namespace": namespace, "image": image})).await
+}
+
+/// The state of every job in the namespace, by image.
+pub async fn jobs(namespace: &str) -> BTreeMap<String, String> {
+    ask("jobs", json!({"pool": "images", "namespace": namespace})).await
+}
+
+/// Objects of the namespace that somebody holds a lock on.
+pub async fn leases(namespace: &str) -> Vec<String> {
+    ask("leases", json!({"pool": "images", "namespace": namespace})).await
+}
+
+/// Removes all records of the namespace.
+pub async fn forget(namespace: &str) {
+    ask::<()>("forget", json!({"pool": "images", "namespace": namespace})).await;
+}
+
+pub async fn census() -> Vec<String> {
+    ask("census", json!({})).await
+}
