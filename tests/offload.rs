@@ -5,8 +5,9 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::Instant;
 
 use common::broker::Broker;
 use common::census::Census;
@@ -17,7 +18,7 @@ use common::stage::{Kind, alone, with};
 use common::{GIB, MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 
 /// RBD features of every published image: layering, exclusive-lock, object-map, fast-diff, deep-flatten.
 const FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
@@ -162,3 +163,428 @@ macro_rules! shapes {
 
 shapes!(clone, Clone, "clone");
 shapes!(copy, Copy, "copy");
+
+/// An image for this tag was declined; the sentence, with the source's id taken out.
+async fn declined_sentence(account: &Account, tag: String) -> String {
+    let id = account.create_image(std::slice::from_ref(&tag), json!({})).await;
+    let message = account.await_declined(&id).await;
+    message.replace(tag.rsplit(':').next().unwrap(), "ID")
+}
+
+/// What a disk image program writes at the start of a file of that format.
+async fn container_header(format: &str, options: &[&str]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", format]).args(options).arg(&file).arg("16M");
+    let (well, said) = common::run(&mut create).await;
+    assert!(well, "qemu-img: {said}");
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes.truncate(32 << 10);
+    bytes
+}
+
+/// What cannot be done is declined with a sentence that helps; nothing is written, and nothing left.
+mod declined {
+    use super::*;
+
+    const KIND: Kind = Kind::Narrow;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn another_tenants_source_reads_the_same_as_a_missing_one() {
+        let (_stage, _daemon) = with(KIND).await;
+        let (demo, demo2) = (Account::demo().await, Account::demo2().await);
+        let theirs = demo2.small_volume(json!({}), 1).await;
+        let snapshot = demo2.create_snapshot(&theirs).await;
+        let missing = uuid::Uuid::new_v4().to_string();
+        let (volume, no_volume, snap, no_snap) = tokio::join!(
+            declined_sentence(&demo, volume_tag(&theirs.id)),
+            declined_sentence(&demo, volume_tag(&missing)),
+            declined_sentence(&demo, snapshot_tag(&snapshot)),
+            declined_sentence(&demo, snapshot_tag(&missing)),
+        );
+        assert_eq!(volume, no_volume);
+        assert_eq!(snap, no_snap);
+        assert_eq!(theirs.disk.facts().await.unwrap().snapshots.len(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_in_use_or_encrypted_or_on_another_backend_is_not_taken() {
+        let (_stage, _daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let (used, encrypted, elsewhere) = tokio::join!(
+            demo.small_volume(json!({}), 1),
+            demo.create_volume(json!({"volume_type": "luks"})),
+            demo.create_volume(json!({"volume_type": "ceph2"})),
+        );
+        demo.attach(&used).await;
+        let sentence = declined_sentence(&demo, volume_tag(&used.id)).await;
+        demo.detach(&used).await;
+        assert!(sentence.contains("in-use") && sentence.contains("available"), "{sentence}");
+        let sentence = declined_sentence(&demo, volume_tag(&encrypted.id)).await;
+        assert!(sentence.contains("encrypted"), "{sentence}");
+        let sentence = declined_sentence(&demo, volume_tag(&elsewhere.id)).await;
+        assert!(sentence.contains("ceph2"), "{sentence}");
+        for volume in [&used, &encrypted, &elsewhere] {
+            source_is_as_before(volume, 0).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_disk_that_begins_like_a_container_format_is_not_registered_as_raw() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let flat = ["-o", "subformat=monolithicFlat"];
+        let formats: [(&str, &str, &[&str]); 8] = [
+            ("qcow", "qcow", &[]),
+            ("qcow2", "qcow2", &[]),
+            ("qed", "qed", &[]),
+            ("vmdk", "vmdk", &[]),
+            ("vmdk", "vmdk", &flat),
+            ("vhd", "vpc", &["-o", "subformat=dynamic"]),
+            ("vhdx", "vhdx", &[]),
+            ("vdi", "vdi", &[]),
+        ];
+        let tries = formats.map(|(name, format, options)| {
+            let demo = &demo;
+            async move {
+                let volume = demo.small_volume(json!({}), 1).await;
+                volume.disk.put(0, &container_header(format, options).await).await;
+                let sentence = declined_sentence(demo, volume_tag(&volume.id)).await;
+                assert!(sentence.to_lowercase().contains(name), "{name}: {sentence}");
+                source_is_as_before(&volume, 0).await;
+            }
+        });
+        join_all(tries).await;
+        // what partitions a disk is no container: gpt and mbr are raw
+        let volume = demo.small_volume(json!({}), 1).await;
+        let mut mbr = vec![0; 512];
+        mbr[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 3, 0, 0, 8, 0, 0, 0, 8, 1, 0]);
+        mbr[510..].copy_from_slice(&[0x55, 0xaa]);
+        volume.disk.put(0, &mbr).await;
+        offloads(&daemon, &demo, &volume, 1).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_record_that_is_not_raw_and_bare_or_wants_a_signature_checked() {
+        let (_stage, _daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        for (record, word) in [
+            (json!({"disk_format": "qcow2", "container_format": "bare"}), "disk_format"),
+            (json!({"disk_format": "raw", "container_format": "ovf"}), "container_format"),
+            (json!({"img_signature": "c2ln", "img_signature_uuid": unique()}), "signature"),
+        ] {
+            let id = demo.create_image(&[volume_tag(&volume.id)], record.clone()).await;
+            let sentence = demo.await_declined(&id).await;
+            assert!(sentence.contains(word), "{sentence}");
+            let now = demo.image(&id).await;
+            for (key, value) in record.as_object().unwrap() {
+                assert_eq!(&now[key], value, "the record is the tenant's");
+            }
+        }
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_thousand_garbage_tags_are_taken_off_in_bounded_time() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let id = uuid::Uuid::new_v4();
+        let kinds = [
+            "volume",
+            "snapshot",
+            "instance",
+            "disk",
+            "Volume",
+            "",
+            "volume:volume",
+            "\u{202e}volume",
+            "%s",
+            "../volume",
+        ];
+        let tails = [
+            String::new(),
+            id.simple().to_string(),
+            format!("{id} "),
+            format!("{id}0"),
+            format!("{{{}}}", &id.to_string()[..34]),
+            "0".repeat(36),
+            "-".repeat(36),
+            "\u{e9}".repeat(18),
+            "../../etc/passwd".into(),
+            "x".repeat(200),
+        ];
+        let mut garbage: Vec<String> = Vec::new();
+        for kind in kinds {
+            garbage.extend(tails.iter().map(|tail| format!("rbd-offload:{kind}:{tail}")));
+        }
+        let begun = Instant::now();
+        // one a record, and then many
+        let single =
+            join_all(garbage.iter().take(60).map(|tag| demo.create_image(std::slice::from_ref(tag), json!({})))).await;
+        let mut many = Vec::new();
+        for n in 0..9 {
+            let tags: Vec<_> = (0..104).map(|m| format!("rbd-offload:{}:{n}-{m}", kinds[m % kinds.len()])).collect();
+            many.push(demo.create_image(&tags, json!({})).await);
+        }
+        for id in single.iter().chain(&many) {
+            demo.await_end(id, "declined").await;
+        }
+        let took = begun.elapsed();
+        eprintln!("a thousand garbage tags: {took:?}");
+        assert!(took < seconds(180), "{took:?}");
+        daemon.await_health(200).await;
+        for id in many {
+            nothing_is_left_of(&id).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_tags_are_none_and_other_tags_stay() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let tags = [volume_tag(&volume.id), volume_tag(&uuid::Uuid::new_v4().to_string()), "blue".into()];
+        let id = demo.create_image(&tags, json!({})).await;
+        let sentence = demo.await_declined(&id).await;
+        assert!(sentence.contains("exactly one"), "{sentence}");
+        assert_eq!(demo.image(&id).await["tags"], json!(["blue"]));
+
+        // it stays the tenant's: a new tag is a new request
+        let expected = volume.disk.digest(None).await;
+        demo.add_tag(&id, &volume_tag(&volume.id)).await;
+        let image = until("the second request is active", seconds(120), || async {
+            let image = demo.image(&id).await;
+            (image["status"] == "active").then_some(image)
+        })
+        .await;
+        is_right(&image, &expected, 1).await;
+        daemon.await_job(&id, "done").await;
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn after_a_decline_a_plain_upload_works() {
+        let (_stage, _daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let record = json!({"disk_format": "raw", "container_format": "bare"});
+        let id = demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], record).await;
+        demo.await_declined(&id).await;
+        assert_eq!(demo.upload(&id, vec![7; 1 << 20]).await, 204);
+        assert_eq!(demo.await_image(&id, "active").await["size"], MIB);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_image_that_is_active_or_being_uploaded_is_not_touched() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let record = json!({"disk_format": "raw", "container_format": "bare"});
+
+        let active = demo.create_image(&[], record.clone()).await;
+        assert_eq!(demo.upload(&active, vec![7; 1 << 20]).await, 204);
+        let bytes = Disk::of_image(&active).digest(Some("snap")).await;
+        demo.add_tag(&active, &volume_tag(&volume.id)).await;
+
+        let saving = demo.create_image(&[], record).await;
+        let mut upload = demo.begin_upload(&saving, 2 << 20).await;
+        upload.write_all(&vec![8; 1 << 20]).await.unwrap();
+        demo.await_image(&saving, "saving").await;
+        demo.add_tag(&saving, &volume_tag(&volume.id)).await;
+
+        // a later request is done: the daemon has seen these two
+        let later = demo.request(&volume).await;
+        demo.await_image(&later, "active").await;
+        daemon.await_idle().await;
+        pause(seconds(2)).await;
+        upload.write_all(&vec![8; 1 << 20]).await.unwrap();
+        demo.await_image(&saving, "active").await;
+        assert_eq!(Disk::of_image(&active).digest(Some("snap")).await, bytes);
+        assert_eq!(Disk::of_image(&saving).facts().await.unwrap().size, 2 * MIB);
+        // (at the end of an upload Glance writes the tags of its beginning)
+        assert_eq!(demo.image(&active).await["tags"], json!([volume_tag(&volume.id)]));
+        for id in [&active, &saving] {
+            let image = demo.image(id).await;
+            assert!(image.as_object().unwrap().keys().all(|key| !key.starts_with("rbd_offload_")), "{image:#}");
+            assert_eq!(Account::service().await.locations(id).await.len(), 1);
+        }
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_writer_that_was_there_first_keeps_the_name() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let id = demo.create_image(&[], json!({})).await;
+        let theirs = Disk::of_image(&id);
+        theirs.create(8 * MIB).await;
+        theirs.write(9, &[(0, MIB)]).await;
+        let before = theirs.digest(None).await;
+        demo.add_tag(&id, &volume_tag(&volume.id)).await;
+        demo.await_end(&id, "declined").await;
+        assert_eq!(theirs.digest(None).await, before);
+        assert!(Disk::of_image(&format!("rbd-offload.{id}")).facts().await.is_none());
+        source_is_as_before(&volume, 0).await;
+        daemon.await_job(&id, "declined").await;
+        // not even the reconciler touches it
+        pause(seconds(12)).await;
+        assert_eq!(theirs.digest(None).await, before);
+        theirs.remove().await;
+    }
+}
+
+/// What happens while the bytes are on their way.
+mod meanwhile {
+    use super::*;
+
+    const KIND: Kind = Kind::Slow;
+
+    async fn await_copying(daemon: &Daemon, id: &str) {
+        daemon.await_job(id, "copying").await;
+        until("its private copy", seconds(60), || async {
+            Disk::of_image(&format!("rbd-offload.{id}")).facts().await.map(drop)
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_image_deleted_while_it_waits_or_is_copied_leaves_nothing() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        volume.disk.write(2, &[(0, 60 * MIB)]).await;
+        let copied = [demo.request(&volume).await, demo.request(&volume).await];
+        await_copying(&daemon, &copied[0]).await;
+        // there is room for two
+        let waiting = [demo.request(&volume).await, demo.request(&volume).await, demo.request(&volume).await];
+        for id in copied.iter().chain(&waiting) {
+            assert_eq!(demo.delete_image(id).await, 204);
+        }
+        let begun = Instant::now();
+        for id in copied.iter().chain(&waiting) {
+            until("the end of the job", seconds(60), || async {
+                let job = daemon.job(id).await;
+                job.is_none_or(|job| job["state"] == "cancelled").then_some(())
+            })
+            .await;
+            nothing_is_left_of(id).await;
+        }
+        assert!(begun.elapsed() < seconds(20), "{:?}", begun.elapsed());
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_tenant_sees_the_progress_and_the_image_equals_the_moment_of_the_request() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        volume.disk.write(2, &[(0, 60 * MIB)]).await;
+        let expected = volume.disk.digest(None).await;
+        let id = demo.request(&volume).await;
+        await_copying(&daemon, &id).await;
+        // the guest goes on writing
+        volume.disk.write(3, &[(0, 2 * MIB), (30 * MIB, MIB), (62 * MIB, MIB)]).await;
+        let seen = Mutex::new(Vec::new());
+        let image = until("active", seconds(120), || async {
+            let image = demo.image(&id).await;
+            if let Some(progress) = image["rbd_offload_progress"].as_str() {
+                let status = image["rbd_offload_status"].as_str().unwrap().to_owned();
+                seen.lock().unwrap().push((status, progress.parse::<u8>().unwrap()));
+            }
+            (image["status"] == "active").then_some(image)
+        })
+        .await;
+        let mut seen = seen.into_inner().unwrap();
+        is_right(&image, &expected, 1).await;
+        daemon.await_job(&id, "done").await;
+        seen.dedup();
+        assert!(seen.iter().any(|(status, progress)| status == "copying" && (1..100).contains(progress)), "{seen:?}");
+        assert!(seen.is_sorted_by_key(|(_, progress)| *progress), "{seen:?}");
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_writer_that_takes_the_name_first_wins() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        volume.disk.write(2, &[(0, 40 * MIB)]).await;
+        let id = demo.request(&volume).await;
+        await_copying(&daemon, &id).await;
+        let theirs = Disk::of_image(&id);
+        theirs.create(8 * MIB).await;
+        theirs.write(9, &[(0, MIB)]).await;
+        let before = theirs.digest(None).await;
+        demo.await_end(&id, "declined").await;
+        daemon.await_job(&id, "declined").await;
+        assert_eq!(theirs.digest(None).await, before);
+        assert!(Disk::of_image(&format!("rbd-offload.{id}")).facts().await.is_none());
+        source_is_as_before(&volume, 0).await;
+        pause(seconds(12)).await;
+        assert_eq!(theirs.digest(None).await, before, "the reconciler leaves it alone");
+        theirs.remove().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_tenant_that_uploads_meanwhile_wins() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        volume.disk.write(2, &[(0, 40 * MIB)]).await;
+        let id = demo.request(&volume).await;
+        await_copying(&daemon, &id).await;
+        assert_eq!(demo.upload(&id, vec![7; 3 << 20]).await, 204);
+        daemon.await_job(&id, "declined").await;
+        assert_eq!(demo.image(&id).await["status"], "active");
+        assert_eq!(Disk::of_image(&id).facts().await.unwrap().size, 3 * MIB);
+        assert_eq!(Account::service().await.locations(&id).await.len(), 1);
+        assert!(Disk::of_image(&format!("rbd-offload.{id}")).facts().await.is_none());
+        source_is_as_before(&volume, 0).await;
+    }
+}
+
+/// The daemon beside the services that do as they always did.
+mod beside {
+    use super::*;
+
+    const KIND: Kind = Kind::Clone;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn twenty_stock_uploads_pass_untouched_and_no_notification_is_lost() {
+        let (_stage, daemon) = with(KIND).await;
+        let demo = Account::demo().await;
+        let broker = Broker::connect().await;
+        // what Ceilometer would consume; the services declare it themselves
+        let ours = format!("test-{}", unique());
+        broker.listen(&ours, &["glance", "openstack"]).await;
+        broker.drain("notifications.info").await;
+        broker.drain(&ours).await;
+        let volumes = join_all((0..4).map(|seed| demo.small_volume(json!({}), 10 + seed))).await;
+        let uploads = volumes.iter().map(|volume| {
+            let (demo, daemon) = (&demo, &daemon);
+            async move {
+                let expected = volume.disk.digest(None).await;
+                for _ in 0..5 {
+                    let id = demo.stock_upload(volume).await;
+                    demo.await_volume(&volume.id, "available").await;
+                    let image = demo.await_image(&id, "active").await;
+                    assert!(image.as_object().unwrap().keys().all(|key| !key.starts_with("rbd_offload_")), "{image:#}");
+                    assert_eq!(image["size"], expected.size);
+                    assert_eq!(Disk::of_image(&id).digest(Some("snap")).await, expected);
+                    assert_eq!(daemon.job(&id).await, None);
+                    demo.await_tasks(&id).await;
+                    demo.delete_image(&id).await;
+                }
+            }
+        });
+        join_all(uploads).await;
+        // quiet: nothing is published between the two looks
+        pause(seconds(1)).await;
+        let (reference, theirs) = (broker.message_ids(&ours).await, broker.message_ids("notifications.info").await);
+        let lost: Vec<_> = reference.difference(&theirs).collect();
+        assert!(reference.len() > 100, "{}", reference.len());
+        assert!(lost.is_empty(), "{} of {} are missing in notifications.info", lost.len(), reference.len());
+    }
+}

@@ -57,7 +57,7 @@ pub enum FillFault {
     SkipEveryThird,
     /// An error after so many objects.
     FailAfter(usize),
-    /// Ends after so many objects as if it had done all, and leaves the object map as it was.
+    /// Ends after so many objects as if it had done all.
     StopAfter(usize),
 }
 
@@ -116,23 +116,46 @@ pub(super) fn fill(
     let prefix = to.object_prefix()?;
     let maps = to.features()?.has(Features::OBJECT_MAP);
     drop(to);
-    if maps {
+    if maps && !plan.is_empty() {
         Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
     }
 
     progress.set_total(plan.len() as u64 * layout.object_size);
-    let mut copier = Copier::new(&operation, &data, &prefix, layout.object_size, (progress, cancel));
+    let copier = Copier::new(&operation, &data, &prefix, layout.object_size, (progress, cancel));
+    let copied = copy_all(copier, &plan, limits, fault);
+    if copied.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
+        return copied;
+    }
+    // Also where it broke off: the clone is right as it is, and the flatten may go on from there.
+    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    if !to.features()?.has(Features::MAPS) {
+        make_maps(&to, cancel)?;
+    }
+    let moved = copied?;
+
+    // The id that was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
+    let again = Image::open_existing(cluster, source, Access::ReadOnly)?;
+    if again.snapshot_id(snapshot)? != snap_id {
+        return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
+    }
+    Ok(moved)
+}
+
+/// Copies what is planned, and makes the holes that could not be foreseen.
+fn copy_all(
+    mut copier: Copier<'_>,
+    plan: &[Copy<'_>],
+    limits: TransferLimits,
+    fault: Option<FillFault>,
+) -> Result<Moved> {
     let mut pace = Pace::new(limits.objects_per_second);
     let mut copied_blindly = Vec::new();
     for (number, copy) in plan.iter().enumerate() {
         match fault {
             Some(FillFault::FailAfter(n)) if n == number => {
-                return Err(Error::new(&operation, ErrorKind::Other, "a fault of a test"));
+                return Err(Error::new(copier.operation, ErrorKind::Other, "a fault of a test"));
             }
-            Some(FillFault::StopAfter(n)) if n == number => {
-                copier.finish()?;
-                return Ok(copier.moved);
-            }
+            Some(FillFault::StopAfter(n)) if n == number => break,
             _ => {}
         }
         copier.make_room(limits.concurrency, Instant::now() + pace.wait_for(1))?;
@@ -143,26 +166,18 @@ pub(super) fn fill(
     }
     copier.finish()?;
     punch_if_it_pays(&mut copier, &copied_blindly, limits.concurrency)?;
-    let moved = copier.moved;
-    drop(copier);
+    Ok(copier.moved)
+}
 
-    // The id that was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
-    let again = Image::open_existing(cluster, source, Access::ReadOnly)?;
-    if again.snapshot_id(snapshot)? != snap_id {
-        return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
+/// Makes the object maps of the image and of its snapshots from the objects that there are.
+fn make_maps(image: &Image, cancel: &CancellationToken) -> Result<()> {
+    image.set_features(Features::MAPS, true)?;
+    image.rebuild_object_map(cancel)?;
+    for snapshot in image.snapshots()? {
+        image.set_snapshot(&snapshot.name)?;
+        image.rebuild_object_map(cancel)?;
     }
-    drop(again);
-    if moved.objects == 0 {
-        return Ok(moved);
-    }
-    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
-    to.set_features(Features::MAPS, true)?;
-    to.rebuild_object_map(cancel)?;
-    for snapshot in to.snapshots()? {
-        to.set_snapshot(&snapshot.name)?;
-        to.rebuild_object_map(cancel)?;
-    }
-    Ok(moved)
+    Ok(())
 }
 
 /// An object to copy.

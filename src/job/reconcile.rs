@@ -91,19 +91,14 @@ impl Reconciler {
 
     /// A round at once, then one every `[offload] reconcile_interval`, until `stop` fires.
     pub async fn run(mut self, stop: CancellationToken) {
-        let work = async {
-            loop {
-                self.guarded_round().await;
-                let interval = self.context().config.borrow().offload.reconcile_interval;
-                tokio::select! {
-                    () = sleep(interval) => {}
-                    () = self.wake.notified() => {}
-                }
+        while !stop.is_cancelled() {
+            self.guarded_round(&stop).await;
+            let interval = self.context().config.borrow().offload.reconcile_interval;
+            tokio::select! {
+                () = sleep(interval) => {}
+                () = self.wake.notified() => {}
+                () = stop.cancelled() => {}
             }
-        };
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = work => {}
         }
     }
 
@@ -111,7 +106,7 @@ impl Reconciler {
         self.engine.context()
     }
 
-    async fn guarded_round(&mut self) {
+    async fn guarded_round(&mut self, stop: &CancellationToken) {
         let objects = self.context().store.objects().clone();
         let key = LockKey { name: ROUND.into(), cookie: self.context().identity.instance.to_string() };
         let duration = self.context().config.borrow().jobs.lease * 4;
@@ -129,10 +124,15 @@ impl Reconciler {
             }
         }
         let mut findings = Findings::default();
-        match tokio::time::timeout(duration, self.round(&mut findings)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "the reconciler did not end its round; the next goes on"),
-            Err(_) => {
+        let ended = tokio::select! {
+            ended = tokio::time::timeout(duration, self.round(&mut findings)) => Some(ended),
+            // the lock is given back, so that another daemon, or the next life of this one, need not wait for its end
+            () = stop.cancelled() => None,
+        };
+        match ended {
+            Some(Ok(Ok(()))) | None => {}
+            Some(Ok(Err(error))) => tracing::warn!(%error, "the reconciler did not end its round; the next goes on"),
+            Some(Err(_)) => {
                 tracing::warn!(seconds = duration.as_secs(), "the reconciler's round took too long; the next goes on")
             }
         }

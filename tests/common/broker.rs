@@ -59,8 +59,7 @@ impl Broker {
     /// Takes everything out of a queue.
     pub async fn drain(&self, queue: &str) -> Vec<Vec<u8>> {
         let mut bodies = Vec::new();
-        while let Some(message) =
-            self.channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap()
+        while let Some(message) = self.channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap()
         {
             bodies.push(message.delivery.data);
         }
@@ -99,7 +98,11 @@ impl Broker {
     pub async fn count(&self, queue: &str) -> Option<u32> {
         let channel = self._connection.create_channel().await.unwrap();
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(queue.into(), options, FieldTable::default()).await.ok().map(|queue| queue.message_count())
+        channel
+            .queue_declare(queue.into(), options, FieldTable::default())
+            .await
+            .ok()
+            .map(|queue| queue.message_count())
     }
 
     pub async fn delete(&self, queue: &str) {

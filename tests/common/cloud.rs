@@ -7,6 +7,8 @@ use std::time::Duration;
 use futures::FutureExt;
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use super::disk::{self, Disk};
 use super::{MIB, lab, seconds, unique, until};
@@ -185,6 +187,19 @@ impl Account {
         request.header("content-type", "application/octet-stream").body(bytes).send().await.unwrap().status().as_u16()
     }
 
+    /// An upload of so many bytes whose bytes are still to be written.
+    pub async fn begin_upload(&self, id: &str, bytes: u64) -> TcpStream {
+        let address = lab().glance.strip_prefix("http://").unwrap();
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = format!(
+            "PUT /v2/images/{id}/file HTTP/1.1\r\nHost: {address}\r\nX-Auth-Token: {}\r\n\
+             Content-Type: application/octet-stream\r\nContent-Length: {bytes}\r\n\r\n",
+            self.token
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream
+    }
+
     /// Locations, as only a service sees them.
     pub async fn locations(&self, id: &str) -> Vec<String> {
         let (status, body) = self.call(Method::GET, &self.glance(&format!("images/{id}/locations")), None).await;
@@ -207,9 +222,12 @@ impl Account {
     pub async fn await_image(&self, id: &str, status: &str) -> Value {
         until(&format!("image {id} is {status}"), PATIENCE, || async {
             let image = self.image(id).await;
+            if image["status"] == status {
+                return Some(image);
+            }
             let ended = matches!(image["rbd_offload_status"].as_str(), Some("declined" | "failed"));
-            assert!(!ended || status == "queued", "image {id}: {image:#}");
-            (image["status"] == status).then_some(image)
+            assert!(!ended, "image {id}: {image:#}");
+            None
         })
         .await
     }
@@ -287,15 +305,27 @@ impl Account {
     }
 
     pub async fn volume_action(&self, id: &str, action: Value) -> Value {
-        let (status, body) =
-            self.call(Method::POST, &self.cinder(&format!("volumes/{id}/action")), Some(action)).await;
+        let (status, body) = self.call(Method::POST, &self.cinder(&format!("volumes/{id}/action")), Some(action)).await;
         assert!(status < 300, "{status} {body}");
         body
     }
 
+    /// Attaches the volume to a host, as Nova does to an instance.
+    pub async fn attach(&self, volume: &Volume) {
+        let attach = json!({"os-attach": {"host_name": "test", "mountpoint": "/dev/vdb"}});
+        self.volume_action(&volume.id, attach).await;
+        self.await_volume(&volume.id, "in-use").await;
+    }
+
+    pub async fn detach(&self, volume: &Volume) {
+        self.volume_action(&volume.id, json!({"os-detach": {}})).await;
+        self.await_volume(&volume.id, "available").await;
+    }
+
     /// Cinder's own upload of a volume; the image's id.
     pub async fn stock_upload(&self, volume: &Volume) -> String {
-        let upload = json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
+        let upload =
+            json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
         let answer = self.volume_action(&volume.id, json!({"os-volume_upload_image": upload})).await;
         let id = answer["os-volume_upload_image"]["image_id"].as_str().unwrap().to_owned();
         self.note(Made::Image(id.clone()));

@@ -105,7 +105,14 @@ impl Setup {
             .unwrap();
         // for whoever has to tidy up after tests that were killed
         std::fs::write(dir.join("pid"), child.id().to_string()).unwrap();
-        Daemon { namespace: self.name.clone(), queue: self.name.clone(), dir, log, port, child: Mutex::new(Some(child)) }
+        Daemon {
+            namespace: self.name.clone(),
+            queue: self.name.clone(),
+            dir,
+            log,
+            port,
+            child: Mutex::new(Some(child)),
+        }
     }
 }
 
@@ -156,9 +163,9 @@ impl Daemon {
     /// A number of `/metrics`, summed over its labels.
     pub async fn metric(&self, name: &str) -> f64 {
         let (_, body) = self.page("/metrics").await.expect("metrics");
-        let lines = body.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ') || rest.starts_with('{'))
-        });
+        let lines = body
+            .lines()
+            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ') || rest.starts_with('{')));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 

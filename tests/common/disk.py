@@ -5,6 +5,7 @@ It goes through Debian's own librbd bindings, so that what the daemon made is ju
 
 import hashlib
 import json
+import os
 import random
 import sys
 
@@ -184,3 +185,6 @@ cluster = rados.Rados(conffile=conf, name='client.admin', conf=dict(keyring=keyr
 cluster.connect()
 answer = globals()[function](**json.loads(arguments))
 json.dump(answer, sys.stdout)
+sys.stdout.flush()
+# without the end of the interpreter, in which librados may still be at work
+os._exit(0)

@@ -63,11 +63,8 @@ impl Lab {
 
     /// `lab/svc ACTION NAME…`.
     pub async fn service(&self, action: &str, names: &[&str]) {
-        let (output, said) = run(Command::new(self.commands.join("svc"))
-            .arg(action)
-            .args(names)
-            .env("RBDLAB_DIR", &self.dir))
-        .await;
+        let (output, said) =
+            run(Command::new(self.commands.join("svc")).arg(action).args(names).env("RBDLAB_DIR", &self.dir)).await;
         assert!(output, "lab/svc {action} {names:?}: {said}");
     }
 
