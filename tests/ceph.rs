@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rbd_offload::ceph::{
-    Change, Client, ErrorKind, Features, ImageSpec, LockKey, Locked, Moved, Objects, Progress, Storage, TransferLimits,
-    Version,
+    Change, Client, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects, Progress,
+    Storage, TransferLimits, Version,
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -1005,6 +1005,239 @@ write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",
     .await;
 }
 
+/// The first byte of a difference, if there is one.
+async fn compared(client: &Client, source: &ImageSpec, image: &ImageSpec, extent: Compare) -> Option<u64> {
+    client.compare(source, "s", image, extent, &CancellationToken::new()).await.unwrap()
+}
+
+async fn snapshotted(client: &Client, source: &ImageSpec) {
+    client.create_snapshot(source, "s").await.unwrap();
+    client.protect_snapshot(source, "s").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_goes_wrong_harms_nothing() {
+    let lab = Lab::new();
+    lab.python(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 60 * M); write('images', NAME + '-a', 0, 50 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+write('volumes', v, 9 * M, 2 * M, 2); write('volumes', v, 56 * M, 100, 3)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    for fault in [FillFault::SkipEveryThird, FillFault::FailAfter(7), FillFault::StopAfter(7)] {
+        let (progress, never) = (Progress::default(), CancellationToken::new());
+        client.clone_image(&source, "s", &image).await.unwrap();
+        let filled = client.fill_with_fault(&source, "s", &image, LIMITS, &progress, &never, Some(fault)).await;
+        match filled {
+            Ok(moved) => assert!(moved.objects > 0 && moved.objects < 13, "{fault:?}: {moved:?}"),
+            Err(error) => assert_eq!((fault, error.kind()), (FillFault::FailAfter(7), ErrorKind::Other), "{error}"),
+        }
+        client.flatten(&image, &progress, &never).await.unwrap();
+        assert!(lab.data(&image, None) == expected, "{fault:?}");
+        assert_eq!(compared(&client, &source, &image, Compare::Full).await, None);
+        is_published_shape(&lab, &client, &source, &image).await;
+        client.remove_image(&image).await.unwrap();
+    }
+}
+
+/// What keeps a snapshot with clones from being removed is taken away by force, behind Ceph's back.
+const REMOVE_BY_FORCE: &str = "
+import struct
+with rbd.Image(io('volumes'), NAME + '-volume') as image:
+    header, snap_id = 'rbd_header.' + image.id(), image.snap_get_id('s')
+io('volumes').execute(header, 'rbd', 'set_protection_status', struct.pack('<QB', snap_id, 0))
+with rbd.Image(io('volumes'), NAME + '-volume') as image: image.remove_snap('s')";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    let slow = TransferLimits { concurrency: 1, objects_per_second: 4, bytes_per_second: 16 * MIB };
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let removal = async {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        tokio::task::block_in_place(|| lab.python(REMOVE_BY_FORCE));
+    };
+    snapshotted(&client, &source).await;
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let (filled, ()) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &never), removal);
+    let error = filled.unwrap_err();
+    eprintln!("fill: {error}");
+    assert!(!rbd_offload::transfer::is_for_another_method(&error), "{error}");
+    client.flatten(&image, &progress, &never).await.unwrap_err();
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+
+    let removal = async {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        tokio::task::block_in_place(|| lab.python(REMOVE_BY_FORCE));
+    };
+    snapshotted(&client, &source).await;
+    client.create_like(&source, "s", &image).await.unwrap();
+    let (copied, ()) = tokio::join!(client.copy(&source, "s", &image, slow, &progress, &never), removal);
+    eprintln!("copy: {}", copied.unwrap_err());
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planted_difference_is_found() {
+    let lab = Lab::new();
+    lab.python(
+        "
+v = NAME + '-volume'
+create('volumes', v, 41 * M + 100); write('volumes', v, 0, 9 * M, 1); write('volumes', v, 30 * M, 4 * M, 2)",
+    );
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    transfer(&client, Method::Fill, &source, &image).await;
+    for extent in [Compare::Sample, Compare::Full] {
+        assert_eq!(compared(&client, &source, &image, extent).await, None);
+    }
+    // One byte, in the data, where there was a hole, and at the very end.
+    for at in [5 * MIB + 4321, 20 * MIB + 1, 41 * MIB + 99] {
+        let change = format!(
+            "
+with rbd.Image(io('images'), NAME + '-image') as image:
+    image.write(bytes([image.read({at}, 1)[0] ^ 1]), {at})"
+        );
+        lab.python(&change);
+        assert_eq!(compared(&client, &source, &image, Compare::Full).await, Some(at));
+        lab.python(&change);
+    }
+    assert_eq!(compared(&client, &source, &image, Compare::Full).await, None);
+    // Other data everywhere.
+    lab.python("write('images', NAME + '-image', 0, 9 * M, 7); write('images', NAME + '-image', 30 * M, 4 * M, 8)");
+    assert!(compared(&client, &source, &image, Compare::Sample).await.is_some());
+    assert_eq!(compared(&client, &source, &image, Compare::Full).await, Some(0));
+    lab.python("resize('images', NAME + '-image', 40 * M)");
+    assert_eq!(compared(&client, &source, &image, Compare::Sample).await, Some(40 * MIB));
+
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    let stopped = client.compare(&source, "s", &image, Compare::Full, &cancel).await.unwrap_err();
+    assert_eq!(stopped.kind(), ErrorKind::Cancelled);
+    let missing = client.compare(&source, "t", &image, Compare::Sample, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
+}
+
+/// Pools of one test, in which nobody else stores anything.
+struct Pools<'a> {
+    lab: &'a Lab,
+    names: Vec<String>,
+}
+
+impl<'a> Pools<'a> {
+    fn new(lab: &'a Lab, names: &[&str]) -> Self {
+        let names: Vec<_> = names.iter().map(|name| format!("{}-{name}", lab.name)).collect();
+        for name in &names {
+            lab.command("ceph", &["osd", "pool", "create", name, "4"]);
+            lab.command("rbd", &["pool", "init", name]);
+        }
+        Self { lab, names }
+    }
+
+    /// Bytes stored in each, once the OSDs' reports have settled.
+    async fn stored(&self) -> Vec<u64> {
+        let mut last = (Vec::new(), Instant::now());
+        loop {
+            let df: serde_json::Value =
+                serde_json::from_str(&self.lab.command("ceph", &["df", "--format", "json"])).unwrap();
+            let pools = df["pools"].as_array().unwrap();
+            let used = |name: &String| {
+                let pool = pools.iter().find(|pool| pool["name"] == name.as_str()).unwrap();
+                pool["stats"]["bytes_used"].as_u64().unwrap()
+            };
+            let now: Vec<u64> = self.names.iter().map(used).collect();
+            if now != last.0 {
+                last = (now, Instant::now());
+            } else if last.1.elapsed() > Duration::from_secs(12) {
+                return last.0;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+impl Drop for Pools<'_> {
+    fn drop(&mut self) {
+        for name in &self.names {
+            self.lab.command("ceph", &["osd", "pool", "delete", name, name, "--yes-i-really-really-mean-it"]);
+        }
+    }
+}
+
+/// Copies `volumes/NAME-volume`, which the Python makes in a pool `SOURCE`, by every method, and holds what is stored of
+/// the copies to what is stored of the source.
+async fn stays_thin(prepare: &str) {
+    let lab = Lab::new();
+    let pools = Pools::new(&lab, &["source", "Copy", "Clone", "Fill"]);
+    lab.python(&format!("SOURCE = NAME + '-source'\nv = NAME + '-volume'\n{prepare}"));
+    // The daemon's user has no business in these pools.
+    let client = Client::connect(&lab.conf(), "admin").await.unwrap();
+    let source = ImageSpec::named(&pools.names[0], format!("{}-volume", lab.name));
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let used = |image: &ImageSpec| {
+        let du = lab.command("rbd", &["du", "--format", "json", &image.to_string()]);
+        let du: serde_json::Value = serde_json::from_str(&du).unwrap();
+        du["images"].as_array().unwrap().iter().map(|image| image["used_size"].as_u64().unwrap()).max().unwrap()
+    };
+    for method in METHODS {
+        let destination = ImageSpec::named(format!("{}-{method:?}", lab.name), "image");
+        let began = Instant::now();
+        transfer(&client, method, &source, &destination).await;
+        eprintln!("{method:?}: {:?}", began.elapsed());
+        assert!(lab.data(&destination, None) == expected, "{method:?}");
+        lab.command("rbd", &["object-map", "check", &destination.to_string()]);
+        assert!(used(&destination) <= used(&source), "{method:?}: {} of {}", used(&destination), used(&source));
+    }
+    let stored = pools.stored().await;
+    eprintln!("stored: {stored:?}, rbd du {}", used(&source));
+    for (name, copy) in pools.names.iter().zip(&stored).skip(1) {
+        assert!(*copy as f64 <= stored[0] as f64 * 1.1, "{name}: {copy} of {}", stored[0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_of_holes_stay_thin() {
+    stays_thin(
+        "
+create(SOURCE, v, 1024 * M)
+for n in range(256): write(SOURCE, v, n * 4 * M + (n * 37 % 1024) * 4096, 4096, n)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn half_full_objects_stay_thin() {
+    stays_thin(
+        "
+create(SOURCE, v, 128 * M)
+for n in range(32): write(SOURCE, v, n * 4 * M + 3 * M, M // 2, n); write(SOURCE, v, n * 4 * M, M, n)",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn erasure_coded_objects_of_holes_stay_thin() {
+    stays_thin(
+        "
+create(SOURCE, v, 128 * M, data_pool='ecdata')
+for n in range(32): write(SOURCE, v, n * 4 * M + 3 * M, M // 2, n)
+create(SOURCE, 'ballast', 128 * M)
+for n in range(32): write(SOURCE, 'ballast', n * 4 * M, M // 2, n)",
+    )
+    .await;
+}
+
 /// What the transfers wrote is right to the OSDs too: a deep scrub compares data, sizes and statistics.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deep_scrub_finds_nothing() {
@@ -1014,12 +1247,12 @@ async fn a_deep_scrub_finds_nothing() {
 v = NAME + '-volume'
 create('images', NAME + '-a', 64 * M, data_pool='ecdata'); write('images', NAME + '-a', 0, 30 * M + 7, 1)
 snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
-write('volumes', v, 20 * M, 30 * M, 2)",
+write('volumes', v, 20 * M, 30 * M, 2)
+for n in (52, 56, 60): write('volumes', v, n * M, M, n); write('volumes', v, (n + 3) * M, 4096, n)",
     );
     let client = lab.client().await;
     let source = lab.volume();
-    client.create_snapshot(&source, "s").await.unwrap();
-    client.protect_snapshot(&source, "s").await.unwrap();
+    snapshotted(&client, &source).await;
     for method in METHODS {
         let destination = ImageSpec::named("images", format!("{}-{method:?}", lab.name));
         transfer(&client, method, &source, &destination).await;

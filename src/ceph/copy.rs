@@ -35,6 +35,7 @@ pub(super) fn copy(
 ) -> Result<Moved> {
     let operation = format!("copy {source}@{snapshot} to {destination}");
     let from = Image::open_snapshot(cluster, source, snapshot)?;
+    let snap_id = from.snapshot_id(snapshot)?;
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     let (size, object_size) = (from.size()?, from.object_size()?);
     if to.size()? != size {
@@ -83,6 +84,11 @@ pub(super) fn copy(
     moved.objects = run.objects.len() as u64;
     drop(run);
     to.flush()?;
+    // A snapshot that is removed meanwhile reads as zeros from then on.
+    let again = Image::open_existing(cluster, source, Access::ReadOnly)?;
+    if again.snapshot_id(snapshot)? != snap_id {
+        return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
+    }
     Ok(moved)
 }
 

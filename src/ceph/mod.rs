@@ -5,6 +5,7 @@
 //! program lives below this folder. Calls are asynchronous: the blocking C functions run on threads of their own.
 
 mod cluster;
+mod compare;
 mod copy;
 mod error;
 mod fill;
@@ -23,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use cluster::{Client, leave};
 pub use error::{Error, ErrorKind, Result};
+#[doc(hidden)]
+pub use fill::FillFault;
 pub use objects::Namespace;
 pub use storage::Finding;
 
@@ -181,7 +184,16 @@ pub struct TransferLimits {
     pub objects_per_second: u64,
 }
 
-/// What a transfer moved.
+/// How much [`Storage::compare`] reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compare {
+    /// A few blocks at random, most of them where the source holds data.
+    Sample,
+    /// Every byte.
+    Full,
+}
+
+/// What a transfer moved. Objects count whole, so both numbers of bytes are upper bounds where objects have holes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Bytes written to the destination.
@@ -238,8 +250,8 @@ pub trait Storage: Send + Sync + 'static {
     ) -> Result<Moved>;
 
     /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into the clone `destination`, then rebuilds
-    /// the object map. What it leaves out is for [`flatten`](Self::flatten). [`ErrorKind::Unsupported`] where the
-    /// cluster or the shape does not allow it.
+    /// the object map. What it leaves out (among it objects that are next to nothing but holes) is for
+    /// [`flatten`](Self::flatten). [`ErrorKind::Unsupported`] where the cluster or the shape does not allow it.
     async fn fill(
         &self,
         source: &ImageSpec,
@@ -249,6 +261,17 @@ pub trait Storage: Send + Sync + 'static {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved>;
+
+    /// The offset of a byte in which `destination` differs from `source@snapshot`: the first of those that were compared.
+    /// `None` when they are alike. Both are read through librbd.
+    async fn compare(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        extent: Compare,
+        cancel: &CancellationToken,
+    ) -> Result<Option<u64>>;
 
     /// At most `length` bytes from `offset` of the image's head, fewer at its end.
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>>;

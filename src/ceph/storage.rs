@@ -7,13 +7,14 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, cancelled};
+use super::compare::compare;
 use super::copy::{Pace, copy};
-use super::fill::fill;
+use super::fill::{FillFault, fill, has_unknown_holes, thin_flattened};
 use super::layers::{shared_extents, total, union, without};
 use super::objects::omap_page;
 use super::rbd::{self, Access, Image, Options};
 use super::{
-    Change, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, Progress, Result, Storage,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, Progress, Result, Storage,
     TransferLimits,
 };
 
@@ -142,10 +143,21 @@ impl Storage for Client {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
-        let operation = format!("fill {destination} from {source}@{snapshot}");
+        self.fill_with_fault(source, snapshot, destination, limits, progress, cancel, None).await
+    }
+
+    async fn compare(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        extent: Compare,
+        cancel: &CancellationToken,
+    ) -> Result<Option<u64>> {
+        let operation = format!("compare {destination} with {source}@{snapshot}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
-        self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
-            fill(cluster, &source, &snapshot, &destination, limits, progress, cancel)
+        self.run_long(operation, &Progress::default(), cancel, move |cluster, _, cancel| {
+            compare(cluster, &source, &snapshot, &destination, extent, cancel)
         })
         .await
     }
@@ -235,6 +247,27 @@ impl Storage for Client {
 }
 
 impl Client {
+    /// [`Storage::fill`], which goes wrong on purpose: for tests of what comes after it.
+    #[doc(hidden)]
+    #[allow(clippy::too_many_arguments)]
+    pub async fn fill_with_fault(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        limits: TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        fault: Option<FillFault>,
+    ) -> Result<Moved> {
+        let operation = format!("fill {destination} from {source}@{snapshot}");
+        let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
+            fill(cluster, &source, &snapshot, &destination, limits, fault, (progress, cancel))
+        })
+        .await
+    }
+
     /// Runs `work` with the image open for changes, and a text that names what is changed.
     async fn with_image<T, F>(&self, verb: &str, image: &ImageSpec, what: &str, work: F) -> Result<T>
     where
@@ -293,9 +326,13 @@ fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel
         _ => std::iter::once(0..overlap).collect(),
     };
     let (bytes, object_size) = (total(&missing), image.object_size()?);
+    let unknown_holes = bytes > 0 && has_unknown_holes(cluster, &image)?;
     progress.set_total(bytes);
     image.flatten(progress, cancel)?;
     progress.set_done(bytes);
+    if unknown_holes {
+        thin_flattened(&image, &missing, cancel)?;
+    }
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }
 

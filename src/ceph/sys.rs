@@ -214,6 +214,20 @@ unsafe extern "C" {
         done: extern "C" fn(argument: *mut c_void, result: c_int),
         argument: *mut c_void,
     ) -> c_int;
+    pub fn rbd_offload_sparsify(
+        io: rados_ioctx_t,
+        object: *const c_char,
+        granularity: u64,
+        done: extern "C" fn(argument: *mut c_void, result: c_int),
+        argument: *mut c_void,
+    ) -> c_int;
+    pub fn rbd_offload_allocated(
+        io: rados_ioctx_t,
+        object: *const c_char,
+        length: u64,
+        allocated: *mut u64,
+        end: *mut u64,
+    ) -> c_int;
 }
 
 #[link(name = "rados")]

@@ -153,6 +153,9 @@ pub struct Record {
     pub project_id: Option<String>,
     pub state: State,
     pub method: Option<Method>,
+    /// Why `method` is not the one that was to be taken.
+    #[serde(default)]
+    pub fallback: Option<String>,
     /// Per cent.
     pub progress: u8,
     pub bytes_total: u64,
@@ -244,6 +247,7 @@ impl Record {
             project_id,
             state: State::Accepted,
             method: None,
+            fallback: None,
             progress: 0,
             bytes_total: 0,
             bytes_done: 0,

@@ -20,8 +20,8 @@ use super::engine::{PoolSlot, PoolSlots};
 use super::lease::{Identity, Lease};
 use super::record::{Ending, Origin, Publication, Record, Stage, State};
 use super::store::{self, Store, Stored};
-use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage, TransferLimits};
-use crate::config::{Config, Hash};
+use crate::ceph::{self, Compare, ErrorKind, ImageSpec, Progress, Storage, TransferLimits};
+use crate::config::{Config, Hash, Verify};
 use crate::openstack::{self, Cloud, Image, LocationAnswer, Validation};
 use crate::plan::{self, NoPlan, Plan, Question};
 use crate::publish::record::{self as tenant, Status};
@@ -444,6 +444,7 @@ impl Job {
             record.publication =
                 Publication { min_disk: plan.min_disk, properties: plan.properties.clone(), sha512: None };
             record.method = first;
+            record.fallback = (!reasons.is_empty()).then(|| reasons.join("; "));
             record.bytes_total = plan.info.size;
             record.bytes_done = 0;
             record.progress = 0;
@@ -466,6 +467,14 @@ impl Job {
         self.stage("transfer", self.transfer(config, &methods, &source, &snapshot, &copy)).await?;
         if self.cancel.is_cancelled() {
             return Err(Stop::Interrupted);
+        }
+        let compared = match config.offload.verify {
+            Verify::None => None,
+            Verify::Sample => Some(Compare::Sample),
+            Verify::Full => Some(Compare::Full),
+        };
+        if let Some(extent) = compared {
+            self.stage("verify", self.verify(&source, &snapshot, &copy, extent)).await?;
         }
         let (sealed, ()) = tokio::join!(
             self.stage("inspect", self.inspect_and_seal(&copy)),
@@ -546,10 +555,24 @@ impl Job {
             limits: TransferLimits {
                 concurrency: config.offload.concurrency,
                 bytes_per_second: config.offload.bandwidth_limit,
-                objects_per_second: 0,
+                objects_per_second: config.offload.objects_per_second,
             },
         };
+        let mut refused: Option<ceph::Error> = None;
         for method in methods {
+            if let Some(error) = refused.take() {
+                tracing::warn!(image_id = %self.id, job_stage = "transfer", %error, next = method.as_str(),
+                    "this method cannot do it; the next one is tried");
+                self.context.storage.remove_image(copy).await?;
+                self.update(|record| {
+                    let before = record.method.map_or("", transfer::Method::as_str);
+                    let note = format!("{before}: {error}");
+                    record.fallback =
+                        Some(record.fallback.iter().chain([&note]).cloned().collect::<Vec<_>>().join("; "));
+                    record.method = Some(*method);
+                })
+                .await?;
+            }
             self.before_visible_step().await?;
             let result =
                 method.transfer().run(self.context.storage.as_ref(), &order, &self.progress, &self.cancel).await;
@@ -568,11 +591,7 @@ impl Job {
                         })
                         .await;
                 }
-                Err(error) if transfer::is_for_another_method(&error) => {
-                    tracing::info!(image_id = %self.id, job_stage = "transfer", method = method.as_str(), %error,
-                        "this method cannot do it; the next one is tried");
-                    self.context.storage.remove_image(copy).await?;
-                }
+                Err(error) if transfer::is_for_another_method(&error) => refused = Some(error),
                 Err(error) if error.kind() == ErrorKind::Exists => {
                     // it came between our look and our making: not ours, so not to be taken down
                     self.update(|record| record.made.copy = false).await?;
@@ -584,7 +603,21 @@ impl Job {
                 Err(error) => return Err(error.into()),
             }
         }
-        end(State::Failed, "no method of transfer can do this source")
+        match refused {
+            Some(error) => Err(error.into()),
+            None => end(State::Failed, "no method of transfer can do this source"),
+        }
+    }
+
+    /// A copy that differs from its source is never published.
+    async fn verify(&self, source: &ImageSpec, snapshot: &str, copy: &ImageSpec, extent: Compare) -> Step<()> {
+        let Some(offset) = self.context.storage.compare(source, snapshot, copy, extent, &self.cancel).await? else {
+            return Ok(());
+        };
+        metrics::counter!("rbd_offload_verify_failures_total").increment(1);
+        tracing::error!(image_id = %self.id, job_stage = "verify", offset, copy = %copy, "the copy differs from its source");
+        self.context.storage.remove_image(copy).await?;
+        Err(Stop::Retry(format!("the copy differed from its source at byte {offset}; it was removed and is made anew")))
     }
 
     async fn inspect_and_seal(&self, copy: &ImageSpec) -> Step<()> {

@@ -43,6 +43,31 @@ impl Session {
     }
 }
 
+impl Session {
+    /// Those of the backends, as `node@backend`, that say that they are not on Ceph. Needs the role `admin`; a backend
+    /// that is down says nothing.
+    pub async fn other_backends(&self) -> Result<Vec<String>> {
+        let request = Request::get(Service::BlockStorage, "list pools", &["scheduler-stats", "get_pools"])
+            .query(vec![("detail", "true".to_owned())]);
+        let answer = self.wire.send(request).await?;
+        let call = answer.call.clone();
+        others(&call, &answer.json()?)
+    }
+}
+
+fn others(call: &str, body: &Value) -> Result<Vec<String>> {
+    let mut hosts = Vec::new();
+    for item in Fields::new(call, body)?.array("pools")? {
+        let pool = Fields::new(call, item)?;
+        let protocol = item.pointer("/capabilities/storage_protocol").and_then(Value::as_str);
+        if protocol.is_some_and(|protocol| !protocol.eq_ignore_ascii_case("ceph")) {
+            let name = pool.text("name")?;
+            hosts.push(name.split('#').next().unwrap_or(&name).to_owned());
+        }
+    }
+    Ok(hosts)
+}
+
 fn backends(call: &str, body: &Value) -> Result<Vec<String>> {
     let mut hosts = Vec::new();
     for item in Fields::new(call, body)?.array("services")? {
@@ -118,6 +143,17 @@ mod tests {
         "os-vol-tenant-attr:tenant_id",
         "os-extended-snapshot-attributes:project_id",
     ];
+
+    #[test]
+    fn a_backend_that_is_not_ceph_is_told_by_its_protocol() {
+        let body = json!({ "pools": [
+            { "name": "n@ceph#ceph", "capabilities": { "storage_protocol": "ceph" } },
+            { "name": "n@lvm#lvm", "capabilities": { "storage_protocol": "iSCSI" } },
+            { "name": "n@silent#silent", "capabilities": {} },
+            { "name": "n@older#older" },
+        ] });
+        assert_eq!(others("list pools", &body).unwrap(), ["n@lvm"]);
+    }
 
     #[test]
     fn a_volume_tells_where_it_lies() {

@@ -105,13 +105,17 @@ pub fn candidates(wanted: config::Method, source: &ImageInfo) -> (Vec<Method>, V
     (methods, reasons)
 }
 
-/// Whether another method may succeed where one ended with this error.
+/// Whether another method may succeed where one ended with this error: the cluster or the shape does not allow it, or
+/// the user's capabilities do not.
 pub fn is_for_another_method(error: &ceph::Error) -> bool {
-    matches!(error.kind(), ErrorKind::Unsupported)
+    matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied)
 }
 
 /// Why no clone can be made of this source.
 fn clone_obstacle(source: &ImageInfo) -> Option<String> {
+    if source.old_format {
+        return Some("the source is an image of format 1, which cannot be cloned".into());
+    }
     if !source.features.has(Features::LAYERING) {
         return Some("the source lacks the feature layering, so it cannot be cloned".into());
     }
@@ -152,6 +156,29 @@ mod tests {
         assert_eq!(methods.first(), Some(&Method::Copy));
         assert!(methods.contains(&Method::Clone));
         assert!(reasons.is_empty(), "{reasons:?}");
+    }
+
+    #[test]
+    fn what_the_osds_must_not_copy_goes_to_the_next_method() {
+        for (features, rest) in [
+            (Features::PUBLISHED.0 | Features::JOURNALING.0, &[Method::Clone, Method::Copy][..]),
+            (Features::PUBLISHED.0 | Features::MIGRATING.0, &[Method::Copy]),
+        ] {
+            for wanted in [config::Method::Auto, config::Method::ServerCopy] {
+                assert_eq!(candidates(wanted, &source(features)).0, rest);
+            }
+        }
+        let old = ImageInfo { old_format: true, ..source(Features::LAYERING.0) };
+        assert_eq!(candidates(config::Method::Auto, &old).0, [Method::Copy]);
+        for (kind, other) in [
+            (ErrorKind::Unsupported, true),
+            (ErrorKind::PermissionDenied, true),
+            (ErrorKind::NoSpace, false),
+            (ErrorKind::Other, false),
+            (ErrorKind::Cancelled, false),
+        ] {
+            assert_eq!(is_for_another_method(&ceph::Error::new("fill", kind, "")), other, "{kind:?}");
+        }
     }
 
     #[test]

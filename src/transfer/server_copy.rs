@@ -30,14 +30,17 @@ impl Transfer for ServerCopy {
             storage.fill(&order.source, &order.snapshot, &order.destination, order.limits, progress, cancel).await;
         let filled = match fill {
             Ok(moved) => moved,
-            // the flatten does all of it then, as it would after `clone`
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                tracing::info!(image = %order.destination, %error, "the OSDs cannot fill the copy; flatten does it");
+            // it broke off: what there is of it is right, and the flatten does the rest, or says what is wrong
+            Err(error) if matches!(error.kind(), ErrorKind::Other | ErrorKind::TimedOut) => {
+                tracing::warn!(image = %order.destination, %error, "the OSDs' copy broke off; this host copies the rest");
                 Moved::default()
             }
             Err(error) => return Err(error),
         };
-        let flattened = storage.flatten(&order.destination, progress, cancel).await?;
+        // what is shown goes to the end once: with the fill, where that had something to do
+        let unseen = Progress::default();
+        let shown = if filled.objects > 0 { &unseen } else { progress };
+        let flattened = storage.flatten(&order.destination, shown, cancel).await?;
         Ok(Moved {
             bytes: filled.bytes + flattened.bytes,
             through_host: filled.through_host + flattened.through_host,

@@ -246,8 +246,12 @@ async fn cinder(session: &Session) -> Row {
 async fn backends(config: &Config, session: &Session) -> Row {
     const NAME: &str = "Cinder backends";
     within(NAME, "see whether cinder-api runs, and its log", async {
-        match session.volume_backends().await {
-            Ok(hosts) => judge_backends(NAME, config, &hosts),
+        match tokio::try_join!(session.volume_backends(), session.other_backends()) {
+            // what is not on Ceph is not our business
+            Ok((mut hosts, others)) => {
+                hosts.retain(|host| !others.contains(host));
+                judge_backends(NAME, config, &hosts)
+            }
             Err(error) => failed(NAME, "Cinder", &error),
         }
     })
@@ -265,10 +269,7 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
     if !unserved.is_empty() {
         reasons.push(format!("Cinder has backends without a section: {}", listed(unserved.clone())));
         let sections: Vec<String> = unserved.iter().map(|name| format!("[backend:{name}]")).collect();
-        mends.push(format!(
-            "add {} with its pool (rbd_pool in cinder.conf); one that is not RBD: its volumes are declined anyway",
-            sections.join(", ")
-        ));
+        mends.push(format!("add {} with its pool (rbd_pool in cinder.conf)", sections.join(", ")));
     }
     if !unknown.is_empty() {
         reasons.push(format!("Cinder has no backend {}", listed(unknown)));

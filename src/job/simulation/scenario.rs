@@ -207,7 +207,7 @@ impl Stage {
                 biased;
                 () = died.cancelled() => {}
                 result = work => if result.is_ok() {
-                    let is_request = tags.iter().any(|t| t.starts_with("rbd-offload:"));
+                    let is_request = !deleted && tags.iter().any(|t| t.starts_with("rbd-offload:"));
                     if is_request {
                         self.world.lock().log(|| format!("acked {image_id}"));
                         self.acked.lock().unwrap_or_else(PoisonError::into_inner).insert(image_id);
