@@ -12,13 +12,18 @@ use std::time::Instant;
 use common::broker::Broker;
 use common::census::Census;
 use common::cloud::{Account, Volume, nothing_is_left_of, snapshot_tag, volume_tag};
-use common::daemon::{Daemon, Setup, command};
+use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
-use common::stage::{Kind, alone, with};
+use common::stage::{self, Kind, with};
 use common::{GIB, MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
+
+/// Ways of transfer.
+const METHODS: [&str; 2] = ["clone", "copy"];
 
 /// RBD features of every published image: layering, exclusive-lock, object-map, fast-diff, deep-flatten.
 const FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
@@ -586,5 +591,228 @@ mod beside {
         let lost: Vec<_> = reference.difference(&theirs).collect();
         assert!(reference.len() > 100, "{}", reference.len());
         assert!(lost.is_empty(), "{} of {} are missing in notifications.info", lost.len(), reference.len());
+    }
+}
+
+/// What takes a daemon of the test's own, and the cluster for itself.
+mod alone {
+    use std::io::{BufRead, BufReader, Read};
+
+    use super::*;
+
+    /// Objects that belong to the RBD image of that id, and to nothing else.
+    fn is_part_of(object: &str, image: &str, rbd_id: &str) -> bool {
+        [format!("/rbd_id.{image}"), format!("image images/{image}"), format!("snapshot images/{image}@snap")]
+            .iter()
+            .any(|end| object.ends_with(end.as_str()))
+            || ["rbd_header", "rbd_object_map", "rbd_data"]
+                .iter()
+                .any(|kind| object.contains(&format!("/{kind}.{rbd_id}")))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_cluster_is_as_before_plus_exactly_the_image() {
+        let _stage = stage::alone().await;
+        for method in METHODS {
+            let demo = Account::demo().await;
+            let image = demo.create_image(&[], json!({"disk_format": "raw", "container_format": "bare"})).await;
+            assert_eq!(demo.upload(&image, (0..12 * MIB).map(|n| (n % 253) as u8).collect()).await, 204);
+            demo.await_tasks(&image).await;
+            let volume = demo.create_volume(json!({"imageRef": image})).await;
+            volume.disk.resize(64 * MIB).await;
+            volume.disk.write(1, &[(20 * MIB, 10 * MIB)]).await;
+            let before = Census::take().await;
+
+            let daemon = Setup::default().set("offload", "method", method).start().await;
+            let id = offloads(&daemon, &demo, &volume, 1).await;
+            demo.await_tasks(&id).await;
+            daemon.await_idle().await;
+            let namespace = daemon.namespace.clone();
+            daemon.stop();
+            common::disk::forget(&namespace).await;
+
+            let rbd_id = Disk::of_image(&id).facts().await.unwrap().id;
+            let mut added = Census::take().await.since(&before);
+            if !added.less.is_empty() || added.more.iter().any(|object| object.starts_with("watcher")) {
+                // Glance may still have open what it hashed
+                pause(seconds(5)).await;
+                added = Census::take().await.since(&before);
+            }
+            assert_eq!(added.less, Vec::<String>::new(), "{method}");
+            let strange: Vec<_> = added.more.iter().filter(|object| !is_part_of(object, &id, &rbd_id)).collect();
+            assert!(strange.is_empty(), "{method}: {strange:#?}");
+            assert_eq!(demo.delete_image(&id).await, 204);
+            let left = before.difference().await;
+            assert!(left.is_nothing(), "{method}: {left:#?}");
+        }
+        assert_eq!(scrub().await, "", "a deep scrub of all pools");
+    }
+
+    /// Deep-scrubs every placement group; what it found.
+    async fn scrub() -> String {
+        let ceph = lab();
+        let stamps = || async {
+            let dump: Value =
+                serde_json::from_str(&ceph.ceph("ceph", &["pg", "dump", "pgs", "-f", "json"]).await).unwrap();
+            dump["pg_stats"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|pg| {
+                    let text = |key: &str| pg[key].as_str().unwrap().to_owned();
+                    (text("pgid"), (text("last_deep_scrub_stamp"), text("state")))
+                })
+                .collect::<BTreeMap<_, _>>()
+        };
+        let before = stamps().await;
+        for osd in ["0", "1", "2"] {
+            ceph.ceph("ceph", &["osd", "deep-scrub", osd]).await;
+        }
+        until("the deep scrub of every placement group", seconds(240), || async {
+            let now = stamps().await;
+            let scrubbed = before.iter().filter(|(pg, (stamp, _))| now.get(*pg).is_none_or(|(now, _)| now != stamp));
+            (scrubbed.count() == before.len()).then_some(())
+        })
+        .await;
+        let health = ceph.ceph("ceph", &["health", "detail"]).await;
+        health.lines().filter(|line| line.contains("nconsistent") || line.contains("SCRUB_ERRORS")).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_request_whose_notification_was_lost_is_found_within_the_interval() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let expected = volume.disk.digest(None).await;
+        // the daemon is off, and its queue is not even there
+        let early = demo.request(&volume).await;
+        // and it hears nothing: no exchange that anybody publishes to
+        let setup = Setup::default().set("messaging", "exchanges", "nobody").set("offload", "reconcile_interval", "8s");
+        let broker = Broker::connect().await;
+        broker.exchange("nobody").await;
+        let daemon = setup.start().await;
+        is_right(&demo.await_image(&early, "active").await, &expected, 1).await;
+        let late = demo.request(&volume).await;
+        let begun = Instant::now();
+        until("a job for the request", seconds(12), || async { daemon.job(&late).await.map(drop) }).await;
+        eprintln!("found after {:?}", begun.elapsed());
+        is_right(&demo.await_image(&late, "active").await, &expected, 1).await;
+        daemon.await_idle().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn sigterm_while_copying_ends_in_time_and_the_next_daemon_finishes() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        volume.disk.write(2, &[(0, 62 * MIB)]).await;
+        let expected = volume.disk.digest(None).await;
+        let setup = Setup::default().set("offload", "method", "copy").set("offload", "bandwidth_limit", "1MiB");
+        let daemon = setup.start().await;
+        let id = demo.request(&volume).await;
+        daemon.await_job(&id, "copying").await;
+        let (status, took) = daemon.terminate();
+        assert!(status.success(), "{status}");
+        assert!(took < seconds(40), "{took:?}");
+        let job = daemon.job(&id).await.unwrap();
+        assert_eq!((&job["state"], &job["owner"]), (&json!("copying"), &Value::Null), "given back: {job:#}");
+
+        let next = setup.set("offload", "bandwidth_limit", "0").start().await;
+        is_right(&demo.await_image(&id, "active").await, &expected, 1).await;
+        next.await_job(&id, "done").await;
+        next.await_idle().await;
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_secret_and_no_token_reaches_the_log_even_at_trace() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        for format in ["text", "json"] {
+            let setup = Setup::default().set("DEFAULT", "log_level", "trace").set("DEFAULT", "log_format", format);
+            let daemon = setup.start().await;
+            let id = demo.request(&volume).await;
+            demo.await_image(&id, "active").await;
+            daemon.await_idle().await;
+            // a message with a token in it, as Nova's error notifications have
+            let broker = Broker::connect().await;
+            let token = demo.token().to_owned();
+            for body in [
+                json!({"event_type": "image.update", "payload": {"id": id, "tags": [token]}, "_context_auth_token": token}).to_string(),
+                format!("{{\"oslo.version\": \"2.0\", \"oslo.message\": \"{token}\"}}"),
+                token.clone(),
+            ] {
+                broker.publish("", &daemon.queue, body.as_bytes(), None).await;
+            }
+            pause(seconds(1)).await;
+            let log = daemon.log();
+            assert!(log.contains("the job ended"), "{log}");
+            assert!(!log.contains(&token), "a token in the log");
+            // stop() looks for the rest
+        }
+    }
+
+    fn captures() -> Vec<Value> {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/notifications");
+        let mut lines = Vec::new();
+        for name in ["info.jsonl", "error.jsonl", "nova.jsonl.gz"] {
+            let file = std::fs::File::open(dir.join(name)).unwrap();
+            let reader: Box<dyn Read> =
+                if name.ends_with("gz") { Box::new(flate2::read::GzDecoder::new(file)) } else { Box::new(file) };
+            lines.extend(BufReader::new(reader).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()));
+        }
+        lines
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn captured_and_damaged_notifications_do_no_harm() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let expected = volume.disk.digest(None).await;
+        let broker = Broker::connect().await;
+        broker.exchange("nova").await;
+        let daemon = Setup::default().set("offload", "max_jobs", "8").start().await;
+        let log = || daemon.log();
+        until("the binding to nova", seconds(60), || async { log().contains("exchange \"nova\"").then_some(()) }).await;
+        let mut random = StdRng::seed_from_u64(7);
+        let messages = captures();
+        assert!(messages.len() > 500, "{}", messages.len());
+        for message in &messages {
+            let body = message["body_raw"].as_str().unwrap().as_bytes();
+            let route = &message["delivery_info"];
+            let (exchange, key) = (route["exchange"].as_str().unwrap(), route["routing_key"].as_str().unwrap());
+            broker.publish(exchange, key, body, Some("utf-8")).await;
+        }
+        for n in 0..600 {
+            let mut body =
+                messages[random.random_range(0..messages.len())]["body_raw"].as_str().unwrap().as_bytes().to_vec();
+            for _ in 0..random.random_range(1..8) {
+                let at = random.random_range(0..body.len());
+                match random.random_range(0..4) {
+                    0 => body[at] = random.random_range(0..=255),
+                    1 => body.truncate(at.max(1)),
+                    2 => drop(body.splice(at..at, b"\\\"[]{}".iter().copied())),
+                    // a request for an image that is not there
+                    _ => {
+                        let text = String::from_utf8_lossy(&body).replace(
+                            "tags\\\": []",
+                            &format!("tags\\\": [\\\"rbd-offload:volume:{}\\\"]", uuid::Uuid::new_v4()),
+                        );
+                        body = text.into_bytes();
+                    }
+                }
+            }
+            let encoding = ["utf-8", "gzip", "bzip2", "deflate", "nonsense"][n % 5];
+            broker.publish("", &daemon.queue, &body, Some(if n % 3 == 0 { encoding } else { "utf-8" })).await;
+        }
+        let id = demo.request(&volume).await;
+        is_right(&demo.await_image(&id, "active").await, &expected, 1).await;
+        until("an empty queue", seconds(60), || async { (broker.count(&daemon.queue).await == Some(0)).then_some(()) })
+            .await;
+        daemon.await_health(200).await;
+        daemon.await_idle().await;
+        assert!(log().len() < 2 << 20, "a log of {} bytes", log().len());
     }
 }

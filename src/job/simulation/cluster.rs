@@ -10,8 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::node::{Handle, Kind};
 use super::world::World;
 use crate::ceph::{
-    Change, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, LockKey, Locked, Moved, Objects, Parent,
-    Progress, Result, Snapshot, Storage, TransferLimits, Version,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, LockKey, Locked, Moved, Objects,
+    Parent, Progress, Result, Snapshot, Storage, TransferLimits, Version,
 };
 
 pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
@@ -487,8 +487,10 @@ impl Storage for Handle {
                     return Err(missing("copy snapshot of", source));
                 };
                 let content = snap.content;
+                let rate = world.faults.spoiled;
+                let spoiled = world.dice.chance(rate);
                 let Some(to) = world.ceph.by_id_mut(&id) else { return Err(missing("copy", destination)) };
-                to.content = content;
+                to.content = if spoiled { 0 } else { content };
                 to.watchers.remove(&address);
                 Ok(Moved { bytes: 1 << 20, through_host: 2 << 20, objects: 1 })
             },
@@ -515,6 +517,29 @@ impl Storage for Handle {
         let id = self.open("fill", destination).await?;
         self.long("fill", &id, progress, cancel, true).await?;
         Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+    }
+
+    async fn compare(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        _extent: Compare,
+        _cancel: &CancellationToken,
+    ) -> Result<Option<u64>> {
+        self.ceph(
+            Kind::Read,
+            || format!("compare {source}@{snapshot} with {destination}"),
+            |world| {
+                let Some(from) = world.ceph.find(source) else { return Err(missing("compare", source)) };
+                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot) else {
+                    return Err(missing("compare snapshot of", source));
+                };
+                let Some(to) = world.ceph.find(destination) else { return Err(missing("compare", destination)) };
+                Ok((world.ceph.content(to) != snap.content).then_some(0))
+            },
+        )
+        .await
     }
 
     async fn read(&self, image: &ImageSpec, _offset: u64, length: usize) -> Result<Vec<u8>> {

@@ -72,6 +72,8 @@ pub struct Faults {
     pub task_stuck: u32,
     /// Of the OSDs' fill.
     pub unsupported: u32,
+    /// A copy that went wrong and says nothing.
+    pub spoiled: u32,
 }
 
 impl Faults {
@@ -91,6 +93,7 @@ impl Faults {
             task_failure: some(500, 2500),
             task_stuck: some(0, 800),
             unsupported: some(0, 4000),
+            spoiled: some(0, 1000),
         }
     }
 }

@@ -1,0 +1,247 @@
+//! The way out: done, another attempt later, or an end without an image.
+//!
+//! A decision to end without an image is stored first; then everything that the job made is taken down, then the tenant is
+//! told, then the record ends. Any of it may be repeated.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use uuid::Uuid;
+
+use super::publishing::at_work;
+use super::{Job, Outcome, Step, Stop};
+use crate::ceph::ImageSpec;
+use crate::job::record::{self, Ending, Record, State};
+use crate::openstack::Image;
+use crate::plan::{self, NoPlan};
+use crate::publish;
+use crate::transfer;
+
+/// Pause before the second attempt; each further one waits twice as long.
+const BACKOFF_FIRST: Duration = Duration::from_secs(2);
+
+/// Longest pause between attempts.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+
+/// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still.
+const GLANCE_TASK_PAUSES: u32 = 20;
+
+impl Job {
+    /// Brings the record to its end state and gives the job out of hand.
+    pub(super) async fn conclude(&self, ending: &Ending) -> Step<()> {
+        let now = self.context.clock.now();
+        if let Err(illegal) = self.snapshot().await.enter(ending.state, now) {
+            return Err(Stop::Abandon(illegal.to_string()));
+        }
+        let done = ending.state == State::Done;
+        self.update(|record| {
+            let _ = record.enter(ending.state, now);
+            record.reason = (!done).then(|| ending.reason.clone());
+            record.progress = if done { 100 } else { record.progress };
+            record.owner = None;
+            record.owner_address = None;
+            record.made = record::Made::default();
+            record.cancel = false;
+            record.check = false;
+        })
+        .await?;
+        self.index().await?;
+        let record = self.snapshot().await;
+        metrics::counter!("rbd_offload_jobs_ended_total",
+            "state" => ending.state.as_str(), "trigger" => record.trigger.as_str(),
+            "method" => record.method.map_or("none", transfer::Method::as_str))
+        .increment(1);
+        let seconds = now.duration_since(record.created_at).as_secs_f64();
+        if done {
+            metrics::histogram!("rbd_offload_job_duration_seconds").record(seconds);
+        }
+        tracing::info!(image_id = %self.id, job_stage = ending.state.as_str(), seconds, reason = ending.reason,
+            bytes = record.bytes_total, method = record.method.map(transfer::Method::as_str), "the job ended");
+        Ok(())
+    }
+
+    pub(super) async fn index(&self) -> Step<()> {
+        Ok(self.context.store.index(&self.snapshot().await).await?)
+    }
+
+    pub(super) async fn settle(&self, stop: Stop) -> Outcome {
+        let objects = self.context.store.objects().clone();
+        let ended = self.snapshot().await.state.is_ended();
+        let outcome = match stop {
+            // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
+            Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
+            Stop::End(ending) => self.wind_up(ending).await,
+            Stop::Retry(reason) => self.pause_or_fail(reason).await,
+            // the index tells the engine not to take it before there is room
+            Stop::NoRoom { pool } => match self.let_go(|record| record.dest_pool = Some(pool.clone())).await {
+                Ok(()) => Outcome::Waiting(Duration::ZERO),
+                Err(_) => Outcome::Abandoned,
+            },
+            Stop::Drained => {
+                tracing::info!(image_id = %self.id, "released: this daemon stops, another goes on");
+                match self.let_go(|_| {}).await {
+                    Ok(()) => Outcome::Released,
+                    Err(_) => Outcome::Abandoned,
+                }
+            }
+            Stop::LeaseLost | Stop::Interrupted => {
+                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
+                tracing::warn!(image_id = %self.id, "the lease was lost; another daemon goes on with the job");
+                Outcome::Abandoned
+            }
+            Stop::Abandon(reason) => {
+                tracing::error!(image_id = %self.id, reason, "the job is left alone");
+                Outcome::Abandoned
+            }
+        };
+        if outcome != Outcome::Abandoned {
+            self.lease.release(objects.as_ref()).await;
+        }
+        outcome
+    }
+
+    /// Gives up ownership in the record, so that nobody fences us for it.
+    pub(super) async fn let_go(&self, change: impl Fn(&mut Record)) -> Step<()> {
+        self.update(|record| {
+            record.owner = None;
+            record.owner_address = None;
+            change(record);
+        })
+        .await?;
+        self.index().await
+    }
+
+    pub(super) async fn pause_or_fail(&self, reason: String) -> Outcome {
+        let record = self.snapshot().await;
+        let retries = self.context.config.borrow().offload.retries;
+        if record.attempts >= retries {
+            let reason = format!("given up after {} attempts: {reason}", record.attempts.saturating_add(1));
+            return self.wind_up(Ending { state: State::Failed, reason }).await;
+        }
+        self.pause(&reason, true).await
+    }
+
+    /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
+    pub(super) async fn pause(&self, reason: &str, counts: bool) -> Outcome {
+        let attempts = self.snapshot().await.attempts;
+        let pause = backoff(self.id, attempts);
+        let not_before =
+            self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
+        metrics::counter!("rbd_offload_retries_total").increment(1);
+        tracing::warn!(image_id = %self.id, reason, attempts, pause_seconds = pause.as_secs_f64(), "tried again later");
+        let left = self
+            .let_go(|record| {
+                record.reason = Some(reason.to_owned());
+                record.not_before = not_before;
+                // also when winding up, where it only makes the pauses longer
+                if counts || record.ending.is_some() {
+                    record.attempts = record.attempts.saturating_add(1);
+                }
+            })
+            .await;
+        match left {
+            Ok(()) => Outcome::Waiting(pause),
+            Err(_) => Outcome::Abandoned,
+        }
+    }
+
+    /// Ends the job without an image: the decision is stored, then everything we made is taken down, then the tenant is
+    /// told, then the record ends. May be repeated from any point.
+    pub(super) async fn wind_up(&self, ending: Ending) -> Outcome {
+        self.finishing.store(true, Ordering::SeqCst);
+        let stored = self.snapshot().await.ending;
+        let ending = stored.clone().unwrap_or(ending);
+        let work = async {
+            if stored.is_none() {
+                self.update(|record| record.ending = Some(ending.clone())).await?;
+            }
+            *self.tenant.lock().await = None;
+            let image = match plan::read_image(self.context.cloud.as_ref(), self.id).await {
+                Ok(image) => Some(image),
+                Err(NoPlan::Gone) => None,
+                Err(error) => return Err(error.into()),
+            };
+            if self.turned_active(image.as_ref()).await? {
+                return Ok(State::Done);
+            }
+            self.let_glance_finish(image.as_ref()).await?;
+            self.before_visible_step().await?;
+            self.take_down().await?;
+            match image {
+                Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
+                // another writer's; while it uploads, Glance would bring back what is taken off
+                Some(_) => self.update(|record| record.mend = true).await?,
+                None => {}
+            }
+            self.conclude(&ending).await?;
+            Ok(ending.state)
+        };
+        match work.await {
+            Ok(state) => Outcome::Ended(state),
+            Err(Stop::LeaseLost) => Outcome::Abandoned,
+            Err(Stop::Abandon(reason)) => {
+                tracing::error!(image_id = %self.id, reason, "the job is left alone");
+                Outcome::Abandoned
+            }
+            Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => self.pause(&reason, false).await,
+            Err(Stop::Interrupted | Stop::Drained | Stop::NoRoom { .. }) => {
+                self.pause("stopped while it was winding up", false).await
+            }
+        }
+    }
+
+    /// A registration that seemed to have failed went through after all: then the image stays, and the job is done.
+    pub(super) async fn turned_active(&self, image: Option<&Image>) -> Step<bool> {
+        let record = self.snapshot().await;
+        let (Some(image), Some(pool), State::Publishing) = (image, &record.dest_pool, record.state) else {
+            return Ok(false);
+        };
+        let copy = ImageSpec::named(pool, record.private_name());
+        if image.status != "active" || !self.is_our_image(&copy).await? {
+            return Ok(false);
+        }
+        self.update(|record| record.ending = None).await?;
+        self.finish(pool, image).await?;
+        self.remove_source_snapshot().await?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
+        Ok(true)
+    }
+
+    /// While Glance works on a location, its image must not be taken away: it would become active without data.
+    pub(super) async fn let_glance_finish(&self, image: Option<&Image>) -> Step<()> {
+        let record = self.snapshot().await;
+        let patience = self.context.config.borrow().offload.retries.saturating_add(GLANCE_TASK_PAUSES);
+        if record.state == State::Publishing && record.attempts < patience && image.is_some_and(at_work) {
+            return Err(Stop::Retry("Glance still works on the image".into()));
+        }
+        Ok(())
+    }
+
+    /// Removes everything that the record says we made or were about to make.
+    pub(super) async fn take_down(&self) -> Step<()> {
+        let record = self.snapshot().await;
+        let storage = self.context.storage.as_ref();
+        if let Some(pool) = &record.dest_pool {
+            if record.made.published {
+                publish::withdraw(storage, pool, &self.id.to_string()).await?;
+            }
+            if record.made.copy {
+                storage.remove_image(&ImageSpec::named(pool, record.private_name())).await?;
+            }
+        }
+        self.remove_source_snapshot().await?;
+        self.update(|record| record.made = record::Made::default()).await
+    }
+}
+
+/// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
+/// one by one.
+fn backoff(id: Uuid, attempts: u32) -> Duration {
+    let pause = BACKOFF_FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(BACKOFF_MAX);
+    let mut hasher = DefaultHasher::new();
+    (id, attempts).hash(&mut hasher);
+    // 75 to 124 hundredths
+    pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
+}

@@ -1,0 +1,387 @@
+//! One job under its lease: from wherever it stands to its end, or to the pause before its next attempt.
+//!
+//! Whatever is going to be made is written into the record first, so that after a crash at any point the next owner
+//! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
+//! cancellation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+mod copying;
+mod ending;
+mod publishing;
+mod tenant;
+mod watcher;
+
+pub use ending::BACKOFF_MAX;
+pub(super) use tenant::last_word;
+
+use super::clock::Clock;
+use super::engine::{PoolSlot, PoolSlots};
+use super::lease::{Identity, Lease};
+use super::record::{Ending, Record, Stage, State};
+use super::store::{self, Store, Stored};
+use crate::ceph::{self, ErrorKind, Progress, Storage};
+use crate::config::Config;
+use crate::openstack::{self, Cloud, Image};
+use crate::plan::NoPlan;
+use crate::request::{self, Asked};
+
+/// Wrote the same sentence for whoever looks: the tenant, the record, the log.
+const OTHER_WRITER: &str = "somebody else has written the image meanwhile";
+
+/// What every job needs.
+#[derive(Clone)]
+pub struct Context {
+    pub storage: Arc<dyn Storage>,
+    pub cloud: Arc<dyn Cloud>,
+    pub store: Store,
+    pub config: watch::Receiver<Arc<Config>>,
+    pub identity: Identity,
+    pub clock: Clock,
+}
+
+/// How a run under a lease ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The job is in one of its end states.
+    Ended(State),
+    /// Another attempt is due after this pause.
+    Waiting(Duration),
+    /// Given back for another daemon, since this one stops.
+    Released,
+    /// The lease is gone, or the record cannot be worked on: somebody else's business now.
+    Abandoned,
+}
+
+/// Why an attempt did not go on.
+#[derive(Debug)]
+enum Stop {
+    End(Ending),
+    /// It may pass.
+    Retry(String),
+    /// As many jobs as may run into this pool do.
+    NoRoom {
+        pool: String,
+    },
+    /// Stopped from outside; the watcher knows why.
+    Interrupted,
+    LeaseLost,
+    /// The daemon stops.
+    Drained,
+    /// The record cannot be worked on.
+    Abandon(String),
+}
+
+type Step<T> = Result<T, Stop>;
+
+fn end<T>(state: State, reason: impl Into<String>) -> Step<T> {
+    Err(Stop::End(Ending { state, reason: reason.into() }))
+}
+
+fn image_gone<T>() -> Step<T> {
+    end(State::Cancelled, "the image was deleted")
+}
+
+impl From<ceph::Error> for Stop {
+    fn from(error: ceph::Error) -> Self {
+        match error.kind() {
+            ErrorKind::NotLocked | ErrorKind::Fenced => Self::LeaseLost,
+            ErrorKind::Cancelled => Self::Interrupted,
+            ErrorKind::NoSpace | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Exists => {
+                Self::End(Ending { state: State::Failed, reason: error.to_string() })
+            }
+            ErrorKind::NotFound | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other => {
+                Self::Retry(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<openstack::Error> for Stop {
+    fn from(error: openstack::Error) -> Self {
+        use openstack::ErrorKind as Kind;
+        match error.kind() {
+            Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::Conflict => Self::Retry(error.to_string()),
+            Kind::Forbidden | Kind::OverLimit | Kind::Refused | Kind::NoService => {
+                Self::End(Ending { state: State::Failed, reason: error.to_string() })
+            }
+        }
+    }
+}
+
+impl From<store::Error> for Stop {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::Ceph(error) => error.into(),
+            store::Error::Contended(_) => Self::Retry(error.to_string()),
+            store::Error::Unreadable { .. } | store::Error::Illegal(_) => Self::Abandon(error.to_string()),
+        }
+    }
+}
+
+impl From<NoPlan> for Stop {
+    fn from(none: NoPlan) -> Self {
+        match none {
+            NoPlan::Declined(reason) => Self::End(Ending { state: State::Declined, reason }),
+            NoPlan::Gone => Self::End(Ending { state: State::Cancelled, reason: none.to_string() }),
+            NoPlan::Ceph(error) => error.into(),
+            NoPlan::OpenStack(error) => error.into(),
+        }
+    }
+}
+
+/// A job that this daemon holds the lease on.
+pub struct Job {
+    context: Context,
+    lease: Lease,
+    stored: Mutex<Stored>,
+    progress: Progress,
+    /// The tenant's record as last seen, while the watcher may change it.
+    tenant: Mutex<Option<Image>>,
+    cancel: CancellationToken,
+    finishing: AtomicBool,
+    /// Of the latest attempts, one of each name.
+    stages: std::sync::Mutex<Vec<Stage>>,
+    pools: PoolSlots,
+    /// The job's place among those that write to its destination pool.
+    slot: Mutex<Option<PoolSlot>>,
+    /// Held while the source's snapshot is being removed.
+    removing: Mutex<()>,
+    id: Uuid,
+}
+
+impl Job {
+    /// `stored` was read after the lease was taken.
+    pub fn new(context: Context, lease: Lease, stored: Stored, pools: PoolSlots) -> Self {
+        let id = stored.record.image_id;
+        let stages = stored.record.stages.clone();
+        Self {
+            context,
+            lease,
+            stored: Mutex::new(stored),
+            progress: Progress::default(),
+            tenant: Mutex::new(None),
+            cancel: CancellationToken::new(),
+            finishing: AtomicBool::new(false),
+            stages: std::sync::Mutex::new(stages),
+            pools,
+            slot: Mutex::new(None),
+            removing: Mutex::new(()),
+            id,
+        }
+    }
+
+    /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
+    pub async fn run(self, drain: CancellationToken) -> Outcome {
+        if let Err(stop) = self.take_over().await {
+            return self.settle(stop).await;
+        }
+        let (attempt, watched) = {
+            let watcher = async {
+                let stop = self.watch(&drain).await;
+                self.cancel.cancel();
+                stop
+            };
+            tokio::pin!(watcher);
+            let attempt = self.attempt();
+            tokio::pin!(attempt);
+            tokio::select! {
+                biased;
+                attempt = &mut attempt => (attempt, None),
+                stop = &mut watcher => (attempt.await, Some(stop)),
+            }
+        };
+        let stop = match (attempt, watched) {
+            (Ok(state), _) => {
+                self.lease.release(self.context.store.objects().as_ref()).await;
+                return Outcome::Ended(state);
+            }
+            // what the attempt decided by itself stands, unless it only felt that it was stopped
+            (Err(Stop::Interrupted), Some(stop)) => stop,
+            (Err(Stop::Interrupted), None) => Stop::Retry("the transfer was stopped".into()),
+            (Err(stop), _) => stop,
+        };
+        self.settle(stop).await
+    }
+
+    /// Shuts out the owner that did not let go, and becomes the owner.
+    async fn take_over(&self) -> Step<()> {
+        let address = self.context.storage.address().await?;
+        let before = self.snapshot().await.owner_address.filter(|before| *before != address);
+        let taken = before.is_some();
+        if let Some(before) = before {
+            match self.context.storage.fence(&before).await {
+                Ok(change) => tracing::info!(image_id = %self.id, client = before, ?change, "fenced the owner before"),
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                    tracing::warn!(image_id = %self.id, client = before, %error,
+                        "the owner before cannot be fenced: give the cephx user `mon 'profile rbd'`");
+                }
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    tracing::warn!(image_id = %self.id, %error, "the record names no client that could be fenced");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let owner = self.context.identity.owner();
+        self.update(|record| {
+            record.owner = Some(owner.clone());
+            record.owner_address = Some(address.clone());
+            // the attempt reads the image first of all
+            record.check = false;
+            // the fence keeps the owner before out of Ceph, not out of Glance
+            record.mend |= taken;
+        })
+        .await
+    }
+
+    async fn snapshot(&self) -> Record {
+        self.stored.lock().await.record.clone()
+    }
+
+    /// Changes the record under the lease. Flags that others set meanwhile are kept.
+    async fn update(&self, change: impl Fn(&mut Record)) -> Step<()> {
+        let mut stored = self.stored.lock().await;
+        loop {
+            let mut next = stored.clone();
+            next.record.stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+            change(&mut next.record);
+            next.record.updated_at = self.context.clock.now();
+            match self.context.store.write(&next, Some(self.lease.key())).await {
+                Ok(version) => {
+                    *stored = Stored { version, ..next };
+                    return Ok(());
+                }
+                Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {
+                    // a renewal of the lease, or a flag: the holder of the lease writes everything else
+                    match self.context.store.load(self.id).await? {
+                        Some(now) => *stored = now,
+                        None => return Err(Stop::Abandon("its record is gone".into())),
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn enter(&self, state: State) -> Step<()> {
+        if let Err(illegal) = self.snapshot().await.enter(state, self.context.clock.now()) {
+            return Err(Stop::Abandon(illegal.to_string()));
+        }
+        let now = self.context.clock.now();
+        self.update(|record| {
+            let _ = record.enter(state, now);
+        })
+        .await?;
+        tracing::info!(image_id = %self.id, job_stage = state.as_str(), "the job goes on");
+        Ok(())
+    }
+
+    /// The next step is one that others can see: it needs the lease, now.
+    async fn before_visible_step(&self) -> Step<()> {
+        if self.cancel.is_cancelled() && !self.finishing.load(Ordering::SeqCst) {
+            return Err(Stop::Interrupted);
+        }
+        Ok(self.lease.renew(self.context.store.objects().as_ref()).await?)
+    }
+
+    /// Runs a stage, notes how long it took.
+    async fn stage<T>(&self, name: &'static str, work: impl Future<Output = Step<T>>) -> Step<T> {
+        let started = Instant::now();
+        let started_at = self.context.clock.now();
+        let result = work.await;
+        let seconds = started.elapsed().as_secs_f64();
+        metrics::histogram!("rbd_offload_stage_duration_seconds", "stage" => name).record(seconds);
+        tracing::debug!(image_id = %self.id, job_stage = name, seconds, ok = result.is_ok(), "stage over");
+        // goes into the record with its next change
+        let mut stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        stages.retain(|stage| stage.name != name);
+        stages.push(Stage { name: name.to_owned(), started_at, seconds: Some(seconds) });
+        result
+    }
+
+    /// One attempt, from where the record stands.
+    async fn attempt(&self) -> Step<State> {
+        let record = self.snapshot().await;
+        if let (Some(ending), false) = (record.ending, record.state.is_ended()) {
+            return Err(Stop::End(ending));
+        }
+        if record.cancel && !record.state.is_ended() {
+            return end(State::Cancelled, "cancelled by the operator");
+        }
+        if record.state.is_ended() && !self.asked_again().await? {
+            return Ok(self.snapshot().await.state);
+        }
+        let config = self.context.config.borrow().clone();
+        if config.offload.observe && self.snapshot().await.state == State::Accepted {
+            return self.observe(&config).await;
+        }
+        match self.snapshot().await.state {
+            State::Publishing => {}
+            State::Copying => {
+                // begun by an attempt that did not end: start over
+                self.take_down().await?;
+                self.enter(State::Accepted).await?;
+                self.copy(&config).await?;
+            }
+            _ => self.copy(&config).await?,
+        }
+        // the source is free of our snapshot as soon as the copy no longer needs it
+        let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
+        published?;
+        removed?;
+        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
+        Ok(State::Done)
+    }
+
+    /// An ended job was asked for again, perhaps by a notification that came late: the image record knows.
+    async fn asked_again(&self) -> Step<bool> {
+        let image = self.context.cloud.image(&self.id.to_string()).await?;
+        let asked = match image.filter(|image| image.status == "queued").map(|image| request::asked_by(&image.tags)) {
+            None | Some(Asked::Nothing) => None,
+            Some(Asked::For(source)) => Some(Some(source)),
+            Some(Asked::Unclear(_)) => Some(None),
+        };
+        let now = self.context.clock.now();
+        let may =
+            !self.context.config.borrow().offload.observe && self.snapshot().await.state.may_become(State::Accepted);
+        if let (Some(source), true) = (asked, may) {
+            self.update(|record| {
+                if record.restart(false, now).is_ok() {
+                    record.source = source;
+                }
+            })
+            .await?;
+            return Ok(true);
+        }
+        self.update(|record| {
+            record.again = false;
+            record.owner = None;
+            record.owner_address = None;
+        })
+        .await?;
+        self.index().await?;
+        Ok(false)
+    }
+
+    /// Makes the plan, says what it is, and touches nothing. The request stays as it is, for the day on which the
+    /// daemon does more than observe.
+    async fn observe(&self, config: &Config) -> Step<State> {
+        let finding = match self.stage("plan", self.plan(config)).await {
+            Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
+            Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(stop) => return Err(stop),
+        };
+        tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
+        metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
+        let reason = format!("only observed ([offload] observe = true): {finding}");
+        self.conclude(&Ending { state: State::Cancelled, reason }).await?;
+        Ok(State::Cancelled)
+    }
+}

@@ -1,0 +1,114 @@
+//! The watcher beside a running job: keeps the lease, shows progress, hears of a cancellation or another writer.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::{Job, OTHER_WRITER, Step, Stop, end};
+use crate::ceph::ErrorKind;
+use crate::job::record::State;
+use crate::publish::record::{self as image_record, Status};
+
+/// How often the watcher looks at the record and shows progress.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often the tenant's record is read or changed while the copy runs.
+const TENANT_INTERVAL: Duration = Duration::from_secs(4);
+
+impl Job {
+    /// Keeps the lease and looks around until there is a reason to stop.
+    pub(super) async fn watch(&self, drain: &CancellationToken) -> Stop {
+        let objects = self.context.store.objects().clone();
+        let mut renewed = Instant::now();
+        let mut looked = Instant::now();
+        let interval = WATCH_INTERVAL.min(self.lease.renewal_interval());
+        loop {
+            tokio::select! {
+                () = drain.cancelled() => return Stop::Drained,
+                () = sleep(interval) => {}
+            }
+            if renewed.elapsed() + interval > self.lease.renewal_interval() {
+                match self.lease.renew(objects.as_ref()).await {
+                    Ok(()) => renewed = Instant::now(),
+                    Err(error) if matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced) => {
+                        return Stop::LeaseLost;
+                    }
+                    Err(error) => tracing::warn!(image_id = %self.id, %error, "the lease was not renewed; tried again"),
+                }
+            }
+            match self.look_around(&mut looked).await {
+                Ok(()) => {}
+                // what may pass is no reason for the watcher to stop a transfer that goes well
+                Err(Stop::Retry(reason)) => tracing::debug!(image_id = %self.id, reason, "the watcher could not look"),
+                Err(stop) => return stop,
+            }
+        }
+    }
+
+    pub(super) async fn look_around(&self, looked: &mut Instant) -> Step<()> {
+        if self.finishing.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let Some(now) = self.context.store.load(self.id).await? else {
+            return Err(Stop::Abandon("its record is gone".into()));
+        };
+        if now.record.cancel {
+            return end(State::Cancelled, "cancelled by the operator");
+        }
+        if now.record.check {
+            self.read_image().await?;
+            self.update(|record| record.check = false).await?;
+        }
+        if self.snapshot().await.state != State::Copying {
+            return Ok(());
+        }
+        let percent = self.note_progress().await?;
+        if looked.elapsed() < TENANT_INTERVAL {
+            return Ok(());
+        }
+        *looked = Instant::now();
+        let mut tenant = self.tenant.lock().await;
+        if let Some(image) = tenant.take() {
+            let message = "the disk is being copied inside the storage cluster";
+            let changes = image_record::show(&image, Status::Copying, percent, message);
+            let seen = if changes.is_empty() {
+                self.read_image().await
+            } else {
+                self.patch_status(image.clone(), Status::Copying, percent, message).await
+            };
+            match seen {
+                Ok(seen) if seen.status == "queued" => *tenant = Some(seen),
+                Ok(_) => return end(State::Declined, OTHER_WRITER),
+                Err(stop @ Stop::Retry(_)) => {
+                    *tenant = Some(image);
+                    return Err(stop);
+                }
+                Err(stop) => return Err(stop),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the progress into the record when it moved. Returns per cent of the whole job.
+    pub(super) async fn note_progress(&self) -> Step<u8> {
+        let (done, total) = (self.progress.done(), self.progress.total());
+        if total == 0 {
+            return Ok(0);
+        }
+        // the copy is all but the last 5 % of a job
+        let percent = u8::try_from(u128::from(done) * 95 / u128::from(total)).unwrap_or(95);
+        let record = self.snapshot().await;
+        let bytes_done = u64::try_from(u128::from(record.bytes_total) * u128::from(done) / u128::from(total))
+            .unwrap_or(record.bytes_total);
+        if record.progress != percent {
+            self.update(|record| {
+                record.progress = percent;
+                record.bytes_done = bytes_done;
+            })
+            .await?;
+        }
+        Ok(percent)
+    }
+}
