@@ -135,6 +135,9 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
                 let job = job.map(|j| (j.state, j.reason.clone()));
                 broken.push(format!("image {id} was not told how it ended: {status:?}, job {job:?}"));
             }
+            if job.is_some_and(|job| job.reason.as_deref() == Some("the image was deleted")) {
+                broken.push(format!("image {id} is there, and its job says that it was deleted"));
+            }
             if job.is_some_and(|job| job.state == State::Done) {
                 broken.push(format!("image {id} is queued, and its job done"));
             }

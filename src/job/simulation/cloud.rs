@@ -15,7 +15,7 @@ use crate::openstack::{
 };
 use crate::request::Source;
 
-const TASK: &str = "os_glance_import_task";
+pub const TASK: &str = "os_glance_import_task";
 
 /// An image record, and what the checks want to know of it.
 #[derive(Debug, Clone)]
@@ -127,7 +127,7 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
     let (first, second, fails, stuck, removes) = {
         let mut world = shared.lock();
         let (failure, stuck) = (world.faults.task_failure, world.faults.task_stuck);
-        let slow = world.dice.percent(10);
+        let slow = world.dice.percent(25);
         let first = if slow { world.dice.millis(500, 20_000) } else { world.dice.millis(20, 300) };
         let second = if slow { world.dice.millis(100, 9_000) } else { world.dice.millis(10, 150) };
         let fails = world.dice.chance(failure);

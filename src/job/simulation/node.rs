@@ -184,7 +184,12 @@ impl Node {
         if slow_ceph {
             on_the_way += dice.millis(100, 15_000);
         }
-        let weight = if kind == Kind::Write { 2 } else { 1 };
+        // what no fence holds up is looked at most
+        let weight = match (kind, is_ceph) {
+            (Kind::Write, false) => 8,
+            (Kind::Write, true) => 2,
+            (Kind::Read, _) => 1,
+        };
         let crash = dice.chance(faults.crash * weight / 2);
         let freeze = dice.chance(faults.freeze * weight / 2).then(|| dice.millis(5_000, 180_000));
         let fate = Fate {

@@ -14,6 +14,7 @@ use super::cluster::Cluster;
 use super::node::{Daemon, Handle, Node};
 use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
+use crate::job::record::State;
 use crate::job::store::Store;
 use crate::openstack::{Image, Volume, VolumeSnapshot};
 use crate::request::{self, Asked};
@@ -293,7 +294,8 @@ impl Stage {
                 }
                 17..=19 => self.notify(image_id, false),
                 // somebody says that it was deleted
-                20 => self.notify(image_id, true),
+                20 | 22 => self.notify(image_id, true),
+                23 => foreign_data(&mut self.world.lock(), image_id),
                 21 => {
                     if let Some(record) = self.world.lock().cloud.images.get_mut(&id) {
                         // the tenant changes something of its own
@@ -301,6 +303,40 @@ impl Stage {
                     }
                 }
                 _ => {}
+            }
+        }
+    }
+
+    /// Somebody who comes at the worst moment: while Glance works on a location, or just when a job ends.
+    async fn meddler(self, until: Instant) {
+        while Instant::now() < until {
+            let pause = self.dice(|dice| dice.millis(50, 1_500));
+            sleep(pause).await;
+            let at_work: Vec<Uuid> = {
+                let world = self.world.lock();
+                let busy = |id: &&Uuid| {
+                    world
+                        .cloud
+                        .images
+                        .get(&id.to_string())
+                        .is_some_and(|r| r.image.properties.contains_key(cloud::TASK))
+                };
+                self.images.iter().filter(busy).copied().collect()
+            };
+            for image_id in at_work {
+                match self.dice(|dice| dice.below(24)) {
+                    0 => self.cancel(image_id).await,
+                    1 => self.notify(image_id, true),
+                    2 => self.notify(image_id, false),
+                    3 => {
+                        let index = self.dice(Dice::roll);
+                        let daemons = self.daemons();
+                        if !daemons.is_empty() {
+                            daemons[usize::try_from(index % daemons.len() as u64).unwrap()].node.kill();
+                        }
+                    }
+                    _ => {}
+                }
             }
         }
     }
@@ -403,6 +439,20 @@ impl Stage {
     }
 }
 
+/// Somebody puts an RBD image under the image's name while the copy is being made.
+fn foreign_data(world: &mut World, image_id: Uuid) {
+    let name = image_id.to_string();
+    let copying = checks::jobs(world).iter().any(|j| j.image_id == image_id && j.state == State::Copying);
+    let queued = world.cloud.images.get(&name).is_some_and(|r| r.image.status == "queued");
+    if !copying || !queued || world.ceph.named("images", &name).is_some() {
+        return;
+    }
+    let content = world.ceph.next();
+    world.log(|| format!("somebody makes images/{name}"));
+    let id = world.ceph.create("images", &name, content, false).id.clone();
+    world.ceph.snap(&id, "snap", true, false);
+}
+
 fn write_volume(world: &mut World, id: &str) {
     let content = world.ceph.next();
     let Some(disk) = world.cloud.disks.get_mut(id) else { return };
@@ -450,6 +500,7 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
         tokio::spawn(stage.clone().tenant(image_id, until));
     }
     tokio::spawn(stage.clone().weather(until));
+    tokio::spawn(stage.clone().meddler(until));
     sleep(length).await;
     stage.calm();
 
