@@ -1,8 +1,8 @@
 //! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
 //!
-//! The object is the truth. `index.live` and `index.ended` are hints: an entry is written after the object and before
-//! the delivery is acked, so a crash in between is mended by the redelivery, and whoever reads an index reads the
-//! object before it acts. (Listing a namespace makes the OSDs walk the whole pool, which holds millions of objects.)
+//! The object is the truth. `index.live` and `index.ended` are hints: whoever reads an index reads the object before it
+//! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the OSDs
+//! walk the whole pool, which holds millions of objects.)
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -120,18 +120,30 @@ impl Store {
 
     /// Stores a request. Once this returned, the request is not lost whatever dies.
     pub async fn submit(&self, new: &NewJob) -> Result<Submitted> {
+        if let Some(submitted) = self.heard_again(new.image_id).await? {
+            return Ok(submitted);
+        }
         let record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
+        // The index before, since this may be given up once the record is there; and after, since an entry without a
+        // record is dropped after a while.
+        self.index_live(&record).await?;
         match self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await {
             Ok(_) => {
                 self.index_live(&record).await?;
-                return Ok(Submitted::Created);
+                Ok(Submitted::Created)
             }
-            Err(e) if e.kind() == ErrorKind::Exists => {}
-            Err(e) => return Err(e.into()),
+            Err(e) if e.kind() == ErrorKind::Exists => {
+                self.heard_again(new.image_id).await?.ok_or(Error::Contended(new.image_id))
+            }
+            Err(e) => Err(e.into()),
         }
+    }
+
+    /// A request for an image that has a job. `None` when it has none.
+    async fn heard_again(&self, image_id: Uuid) -> Result<Option<Submitted>> {
         let mut submitted = Submitted::Running;
         let changed = self
-            .change(new.image_id, |record| {
+            .change(image_id, |record| {
                 if record.state.is_ended() || record.ending.is_some() {
                     submitted = Submitted::AskedAgain;
                     !std::mem::replace(&mut record.again, true)
@@ -141,19 +153,10 @@ impl Store {
                 }
             })
             .await?;
-        match changed {
-            // also when nothing was changed: the index entry may have been lost with whoever wrote the record
-            Some(record) => {
-                self.index_live(&record).await?;
-                Ok(submitted)
-            }
-            // removed by retention in between: now there is room
-            None => {
-                self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await?;
-                self.index_live(&record).await?;
-                Ok(Submitted::Created)
-            }
-        }
+        let Some(record) = changed else { return Ok(None) };
+        // also when nothing was changed: the index entry may have been lost with whoever wrote the record
+        self.index_live(&record).await?;
+        Ok(Some(submitted))
     }
 
     /// Reads the record, lets `change` alter it and writes it back if `change` says that it did; again when another
