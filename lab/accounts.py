@@ -152,8 +152,11 @@ def main():
     set_quotas(cinder, (projects['demo'], projects['demo2']))
     await_cinder(cinder)
 
-    # Glance answers a bare GET / without its database.
-    Api('glance', options.glance, token).get('/v2/images', limit=1)
+    # Glance answers a bare GET / without its database. It declares its exchange with its first notification, and a
+    # cloud that is in use has sent one.
+    glance = Api('glance', options.glance, token)
+    image = glance.call('POST', '/v2/images', json={'name': 'first'}).json()
+    glance.call('DELETE', '/v2/images/%s' % image['id'])
 
 
 if __name__ == '__main__':
