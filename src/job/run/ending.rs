@@ -104,9 +104,13 @@ impl Job {
 
     /// Gives up ownership in the record, so that nobody fences us for it.
     pub(super) async fn let_go(&self, change: impl Fn(&mut Record)) -> Step<()> {
+        let address = self.context.storage.address().await?;
         self.update(|record| {
-            record.owner = None;
-            record.owner_address = None;
+            // another's stays: it has not been fenced yet
+            if record.owner_address.as_ref().is_none_or(|owner| *owner == address) {
+                record.owner = None;
+                record.owner_address = None;
+            }
             change(record);
         })
         .await?;

@@ -180,8 +180,17 @@ impl Job {
 
     /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
     pub async fn run(self, drain: CancellationToken) -> Outcome {
-        if let Err(stop) = self.take_over().await {
-            return self.settle(stop).await;
+        match self.take_over().await {
+            Ok(()) => {}
+            // the owner before may still be at work: nothing may be made or taken down, and its address must stay
+            Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => {
+                let outcome = self.pause(&reason, false).await;
+                if outcome != Outcome::Abandoned {
+                    self.lease.release(self.context.store.objects().as_ref()).await;
+                }
+                return outcome;
+            }
+            Err(stop) => return self.settle(stop).await,
         }
         let (attempt, watched) = {
             let watcher = async {

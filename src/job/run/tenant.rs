@@ -29,6 +29,10 @@ impl Job {
         };
         if let Err(stop) = work.await {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
+            // a lease that is given back with an owner in the record would get that owner fenced
+            if self.let_go(|_| {}).await.is_err() {
+                return;
+            }
         }
         self.lease.release(self.context.store.objects().as_ref()).await;
     }
