@@ -1,0 +1,61 @@
+//! Memory of a daemon that has nothing to do, and of one with many jobs that wait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rbd_offload::ceph::Client;
+use rbd_offload::job::clock::Clock;
+use rbd_offload::job::store::{NewJob, Store};
+use rbd_offload::request::{Source, Trigger};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::common::{disk, lab, pause};
+use crate::lab::setup;
+use crate::meter;
+
+pub async fn measure(jobs: usize) -> Value {
+    let daemon = setup("auto").start().await;
+    pause(Duration::from_secs(15)).await;
+    let (idle, threads) = (meter::rss(&[daemon.pid()]), threads(daemon.pid()));
+    let quiet = cpu_a_minute(daemon.pid()).await;
+
+    // Jobs that wait for their next attempt, far away.
+    let client = Client::connect(&lab().ceph_conf(), "rbd-offload").await.unwrap();
+    let objects = client.objects("images", &daemon.namespace).unwrap();
+    let store = Store::new(Arc::new(objects), Clock::System);
+    let later = jiff::Timestamp::now() + Duration::from_secs(24 * 3600);
+    for _ in 0..jobs {
+        let id = Uuid::new_v4();
+        let source = Some(Source::Volume(Uuid::new_v4()));
+        store.submit(&NewJob { image_id: id, trigger: Trigger::Request, source, project_id: None }).await.unwrap();
+        let wait = |record: &mut rbd_offload::job::record::Record| {
+            record.not_before = Some(later);
+            true
+        };
+        if let Some(record) = store.change(id, wait).await.unwrap() {
+            store.index(&record).await.unwrap();
+        }
+    }
+    let written = disk::jobs(&daemon.namespace).await.len();
+    pause(Duration::from_secs(20)).await;
+    let queued = meter::rss(&[daemon.pid()]);
+    let busy = cpu_a_minute(daemon.pid()).await;
+    let waiting = daemon.health().await.map(|(_, body)| body["jobs_waiting"].clone());
+    let namespace = daemon.namespace.clone();
+    daemon.stop();
+    disk::forget(&namespace).await;
+    eprintln!("idle {} KiB, with {written} jobs {} KiB", idle >> 10, queued >> 10);
+    json!({"idle": idle, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued, "queued_jobs": written,
+           "queued_cpu_a_minute": busy, "waiting": waiting})
+}
+
+fn threads(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+async fn cpu_a_minute(pid: u32) -> f64 {
+    let before = meter::cpu(&[pid]);
+    pause(Duration::from_secs(30)).await;
+    (meter::cpu(&[pid]) - before) * 2.0
+}
