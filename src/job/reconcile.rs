@@ -193,6 +193,7 @@ impl Reconciler {
 
     /// Queued images that ask for something, and that no live job is for.
     async fn find_requests(&self, findings: &mut Findings) -> Result<()> {
+        let live: HashSet<Uuid> = self.context().store.live().await?.into_iter().map(|(id, _)| id).collect();
         let mut marker: Option<String> = None;
         loop {
             let page = self.context().cloud.queued_images(marker.as_deref(), PAGE).await?;
@@ -204,7 +205,15 @@ impl Reconciler {
                     continue;
                 }
                 let known = match self.context().store.load(image_id).await {
-                    Ok(stored) => stored.is_some_and(|stored| !stored.record.state.is_ended()),
+                    Ok(Some(stored)) if !stored.record.state.is_ended() => {
+                        if !live.contains(&image_id) {
+                            // stored, and whoever did it died or was not answered before the index said so
+                            self.context().store.index(&stored.record).await?;
+                            findings.records += 1;
+                        }
+                        true
+                    }
+                    Ok(_) => false,
                     Err(Error::Unreadable { .. }) => true,
                     Err(error) => return Err(error.into()),
                 };
