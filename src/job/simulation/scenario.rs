@@ -517,8 +517,15 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
 }
 
 async fn settle(stage: &Stage, foreign: &[super::cluster::Rbd], when: &str) {
-    if stage.quiet().await {
+    // a daemon that stood still may wake up late, with an old request in its hands
+    for _ in 0..5 {
+        if !stage.quiet().await {
+            break;
+        }
         sleep(STAYS_QUIET).await;
+        if checks::is_quiet(stage) {
+            break;
+        }
     }
     checks::all(stage, foreign, when);
 }
