@@ -20,24 +20,38 @@ const TENANT_INTERVAL: Duration = Duration::from_secs(4);
 impl Job {
     /// Keeps the lease and looks around until there is a reason to stop.
     pub(super) async fn watch(&self, drain: &CancellationToken) -> Stop {
+        tokio::select! {
+            biased;
+            () = drain.cancelled() => Stop::Drained,
+            stop = self.keep_lease() => stop,
+            stop = self.keep_looking() => stop,
+        }
+    }
+
+    /// Renews the lease, beside anything that may have to wait for a service. Returns when it is lost.
+    async fn keep_lease(&self) -> Stop {
         let objects = self.context.store.objects().clone();
-        let mut renewed = Instant::now();
-        let mut looked = Instant::now();
-        let interval = WATCH_INTERVAL.min(self.lease.renewal_interval());
+        let interval = self.lease.renewal_interval();
         loop {
-            tokio::select! {
-                () = drain.cancelled() => return Stop::Drained,
-                () = sleep(interval) => {}
-            }
-            if renewed.elapsed() + interval > self.lease.renewal_interval() {
-                match self.lease.renew(objects.as_ref()).await {
-                    Ok(()) => renewed = Instant::now(),
-                    Err(error) if matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced) => {
-                        return Stop::LeaseLost;
-                    }
-                    Err(error) => tracing::warn!(image_id = %self.id, %error, "the lease was not renewed; tried again"),
+            // a renewal that failed is tried again soon
+            let pause = match self.lease.renew(objects.as_ref()).await {
+                Ok(()) => interval,
+                Err(error) if matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced) => {
+                    return Stop::LeaseLost;
                 }
-            }
+                Err(error) => {
+                    tracing::warn!(image_id = %self.id, %error, "the lease was not renewed; tried again");
+                    interval / 2
+                }
+            };
+            sleep(pause).await;
+        }
+    }
+
+    async fn keep_looking(&self) -> Stop {
+        let mut looked = Instant::now();
+        loop {
+            sleep(WATCH_INTERVAL.min(self.lease.renewal_interval())).await;
             match self.look_around(&mut looked).await {
                 Ok(()) => {}
                 // what may pass is no reason for the watcher to stop a transfer that goes well
