@@ -13,6 +13,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{CString, c_int, c_void};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -215,7 +216,7 @@ impl Holes {
 /// Finds out which of the layer's objects have holes: by a sample, and one by one where that says that it pays.
 fn survey(operation: &str, layer: &Source, objects: &[u64], cancel: &CancellationToken) -> Result<Vec<Holes>> {
     let mut stored = (0, 0);
-    for object in evenly(objects, SAMPLE) {
+    for object in scattered(objects, SAMPLE) {
         match allocated(operation, &layer.data, &layer.prefix, object, layer.layout.object_size) {
             Ok((allocated, end)) => stored = (stored.0 + allocated, stored.1 + end),
             Err(e) if e.kind() == ErrorKind::NotFound => {}
@@ -256,7 +257,7 @@ fn survey(operation: &str, layer: &Source, objects: &[u64], cancel: &Cancellatio
 
 /// Of objects that were copied without knowing their holes, makes holes in a sample, and in all if that freed something.
 fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize) -> Result<()> {
-    let sample: HashSet<u64> = evenly(objects, SAMPLE).collect();
+    let sample: HashSet<u64> = scattered(objects, SAMPLE).collect();
     let Some(before) = copier.allocated(&sample)? else { return Ok(()) };
     copier.punch_all(sample.iter().copied(), concurrency)?;
     if let Some(after) = copier.allocated(&sample)?
@@ -297,10 +298,17 @@ pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image) -> Result
     Ok(false)
 }
 
-/// At most `count` of them, evenly spaced.
-fn evenly(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
+/// At most `count` of them, one out of each stretch of the same length: anywhere in it, since what is written at regular
+/// distances would fall into step with a sample that is regular too. The same ones each time.
+fn scattered(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
     let chosen = count.min(objects.len());
-    (0..chosen).map(move |n| objects[n * objects.len() / chosen])
+    (0..chosen).map(move |n| {
+        let (first, end) = (n * objects.len() / chosen, (n + 1) * objects.len() / chosen);
+        let mut hasher = DefaultHasher::new();
+        (n, objects.len()).hash(&mut hasher);
+        let within = hasher.finish() % (end - first).max(1) as u64;
+        objects[first + usize::try_from(within).unwrap_or(0)]
+    })
 }
 
 fn object_name(operation: &str, prefix: &str, object: u64) -> Result<CString> {
@@ -590,7 +598,19 @@ mod tests {
         assert_eq!(Holes::of(4096, 4 << 20), Holes::NearlyAll);
         assert_eq!(Holes::of(2 << 20, 4 << 20), Holes::Some);
         assert_eq!(Holes::of(4 << 20, 4 << 20), Holes::Few);
-        assert_eq!(evenly(&[1, 2, 3, 4, 5, 6], 3).collect::<Vec<_>>(), [1, 3, 5]);
-        assert_eq!(evenly(&[], 3).count(), 0);
+    }
+
+    #[test]
+    fn a_sample_does_not_fall_into_step() {
+        let objects: Vec<u64> = (0..4096).collect();
+        let sample: Vec<u64> = scattered(&objects, 32).collect();
+        assert_eq!((sample.len(), scattered(&objects, 32).collect::<Vec<_>>()), (32, sample.clone()));
+        assert!(sample.iter().zip(0..).all(|(object, n)| object / 128 == n), "one out of each stretch");
+        for period in [2, 4, 8] {
+            let phases: HashSet<u64> = sample.iter().map(|object| object % period).collect();
+            assert!(phases.len() as u64 * 2 > period, "{period}: {phases:?}");
+        }
+        assert_eq!(scattered(&[1, 2], 3).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(scattered(&[], 3).count(), 0);
     }
 }
