@@ -11,6 +11,18 @@ use uuid::Uuid;
 /// Tags that start like this are requests, well-formed or not.
 pub const TAG_PREFIX: &str = "rbd-offload:";
 
+/// Tags that start like this belong to a hand-over: a service of the cloud lets the daemon do its work, and waits
+/// (`docs/handover.md`).
+pub const HANDOVER_PREFIX: &str = "rbd-offload-handover:";
+
+/// By this tag the waiting service says that the prepared copy is to be published.
+pub const GO_TAG: &str = "rbd-offload-handover:go";
+
+/// Whether a tag is one of ours, well-formed or not.
+pub fn is_ours(tag: &str) -> bool {
+    tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX)
+}
+
 /// What an image is to be made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "id", rename_all = "lowercase")]
@@ -95,8 +107,48 @@ pub fn asked_by(tags: &[String]) -> Asked {
     }
 }
 
+/// What a waiting service offers, by a tag on the record that it made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer {
+    pub source: Source,
+    /// The Ceph cluster that the source's disk is in, by the service's own configuration.
+    pub fsid: Uuid,
+}
+
+impl Offer {
+    /// What a job of this offer is started by; `None`: no service offers such a source.
+    pub fn trigger(&self) -> Option<Trigger> {
+        match self.source {
+            Source::Volume(_) => Some(Trigger::VolumeUpload),
+            Source::Instance(_) => Some(Trigger::InstanceSnapshot),
+            Source::Snapshot(_) => None,
+        }
+    }
+}
+
+/// Reads the offer from an image's tags: exactly one tag `rbd-offload-handover:<kind>:<uuid>@<fsid>`.
+pub fn offered_by(tags: &[String]) -> Option<Offer> {
+    let mut offers = tags.iter().filter(|tag| tag.starts_with(HANDOVER_PREFIX) && *tag != GO_TAG);
+    let offer = offers.next()?.strip_prefix(HANDOVER_PREFIX)?;
+    if offers.next().is_some() {
+        return None;
+    }
+    let (source, fsid) = offer.split_once('@')?;
+    Some(Offer { source: parse_source(source)?, fsid: parse_uuid(fsid)? })
+}
+
+/// Whether the waiting service wants the prepared copy to be published.
+pub fn said_go(tags: &[String]) -> bool {
+    tags.iter().any(|tag| tag == GO_TAG)
+}
+
 fn parse_tag(tag: &str) -> Option<Source> {
-    let (kind, id) = tag.strip_prefix(TAG_PREFIX)?.split_once(':')?;
+    parse_source(tag.strip_prefix(TAG_PREFIX)?)
+}
+
+/// `<kind>:<uuid>`
+fn parse_source(text: &str) -> Option<Source> {
+    let (kind, id) = text.split_once(':')?;
     let id = parse_uuid(id)?;
     match kind {
         "volume" => Some(Source::Volume(id)),
@@ -137,6 +189,27 @@ mod tests {
     fn other_tags_ask_for_nothing() {
         assert_eq!(asked_by(&[]), Asked::Nothing);
         assert_eq!(asked_by(&tags(&["rbd-offload", "volume:x", "Rbd-offload:volume:x"])), Asked::Nothing);
+    }
+
+    #[test]
+    fn an_offer_names_source_and_cluster_and_is_no_request() {
+        const FSID: &str = "0c63bdba-5a4e-4a8b-9b4c-3e8e6a8f0001";
+        let offer = format!("rbd-offload-handover:volume:{ID}@{FSID}");
+        let read = offered_by(&tags(&["blue", &offer, GO_TAG])).unwrap();
+        assert_eq!((read.source.to_string(), read.fsid.to_string()), (format!("volume {ID}"), FSID.to_owned()));
+        assert_eq!(read.trigger(), Some(Trigger::VolumeUpload));
+        assert_eq!(asked_by(&tags(&[&offer, GO_TAG])), Asked::Nothing);
+        assert!(said_go(&tags(&[&offer, GO_TAG])) && !said_go(&tags(&[&offer])));
+        for bad in [
+            vec![GO_TAG.to_owned()],
+            vec![offer.clone(), format!("rbd-offload-handover:instance:{ID}@{FSID}")],
+            vec![format!("rbd-offload-handover:volume:{ID}")],
+            vec![format!("rbd-offload-handover:volume:{ID}@")],
+            vec![format!("rbd-offload-handover:disk:{ID}@{FSID}")],
+            vec![format!("rbd-offload-handover:volume:{ID}@{FSID}@{FSID}")],
+        ] {
+            assert_eq!(offered_by(&bad), None, "{bad:?}");
+        }
     }
 
     #[test]

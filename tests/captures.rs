@@ -36,6 +36,7 @@ fn all() -> Vec<String> {
 fn kind(event: &Event) -> &'static str {
     match event {
         Event::ImageChanged { .. } => "image changed",
+        Event::ImageActive { .. } => "image active with our properties",
         Event::ImageDeleted { .. } => "image deleted",
         Event::VolumeUpload { .. } => "volume upload",
         Event::InstanceSnapshot { .. } => "instance snapshot",

@@ -9,8 +9,12 @@ use uuid::Uuid;
 
 use super::envelope::{self, Unreadable};
 
-/// What a request tag starts with.
+/// What a request tag starts with, and what a tag of a hand-over does.
 const REQUEST_TAG: &str = "rbd-offload:";
+const HANDOVER_TAG: &str = "rbd-offload-handover:";
+
+/// What the properties start with that the daemon keeps on a queued record.
+const OUR_PROPERTY: &str = "rbd_offload_";
 
 /// Characters of a text that is kept; Glance's and Cinder's own limit.
 const MAX_TEXT: usize = 255;
@@ -20,12 +24,12 @@ const MAX_TAGS: usize = 8;
 /// What a notification says. Never trusted: owner, status and properties are read again from the services.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// `image.create` or `image.update`, and only of an image that is `queued` and either carries a request tag or was made by Nova for
-    /// a snapshot. Any other image is irrelevant.
+    /// `image.create` or `image.update`, and only of an image that is `queued` and either carries a request tag or an
+    /// offer, or was made by Nova for a snapshot. Any other image is irrelevant.
     ImageChanged {
         image_id: Uuid,
         status: String,
-        /// Only those that start with `rbd-offload:`, well formed or not; 8 at most.
+        /// Only those that start with `rbd-offload:` or `rbd-offload-handover:`, well formed or not; 8 at most.
         tags: Vec<String>,
         /// Nova's, of the instance that the image is a snapshot of.
         instance_uuid: Option<Uuid>,
@@ -33,6 +37,9 @@ pub enum Event {
         image_type: Option<String>,
         owner: Option<String>,
     },
+    /// `image.activate` or `image.update` of an image that is active and still bears properties of ours: its owner
+    /// uploaded it after a request had ended without an image.
+    ImageActive { image_id: Uuid },
     /// `image.delete`
     ImageDeleted { image_id: Uuid },
     /// `volume.upload.start`, of the Cinder integration
@@ -42,6 +49,8 @@ pub enum Event {
         /// `node@backend#pool`
         host: String,
         tenant_id: String,
+        /// The sender made an offer on the image record, and says when to publish (`docs/handover.md`).
+        handover: bool,
     },
     /// `instance.snapshot.start`, versioned
     InstanceSnapshot { image_id: Uuid, instance_id: Uuid },
@@ -54,6 +63,7 @@ pub enum Event {
 pub enum EventType {
     ImageCreate,
     ImageUpdate,
+    ImageActivate,
     ImageDelete,
     VolumeUploadStart,
     InstanceSnapshotStart,
@@ -66,6 +76,7 @@ impl EventType {
         match text {
             b"image.create" => EventType::ImageCreate,
             b"image.update" => EventType::ImageUpdate,
+            b"image.activate" => EventType::ImageActivate,
             b"image.delete" => EventType::ImageDelete,
             b"volume.upload.start" => EventType::VolumeUploadStart,
             b"instance.snapshot.start" => EventType::InstanceSnapshotStart,
@@ -78,6 +89,7 @@ impl EventType {
         match self {
             EventType::ImageCreate => "image.create",
             EventType::ImageUpdate => "image.update",
+            EventType::ImageActivate => "image.activate",
             EventType::ImageDelete => "image.delete",
             EventType::VolumeUploadStart => "volume.upload.start",
             EventType::InstanceSnapshotStart => "instance.snapshot.start",
@@ -140,6 +152,8 @@ struct Image {
 struct Properties {
     instance_uuid: Text,
     image_type: Text,
+    /// There is one that the daemon set.
+    ours: bool,
 }
 
 #[derive(Deserialize)]
@@ -153,6 +167,8 @@ struct Upload {
     volume_id: Id,
     host: Text,
     tenant_id: Text,
+    #[serde(default)]
+    handover: Flag,
 }
 
 #[derive(Deserialize)]
@@ -218,19 +234,24 @@ impl Notification {
 /// None: about an image that does not matter.
 fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unreadable> {
     Ok(Some(match event_type {
-        EventType::ImageCreate | EventType::ImageUpdate => {
+        EventType::ImageCreate | EventType::ImageUpdate | EventType::ImageActivate => {
             let image: Image = parse(payload)?;
             let instance_uuid = image.properties.instance_uuid.0.as_deref().and_then(uuid);
             let of_interest = !image.tags.0.is_empty() || instance_uuid.is_some();
             match image.status.0 {
-                Some(status) if status == "queued" && of_interest => Event::ImageChanged {
-                    image_id: image.id.checked()?,
-                    status,
-                    tags: image.tags.0,
-                    instance_uuid,
-                    image_type: image.properties.image_type.0,
-                    owner: image.owner.0,
-                },
+                Some(status) if status == "queued" && of_interest && event_type != EventType::ImageActivate => {
+                    Event::ImageChanged {
+                        image_id: image.id.checked()?,
+                        status,
+                        tags: image.tags.0,
+                        instance_uuid,
+                        image_type: image.properties.image_type.0,
+                        owner: image.owner.0,
+                    }
+                }
+                Some(status) if status == "active" && image.properties.ours => {
+                    Event::ImageActive { image_id: image.id.checked()? }
+                }
                 _ => return Ok(None),
             }
         }
@@ -242,6 +263,7 @@ fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unr
                 volume_id: upload.volume_id.checked()?,
                 host: upload.host.0.ok_or(Unreadable::PayloadShape)?,
                 tenant_id: upload.tenant_id.0.ok_or(Unreadable::PayloadShape)?,
+                handover: upload.handover.0,
             }
         }
         EventType::InstanceSnapshotStart => {
@@ -347,7 +369,18 @@ impl<'de> Deserialize<'de> for Text {
     }
 }
 
-/// The tags that start with `rbd-offload:`. One that is too long, or has control characters, is cut to the prefix: malformed in any case.
+/// `true`; anything else is not.
+#[derive(Default)]
+struct Flag(bool);
+
+impl<'de> Deserialize<'de> for Flag {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Flag(<&RawValue>::deserialize(deserializer)?.get() == "true"))
+    }
+}
+
+/// The tags that start as ours do. One that is too long, or has control characters, is cut to the prefix: malformed in
+/// any case.
 #[derive(Default)]
 struct RequestTags(Vec<String>);
 
@@ -357,11 +390,13 @@ impl<'de> Deserialize<'de> for RequestTags {
         let requests = all.unwrap_or_default().into_iter();
         Ok(RequestTags(
             requests
-                .filter(|tag| tag.starts_with(REQUEST_TAG))
+                .filter_map(|tag| {
+                    [REQUEST_TAG, HANDOVER_TAG].into_iter().find(|ours| tag.starts_with(ours)).map(|ours| (ours, tag))
+                })
                 .take(MAX_TAGS)
-                .map(|tag| {
+                .map(|(ours, tag)| {
                     if tag.len() > MAX_TEXT || tag.contains(char::is_control) {
-                        REQUEST_TAG.to_owned()
+                        ours.to_owned()
                     } else {
                         tag.into_owned()
                     }
@@ -371,7 +406,7 @@ impl<'de> Deserialize<'de> for RequestTags {
     }
 }
 
-/// The two of interest. A tenant names and fills properties as they like, so nothing here fails but broken JSON.
+/// The few of interest. A tenant names and fills properties as they like, so nothing here fails but broken JSON.
 impl<'de> Deserialize<'de> for Properties {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Pairs;
@@ -394,6 +429,7 @@ impl<'de> Deserialize<'de> for Properties {
                         "instance_uuid" => properties.instance_uuid = map.next_value()?,
                         "image_type" => properties.image_type = map.next_value()?,
                         _ => {
+                            properties.ours |= name.starts_with(OUR_PROPERTY);
                             map.next_value::<IgnoredAny>()?;
                         }
                     }
@@ -465,6 +501,21 @@ mod tests {
     }
 
     #[test]
+    fn an_offer_is_kept_and_so_is_what_we_left_on_an_active_image() {
+        let tag = format!("rbd-offload-handover:volume:{OTHER}@{IMAGE}");
+        let offered = json!({"id": IMAGE, "status": "queued", "tags": ["x", tag], "properties": {}});
+        let Some(Event::ImageChanged { tags, .. }) = event("image.update", offered) else { panic!("dropped") };
+        assert_eq!(tags, [tag]);
+        let active =
+            |property: &str| json!({"id": IMAGE, "status": "active", "tags": [], "properties": {property: "x"}});
+        for event_type in ["image.activate", "image.update"] {
+            let image_id = IMAGE.parse().unwrap();
+            assert_eq!(event(event_type, active("rbd_offload_status")), Some(Event::ImageActive { image_id }));
+            assert_eq!(event(event_type, active("os_type")), None);
+        }
+    }
+
+    #[test]
     fn an_image_of_a_snapshot() {
         let image = |instance: Value| json!({"id": IMAGE, "status": "queued", "owner": null, "tags": [], "properties": {"instance_uuid": instance, "image_type": "backup"}});
         let Some(Event::ImageChanged { instance_uuid, image_type, owner, .. }) =
@@ -501,9 +552,18 @@ mod tests {
                 image_id,
                 volume_id: instance_id,
                 host: "n@b#p".to_owned(),
-                tenant_id: "t".to_owned()
+                tenant_id: "t".to_owned(),
+                handover: false,
             })
         );
+        for (said, read) in [(json!(true), true), (json!("true"), false), (json!({"a": 1}), false)] {
+            let upload =
+                json!({"image_id": IMAGE, "volume_id": OTHER, "host": "h", "tenant_id": "t", "handover": said});
+            let Some(Event::VolumeUpload { handover, .. }) = event("volume.upload.start", upload) else {
+                panic!("dropped");
+            };
+            assert_eq!(handover, read);
+        }
         assert_eq!(
             event(
                 "instance.snapshot.start",
