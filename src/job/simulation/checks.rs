@@ -7,9 +7,10 @@ use uuid::Uuid;
 
 use super::cluster::Rbd;
 use super::scenario::Stage;
+use super::service::Outcome;
 use super::world::World;
 use crate::job::record::{Record, State};
-use crate::request::TAG_PREFIX;
+use crate::request::{HANDOVER_PREFIX, TAG_PREFIX};
 use crate::transfer::MARK;
 
 pub fn jobs(world: &World) -> Vec<Record> {
@@ -113,7 +114,13 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
                 if image.disk_format.as_deref() != Some("raw") || image.container_format.as_deref() != Some("bare") {
                     broken.push(format!("active image {id} is not raw and bare"));
                 }
-                if image.min_disk != 1 || image.properties.get("hw_disk_bus").map(String::as_str) != Some("scsi") {
+                if image.tags.iter().any(|tag| tag.starts_with(HANDOVER_PREFIX)) {
+                    broken.push(format!("active image {id} has the tags {:?}", image.tags));
+                }
+                let handed_over = world.cloud.services.contains_key(id);
+                if !handed_over
+                    && (image.min_disk != 1 || image.properties.get("hw_disk_bus").map(String::as_str) != Some("scsi"))
+                {
                     broken.push(format!("active image {id} lacks what the volume hands on"));
                 }
                 if !rbd.ours {
@@ -125,6 +132,11 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
             } else if rbd.ours || !record.uploads.contains(&rbd.content) {
                 broken.push(format!("image {id} of another writer holds {}", rbd.content));
             }
+        }
+        "queued" if world.cloud.services.get(id).is_some_and(|service| service.outcome != Some(Outcome::Died)) => {
+            let service = world.cloud.services.get(id);
+            let job = job.map(|j| (j.state, j.reason.clone()));
+            broken.push(format!("image {id} is queued, its service {service:?}, job {job:?}"));
         }
         "queued" if record.requested => {
             if image.tags.iter().any(|t| t.starts_with(TAG_PREFIX)) {

@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use super::cluster::FSID;
 use super::node::{Handle, Kind};
+use super::service::Service;
 use super::world::{Shared, World};
 use crate::openstack::{
     Cloud, Error, ErrorKind, Image, ImageChange, ImageTask, LocationAnswer, Result, Server, Store, Validation, Volume,
@@ -50,6 +51,8 @@ pub struct CloudState {
     pub images: BTreeMap<String, Record>,
     pub disks: BTreeMap<String, Disk>,
     pub snapshots: BTreeMap<String, (VolumeSnapshot, u64)>,
+    /// Services that wait for an image, by its id.
+    pub services: BTreeMap<String, Service>,
     pub glance_away_until: Option<Instant>,
     pub cinder_away_until: Option<Instant>,
     /// Owner of what a content was written for.
@@ -57,7 +60,7 @@ pub struct CloudState {
 }
 
 impl CloudState {
-    fn away(&self, glance: bool) -> bool {
+    pub fn away(&self, glance: bool) -> bool {
         let until = if glance { self.glance_away_until } else { self.cinder_away_until };
         until.is_some_and(|until| until > Instant::now())
     }
@@ -109,6 +112,9 @@ fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
     }
     if !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected && s.content == rbd.content) {
         world.violated(format!("image {id} became active without a protected snapshot of its content"));
+    }
+    if world.cloud.services.get(id).is_some_and(|service| !service.said_go) {
+        world.violated(format!("image {id} became active before the service that waits for it said go"));
     }
     let right = record.source.map(|source| world.cloud.right_contents(source, record.asked)).unwrap_or_default();
     if rbd.content == 0 || !right.contains(&rbd.content) {
@@ -209,7 +215,10 @@ pub async fn upload(shared: Shared, id: String) {
     sleep(Duration::from_millis(50)).await;
     let rbd = {
         let mut world = shared.lock();
-        if world.ceph.named("images", &id).is_some() {
+        if let Some(found) = world.ceph.named("images", &id).map(|found| found.ours) {
+            if found && world.cloud.services.get(&id).is_some_and(|service| !service.doubted) {
+                world.violated(format!("the service's upload to {id} met our image, though it was in no doubt"));
+            }
             world.log(|| format!("glance: duplicate data of {id}, back to queued"));
             if let Some(record) = world.cloud.images.get_mut(&id) {
                 record.uploading = false;

@@ -10,6 +10,7 @@ mod cloud;
 mod cluster;
 mod node;
 mod scenario;
+mod service;
 mod world;
 
 use std::collections::BTreeSet;

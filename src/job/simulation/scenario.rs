@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use super::checks;
 use super::cloud::{self, CloudState, Disk, Record};
-use super::cluster::Cluster;
+use super::cluster::{Cluster, FSID};
 use super::node::{Daemon, Handle, Node};
+use super::service::Service;
 use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
 use crate::job::record::State;
@@ -47,7 +48,7 @@ fn config(dice: &mut Dice) -> Config {
         "[messaging]\ntransport_url = rabbit://u:p@127.0.0.1:5672/\n\
          [keystone]\nauth_url = http://127.0.0.1:5000/v3\nusername = u\npassword = p\nproject_name = service\n\
          [offload]\nmethod = {method}\nallow_in_use = {in_use}\nretries = {retries}\nmax_jobs = 2\n\
-         [backend:ceph]\npool = volumes\n[backend:ssd]\npool = ssd\n"
+         [cinder]\nintegration = true\n[backend:ceph]\npool = volumes\n[backend:ssd]\npool = ssd\n"
     );
     Config::parse(Path::new("simulation.conf"), &text).unwrap_or_else(|e| panic!("{e}"))
 }
@@ -107,21 +108,28 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
     for _ in 0..1 + dice.below(4) {
         let id = dice.uuid();
         let (project, tag) = dice.pick(&sources).clone();
+        // Cinder made the record, and waits
+        let handed_over = tag.starts_with("rbd-offload:volume:") && dice.percent(25);
         let owner = if dice.percent(7) { (*dice.pick(&PROJECTS)).to_owned() } else { project };
         let tags = match dice.below(20) {
+            _ if handed_over => {
+                let offer = tag.replacen(request::TAG_PREFIX, request::HANDOVER_PREFIX, 1);
+                vec![format!("{offer}@{FSID}"), "blue".into()]
+            }
             0 => vec![tag, sources[0].1.clone(), "rbd-offload:volume:x".into()],
             1 => vec!["rbd-offload:volume:not-an-id".into()],
             2 => vec!["other".into()],
             _ => vec![tag, "blue".into()],
         };
         let format = match dice.below(10) {
+            _ if handed_over => Some("raw".to_owned()),
             0 => Some("qcow2".to_owned()),
             1..=4 => Some("raw".to_owned()),
             _ => None,
         };
         let source = match request::asked_by(&tags) {
             Asked::For(source) => Some(source),
-            _ => None,
+            _ => request::offered_by(&tags).map(|offer| offer.source),
         };
         let requested = tags.iter().any(|t| t.starts_with("rbd-offload:"));
         let image = Image {
@@ -150,6 +158,9 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
                 uploading: false,
             },
         );
+        if handed_over {
+            world.cloud.services.insert(id.to_string(), Service::default());
+        }
         images.push(id);
     }
     // what is none of our business, under names like ours
@@ -173,7 +184,7 @@ impl Stage {
         self.daemons.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn dice<T>(&self, roll: impl FnOnce(&mut Dice) -> T) -> T {
+    pub fn dice<T>(&self, roll: impl FnOnce(&mut Dice) -> T) -> T {
         roll(&mut self.world.lock().dice)
     }
 
@@ -282,6 +293,7 @@ impl Stage {
                         return;
                     }
                 }
+                1 | 23 if self.world.lock().cloud.services.contains_key(&id) => {}
                 1 => {
                     tokio::spawn(cloud::upload(self.world.clone(), id));
                 }
@@ -498,6 +510,13 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
     }
     for image_id in stage.images.clone() {
         tokio::spawn(stage.clone().tenant(image_id, until));
+    }
+    let services: Vec<Uuid> = {
+        let world = stage.world.lock();
+        stage.images.iter().copied().filter(|id| world.cloud.services.contains_key(&id.to_string())).collect()
+    };
+    for image_id in services {
+        tokio::spawn(stage.clone().service(image_id));
     }
     tokio::spawn(stage.clone().weather(until));
     tokio::spawn(stage.clone().meddler(until));

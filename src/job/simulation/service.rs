@@ -1,0 +1,139 @@
+//! A service that handed its work over and waits for the image: the other side of `docs/handover.md`, as Cinder's and
+//! Nova's integrations have it.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::cloud::{self, Record};
+use super::scenario::Stage;
+use crate::openstack::Image;
+use crate::request::{self, GO_TAG};
+
+const CLAIM: Duration = Duration::from_secs(10);
+const STALL: Duration = Duration::from_secs(120);
+const DOUBT: Duration = Duration::from_secs(300);
+
+/// Where the service's own call stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Service {
+    pub said_go: bool,
+    /// It did not hear what came of its go, and did the work itself.
+    pub doubted: bool,
+    pub outcome: Option<Outcome>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It told its caller that the image is there.
+    Done,
+    /// It told its caller that it failed, and deleted the image.
+    Raised,
+    /// It died with its caller.
+    Died,
+}
+
+/// What can be seen to move.
+type Seen = (Option<String>, Option<String>);
+
+fn seen(image: &Image) -> Seen {
+    let property = |name: &str| image.properties.get(name).cloned();
+    (property("rbd_offload_status"), property("rbd_offload_progress"))
+}
+
+impl Stage {
+    /// Waits for the image, or does the work itself.
+    pub async fn service(self, image_id: Uuid) {
+        let id = image_id.to_string();
+        let outcome = self.wait(&id).await;
+        let mut world = self.world.lock();
+        world.log(|| format!("the service that waited for {id}: {outcome:?}"));
+        if let Some(service) = world.cloud.services.get_mut(&id) {
+            service.outcome = Some(outcome);
+        }
+        if outcome == Outcome::Raised {
+            cloud::delete_image(&mut world, &id);
+        }
+    }
+
+    async fn wait(&self, id: &str) -> Outcome {
+        let begun = Instant::now();
+        let dies = self.dice(|dice| dice.percent(15).then(|| dice.millis(0, 60_000)));
+        let (mut last, mut moved, mut said_go): (Seen, Instant, Option<Instant>) = ((None, None), begun, None);
+        loop {
+            let pause = self.dice(|dice| if dice.percent(2) { dice.millis(0, 200_000) } else { dice.millis(300, 700) });
+            sleep(pause).await;
+            if dies.is_some_and(|after| begun.elapsed() > after) {
+                return Outcome::Died;
+            }
+            let image = {
+                let world = self.world.lock();
+                if world.cloud.away(true) { None } else { Some(world.cloud.images.get(id).map(|r| r.image.clone())) }
+            };
+            let Some(image) = image else { continue };
+            let Some(image) = image else { return Outcome::Raised };
+            let (status, _) = seen(&image);
+            if image.status == "active" {
+                return Outcome::Done;
+            }
+            if matches!(status.as_deref(), Some("declined" | "failed")) {
+                return self.do_it_itself(id).await;
+            }
+            if seen(&image) != last {
+                (last, moved) = (seen(&image), Instant::now());
+            }
+            match said_go {
+                Some(when) if when.elapsed() > DOUBT && !image.properties.contains_key(cloud::TASK) => {
+                    if let Some(service) = self.world.lock().cloud.services.get_mut(id) {
+                        service.doubted = true;
+                    }
+                    return self.do_it_itself(id).await;
+                }
+                None if status.is_none() && begun.elapsed() > CLAIM || said_go.is_none() && moved.elapsed() > STALL => {
+                    return self.do_it_itself(id).await;
+                }
+                _ => {}
+            }
+            if status.as_deref() == Some("publishing") && !request::said_go(&image.tags) {
+                said_go.get_or_insert_with(Instant::now);
+                self.say_go(id);
+            }
+        }
+    }
+
+    fn say_go(&self, id: &str) {
+        let mut world = self.world.lock();
+        if let Some(service) = world.cloud.services.get_mut(id) {
+            service.said_go = true;
+        }
+        // another change of the record at the same moment takes it off again
+        let lost = world.dice.percent(20);
+        world.log(|| format!("the service says go for {id}, lost={lost}"));
+        if let Some(record) = world.cloud.images.get_mut(id).filter(|record| record.image.status == "queued" && !lost) {
+            record.image.tags.push(GO_TAG.into());
+        }
+    }
+
+    async fn do_it_itself(&self, id: &str) -> Outcome {
+        {
+            let mut world = self.world.lock();
+            world.log(|| format!("the service does {id} itself"));
+            if let Some(record) = world.cloud.images.get_mut(id) {
+                take_marks_off(record);
+            }
+        }
+        sleep(Duration::from_secs(1)).await;
+        cloud::upload(self.world.clone(), id.to_owned()).await;
+        let world = self.world.lock();
+        match world.cloud.images.get(id) {
+            Some(record) if record.image.status == "active" => Outcome::Done,
+            _ => Outcome::Raised,
+        }
+    }
+}
+
+fn take_marks_off(record: &mut Record) {
+    record.image.properties.retain(|name, _| !name.starts_with("rbd_offload_"));
+    record.image.tags.retain(|tag| !tag.starts_with(request::HANDOVER_PREFIX));
+}
