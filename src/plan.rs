@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method};
 use crate::openstack::{self, Cloud, Image, Store, Volume};
-use crate::request::{self, Asked, Source, Trigger};
+use crate::request::{self, Asked, Offer, Source, Trigger};
 
 /// Prefix of the properties that the daemon keeps on a queued record for the tenant.
 pub const PROPERTY_PREFIX: &str = "rbd_offload_";
@@ -25,6 +25,9 @@ const CORE_ATTRIBUTES: [&str; 9] =
 const RESERVED: [&str; 5] =
     ["os_glance", PROPERTY_PREFIX, "img_signature", "signature_verified", "cinder_encryption_key"];
 
+/// Property by which Cinder tells the key that it has cloned for an image.
+const ENCRYPTION_KEY: &str = "cinder_encryption_key_id";
+
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -34,6 +37,8 @@ pub struct Question {
     pub source: Option<Source>,
     /// Started by `retry`, which needs no tag.
     pub retried: bool,
+    /// A service handed its work over and may still take it back: its offer must stand on the record.
+    pub offered: bool,
 }
 
 /// What is to be done for a job.
@@ -91,6 +96,14 @@ pub async fn read_image(cloud: &dyn Cloud, image_id: Uuid) -> Result<Image> {
     }
 }
 
+/// Whether the service that handed its work over still wants it done here.
+///
+/// # Errors
+/// [`NoPlan::Declined`] when there is no offer (any more).
+pub fn read_offer(image: &Image) -> Result<Offer> {
+    request::offered_by(&image.tags).map_or_else(|| declined("the service that handed this over took it back"), Ok)
+}
+
 /// Which source the record asks for.
 ///
 /// # Errors
@@ -102,15 +115,27 @@ pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
             image.status
         ));
     }
+    if question.offered {
+        let offer = read_offer(image)?;
+        return match question.source {
+            Some(source) if source != offer.source => {
+                declined("the service that handed this over offers another source")
+            }
+            _ => Ok(offer.source),
+        };
+    }
+    if question.trigger != Trigger::Request {
+        return question.source.map_or_else(|| declined("the notification named no source"), Ok);
+    }
+    if image.tags.iter().any(|tag| tag.starts_with(request::HANDOVER_PREFIX)) {
+        return declined("Cinder or Nova is writing this image: a request needs an image record of its own");
+    }
     let tagged = match request::asked_by(&image.tags) {
         Asked::For(source) => Some(source),
         Asked::Unclear(reason) => return declined(reason),
         Asked::Nothing => None,
     };
-    let source = match question.trigger {
-        Trigger::Request if !question.retried => tagged,
-        _ => tagged.or(question.source),
-    };
+    let source = if question.retried { tagged.or(question.source) } else { tagged };
     source.map_or_else(|| declined("the image has no request tag any more"), Ok)
 }
 
@@ -125,10 +150,13 @@ pub async fn make(
 ) -> Result<Plan> {
     check_record(&image)?;
     let Some(owner) = image.owner.clone() else { return declined("the image has no owner") };
+    if question.offered && read_offer(&image)?.fsid.to_string() != storage.fsid().await?.to_ascii_lowercase() {
+        return declined("the disk is in another Ceph cluster than this service");
+    }
 
     let find = async {
         match source {
-            Source::Volume(id) => of_volume(cloud, config, question.trigger, &owner, id).await,
+            Source::Volume(id) => of_volume(cloud, config, question.trigger, &image, &owner, id).await,
             Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await,
             Source::Instance(_) => declined("this version takes volumes and volume snapshots only"),
         }
@@ -154,9 +182,14 @@ pub async fn make(
     check_destination(&stores?, &storage.fsid().await?, &found.dest_pool)?;
     check_limit(cloud, limit?, &owner, info.size).await?;
 
+    // a service that hands over has made the record as it wants it
+    let (min_disk, properties) = match question.trigger {
+        Trigger::Request => (found.min_disk.max(image.min_disk), inherited(&found.image_metadata, &image)),
+        Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, BTreeMap::new()),
+    };
     Ok(Plan {
-        min_disk: found.min_disk.max(image.min_disk),
-        properties: inherited(&found.image_metadata, &image),
+        min_disk,
+        properties,
         image,
         project_id: owner,
         source,
@@ -194,7 +227,14 @@ struct Found {
     image_metadata: BTreeMap<String, String>,
 }
 
-async fn of_volume(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
+async fn of_volume(
+    cloud: &dyn Cloud,
+    config: &Config,
+    trigger: Trigger,
+    image: &Image,
+    owner: &str,
+    id: Uuid,
+) -> Result<Found> {
     let volume = match cloud.volume(&id.to_string()).await? {
         Some(volume) if volume.project_id == owner => volume,
         Some(_) | None => return no_such_source(Source::Volume(id)),
@@ -208,6 +248,11 @@ async fn of_volume(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: 
     if !allowed {
         let others = if config.offload.allow_in_use { "available or in-use" } else { "available" };
         return declined(format!("volume {id} is {}: it must be {others}", volume.status));
+    }
+    // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
+    let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
+    if volume.encrypted && !with_key {
+        return encrypted(Source::Volume(id));
     }
     locate(config, &volume, Source::Volume(id), None)
 }
@@ -224,10 +269,17 @@ async fn of_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) 
         Some(volume) if volume.project_id == owner => volume,
         Some(_) | None => return no_such_source(Source::Snapshot(id)),
     };
+    if volume.encrypted {
+        return encrypted(Source::Snapshot(id));
+    }
     let mut found = locate(config, &volume, Source::Snapshot(id), Some(format!("snapshot-{id}")))?;
     // the volume may have been extended since
     found.min_disk = snapshot.size;
     Ok(found)
+}
+
+fn encrypted<T>(source: Source) -> Result<T> {
+    declined(format!("{source} is encrypted: its key can be copied only by an upload through Cinder"))
 }
 
 /// The same sentence whether it is not there or somebody else's.
@@ -237,9 +289,6 @@ fn no_such_source<T>(source: Source) -> Result<T> {
 
 /// Finds a volume's disk by its backend.
 fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<Found> {
-    if volume.encrypted {
-        return declined(format!("{source} is encrypted: its key can be copied only by an upload through Cinder"));
-    }
     let Some(host) = volume.host.as_deref().filter(|host| !host.is_empty()) else {
         return declined(format!("{source} lies on no backend yet"));
     };
@@ -335,7 +384,7 @@ mod tests {
     }
 
     fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> Question {
-        Question { image_id: Uuid::nil(), trigger, source, retried }
+        Question { image_id: Uuid::nil(), trigger, source, retried, offered: false }
     }
 
     #[test]
@@ -360,6 +409,19 @@ mod tests {
         let image = image("queued", &["other"]);
         assert!(read_request(&image, &question(Trigger::Request, Some(source), false)).is_err());
         assert_eq!(read_request(&image, &question(Trigger::Request, Some(source), true)).unwrap(), source);
+    }
+
+    #[test]
+    fn what_was_handed_over_goes_by_the_offer_and_a_request_stays_out_of_it() {
+        let source = Source::Volume(Uuid::new_v4());
+        let offer = format!("rbd-offload-handover:{}:{}@{}", source.kind(), source.id(), Uuid::new_v4());
+        let offered = Question { offered: true, ..question(Trigger::VolumeUpload, Some(source), false) };
+        assert_eq!(read_request(&image("queued", &[&offer]), &offered).unwrap(), source);
+        assert!(read_request(&image("queued", &[]), &offered).is_err(), "taken back");
+        let other = Question { source: Some(Source::Volume(Uuid::new_v4())), ..offered };
+        assert!(read_request(&image("queued", &[&offer]), &other).is_err());
+        let request = question(Trigger::Request, Some(source), false);
+        assert!(read_request(&image("queued", &[&offer, &source.tag()]), &request).is_err());
     }
 
     #[test]

@@ -109,7 +109,10 @@ fn load(path: &Path) -> Result<Config, Failure> {
 
 /// The store of the jobs, by the configuration: what commands about jobs need, whether a daemon runs or not.
 async fn connect_store(path: &Path) -> Result<Store, Failure> {
-    let config = load(path)?;
+    store_of(&load(path)?).await
+}
+
+async fn store_of(config: &Config) -> Result<Store, Failure> {
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
     let objects = client.objects(&config.jobs.pool, &config.jobs.namespace)?;
     Ok(Store::new(Arc::new(objects), Clock::System))

@@ -4,8 +4,11 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use super::{Failure, connect_store, output};
+use tokio::sync::watch;
+
+use super::{Failure, load, output, store_of};
 use crate::job::intake::Intake;
 use crate::notification::{self, LineError};
 
@@ -23,7 +26,9 @@ pub async fn replay(config: &Path, args: Args) -> Result<ExitCode, Failure> {
         true => Box::new(BufReader::new(io::stdin())),
         false => Box::new(BufReader::new(File::open(&args.file).map_err(|e| unreadable(&args.file, &e))?)),
     };
-    let intake = Intake::storing(connect_store(config).await?);
+    let config = load(config)?;
+    let store = store_of(&config).await?;
+    let intake = Intake::storing(store, watch::channel(Arc::new(config)).1);
     let summary = notification::replay(reader, &intake).await.map_err(|e| unreadable(&args.file, &e))?;
     for (number, error) in summary.failed.iter().take(NAMED) {
         output::tell(&format!("line {number}: {error}"));

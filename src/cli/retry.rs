@@ -33,6 +33,15 @@ pub async fn retry(config: &Path, args: Args) -> Result<ExitCode, Failure> {
                 format!("image {image} is done: there is nothing to retry"),
             ));
         }
+        Retried::HandedBack => {
+            return Err(Failure::new(
+                Failure::UNAVAILABLE,
+                format!(
+                    "the job of image {image} was handed over by Cinder or Nova, which went its own way when it ended: it \
+                     cannot be retried"
+                ),
+            ));
+        }
     };
     output::print(&format!("{said}\n")).map(|_| ExitCode::SUCCESS)
 }

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::engine::Engine;
+use super::record::{Record, State};
 use super::store::{Error, NewJob, Result, Store, Submitted};
+use crate::config::Config;
 use crate::notification::{Event, Meta, Sink, SinkError};
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, Asked, Source, Trigger};
 
 /// Takes requests.
 #[derive(Clone)]
@@ -16,17 +19,19 @@ pub struct Intake {
     store: Store,
     /// Is told of new jobs; without one, a daemon finds them at its next look.
     engine: Option<Arc<Engine>>,
+    config: watch::Receiver<Arc<Config>>,
 }
 
 impl Intake {
     /// Stores jobs for this engine, and wakes it.
     pub fn new(engine: Arc<Engine>) -> Self {
-        Self { store: engine.context().store.clone(), engine: Some(engine) }
+        let context = engine.context();
+        Self { store: context.store.clone(), config: context.config.clone(), engine: Some(engine) }
     }
 
     /// Only stores jobs; any running daemon takes them up.
-    pub fn storing(store: Store) -> Self {
-        Self { store, engine: None }
+    pub fn storing(store: Store, config: watch::Receiver<Arc<Config>>) -> Self {
+        Self { store, engine: None, config }
     }
 
     fn wake(&self, image_id: Uuid) {
@@ -35,26 +40,76 @@ impl Intake {
         }
     }
 
-    /// An image record is queued and bears these tags. Once this returned, what they ask for is stored.
+    /// An image record is queued and bears these tags. Once this returned, what they ask for, or a service offers by
+    /// them, is stored.
     pub async fn image_queued(&self, image_id: Uuid, owner: Option<String>, tags: &[String]) -> Result<()> {
         let source = match request::asked_by(tags) {
-            Asked::Nothing => return Ok(()),
             Asked::For(source) => Some(source),
             // the plan reads the tags again, and tells the tenant
             Asked::Unclear(_) => None,
+            Asked::Nothing => {
+                let offer = request::offered_by(tags);
+                let Some((offer, trigger)) = offer.and_then(|offer| Some((offer, offer.trigger()?))) else {
+                    return Ok(());
+                };
+                let source = Some(offer.source);
+                return self.offered(NewJob { image_id, trigger, handover: true, source, project_id: owner }).await;
+            }
         };
-        let new = NewJob { image_id, trigger: Trigger::Request, source, project_id: owner };
-        let submitted = self.store.submit(&new).await?;
-        match submitted {
+        self.submit(NewJob { image_id, trigger: Trigger::Request, handover: false, source, project_id: owner }).await
+    }
+
+    /// Whether these tags ask for something, or offer something that this daemon is to do.
+    pub fn takes(&self, tags: &[String]) -> bool {
+        let offer = || request::offered_by(tags).and_then(|offer| offer.trigger());
+        request::asked_by(tags) != Asked::Nothing || offer().is_some_and(|trigger| self.integrates(trigger))
+    }
+
+    /// A service offers its work. Without the integration in the configuration it is left alone: stock services write
+    /// these images themselves, and delete them when somebody else does.
+    async fn offered(&self, new: NewJob) -> Result<()> {
+        let image_id = new.image_id;
+        let source = new.source.map(|source| source.to_string());
+        if !self.integrates(new.trigger) {
+            tracing::info!(%image_id, source, trigger = new.trigger.as_str(), "observed, not acted on");
+            metrics::counter!("rbd_offload_offers_observed_total", "trigger" => new.trigger.as_str()).increment(1);
+            return Ok(());
+        }
+        self.submit(new).await
+    }
+
+    fn integrates(&self, trigger: Trigger) -> bool {
+        let config = self.config.borrow();
+        match trigger {
+            Trigger::Request => true,
+            Trigger::VolumeUpload => config.cinder.integration,
+            Trigger::InstanceSnapshot => config.nova.integration,
+        }
+    }
+
+    async fn submit(&self, new: NewJob) -> Result<()> {
+        let NewJob { image_id, trigger, source, .. } = new;
+        match self.store.submit(&new).await? {
             Submitted::Created => {
-                tracing::info!(%image_id, job_stage = "accepted", source = source.map(|s| s.to_string()), "request stored");
-                metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => "request").increment(1);
+                tracing::info!(%image_id, job_stage = "accepted", trigger = trigger.as_str(),
+                    source = source.map(|s| s.to_string()), "request stored");
+                metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => trigger.as_str()).increment(1);
             }
             Submitted::AskedAgain => tracing::info!(%image_id, "the image was heard of again; looked at anew"),
             Submitted::Running => return Ok(()),
         }
         self.wake(image_id);
         Ok(())
+    }
+
+    /// An image became active that still bears what an ended job of it left for its owner to read. Properties are
+    /// inherited by later images, so the reconciler takes them off.
+    pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
+        let ended = |record: &Record| record.state.is_ended() && record.state != State::Done;
+        self.store
+            .change(image_id, |record| ended(record) && !std::mem::replace(&mut record.mend, true))
+            .await
+            .map(drop)
     }
 
     /// An image was deleted, says a notification. A live job of it asks Glance and ends if that is so.
@@ -82,11 +137,18 @@ impl Sink for Intake {
         let stored = match event {
             Event::ImageChanged { image_id, owner, tags, .. } => self.image_queued(image_id, owner, &tags).await,
             Event::ImageDeleted { image_id } => self.image_deleted(image_id).await,
-            // stock Cinder and Nova write these images themselves, and delete them when somebody else does
-            Event::VolumeUpload { image_id, .. } | Event::InstanceSnapshot { image_id, .. } => {
-                tracing::debug!(%image_id, event = %meta.event_type, "observed, not acted on");
-                Ok(())
+            Event::ImageActive { image_id } => self.image_active(image_id).await,
+            Event::VolumeUpload { image_id, volume_id, tenant_id, handover, .. } => {
+                let source = Some(Source::Volume(volume_id));
+                let (trigger, project_id) = (Trigger::VolumeUpload, Some(tenant_id));
+                self.offered(NewJob { image_id, trigger, handover, source, project_id }).await
             }
+            Event::InstanceSnapshot { image_id, instance_id } => {
+                let source = Some(Source::Instance(instance_id));
+                let trigger = Trigger::InstanceSnapshot;
+                self.offered(NewJob { image_id, trigger, handover: true, source, project_id: None }).await
+            }
+            // does not tell the image; where an integration waits, Glance's notification of its offer does
             Event::LegacyInstanceSnapshot { instance_id } => {
                 tracing::debug!(%instance_id, event = %meta.event_type, "observed, not acted on");
                 Ok(())

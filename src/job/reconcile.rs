@@ -24,7 +24,7 @@ use crate::ceph::{self, ImageSpec, LockKey, Locked};
 use crate::openstack;
 use crate::publish;
 use crate::publish::record as tenant;
-use crate::request::{self, Asked};
+use crate::request::{self, Asked, Trigger};
 
 /// Object whose lock keeps two daemons from doing the same round.
 const ROUND: &str = "reconcile";
@@ -201,9 +201,10 @@ impl Reconciler {
             marker = Some(last.id.clone());
             for image in page {
                 let Some(image_id) = request::parse_uuid(&image.id) else { continue };
-                if matches!(request::asked_by(&image.tags), Asked::Nothing) {
+                if !self.intake.takes(&image.tags) {
                     continue;
                 }
+                let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
                 let known = match self.context().store.load(image_id).await {
                     Ok(Some(stored)) if !stored.record.state.is_ended() => {
                         if !live.contains(&image_id) {
@@ -213,7 +214,9 @@ impl Reconciler {
                         }
                         true
                     }
-                    Ok(_) => false,
+                    // a request may be made again, an offer is made once
+                    Ok(Some(_)) => !asks,
+                    Ok(None) => false,
                     Err(Error::Unreadable { .. }) => true,
                     Err(error) => return Err(error.into()),
                 };
@@ -244,7 +247,12 @@ impl Reconciler {
             let Some(image) = self.context().cloud.image(&id).await? else { continue };
             let changes = match image.status.as_str() {
                 "active" | "deactivated" => tenant::clear(&image),
-                "queued" if record.state != State::Done && request::asked_by(&image.tags) == Asked::Nothing => {
+                // what was handed over is about to be written by the service that did
+                "queued"
+                    if record.trigger == Trigger::Request
+                        && record.state != State::Done
+                        && request::asked_by(&image.tags) == Asked::Nothing =>
+                {
                     let reason = record.reason.unwrap_or_default();
                     let (status, message) = super::run::last_word(record.state, &reason, record.request_id);
                     tenant::show(&image, status, 0, &message)

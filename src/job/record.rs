@@ -139,6 +139,16 @@ pub struct Made {
     pub active: bool,
 }
 
+/// How far a service that handed its work over, and waits for the image, has bound itself (`docs/handover.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handover {
+    /// It may still do the work itself at any moment: nothing is published.
+    Offered,
+    /// It said go: the daemon publishes, or says that it will not.
+    Committed,
+}
+
 /// A job, whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -185,6 +195,9 @@ pub struct Record {
     pub made: Made,
     #[serde(default)]
     pub ending: Option<Ending>,
+    /// `None`: nobody waits who could do the work instead.
+    #[serde(default)]
+    pub handover: Option<Handover>,
     /// No attempt before this time.
     #[serde(default)]
     pub not_before: Option<Timestamp>,
@@ -264,6 +277,7 @@ impl Record {
             publication: Publication::default(),
             made: Made::default(),
             ending: None,
+            handover: None,
             not_before: None,
             cancel: false,
             check: false,
@@ -311,10 +325,11 @@ impl Record {
         Ok(())
     }
 
-    /// Makes an ended job a new one for the same image: a new request, or `retry`.
+    /// Makes an ended job a new one for the same image: a new request, or `retry`. A hand-over is not among them: the
+    /// service has done the work itself by now, so only its image's owner can ask, by a tag.
     pub fn restart(&mut self, retried: bool, now: Timestamp) -> Result<(), IllegalTransition> {
         self.enter(State::Accepted, now)?;
-        let fresh = Self::new(self.image_id, self.trigger, self.source, self.project_id.clone(), now);
+        let fresh = Self::new(self.image_id, Trigger::Request, self.source, self.project_id.clone(), now);
         *self = Self {
             retried,
             owner: self.owner.take(),

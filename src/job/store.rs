@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::clock::Clock;
-use super::record::{IllegalTransition, Record, State, Unreadable};
+use super::record::{Handover, IllegalTransition, Record, State, Unreadable};
 use crate::ceph::{self, ErrorKind, LockKey, Objects, Version};
 use crate::request::{Source, Trigger};
 
@@ -51,6 +51,8 @@ pub struct Stored {
 pub struct NewJob {
     pub image_id: Uuid,
     pub trigger: Trigger,
+    /// Somebody waits who says when to publish.
+    pub handover: bool,
     pub source: Option<Source>,
     /// What the notification said; the plan reads it again.
     pub project_id: Option<String>,
@@ -120,10 +122,11 @@ impl Store {
 
     /// Stores a request. Once this returned, the request is not lost whatever dies.
     pub async fn submit(&self, new: &NewJob) -> Result<Submitted> {
-        if let Some(submitted) = self.heard_again(new.image_id).await? {
+        if let Some(submitted) = self.heard_again(new).await? {
             return Ok(submitted);
         }
-        let record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
+        let mut record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
+        record.handover = new.handover.then_some(Handover::Offered);
         // The index before, since this may be given up once the record is there; and after, since an entry without a
         // record is dropped after a while.
         self.index_live(&record).await?;
@@ -133,18 +136,23 @@ impl Store {
                 Ok(Submitted::Created)
             }
             Err(e) if e.kind() == ErrorKind::Exists => {
-                self.heard_again(new.image_id).await?.ok_or(Error::Contended(new.image_id))
+                self.heard_again(new).await?.ok_or(Error::Contended(new.image_id))
             }
             Err(e) => Err(e.into()),
         }
     }
 
     /// A request for an image that has a job. `None` when it has none.
-    async fn heard_again(&self, image_id: Uuid) -> Result<Option<Submitted>> {
+    async fn heard_again(&self, new: &NewJob) -> Result<Option<Submitted>> {
+        let image_id = new.image_id;
         let mut submitted = Submitted::Running;
         let changed = self
             .change(image_id, |record| {
-                if record.state.is_ended() || record.ending.is_some() {
+                if new.trigger != Trigger::Request {
+                    // a service hands an image over once; what comes later is an echo
+                    submitted = Submitted::Running;
+                    false
+                } else if record.state.is_ended() || record.ending.is_some() {
                     submitted = Submitted::AskedAgain;
                     !std::mem::replace(&mut record.again, true)
                 } else {
@@ -155,7 +163,9 @@ impl Store {
             .await?;
         let Some(record) = changed else { return Ok(None) };
         // also when nothing was changed: the index entry may have been lost with whoever wrote the record
-        self.index_live(&record).await?;
+        if !record.is_settled() {
+            self.index_live(&record).await?;
+        }
         Ok(Some(submitted))
     }
 
@@ -269,6 +279,10 @@ impl Store {
                     // a waiting job goes at once
                     return record.not_before.take().is_some();
                 }
+                if record.trigger != Trigger::Request {
+                    outcome = Retried::HandedBack;
+                    return false;
+                }
                 outcome = Retried::Restarted;
                 match record.restart(true, now) {
                     Ok(()) => true,
@@ -329,4 +343,6 @@ pub enum Retried {
     /// It had not ended; if it waited for its next attempt, it goes at once.
     StillRunning,
     AlreadyDone,
+    /// The service that had handed it over has done it itself by now.
+    HandedBack,
 }

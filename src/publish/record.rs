@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::openstack::{Image, ImageChange};
 use crate::plan::PROPERTY_PREFIX;
-use crate::request::TAG_PREFIX;
+use crate::request;
 
 const STATUS: &str = "rbd_offload_status";
 const PROGRESS: &str = "rbd_offload_progress";
@@ -61,11 +61,14 @@ pub fn show(image: &Image, status: Status, percent: u8, message: &str) -> Vec<Im
 /// The end without an image: status and message stay for the tenant, the tag goes, so that setting one asks again.
 pub fn end(image: &Image, status: Status, message: &str) -> Vec<ImageChange> {
     let mut changes = show(image, status, 0, message);
-    if image.tags.iter().any(|tag| tag.starts_with(TAG_PREFIX)) {
-        let others = image.tags.iter().filter(|tag| !tag.starts_with(TAG_PREFIX)).cloned().collect();
-        changes.push(ImageChange::Tags(others));
-    }
+    changes.extend(without_tags(image, request::is_ours));
     changes
+}
+
+/// Takes the tags off that are `unwanted`, where there are such.
+fn without_tags(image: &Image, unwanted: impl Fn(&str) -> bool) -> Option<ImageChange> {
+    let wanted: Vec<String> = image.tags.iter().filter(|tag| !unwanted(tag)).cloned().collect();
+    (wanted.len() < image.tags.len()).then_some(ImageChange::Tags(wanted))
 }
 
 /// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
@@ -89,6 +92,8 @@ pub fn prepare(image: &Image, min_disk: u64, inherited: &BTreeMap<String, String
     for property in image.properties.keys().filter(|property| property.starts_with(PROPERTY_PREFIX)) {
         changes.push(ImageChange::Remove { property: property.clone() });
     }
+    // the tag of a request stays as provenance; those of a hand-over are between two services
+    changes.extend(without_tags(image, |tag| tag.starts_with(request::HANDOVER_PREFIX)));
     changes
 }
 
@@ -140,6 +145,15 @@ mod tests {
         let mut untagged = image();
         untagged.tags = vec!["blue".into()];
         assert!(!end(&untagged, Status::Declined, "no").iter().any(|c| matches!(c, ImageChange::Tags(_))));
+    }
+
+    #[test]
+    fn a_hand_over_leaves_no_tag_either_way() {
+        let mut offered = image();
+        offered.tags = vec!["blue".into(), "rbd-offload-handover:volume:x@y".into(), request::GO_TAG.into()];
+        let only_theirs = ImageChange::Tags(vec!["blue".into()]);
+        assert!(end(&offered, Status::Declined, "no").contains(&only_theirs));
+        assert!(prepare(&offered, 0, &BTreeMap::new()).contains(&only_theirs));
     }
 
     #[test]

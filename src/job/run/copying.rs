@@ -3,7 +3,7 @@
 use super::{Job, Step, Stop, end};
 use crate::ceph::{self, Compare, ErrorKind, ImageSpec, TransferLimits};
 use crate::config::{Config, Hash, Verify};
-use crate::job::record::{self, Origin, Publication, State};
+use crate::job::record::{self, Handover, Origin, Publication, State};
 use crate::plan::{self, Plan, Question};
 use crate::publish;
 use crate::publish::record::Status;
@@ -88,9 +88,10 @@ impl Job {
 
     pub(super) async fn plan(&self, config: &Config) -> Step<Plan> {
         let record = self.snapshot().await;
-        let question =
-            Question { image_id: self.id, trigger: record.trigger, source: record.source, retried: record.retried };
-        let image = plan::read_image(self.context.cloud.as_ref(), self.id).await?;
+        let offered = record.handover == Some(Handover::Offered);
+        let (image_id, trigger, source, retried) = (self.id, record.trigger, record.source, record.retried);
+        let question = Question { image_id, trigger, source, retried, offered };
+        let image = if offered { self.await_offer().await? } else { self.read_image().await? };
         let source = plan::read_request(&image, &question)?;
         if record.source != Some(source) {
             // also where the plan then refuses it: `retry` goes by the latest request, not by one before

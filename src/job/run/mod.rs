@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 mod copying;
 mod ending;
+mod handover;
 mod publishing;
 mod tenant;
 mod watcher;

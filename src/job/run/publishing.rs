@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{Job, OTHER_WRITER, Step, Stop, end, image_gone};
 use crate::ceph::ImageSpec;
-use crate::job::record::{Publication, State};
+use crate::job::record::{Handover, Publication, State};
 use crate::openstack::{self, Image, LocationAnswer, Validation};
 use crate::plan;
 use crate::publish::record as image_record;
@@ -43,6 +43,9 @@ impl Job {
             "active" if self.is_our_image(&copy).await? => return self.finish(&pool, &image).await,
             "queued" | "importing" => {}
             _ => return end(State::Declined, OTHER_WRITER),
+        }
+        if record.handover == Some(Handover::Offered) {
+            image = self.stage("handover", self.await_go(image)).await?;
         }
         self.stage("rename", self.take_name(&copy)).await?;
         if image.status == "queued" {

@@ -21,7 +21,8 @@ impl Job {
             // so that whoever comes next knows of us, if this ends half way
             self.take_over().await?;
             let image = self.read_image().await?;
-            if image.status == "queued" && !matches!(request::asked_by(&image.tags), Asked::Nothing) {
+            let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+            if image.status == "queued" && (asks || request::offered_by(&image.tags).is_some()) {
                 self.before_visible_step().await?;
                 self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
             }
@@ -47,6 +48,10 @@ impl Job {
 
     /// Like [`show`](Self::show), where a failure is no reason to stop.
     pub(super) async fn show_again(&self, status: Status, message: &str) {
+        // whoever waits takes it for the word that everything is prepared
+        if self.snapshot().await.handover.is_some() {
+            return;
+        }
         let Some(image) = self.tenant.lock().await.take() else { return };
         if let Err(stop) = self.patch_status(image, status, 95, message).await {
             tracing::debug!(image_id = %self.id, ?stop, "the status was not shown");
@@ -54,6 +59,7 @@ impl Job {
     }
 
     pub(super) async fn patch_status(&self, image: Image, status: Status, percent: u8, message: &str) -> Step<Image> {
+        self.check_offer(&image).await?;
         let changes = image_record::show(&image, status, percent, message);
         match self.context.cloud.update_image(&self.id.to_string(), &changes).await {
             Ok(Some(image)) if image.status == "queued" => Ok(image),
@@ -67,6 +73,10 @@ impl Job {
 
     pub(super) async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
         let record = self.snapshot().await;
+        if self.check_offer(&image).await.is_err() {
+            // nobody waits for a word, and somebody else may be writing the image
+            return Ok(());
+        }
         let (status, message) = last_word(ending.state, &ending.reason, record.request_id);
         let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
         if record.told && asks && image_record::show(&image, status, 0, &message).is_empty() {

@@ -93,7 +93,10 @@ impl Job {
                 self.patch_status(image.clone(), Status::Copying, percent, message).await
             };
             match seen {
-                Ok(seen) if seen.status == "queued" => *tenant = Some(seen),
+                Ok(seen) if seen.status == "queued" => {
+                    self.check_offer(&seen).await?;
+                    *tenant = Some(seen);
+                }
                 Ok(_) => return end(State::Declined, OTHER_WRITER),
                 Err(stop @ Stop::Retry(_)) => {
                     *tenant = Some(image);
