@@ -179,12 +179,20 @@ pub async fn stored(pool: &str) -> u64 {
     }
 }
 
-/// Bytes a second that `rados bench` writes into the pool, objects of 4 MiB, 16 in flight.
-pub async fn write_limit(pool: &str, seconds: u32) -> f64 {
+/// Bytes a second that `rados bench` writes into the pool and reads from it, objects of 4 MiB, 16 in flight.
+pub async fn disk_limits(pool: &str, seconds: u32) -> (f64, f64) {
     let seconds = seconds.to_string();
-    let said = lab().ceph("rados", &["bench", "-p", pool, &seconds, "write", "-b", "4194304", "-t", "16"]).await;
-    let line = said.lines().find_map(|line| line.strip_prefix("Bandwidth (MB/sec):")).unwrap();
-    line.trim().parse::<f64>().unwrap() * MIB as f64
+    let bandwidth = |said: String| {
+        let line = said.lines().find_map(|line| line.strip_prefix("Bandwidth (MB/sec):")).unwrap();
+        line.trim().parse::<f64>().unwrap() * MIB as f64
+    };
+    let bench = ["bench", "-p", pool, seconds.as_str()];
+    let write = ["write", "-b", "4194304", "-t", "16", "--run-name", "bench", "--no-cleanup"];
+    let written = bandwidth(lab().ceph("rados", &[&bench[..], &write[..]].concat()).await);
+    let read =
+        bandwidth(lab().ceph("rados", &[&bench[..], &["seq", "-t", "16", "--run-name", "bench"][..]].concat()).await);
+    lab().ceph("rados", &["-p", pool, "cleanup", "--run-name", "bench"]).await;
+    (written, read)
 }
 
 /// Load averages.

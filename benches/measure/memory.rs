@@ -18,17 +18,19 @@ pub async fn measure(jobs: usize) -> Value {
     let daemon = setup("auto").start().await;
     pause(Duration::from_secs(15)).await;
     let (idle, threads) = (meter::rss(&[daemon.pid()]), threads(daemon.pid()));
+    let idle_own = meter::own_memory(daemon.pid());
     let quiet = cpu_a_minute(daemon.pid()).await;
 
-    // Jobs that wait for their next attempt, far away.
+    // Jobs that wait for their next attempt, for as long as a job may.
     let client = Client::connect(&lab().ceph_conf(), "rbd-offload").await.unwrap();
     let objects = client.objects("images", &daemon.namespace).unwrap();
     let store = Store::new(Arc::new(objects), Clock::System);
-    let later = jiff::Timestamp::now() + Duration::from_secs(24 * 3600);
     for _ in 0..jobs {
         let id = Uuid::new_v4();
         let source = Some(Source::Volume(Uuid::new_v4()));
-        store.submit(&NewJob { image_id: id, trigger: Trigger::Request, source, project_id: None }).await.unwrap();
+        let (trigger, handover) = (Trigger::Request, false);
+        store.submit(&NewJob { image_id: id, trigger, handover, source, project_id: None }).await.unwrap();
+        let later = jiff::Timestamp::now() + Duration::from_secs(115);
         let wait = |record: &mut rbd_offload::job::record::Record| {
             record.not_before = Some(later);
             true
@@ -39,14 +41,14 @@ pub async fn measure(jobs: usize) -> Value {
     }
     let written = disk::jobs(&daemon.namespace).await.len();
     pause(Duration::from_secs(20)).await;
-    let queued = meter::rss(&[daemon.pid()]);
+    let (queued, queued_own) = (meter::rss(&[daemon.pid()]), meter::own_memory(daemon.pid()));
     let busy = cpu_a_minute(daemon.pid()).await;
     let waiting = daemon.health().await.map(|(_, body)| body["jobs_waiting"].clone());
     let namespace = daemon.namespace.clone();
     daemon.stop();
     disk::forget(&namespace).await;
     eprintln!("idle {} KiB, with {written} jobs {} KiB", idle >> 10, queued >> 10);
-    json!({"idle": idle, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued, "queued_jobs": written,
+    json!({"idle": idle, "idle_own": idle_own, "queued_own": queued_own, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued, "queued_jobs": written,
            "queued_cpu_a_minute": busy, "waiting": waiting})
 }
 

@@ -89,6 +89,13 @@ pub fn rss(pids: &[u32]) -> u64 {
     pids.iter().map(|pid| status(*pid, "VmRSS")).sum()
 }
 
+/// Bytes of memory that no other process shares.
+pub fn own_memory(pid: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
+    private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>() << 10
+}
+
 pub fn peak_rss(pids: &[u32]) -> u64 {
     pids.iter().map(|pid| status(*pid, "VmHWM")).sum()
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::common::cloud::{Account, Volume};
 use crate::common::daemon::Daemon;
 use crate::common::{MIB, lab};
-use crate::lab::{Activations, Shape, delete, glance_is_done, setup, spread, stored, timed, write_limit};
+use crate::lab::{Activations, Shape, delete, disk_limits, glance_is_done, setup, spread, stored, timed};
 use crate::median;
 use crate::meter::{Cost, Meter};
 
@@ -31,11 +31,13 @@ struct Run {
 }
 
 pub async fn measure(shapes: &str, rounds: usize) -> Value {
-    let mut limits = Vec::new();
+    let (mut written, mut read) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        limits.push(write_limit("images", 8).await);
+        let limits = disk_limits("images", 8).await;
+        written.push(limits.0);
+        read.push(limits.1);
     }
-    let limit = median(limits);
+    let (written, read) = (median(written), median(read));
     let mut results = Vec::new();
     for text in shapes.split(',') {
         // a token lasts for an hour
@@ -64,7 +66,7 @@ pub async fn measure(shapes: &str, rounds: usize) -> Value {
         );
         account.clean().await;
     }
-    json!({"write_limit": limit, "shapes": results})
+    json!({"write_limit": written, "read_limit": read, "shapes": results})
 }
 
 /// A volume that holds little itself: made from an image of that shape.
