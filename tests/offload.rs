@@ -550,6 +550,29 @@ mod meanwhile {
     }
 }
 
+/// What a tenant does after a decline.
+mod afterwards {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_upload_after_a_decline_keeps_none_of_our_words() {
+        let (_stage, _daemon) = with(Kind::Clone).await;
+        let demo = Account::demo().await;
+        let formats = json!({"disk_format": "raw", "container_format": "bare"});
+        let id = demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], formats).await;
+        demo.await_declined(&id).await;
+        assert_eq!(demo.upload(&id, vec![7; 3 << 20]).await, 204);
+        until("our properties are taken off the active image", seconds(60), || async {
+            let image = demo.image(&id).await;
+            assert_eq!(image["status"], "active");
+            let ours = image.as_object().unwrap().keys().any(|key| key.starts_with("rbd_offload_"));
+            (!ours).then_some(())
+        })
+        .await;
+        assert_eq!(Disk::of_image(&id).facts().await.unwrap().size, 3 * MIB);
+    }
+}
+
 /// The daemon beside the services that do as they always did.
 mod beside {
     use super::*;
