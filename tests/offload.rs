@@ -13,7 +13,7 @@ use common::broker::Broker;
 use common::census::Census;
 use common::cloud::{Account, Volume, nothing_is_left_of, snapshot_tag, volume_tag};
 use common::daemon::{Daemon, Setup};
-use common::disk::{Digest, Disk};
+use common::disk::{self, Digest, Disk};
 use common::stage::{self, Kind, with};
 use common::{GIB, MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
@@ -547,6 +547,76 @@ mod meanwhile {
         assert_eq!(Account::service().await.locations(&id).await.len(), 1);
         assert!(Disk::of_image(&format!("rbd-offload.{id}")).facts().await.is_none());
         source_is_as_before(&volume, 0).await;
+    }
+}
+
+/// A pool without space.
+mod full {
+    use super::*;
+
+    /// Makes Glance's pool full, or gives it space again, and waits until the OSDs know.
+    async fn set_full(full: bool) {
+        let quota = if full { "1" } else { "0" };
+        lab().ceph("ceph", &["osd", "pool", "set-quota", "images", "max_bytes", quota]).await;
+        until("the pool's new state", seconds(60), || async {
+            let dump = lab().ceph("ceph", &["osd", "dump"]).await;
+            let pool = dump.lines().find(|line| line.contains("'images'")).unwrap();
+            (pool.contains("full_quota") == full).then_some(())
+        })
+        .await;
+        pause(seconds(2)).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_full_pool_fails_the_request_cleanly_by_every_method() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        for method in ["clone", "copy", "server-copy"] {
+            // the records of the jobs lie elsewhere
+            let setup = Setup::default()
+                .set("jobs", "pool", "vms")
+                .set("offload", "method", method)
+                .set("offload", "retries", "1");
+            let daemon = setup.start().await;
+            // something must be there that fills it
+            let filler = Disk::new("images", format!("filler-{}", unique()));
+            filler.create(8 * MIB).await;
+            filler.write(1, &[(0, MIB)]).await;
+            set_full(true).await;
+            let id = demo.request(&volume).await;
+            let message = demo.await_end(&id, "failed").await;
+            assert!(message.contains("tell your operator"), "{message}");
+            let reason = disk::job_in("vms", &daemon.namespace, &id).await.unwrap()["reason"].to_string();
+            assert!(reason.contains("space"), "{method}: {reason}");
+            nothing_is_left_of(&id).await;
+            source_is_as_before(&volume, 0).await;
+            set_full(false).await;
+            filler.remove().await;
+            daemon.stop();
+            disk::forget_in("vms", &daemon.namespace).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_request_that_no_record_can_be_stored_for_waits_for_space() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 1).await;
+        let daemon = Setup::default().start().await;
+        let filler = Disk::new("images", format!("filler-{}", unique()));
+        filler.create(8 * MIB).await;
+        filler.write(1, &[(0, MIB)]).await;
+        set_full(true).await;
+        let id = demo.request(&volume).await;
+        pause(seconds(10)).await;
+        assert_eq!(daemon.job(&id).await, None);
+        set_full(false).await;
+        filler.remove().await;
+        let expected = volume.disk.digest(None).await;
+        let image = demo.await_image(&id, "active").await;
+        is_right(&image, &expected, 1).await;
+        daemon.await_idle().await;
     }
 }
 

@@ -462,7 +462,15 @@ impl IoCtx {
             *last = Some(pool.to_owned());
         }
         drop(last);
-        Ok(Self { raw, cluster: cluster.clone() })
+        Ok(Self::refusing_when_full(raw, cluster))
+    }
+
+    /// A pool without space refuses what would need some, instead of making it wait until there is some again. What frees
+    /// space goes through.
+    fn refusing_when_full(raw: rados_ioctx_t, cluster: &Arc<Cluster>) -> Self {
+        // SAFETY: the ioctx was opened a moment ago, and is not in use yet.
+        unsafe { sys::rados_set_pool_full_try(raw) };
+        Self { raw, cluster: cluster.clone() }
     }
 
     pub fn open_id(cluster: &Arc<Cluster>, pool: i64) -> Result<Self> {
@@ -470,7 +478,7 @@ impl IoCtx {
         // SAFETY: a connected handle; writes the new ioctx to `raw`.
         let r = unsafe { rados_ioctx_create2(cluster.raw, pool, &mut raw) };
         check(format!("open pool {pool}"), r)?;
-        Ok(Self { raw, cluster: cluster.clone() })
+        Ok(Self::refusing_when_full(raw, cluster))
     }
 
     pub fn with_namespace(self, namespace: &str) -> Result<Self> {

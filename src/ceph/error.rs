@@ -75,9 +75,16 @@ impl Error {
     }
 }
 
+/// What to do when a pool is full.
+pub const MORE_SPACE: &str = "add space, or raise the pool's quota";
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.operation, self.detail)
+        write!(f, "{}: {}", self.operation, self.detail)?;
+        match self.kind {
+            ErrorKind::NoSpace => write!(f, ": {MORE_SPACE}"),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -531,7 +531,7 @@ fn mend(pool: &str, error: &Error) -> String {
         ErrorKind::PermissionDenied => {
             format!("ceph auth caps … mon 'profile rbd' mgr 'profile rbd' osd 'profile rbd pool={pool}, …'")
         }
-        ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
+        ErrorKind::NoSpace => super::error::MORE_SPACE.to_owned(),
         _ => "see `ceph status`".to_owned(),
     }
 }

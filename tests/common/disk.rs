@@ -113,7 +113,11 @@ impl Disk {
 
 /// The record of a job.
 pub async fn job(namespace: &str, image: &str) -> Option<Value> {
-    ask("job", json!({"pool": "images", "namespace": namespace, "image": image})).await
+    job_in("images", namespace, image).await
+}
+
+pub async fn job_in(pool: &str, namespace: &str, image: &str) -> Option<Value> {
+    ask("job", json!({"pool": pool, "namespace": namespace, "image": image})).await
 }
 
 /// The state of every job in the namespace, by image.
@@ -128,7 +132,11 @@ pub async fn leases(namespace: &str) -> Vec<String> {
 
 /// Removes all records of the namespace.
 pub async fn forget(namespace: &str) {
-    ask::<()>("forget", json!({"pool": "images", "namespace": namespace})).await;
+    forget_in("images", namespace).await;
+}
+
+pub async fn forget_in(pool: &str, namespace: &str) {
+    ask::<()>("forget", json!({"pool": pool, "namespace": namespace})).await;
 }
 
 pub async fn census() -> Vec<String> {
