@@ -50,8 +50,9 @@ async fn main() {
     let mut results = earlier();
     results.insert("machine".into(), lab::machine().await);
     results.insert("rounds".into(), json!(rounds));
-    for part in env("BENCH_PARTS", "transfers,crowd,notifications,memory,gentle").split(',') {
+    for part in env("BENCH_PARTS", "limits,transfers,crowd,notifications,memory,gentle").split(',') {
         let result: Value = match part {
+            "limits" => transfers::limits(rounds).await,
             "transfers" => {
                 let shapes = env("BENCH_SIZES", "1g/300m,4g/1g,20g/64m:16k,clone:4g/1g");
                 transfers::measure(&shapes, rounds).await

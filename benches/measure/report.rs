@@ -59,7 +59,7 @@ pub fn markdown(results: &Value) -> String {
     );
     machine(&mut text, results);
     goals(&mut text, results);
-    transfers(&mut text, &results["transfers"]);
+    transfers(&mut text, &results["transfers"], &results["limits"]);
     crowd(&mut text, &results["crowd"]);
     gentle(&mut text, &results["gentle"]);
     notifications(&mut text, &results["notifications"]);
@@ -97,7 +97,7 @@ fn goals(text: &mut String, results: &Value) {
         let reached = reached.map_or("–", |reached| if reached { "yes" } else { "**no**" });
         rows.push(vec![what, goal.to_owned(), is, reached.to_owned()]);
     };
-    let limit = copy_limit(&results["transfers"]);
+    let limit = copy_limit(&results["limits"]);
     for shape in results["transfers"]["shapes"].as_array().into_iter().flatten() {
         let name = shape["shape"].as_str().unwrap_or_default();
         let (ours, stock) = (&shape["methods"]["server-copy"], &shape["methods"]["stock"]);
@@ -153,21 +153,21 @@ fn goals(text: &mut String, results: &Value) {
 }
 
 /// Bytes a second at which all that is written is read first.
-fn copy_limit(part: &Value) -> f64 {
-    1.0 / (1.0 / number(&part["write_limit"]) + 1.0 / number(&part["read_limit"]))
+fn copy_limit(limits: &Value) -> f64 {
+    1.0 / (1.0 / number(&limits["write"]) + 1.0 / number(&limits["read"]))
 }
 
-fn transfers(text: &mut String, part: &Value) {
+fn transfers(text: &mut String, part: &Value, limits: &Value) {
     let Some(shapes) = part["shapes"].as_array() else { return };
-    let limit = copy_limit(part);
+    let limit = copy_limit(limits);
     let _ = writeln!(
         text,
         "## One volume becomes an image\n\n`rados bench` writes {:.0} MiB/s into the pool and reads {:.0} MiB/s (objects of 4 MiB, 16 in \
          flight). Whoever copies has to do both: {:.0} MiB/s are the limit that the last column is a share of. *To active*: from the POST of the record (for stock: of `os-volume_upload_image`) until \
          Glance says `active`. *Network*: through the sockets of what moves the data, which is the daemon, or cinder-volume and glance-api. \
          *Memory*: peak of the same.\n",
-        number(&part["write_limit"]) / MIB,
-        number(&part["read_limit"]) / MIB,
+        number(&limits["write"]) / MIB,
+        number(&limits["read"]) / MIB,
         limit / MIB
     );
     for shape in shapes {
