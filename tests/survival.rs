@@ -143,7 +143,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
     let first = number("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
     let tenant = Tenant::with_small_volumes(4).await;
     let begun = Instant::now();
-    let (mut kills, mut fences) = (0, 0);
+    let (mut kills, mut fences, mut aborts) = (0, 0, 0);
     for seed in first..first + rounds {
         eprintln!("RBD_OFFLOAD_TEST_SEED={seed}");
         let mut random = StdRng::seed_from_u64(seed);
@@ -169,14 +169,19 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
         let (requests, ()) = tokio::join!(tenant.request(20), kill);
         tenant.gets(&daemons[0], &requests).await;
         assert!(daemons[0].command(&["jobs"]).await.starts_with("no jobs"));
-        for daemon in &daemons {
+        kills += killed.len();
+        for daemon in &mut daemons {
+            if daemon.was_aborted_by_librbd() {
+                daemon.kill();
+                killed.push(std::mem::replace(daemon, any(&mut random).spawn()));
+                aborts += 1;
+            }
             daemon.await_health(200).await;
         }
-        kills += killed.len();
         let logs = killed.iter().chain(&daemons).map(Daemon::log);
         fences += logs.map(|log| log.matches("fenced the owner before").count()).sum::<usize>();
         eprintln!(
-            "{} rounds, {} images, {kills} kills, {fences} fences, {:.0} s",
+            "{} rounds, {} images, {kills} kills, {aborts} aborts of librbd, {fences} fences, {:.0} s",
             seed + 1 - first,
             20 * (seed + 1 - first),
             begun.elapsed().as_secs_f64()

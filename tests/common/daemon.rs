@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -200,6 +201,14 @@ impl Daemon {
     pub fn signal(&self, signal: &str) {
         let sent = Command::new("kill").arg(format!("-{signal}")).arg(self.pid().to_string()).status().unwrap();
         assert!(sent.success(), "kill -{signal}");
+    }
+
+    /// Whether librbd ended the process: versions that close an image while a notification of its is on the way may fail
+    /// an assertion of their own, and abort. To the jobs that is one more killed daemon.
+    pub fn was_aborted_by_librbd(&self) -> bool {
+        let ended = self.child.lock().unwrap().as_mut().and_then(|child| child.try_wait().unwrap());
+        ended.is_some_and(|status| status.signal() == Some(libc::SIGABRT))
+            && self.log().contains("AsyncOpTracker.cc: 13: FAILED ceph_assert(m_pending_ops == 0)")
     }
 
     /// SIGKILL.
