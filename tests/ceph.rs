@@ -652,6 +652,28 @@ with rados.WriteOpCtx() as op:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_whose_removal_broke_off_is_found_and_removed() {
+    let lab = Lab::new();
+    // The first step of a removal by librbd: the snapshot is in the trash under another name.
+    lab.python(
+        "create('volumes', NAME, M)
+with rbd.Image(io('volumes'), NAME) as image:
+    image.create_snap(NAME + '-s'); image.create_snap('other')
+    id, snap = image.id(), image.snap_get_id(NAME + '-s')
+io('volumes').execute('rbd_header.' + id, 'rbd', 'snapshot_trash_add', snap.to_bytes(8, 'little'))",
+    );
+    let names = || lab.python("print(sorted(s['name'] for s in rbd.Image(io('volumes'), NAME).list_snaps()), end='')");
+    let client = lab.client().await;
+    let image = ImageSpec::named("volumes", &lab.name);
+    let snapshot = format!("{}-s", lab.name);
+    let found = client.snapshots("volumes", &snapshot, 0).await.unwrap();
+    assert_eq!(found, [(image.clone(), snapshot.clone())]);
+    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Change::Made);
+    assert_eq!(names(), b"['other']");
+    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Change::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn snapshots_are_found_by_their_prefix() {
     let lab = Lab::new();
     lab.python(

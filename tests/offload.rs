@@ -13,7 +13,8 @@ use common::broker::Broker;
 use common::census::Census;
 use common::cloud::{Account, Volume, nothing_is_left_of, snapshot_tag, volume_tag};
 use common::daemon::{Daemon, Setup};
-use common::disk::{self, Digest, Disk};
+use common::disk::{self, Disk};
+use common::published::is_right;
 use common::stage::{self, Kind, with};
 use common::{GIB, MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
@@ -24,36 +25,6 @@ use tokio::io::AsyncWriteExt;
 
 /// Ways of transfer.
 const METHODS: [&str; 2] = ["clone", "copy"];
-
-/// RBD features of every published image: layering, exclusive-lock, object-map, fast-diff, deep-flatten.
-const FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
-
-/// What the daemon makes must be indistinguishable from what Glance's own driver leaves, and have the source's bytes.
-async fn is_right(image: &Value, expected: &Digest, min_disk: u64) {
-    let id = image["id"].as_str().unwrap();
-    let disk = Disk::of_image(id);
-    assert_eq!(disk.digest(None).await, *expected, "bytes of image {id}");
-    assert_eq!(disk.digest(Some("snap")).await, *expected, "bytes of the snapshot of image {id}");
-
-    assert_eq!(image["status"], "active");
-    assert_eq!((&image["disk_format"], &image["container_format"]), (&json!("raw"), &json!("bare")));
-    assert_eq!(image["min_disk"], min_disk);
-    assert_eq!(image["size"], expected.size);
-    let ours: Vec<_> = image.as_object().unwrap().keys().filter(|key| key.starts_with("rbd_offload_")).collect();
-    assert!(ours.is_empty(), "left on the record: {ours:?}");
-    let tags = image["tags"].as_array().unwrap();
-    assert!(tags.iter().any(|tag| tag.as_str().unwrap().starts_with("rbd-offload:")), "provenance: {tags:?}");
-    let location = format!("rbd://{}/images/{id}/snap", lab().fsid);
-    assert_eq!(Account::service().await.locations(id).await, [location]);
-
-    let facts = disk.facts().await.unwrap();
-    assert_eq!(facts.features, FEATURES);
-    assert_eq!(facts.flags, 0, "the object map is invalid");
-    assert_eq!(facts.parent, None);
-    assert_eq!(facts.snapshots, BTreeMap::from([("snap".to_owned(), true)]));
-    let said = lab().ceph("rbd", &["object-map", "check", "--no-progress", &format!("images/{id}@snap")]).await;
-    assert_eq!(said, "", "object map");
-}
 
 /// The source has nothing of ours left.
 async fn source_is_as_before(volume: &Volume, snapshots: usize) {

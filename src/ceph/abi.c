@@ -47,6 +47,7 @@ EQUAL(RBD_IMAGE_OPTION_ORDER, 2);
 EQUAL(RBD_IMAGE_OPTION_STRIPE_UNIT, 3);
 EQUAL(RBD_IMAGE_OPTION_STRIPE_COUNT, 4);
 EQUAL(RBD_SNAP_NAMESPACE_TYPE_USER, 0);
+EQUAL(RBD_SNAP_NAMESPACE_TYPE_TRASH, 2);
 EQUAL(RBD_TRASH_IMAGE_SOURCE_REMOVING, 3);
 EQUAL(RBD_FEATURE_LAYERING, 1);
 EQUAL(RBD_FEATURE_STRIPINGV2, 2);
@@ -107,6 +108,7 @@ void rbd_offload_abi(void)
   SAME(rbd_snap_list_end, void, rbd_snap_info_t *);
   SAME(rbd_snap_create, int, rbd_image_t, const char *);
   SAME(rbd_snap_remove, int, rbd_image_t, const char *);
+  SAME(rbd_snap_remove_by_id, int, rbd_image_t, uint64_t);
   SAME(rbd_snap_protect, int, rbd_image_t, const char *);
   SAME(rbd_snap_unprotect, int, rbd_image_t, const char *);
   SAME(rbd_snap_is_protected, int, rbd_image_t, const char *, int *);
@@ -114,6 +116,7 @@ void rbd_offload_abi(void)
   SAME(rbd_snap_set_by_id, int, rbd_image_t, uint64_t);
   SAME(rbd_snap_get_id, int, rbd_image_t, const char *, uint64_t *);
   SAME(rbd_snap_get_namespace_type, int, rbd_image_t, uint64_t, rbd_snap_namespace_type_t *);
+  SAME(rbd_snap_get_trash_namespace, int, rbd_image_t, uint64_t, char *, size_t);
 
   SAME(rbd_read, ssize_t, rbd_image_t, uint64_t, size_t, char *);
   SAME(rbd_diff_iterate2, int, rbd_image_t, const char *, uint64_t, uint64_t, uint8_t, uint8_t,

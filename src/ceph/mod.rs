@@ -221,8 +221,8 @@ pub trait Storage: Send + Sync + 'static {
 
     async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
-    /// Unprotects it and removes it. `AlreadyThere` when there was none, or no such image. [`ErrorKind::Busy`] while it
-    /// has clones.
+    /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was none,
+    /// or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
     /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is taken.

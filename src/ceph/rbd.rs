@@ -265,6 +265,43 @@ impl Image {
 
     /// The user's snapshots: without those of mirroring, of groups, or kept for clones of format 2.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        let mut snapshots = Vec::new();
+        for (id, size, name) in self.listed_snapshots(sys::SNAP_NAMESPACE_USER)? {
+            let protected = self.is_protected(&name)?;
+            snapshots.push(Snapshot { id, name, size, protected });
+        }
+        Ok(snapshots)
+    }
+
+    /// Snapshots that were removed but for the last step: id, and the name that each had. librbd removes by way of the
+    /// trash, under another name, and one whose remover died there stays; as does one that clones of format 2 have.
+    pub fn discarded_snapshots(&self) -> Result<Vec<(u64, String)>> {
+        let operation = format!("look at the discarded snapshots of {}", self.spec);
+        let mut discarded = Vec::new();
+        for (id, _, _) in self.listed_snapshots(sys::SNAP_NAMESPACE_TRASH)? {
+            let mut buffer = vec![0u8; 256];
+            loop {
+                // SAFETY: writes at most that many bytes, and the needed length, as its result, when it is more.
+                let r = unsafe {
+                    sys::rbd_snap_get_trash_namespace(self.raw, id, buffer.as_mut_ptr().cast(), buffer.len())
+                };
+                match r {
+                    r if r == -libc::ERANGE && buffer.len() < 1 << 16 => buffer.resize(buffer.len() * 4, 0),
+                    // gone meanwhile
+                    r if r == -libc::ENOENT => break,
+                    r => {
+                        check(operation.clone(), r)?;
+                        discarded.push((id, until_nul(&buffer)));
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(discarded)
+    }
+
+    /// Id, size and name of the snapshots in a namespace.
+    fn listed_snapshots(&self, namespace: c_int) -> Result<Vec<(u64, u64, String)>> {
         let mut max: c_int = 64;
         loop {
             let mut infos = Vec::with_capacity(max as usize);
@@ -276,7 +313,7 @@ impl Image {
                 continue;
             }
             let count = self.check("list the snapshots of", r)? as usize;
-            let found = infos[..count]
+            let mut found = infos[..count]
                 .iter()
                 // SAFETY: names filled by librbd end in NUL.
                 .map(|info| (info.id, info.size, unsafe { text(info.name) }))
@@ -285,18 +322,13 @@ impl Image {
                 // SAFETY: filled by librbd; the names end at the null one that `infos` has room for, see above.
                 unsafe { sys::rbd_snap_list_end(infos.as_mut_ptr()) };
             }
-            let mut snapshots = Vec::new();
-            for (id, size, name) in found {
+            found.retain(|(id, _, _)| {
                 let mut kind = 0;
                 // SAFETY: the image is open.
-                let r = unsafe { sys::rbd_snap_get_namespace_type(self.raw, id, &mut kind) };
-                if r < 0 || kind != sys::SNAP_NAMESPACE_USER {
-                    continue;
-                }
-                let protected = self.is_protected(&name)?;
-                snapshots.push(Snapshot { id, name, size, protected });
-            }
-            return Ok(snapshots);
+                let r = unsafe { sys::rbd_snap_get_namespace_type(self.raw, *id, &mut kind) };
+                r >= 0 && kind == namespace
+            });
+            return Ok(found);
         }
     }
 
@@ -335,6 +367,12 @@ impl Image {
 
     pub fn remove_snapshot(&self, snapshot: &str) -> Result<()> {
         self.snapshot_call("remove snapshot", snapshot, sys::rbd_snap_remove)
+    }
+
+    pub fn remove_snapshot_by_id(&self, id: u64) -> Result<()> {
+        let operation = format!("remove snapshot {id} of {}", self.spec);
+        // SAFETY: the image is open.
+        check(operation, unsafe { sys::rbd_snap_remove_by_id(self.raw, id) }).map(drop)
     }
 
     pub fn metadata(&self, key: &str) -> Result<Option<String>> {

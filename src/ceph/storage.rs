@@ -62,12 +62,22 @@ impl Storage for Client {
         let (spec, snapshot) = (image.clone(), snapshot.to_owned());
         self.run(format!("remove snapshot {image}@{snapshot}"), move |cluster| {
             let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { return Ok(Change::AlreadyThere) };
-            if !image.snapshots()?.iter().any(|s| s.name == snapshot) {
+            let there = image.snapshots()?.iter().any(|s| s.name == snapshot);
+            let discarded = image.discarded_snapshots()?.into_iter().filter(|(_, name)| *name == snapshot);
+            let discarded: Vec<u64> = discarded.map(|(id, _)| id).collect();
+            if !there && discarded.is_empty() {
                 return Ok(Change::AlreadyThere);
             }
             drop(image);
             let Some(image) = Image::open(cluster, &spec, Access::ReadWrite)? else { return Ok(Change::AlreadyThere) };
-            remove_snapshot(&image, &snapshot)
+            let mut change = if there { remove_snapshot(&image, &snapshot)? } else { Change::AlreadyThere };
+            // whoever removed it before was stopped half way
+            for id in discarded {
+                if made_unless(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Change::Made {
+                    change = Change::Made;
+                }
+            }
+            Ok(change)
         })
         .await
     }
@@ -431,7 +441,8 @@ fn snapshots(
             continue;
         }
         let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { continue };
-        let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name);
+        let discarded = image.discarded_snapshots()?.into_iter().map(|(_, name)| name);
+        let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name).chain(discarded);
         found.extend(names.filter(|name| name.starts_with(prefix)).map(|name| (spec.clone(), name)));
     }
     Ok(found)

@@ -25,6 +25,7 @@ pub const IMAGE_OPTION_STRIPE_UNIT: c_int = 3;
 pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 
 pub const SNAP_NAMESPACE_USER: c_int = 0;
+pub const SNAP_NAMESPACE_TRASH: c_int = 2;
 pub const TRASH_SOURCE_REMOVING: c_int = 3;
 
 /// `rbd_image_spec_t`
@@ -155,6 +156,7 @@ unsafe extern "C" {
     pub fn rbd_snap_list_end(snaps: *mut SnapInfo);
     pub fn rbd_snap_create(image: rbd_image_t, name: *const c_char) -> c_int;
     pub fn rbd_snap_remove(image: rbd_image_t, name: *const c_char) -> c_int;
+    pub fn rbd_snap_remove_by_id(image: rbd_image_t, id: u64) -> c_int;
     pub fn rbd_snap_protect(image: rbd_image_t, name: *const c_char) -> c_int;
     pub fn rbd_snap_unprotect(image: rbd_image_t, name: *const c_char) -> c_int;
     pub fn rbd_snap_is_protected(image: rbd_image_t, name: *const c_char, protected: *mut c_int) -> c_int;
@@ -162,6 +164,7 @@ unsafe extern "C" {
     pub fn rbd_snap_set_by_id(image: rbd_image_t, id: u64) -> c_int;
     pub fn rbd_snap_get_id(image: rbd_image_t, name: *const c_char, id: *mut u64) -> c_int;
     pub fn rbd_snap_get_namespace_type(image: rbd_image_t, id: u64, kind: *mut c_int) -> c_int;
+    pub fn rbd_snap_get_trash_namespace(image: rbd_image_t, id: u64, name: *mut c_char, length: usize) -> c_int;
 
     // Its data
     pub fn rbd_read(image: rbd_image_t, offset: u64, length: usize, buffer: *mut c_char) -> isize;

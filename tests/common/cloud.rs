@@ -4,7 +4,8 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use futures::FutureExt;
+use futures::future::join_all;
+use futures::{FutureExt, StreamExt, stream};
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
@@ -17,6 +18,9 @@ use super::{MIB, lab, seconds, unique, until};
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 const TAG: &str = "rbd-offload:";
+
+/// Images that are made or deleted at a time.
+pub const AT_A_TIME: usize = 8;
 
 /// Somebody's token. What it made is deleted when it is dropped, the latest first.
 pub struct Account {
@@ -32,6 +36,8 @@ enum Made {
     Image(String),
     Volume(String),
     Snapshot(String),
+    /// Something of Keystone's: its path.
+    Identity(String),
     /// What Cinder makes in a volume that is cloned, and leaves there when the clone is deleted.
     CloneSnapshot(Disk, String),
 }
@@ -94,6 +100,12 @@ impl Account {
 
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// Goes on with the token of another login of the same user.
+    pub fn renew(&mut self, other: &Self) {
+        assert_eq!((&self.user_id, &self.project_id), (&other.user_id, &other.project_id));
+        self.token.clone_from(&other.token);
     }
 
     // ---- HTTP ----
@@ -279,6 +291,15 @@ impl Account {
         clone
     }
 
+    /// A volume whose disk holds this many MiB in many small objects, so that no method is done with it at once.
+    pub async fn long_volume(&self, mib: u64, seed: u64) -> Volume {
+        let volume = self.create_volume(json!({})).await;
+        volume.disk.remove().await;
+        volume.disk.create_in_small_objects((mib + 16) * MIB).await;
+        volume.disk.write(seed, &[(0, mib / 2 * MIB), ((mib / 2 + 8) * MIB + 777, mib / 2 * MIB)]).await;
+        volume
+    }
+
     /// A volume whose disk is made smaller behind Cinder's back, to what a quick test needs, with some data.
     pub async fn small_volume(&self, more: Value, seed: u64) -> Volume {
         let volume = self.create_volume(more).await;
@@ -346,6 +367,35 @@ impl Account {
         id
     }
 
+    // ---- limits ----
+
+    /// What the images take that this account sees.
+    pub async fn image_bytes(&self) -> u64 {
+        let (status, body) = self.call(Method::GET, &self.glance("images?limit=1000"), None).await;
+        assert_eq!(status, 200, "{body}");
+        body["images"].as_array().unwrap().iter().filter_map(|image| image["size"].as_u64()).sum()
+    }
+
+    /// Sets Keystone's limit of all images of a project, in MiB: for every project, or for this one.
+    pub async fn limit_images(&self, project_id: Option<&str>, mib: u64) {
+        let kind = if project_id.is_some() { "limits" } else { "registered_limits" };
+        let (_, services) = self.call(Method::GET, &format!("{}/services?type=image", lab().keystone), None).await;
+        let mut limit = json!({
+            "service_id": services["services"][0]["id"], "region_id": "RegionOne", "resource_name": "image_size_total",
+        });
+        match project_id {
+            Some(project_id) => {
+                limit["project_id"] = project_id.into();
+                limit["resource_limit"] = mib.into();
+            }
+            None => limit["default_limit"] = mib.into(),
+        }
+        let url = format!("{}/{kind}", lab().keystone);
+        let (status, made) = self.call(Method::POST, &url, Some(json!({kind: [limit]}))).await;
+        assert_eq!(status, 201, "{made}");
+        self.note(Made::Identity(format!("{kind}/{}", made[kind][0]["id"].as_str().unwrap())));
+    }
+
     // ---- the end ----
 
     async fn delete(&self, made: &Made) {
@@ -356,6 +406,7 @@ impl Account {
             }
             Made::Volume(id) => (format!("volume {id}"), self.cinder(&format!("volumes/{id}"))),
             Made::CloneSnapshot(disk, snapshot) => return disk.remove_snapshot(snapshot).await,
+            Made::Identity(path) => (path.clone(), format!("{}/{path}", lab().keystone)),
             Made::Snapshot(id) => (format!("snapshot {id}"), self.cinder(&format!("snapshots/{id}"))),
         };
         until(&format!("the end of {what}"), PATIENCE, || async {
@@ -369,13 +420,30 @@ impl Account {
         .await;
     }
 
-    /// Deletes all that was made, the latest first.
+    /// Deletes all that was made, the latest first; images that follow each other, several at a time.
     pub async fn clean(&self) {
         loop {
-            let made = self.made.lock().unwrap().pop();
-            let Some(made) = made else { return };
-            self.delete(&made).await;
+            let batch = self.latest();
+            if batch.is_empty() {
+                return;
+            }
+            join_all(batch.iter().map(|made| self.delete(made))).await;
         }
+    }
+
+    /// Deletes these images, several at a time.
+    pub async fn delete_images(&self, ids: &[String]) {
+        self.made.lock().unwrap().retain(|made| !matches!(made, Made::Image(id) if ids.contains(id)));
+        let images: Vec<_> = ids.iter().cloned().map(Made::Image).collect();
+        stream::iter(&images).for_each_concurrent(AT_A_TIME, |image| self.delete(image)).await;
+    }
+
+    /// Takes out what is to be deleted next.
+    fn latest(&self) -> Vec<Made> {
+        let mut made = self.made.lock().unwrap();
+        let images = made.iter().rev().take_while(|made| matches!(made, Made::Image(_))).count();
+        let rest = made.len() - images.clamp(1, AT_A_TIME).min(made.len());
+        made.split_off(rest)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{disk, lab, pause, seconds, unique, until};
+use super::{disk, lab, pause, run, seconds, unique, until};
 
 /// The program under test.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rbd-offload");
@@ -59,6 +60,11 @@ impl Setup {
         self.keys.retain(|(s, k, _)| (s.as_str(), k.as_str()) != (section, key));
         self.keys.push((section.into(), key.into(), value.into()));
         self
+    }
+
+    /// With the queue and the jobs of another daemon: the two work together.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self.set("messaging", "queue", name).set("jobs", "namespace", name) }
     }
 
     pub fn without(mut self, section: &str) -> Self {
@@ -197,6 +203,14 @@ impl Daemon {
         assert!(sent.success(), "kill -{signal}");
     }
 
+    /// Whether librbd ended the process: versions that close an image while a notification of its is on the way may fail
+    /// an assertion of their own, and abort. To the jobs that is one more killed daemon.
+    pub fn was_aborted_by_librbd(&self) -> bool {
+        let ended = self.child.lock().unwrap().as_mut().and_then(|child| child.try_wait().unwrap());
+        ended.is_some_and(|status| status.signal() == Some(libc::SIGABRT))
+            && self.log().contains("AsyncOpTracker.cc: 13: FAILED ceph_assert(m_pending_ops == 0)")
+    }
+
     /// SIGKILL.
     pub fn kill(&self) {
         let child = self.child.lock().unwrap().take();
@@ -243,6 +257,27 @@ impl Daemon {
         }
     }
 
+    /// Waits for a line in the log that holds all these words, and reacts to it within milliseconds.
+    pub async fn await_log(&self, words: &[&str], limit: Duration) {
+        let begun = Instant::now();
+        while !self.log().lines().any(|line| words.iter().all(|word| line.contains(word))) {
+            assert!(begun.elapsed() < limit, "not within {} s in the log: {words:?}", limit.as_secs());
+            pause(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Waits until a job is through with a stage; needs the log level `debug`.
+    pub async fn await_stage(&self, image: &str, stage: &str) {
+        self.await_log(&["stage over", image, &format!("job_stage=\"{stage}\"")], seconds(120)).await;
+    }
+
+    /// Runs a command with the daemon's configuration; what it said, which must be a success.
+    pub async fn command(&self, arguments: &[&str]) -> String {
+        let (well, said) = run(command(&self.dir.join("rbd-offload.conf")).args(arguments)).await;
+        assert!(well, "rbd-offload {arguments:?}: {said}");
+        said
+    }
+
     /// Waits until no job of its namespace is alive.
     pub async fn await_idle(&self) {
         until("all jobs ended", seconds(120), || async {
@@ -253,7 +288,9 @@ impl Daemon {
         .await;
         // the record ends a moment before the lease is given back
         until("all leases given back", seconds(10), || async {
-            disk::leases(&self.namespace).await.is_empty().then_some(())
+            // (the reconciler has a lock of its own, and a killed daemon's stays for a while)
+            let held = disk::leases(&self.namespace).await;
+            (!held.iter().any(|object| object.starts_with("job."))).then_some(())
         })
         .await;
         pause(Duration::from_millis(100)).await;

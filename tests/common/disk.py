@@ -47,8 +47,8 @@ def resize(pool, image, size):
         disk.resize(size)
 
 
-def create(pool, image, size):
-    rbd.RBD().create(open_pool(pool), image, size, 22, old_format=False, features=FEATURES)
+def create(pool, image, size, order=22):
+    rbd.RBD().create(open_pool(pool), image, size, order, old_format=False, features=FEATURES)
 
 
 def remove(pool, image):
@@ -62,6 +62,21 @@ def remove(pool, image):
         rbd.RBD().remove(open_pool(pool), image)
     except rbd.ImageNotFound:
         pass
+
+
+def make_snapshot(pool, image, snapshot):
+    """Made and protected."""
+    with rbd.Image(open_pool(pool), image) as disk:
+        disk.create_snap(snapshot)
+        disk.protect_snap(snapshot)
+
+
+def leave(pool, image, key, mark):
+    """An image that a daemon could have left, with this metadata if there is a mark."""
+    create(pool, image, 8 * MIB)
+    if mark is not None:
+        with rbd.Image(open_pool(pool), image) as disk:
+            disk.metadata_set(key, mark)
 
 
 def remove_snapshot(pool, image, snapshot):
@@ -139,6 +154,11 @@ def forget(pool, namespace):
     io = open_pool(pool, namespace)
     for entry in list(io.list_objects()):
         io.remove_object(entry.key)
+
+
+def each(function, arguments):
+    """One function for many arguments."""
+    return [globals()[function](**one) for one in arguments]
 
 
 def omap_keys(io, name):

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use rbd_offload::transfer::MARK;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -21,6 +22,11 @@ async fn ask<T: DeserializeOwned>(function: &str, arguments: Value) -> T {
     .await;
     assert!(well, "{function} {arguments}: {said}");
     serde_json::from_str(&said).unwrap_or_else(|e| panic!("{function} {arguments}: {e}: {said}"))
+}
+
+/// What many images say, for the price of one process.
+async fn ask_each<T: DeserializeOwned>(function: &str, arguments: Vec<Value>) -> Vec<T> {
+    ask("each", json!({"function": function, "arguments": arguments})).await
 }
 
 /// Size and bytes of an image.
@@ -93,8 +99,23 @@ impl Disk {
         ask::<()>("create", self.arguments(json!({"size": size}))).await;
     }
 
+    /// In objects of 64 KiB: a transfer has many more steps for the same bytes.
+    pub async fn create_in_small_objects(&self, size: u64) {
+        ask::<()>("create", self.arguments(json!({"size": size, "order": 16}))).await;
+    }
+
     pub async fn remove(&self) {
         ask::<()>("remove", self.arguments(json!({}))).await;
+    }
+
+    /// A protected snapshot.
+    pub async fn snapshot(&self, snapshot: &str) {
+        ask::<()>("make_snapshot", self.arguments(json!({"snapshot": snapshot}))).await;
+    }
+
+    /// An image as a daemon could have left it: with our mark for the image of this id, or without one.
+    pub async fn leave(&self, mark: Option<&str>) {
+        ask::<()>("leave", self.arguments(json!({"key": MARK, "mark": mark}))).await;
     }
 
     pub async fn remove_snapshot(&self, snapshot: &str) {
@@ -109,6 +130,17 @@ impl Disk {
     pub async fn facts(&self) -> Option<Facts> {
         ask("facts", self.arguments(json!({}))).await
     }
+}
+
+/// The digests of many, at the head or at a snapshot.
+pub async fn digests(disks: &[(Disk, Option<&str>)]) -> Vec<Digest> {
+    let arguments = disks.iter().map(|(disk, snapshot)| disk.arguments(json!({"snapshot": snapshot}))).collect();
+    ask_each("digest", arguments).await
+}
+
+/// The facts of many.
+pub async fn facts(disks: &[Disk]) -> Vec<Option<Facts>> {
+    ask_each("facts", disks.iter().map(|disk| disk.arguments(json!({}))).collect()).await
 }
 
 /// The record of a job.

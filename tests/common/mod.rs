@@ -6,6 +6,8 @@ pub mod census;
 pub mod cloud;
 pub mod daemon;
 pub mod disk;
+pub mod gate;
+pub mod published;
 pub mod stage;
 
 use std::path::PathBuf;

@@ -1,0 +1,594 @@
+//! Jobs survive everything: killed and frozen daemons, and a broker, OSDs, Glance and Keystone that go away. Whatever
+//! happened, each image that was asked for is there, byte for byte, with one location, and nothing else is left.
+//!
+//! `RBD_OFFLOAD_TEST_ROUNDS=50` kills daemons in more rounds, `RBD_OFFLOAD_TEST_SEED` repeats their order of events.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use common::broker::Broker;
+use common::census::Census;
+use common::cloud::{AT_A_TIME, Account, Volume, nothing_is_left_of, volume_tag};
+use common::daemon::{Daemon, Setup};
+use common::disk::{self, Digest, Disk};
+use common::gate::Gate;
+use common::published::are_right;
+use common::{MIB, lab, pause, run, seconds, stage, unique, until};
+use futures::future::join_all;
+use futures::{StreamExt, stream};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use serde_json::json;
+use tempfile::TempDir;
+
+const METHODS: [&str; 3] = ["server-copy", "clone", "copy"];
+
+/// What was asked for: the image, and the bytes that it must get.
+struct Request {
+    id: String,
+    expected: Digest,
+}
+
+/// A tenant with volumes, and how the cluster was before the daemons came.
+struct Tenant {
+    demo: Account,
+    volumes: Vec<(Volume, Digest)>,
+    before: Census,
+}
+
+impl Tenant {
+    async fn new(demo: Account, volumes: Vec<Volume>) -> Self {
+        let disks: Vec<_> = volumes.iter().map(|volume| (volume.disk.clone(), None)).collect();
+        let volumes = volumes.into_iter().zip(disk::digests(&disks).await).collect();
+        Self { demo, volumes, before: Census::take().await }
+    }
+
+    /// With volumes that are copied at once.
+    async fn with_small_volumes(count: u64) -> Self {
+        let demo = Account::demo().await;
+        let volumes = join_all((0..count).map(|seed| {
+            let demo = &demo;
+            async move {
+                let volume = demo.create_volume(json!({})).await;
+                volume.disk.resize(16 * MIB + 512).await;
+                volume.disk.write(seed, &[(0, 2 * MIB), (5 * MIB + 777, 5000), (15 * MIB, MIB + 512)]).await;
+                volume
+            }
+        }))
+        .await;
+        Self::new(demo, volumes).await
+    }
+
+    /// With one volume of so many MiB that takes a while, see [`slow`].
+    async fn with_long_volume(mib: u64) -> Self {
+        let demo = Account::demo().await;
+        let volume = demo.long_volume(mib, 1).await;
+        Self::new(demo, vec![volume]).await
+    }
+
+    async fn request(&self, count: usize) -> Vec<Request> {
+        let one = |n: usize| async move {
+            let (volume, expected) = &self.volumes[n % self.volumes.len()];
+            Request { id: self.demo.request(volume).await, expected: expected.clone() }
+        };
+        stream::iter(0..count).map(one).buffered(AT_A_TIME).collect().await
+    }
+
+    /// Every request ends as an image that is right, and no job, copy, snapshot, lock or watcher is left behind it.
+    /// Then the images are deleted, and the cluster is as it was.
+    async fn gets(&self, daemon: &Daemon, requests: &[Request]) {
+        let mut images = Vec::new();
+        for request in requests {
+            images.push(self.demo.await_image(&request.id, "active").await);
+        }
+        daemon.await_idle().await;
+        let states = disk::jobs(&daemon.namespace).await;
+        for request in requests {
+            assert_eq!(states.get(&request.id).map(String::as_str), Some("done"), "{}", request.id);
+        }
+        // (the mark goes when the image is active)
+        let images = join_all(requests.iter().map(|request| self.demo.image(&request.id))).await;
+        are_right(&images.iter().zip(requests.iter().map(|r| &r.expected)).collect::<Vec<_>>(), 1).await;
+        let disks: Vec<_> = requests.iter().map(|request| Disk::of_image(&request.id)).collect();
+        for facts in disk::facts(&disks).await.into_iter().flatten() {
+            assert_eq!(facts.metadata, BTreeMap::new(), "our mark is taken off");
+        }
+        let ids: Vec<_> = requests.iter().map(|request| request.id.clone()).collect();
+        self.demo.delete_images(&ids).await;
+        self.nothing_is_left().await;
+    }
+
+    async fn nothing_is_left(&self) {
+        let difference = self.before.difference_beside_records().await;
+        assert!(difference.is_nothing(), "the cluster is not as it was: {difference:#?}");
+    }
+}
+
+/// A daemon with a log that tells each stage.
+fn telling(method: &str) -> Setup {
+    Setup::default().set("offload", "method", method).set("DEFAULT", "log_level", "debug")
+}
+
+/// One that needs some fifteen seconds for a long volume of 48 MiB, by every method. The folder holds its ceph.conf.
+fn slow(method: &str) -> (Setup, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("ceph.conf");
+    let lab = std::fs::read_to_string(lab().ceph_conf()).unwrap();
+    // ([client] is its last section): a flatten moves one object after the other
+    std::fs::write(&conf, format!("{lab}\nrbd concurrent management ops = 1\n")).unwrap();
+    let setup = telling(method)
+        .set("ceph", "conf", conf.to_str().unwrap())
+        .set("offload", "bandwidth_limit", "3MiB")
+        .set("offload", "objects_per_second", "50");
+    (setup, dir)
+}
+
+fn number(name: &str) -> Option<u64> {
+    Some(std::env::var(name).ok()?.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+}
+
+/// Jobs that a daemon ended, by its own count.
+async fn ended_by(daemon: &Daemon) -> f64 {
+    daemon.metric("rbd_offload_jobs_ended_total").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
+    let _stage = stage::alone().await;
+    let rounds = number("RBD_OFFLOAD_TEST_ROUNDS").unwrap_or(2);
+    let first = number("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
+    let tenant = Tenant::with_small_volumes(4).await;
+    let begun = Instant::now();
+    let (mut kills, mut fences, mut aborts) = (0, 0, 0);
+    for seed in first..first + rounds {
+        eprintln!("RBD_OFFLOAD_TEST_SEED={seed}");
+        let mut random = StdRng::seed_from_u64(seed);
+        let setup = Setup::default().set("offload", "max_jobs", "4");
+        let any = |random: &mut StdRng| setup.clone().set("offload", "method", METHODS[random.random_range(0..3)]);
+        let mut daemons = [any(&mut random).start().await, any(&mut random).start().await];
+        // kept until the round is over: their logs are evidence
+        let mut killed = Vec::new();
+        let kill = async {
+            for _ in 0..random.random_range(4..=9) {
+                pause(Duration::from_millis(random.random_range(50..3500))).await;
+                let both = random.random_bool(0.2);
+                let victim = random.random_range(0..2);
+                for n in if both { 0..2 } else { victim..victim + 1 } {
+                    daemons[n].kill();
+                }
+                pause(Duration::from_millis(random.random_range(0..1500))).await;
+                for n in if both { 0..2 } else { victim..victim + 1 } {
+                    killed.push(std::mem::replace(&mut daemons[n], any(&mut random).spawn()));
+                }
+            }
+        };
+        let (requests, ()) = tokio::join!(tenant.request(20), kill);
+        tenant.gets(&daemons[0], &requests).await;
+        assert!(daemons[0].command(&["jobs"]).await.starts_with("no jobs"));
+        kills += killed.len();
+        for daemon in &mut daemons {
+            if daemon.was_aborted_by_librbd() {
+                daemon.kill();
+                killed.push(std::mem::replace(daemon, any(&mut random).spawn()));
+                aborts += 1;
+            }
+            daemon.await_health(200).await;
+        }
+        let logs = killed.iter().chain(&daemons).map(Daemon::log);
+        fences += logs.map(|log| log.matches("fenced the owner before").count()).sum::<usize>();
+        eprintln!(
+            "{} rounds, {} images, {kills} kills, {aborts} aborts of librbd, {fences} fences, {:.0} s",
+            seed + 1 - first,
+            20 * (seed + 1 - first),
+            begun.elapsed().as_secs_f64()
+        );
+    }
+    assert!(fences > 0, "nobody was killed at work");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_daemons_share_the_work() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(4).await;
+    let setup = Setup::default().set("offload", "max_jobs", "2");
+    let daemons = [setup.start().await, setup.start().await];
+    let requests = tenant.request(20).await;
+    tenant.gets(&daemons[0], &requests).await;
+    let shares = [ended_by(&daemons[0]).await, ended_by(&daemons[1]).await];
+    assert!(shares[0] >= 4.0 && shares[1] >= 4.0, "{shares:?}");
+    assert_eq!(shares[0] + shares[1], 20.0, "each job ends once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_goes_on_while_the_broker_is_dead() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(32).await;
+    let (setup, _conf) = slow("copy");
+    let daemon = setup.start().await;
+    let requests = tenant.request(2).await;
+    for request in &requests {
+        daemon.await_stage(&request.id, "snapshot").await;
+    }
+    lab().service("kill", &["rabbit"]).await;
+    let log = daemon.log();
+    for request in &requests {
+        assert!(!log.contains(&format!("stage over image_id={} job_stage=\"transfer\"", request.id)), "too quick");
+        // up to Glance, which waits for the broker itself before it answers to a change
+        daemon.await_stage(&request.id, "transfer").await;
+    }
+    daemon.await_health(503).await;
+    lab().service("start", &["rabbit"]).await;
+    tenant.gets(&daemon, &requests).await;
+    daemon.await_health(200).await;
+    // and it hears again
+    let requests = tenant.request(1).await;
+    tenant.gets(&daemon, &requests).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_said_while_the_daemon_was_cut_off_is_heard() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(2).await;
+    let broker = Broker::connect().await;
+    let url = &lab().offload_amqp;
+    let port = url.trim_end_matches('/').rsplit(':').next().unwrap();
+    let gate = Gate::to(port.parse().unwrap()).await;
+    let url = url.replace(&format!(":{port}/"), &format!(":{}/", gate.port));
+    let setup = Setup::default().set("messaging", "transport_url", &url).set("offload", "reconcile_interval", "1h");
+    let daemon = setup.start().await;
+    gate.shut();
+    daemon.await_health(503).await;
+    let requests = tenant.request(4).await;
+    until("the messages in the queue", seconds(20), || async {
+        broker.count(&daemon.queue).await.filter(|count| *count >= 4)
+    })
+    .await;
+    assert!(disk::jobs(&daemon.namespace).await.is_empty());
+    gate.open();
+    tenant.gets(&daemon, &requests).await;
+    assert_eq!(broker.count(&daemon.queue).await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_osd_is_killed_during_the_transfer_by_every_method() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(32).await;
+    for (n, method) in METHODS.into_iter().enumerate() {
+        let (setup, _conf) = slow(method);
+        let daemon = setup.start().await;
+        let requests = tenant.request(1).await;
+        daemon.await_stage(&requests[0].id, "snapshot").await;
+        pause(Duration::from_millis(500)).await;
+        let osd = format!("osd.{n}");
+        lab().service("kill", &[&osd]).await;
+        let said = daemon.log();
+        assert!(!said.contains("job_stage=\"transfer\""), "the transfer was over before the OSD was dead: {said}");
+        pause(seconds(3)).await;
+        lab().service("start", &[&osd]).await;
+        tenant.gets(&daemon, &requests).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn glance_and_keystone_are_away_for_half_a_minute() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(32).await;
+    let (setup, _conf) = slow("copy");
+    let daemon = setup.start().await;
+    let requests = tenant.request(3).await;
+    for request in &requests {
+        daemon.await_stage(&request.id, "snapshot").await;
+    }
+    lab().service("kill", &["glance", "keystone"]).await;
+    // the copies end meanwhile, and cannot be registered
+    pause(seconds(30)).await;
+    let log = daemon.log();
+    for request in &requests {
+        assert!(log.contains(&format!("stage over image_id={} job_stage=\"transfer\"", request.id)), "{log}");
+    }
+    assert_eq!(daemon.health().await.unwrap().0, 503);
+    lab().service("start", &["keystone", "glance"]).await;
+    tenant.gets(&daemon, &requests).await;
+    daemon.await_health(200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_became_invalid_leads_to_a_new_login() {
+    let _stage = stage::alone().await;
+    let mut tenant = Tenant::with_long_volume(32).await;
+    let (setup, _conf) = slow("copy");
+    let daemon = setup.start().await;
+    let service = Account::service().await;
+    let requests = tenant.request(1).await;
+    daemon.await_stage(&requests[0].id, "snapshot").await;
+    // until the key is gone that all tokens of before were made with
+    let owner = run(std::process::Command::new("id").arg("-un")).await.1;
+    let group = run(std::process::Command::new("id").arg("-gn")).await.1;
+    for _ in 0..4 {
+        let mut rotate = std::process::Command::new(lab().dir.join("venv/bin/keystone-manage"));
+        rotate.arg("--config-file").arg(lab().dir.join("etc/keystone/keystone.conf")).arg("fernet_rotate");
+        rotate.args(["--keystone-user", owner.trim(), "--keystone-group", group.trim()]);
+        let (well, said) = run(&mut rotate).await;
+        assert!(well, "{said}");
+    }
+    // the daemon's own user had a token of the same age
+    let url = format!("{}/v2/images?limit=1", lab().glance);
+    until("an old token is refused", seconds(30), || async {
+        (service.call(reqwest::Method::GET, &url, None).await.0 == 401).then_some(())
+    })
+    .await;
+    tenant.demo.renew(&Account::demo().await);
+    tenant.gets(&daemon, &requests).await;
+    let requests = tenant.request(1).await;
+    tenant.gets(&daemon, &requests).await;
+    daemon.await_health(200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(16).await;
+    // the stage that was just over when it froze
+    for (method, stage) in [
+        ("server-copy", "snapshot"),
+        ("copy", "snapshot"),
+        ("clone", "transfer"),
+        ("server-copy", "rename"),
+        ("copy", "record"),
+    ] {
+        eprintln!("{method}, frozen after {stage}");
+        let (setup, _conf) = slow(method);
+        let frozen = setup.start().await;
+        let requests = tenant.request(1).await;
+        frozen.await_stage(&requests[0].id, stage).await;
+        frozen.signal("STOP");
+        // (nobody else could take the job before)
+        let other = telling(method).named(&setup.name).start().await;
+        tenant.demo.await_image(&requests[0].id, "active").await;
+        other.await_job(&requests[0].id, "done").await;
+        let image = Disk::of_image(&requests[0].id).facts().await.unwrap();
+        frozen.signal("CONT");
+        frozen.await_log(&["connecting anew"], seconds(60)).await;
+        frozen.await_health(200).await;
+        assert_eq!(Disk::of_image(&requests[0].id).facts().await.unwrap().id, image.id);
+        assert_eq!(ended_by(&other).await, 1.0);
+        tenant.gets(&other, &requests).await;
+        // it is of use again
+        other.stop();
+        let requests = tenant.request(1).await;
+        tenant.gets(&frozen, &requests).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_broker_delivers_ten_times_is_done_once() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(2).await;
+    let broker = Broker::connect().await;
+    let ours = format!("test-{}", unique());
+    broker.listen(&ours, &["glance", "openstack"]).await;
+    let daemon = Setup::default().set("offload", "max_jobs", "3").start().await;
+    let repeat = async |bodies: &[Vec<u8>]| {
+        for body in bodies {
+            for _ in 0..10 {
+                broker.publish("", &daemon.queue, body, None).await;
+            }
+        }
+    };
+
+    let requests = tenant.request(6).await;
+    // nothing to be had, and gone again: these must not come back either
+    let missing = tenant.demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], json!({})).await;
+    let deleted = tenant.request(1).await.remove(0).id;
+    assert_eq!(tenant.demo.delete_image(&deleted).await, 204);
+    let mut heard = Vec::new();
+    // while they run
+    let mut active = 0;
+    while active < requests.len() {
+        let new = broker.drain(&ours).await;
+        repeat(&new).await;
+        heard.extend(new);
+        active += usize::from(tenant.demo.image(&requests[active].id).await["status"] == "active");
+        pause(Duration::from_millis(100)).await;
+    }
+    tenant.demo.await_declined(&missing).await;
+    daemon.await_idle().await;
+    let (records, ended) = (disk::jobs(&daemon.namespace).await, ended_by(&daemon).await);
+    // and all of it again, in any order
+    let mut all: Vec<_> = heard.into_iter().chain(broker.drain(&ours).await).collect();
+    assert!(all.len() >= 3 * requests.len(), "{}", all.len());
+    all.shuffle(&mut StdRng::seed_from_u64(7));
+    repeat(&all).await;
+    until("an empty queue", seconds(60), || async { (broker.count(&daemon.queue).await == Some(0)).then_some(()) })
+        .await;
+    pause(seconds(1)).await;
+    daemon.await_idle().await;
+    assert_eq!(disk::jobs(&daemon.namespace).await, records);
+    assert_eq!(ended_by(&daemon).await, ended, "an ended job was done again");
+    nothing_is_left_of(&missing).await;
+    nothing_is_left_of(&deleted).await;
+    tenant.gets(&daemon, &requests).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(48).await;
+    for method in METHODS {
+        let (setup, _conf) = slow(method);
+        let daemon = setup.start().await;
+        let requests = tenant.request(3).await;
+        let [deleted, cancelled, uploaded] = [0, 1, 2].map(|n| requests[n].id.as_str());
+        for request in &requests {
+            daemon.await_stage(&request.id, "snapshot").await;
+        }
+        let begun = Instant::now();
+        let ends = async |id: &str, state: &str| {
+            daemon.await_job(id, state).await;
+            eprintln!("{method}: {state} after {:.1} s", begun.elapsed().as_secs_f64());
+        };
+        tokio::join!(
+            async {
+                assert_eq!(tenant.demo.delete_image(deleted).await, 204);
+                ends(deleted, "cancelled").await;
+            },
+            async {
+                let said = daemon.command(&["cancel", cancelled]).await;
+                assert!(said.contains("is to be cancelled"), "{said}");
+                ends(cancelled, "cancelled").await;
+            },
+            async {
+                assert_eq!(tenant.demo.upload(uploaded, vec![7; 1 << 20]).await, 204);
+                ends(uploaded, "declined").await;
+            },
+        );
+        assert!(begun.elapsed() < seconds(12), "{:?}", begun.elapsed());
+        let log = daemon.log();
+        for id in [deleted, cancelled, uploaded] {
+            let whole = log.lines().any(|line| {
+                ["stage over", id, "job_stage=\"transfer\"", "ok=true"].iter().all(|word| line.contains(word))
+            });
+            assert!(!whole, "the copy of {id} was complete before it was cancelled");
+        }
+        let sentence = tenant.demo.await_end(cancelled, "failed").await;
+        assert!(sentence.contains("cancelled by the operator"), "{sentence}");
+        nothing_is_left_of(deleted).await;
+        nothing_is_left_of(cancelled).await;
+        // theirs stays
+        assert_eq!(tenant.demo.image(uploaded).await["status"], "active");
+        assert_eq!(Disk::of_image(uploaded).facts().await.unwrap().size, MIB);
+        assert_eq!(Account::service().await.locations(uploaded).await.len(), 1);
+        tenant.demo.delete_images(&[uploaded.to_owned()]).await;
+        daemon.await_idle().await;
+        tenant.nothing_is_left().await;
+        daemon.stop();
+
+        let quick = telling(method).named(&setup.name).start().await;
+        quick.command(&["retry", cancelled]).await;
+        let image = until("the image that is tried again", seconds(60), || async {
+            let image = tenant.demo.image(cancelled).await;
+            (image["status"] == "active").then_some(image)
+        })
+        .await;
+        quick.await_job(cancelled, "done").await;
+        assert!(image.as_object().unwrap().keys().all(|key| !key.starts_with("rbd_offload_")), "{image:#}");
+        assert_eq!(Disk::of_image(cancelled).digest(Some("snap")).await, requests[1].expected);
+        tenant.demo.delete_images(&[cancelled.to_owned()]).await;
+        tenant.nothing_is_left().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_hundred_requests_of_one_tenant_do_not_hold_up_another() {
+    let _stage = stage::alone().await;
+    let (many, one) = tokio::join!(Account::demo(), Account::demo2());
+    let volume = one.small_volume(json!({}), 1).await;
+    let one = Tenant::new(one, vec![volume]).await;
+    // declined, which is quick; the daemon is not there yet
+    let record = json!({"disk_format": "qcow2", "container_format": "bare"});
+    let tag = [volume_tag(&one.volumes[0].0.id)];
+    let begun = Instant::now();
+    let made = stream::iter(0..500).map(|_| many.create_image(&tag, record.clone())).buffer_unordered(AT_A_TIME);
+    assert_eq!(made.count().await, 500);
+    eprintln!("five hundred records after {:?}", begun.elapsed());
+    let daemon = Setup::default().set("offload", "max_jobs", "2").start().await;
+    let ended = async || {
+        let states = disk::jobs(&daemon.namespace).await;
+        (states.values().filter(|state| *state == "declined").count(), states.len())
+    };
+    until("all five hundred are jobs, and some have ended", seconds(60), || async {
+        let (declined, all) = ended().await;
+        (all == 500 && declined > 5).then_some(())
+    })
+    .await;
+    let before = ended().await.0;
+    let request = one.request(1).await;
+    one.demo.await_image(&request[0].id, "active").await;
+    let after = ended().await.0;
+    eprintln!("{before} of the five hundred had ended when the one was asked for, {after} when it was active");
+    assert!(after < 400, "{after} of 500 went first");
+    daemon.await_job(&request[0].id, "done").await;
+    daemon.stop();
+    many.clean().await;
+    disk::forget(&daemon.namespace).await;
+    let image = one.demo.image(&request[0].id).await;
+    are_right(&[(&image, &request[0].expected)], 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limit_of_all_images_of_a_project_holds() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(1).await;
+    let admin = Account::admin().await;
+    let daemon = Setup::default().start().await;
+    let used = tenant.demo.image_bytes().await.div_ceil(MIB);
+    let first = tenant.request(1).await;
+    tenant.demo.await_image(&first[0].id, "active").await;
+    // the disk is a little larger than 16 MiB: there is room for one
+    admin.limit_images(None, used + 24).await;
+    let second = tenant.request(1).await.remove(0);
+    let sentence = tenant.demo.await_declined(&second.id).await;
+    assert!(sentence.contains("image_size_total") && sentence.contains(&format!("of {} MiB", used + 24)), "{sentence}");
+    // this project may have more than the others
+    admin.limit_images(Some(&tenant.demo.project_id), used + 40).await;
+    tenant.demo.add_tag(&second.id, &volume_tag(&tenant.volumes[0].0.id)).await;
+    until("the second image", seconds(60), || async {
+        (tenant.demo.image(&second.id).await["status"] == "active").then_some(())
+    })
+    .await;
+    let third = tenant.request(1).await.remove(0);
+    let sentence = tenant.demo.await_declined(&third.id).await;
+    assert!(sentence.contains("image_size_total") && sentence.contains(&format!("of {} MiB", used + 40)), "{sentence}");
+    tenant.gets(&daemon, &[first.into_iter().next().unwrap(), second]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leftovers_with_our_mark_go_and_everything_else_stays() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(48).await;
+    let volume = &tenant.volumes[0].0;
+    let (setup, _conf) = slow("copy");
+    let daemon = setup.set("offload", "reconcile_interval", "2s").start().await;
+    // two requests that ended without an image
+    let [first, second] = [(); 2].map(|()| volume_tag(&uuid::Uuid::new_v4().to_string()));
+    let declined =
+        [tenant.demo.create_image(&[first], json!({})).await, tenant.demo.create_image(&[second], json!({})).await];
+    for id in &declined {
+        tenant.demo.await_declined(id).await;
+    }
+    // one that runs meanwhile
+    let live = tenant.request(1).await;
+    daemon.await_stage(&live[0].id, "snapshot").await;
+
+    let ids: [String; 4] = std::array::from_fn(|_| uuid::Uuid::new_v4().to_string());
+    let private = |id: &str| Disk::of_image(&format!("rbd-offload.{id}"));
+    let (copy, published) = (private(&ids[0]), Disk::of_image(&declined[0]));
+    copy.leave(Some(&ids[0])).await;
+    published.leave(Some(&declined[0])).await;
+    volume.disk.snapshot(&format!("rbd-offload.{}", ids[1])).await;
+    // of our name without our mark, with the mark that a clone inherited, and another writer's
+    let stay = [private(&ids[2]), private(&ids[3]), Disk::of_image(&declined[1])];
+    stay[0].leave(None).await;
+    stay[1].leave(Some(&ids[0])).await;
+    stay[2].leave(None).await;
+
+    until("the leftovers are gone", seconds(60), || async {
+        let gone = disk::facts(&[copy.clone(), published.clone()]).await.iter().all(Option::is_none);
+        let snapshots = volume.disk.facts().await.unwrap().snapshots;
+        (gone && !snapshots.contains_key(&format!("rbd-offload.{}", ids[1]))).then_some(())
+    })
+    .await;
+    assert_eq!(daemon.job(&live[0].id).await.unwrap()["state"], "copying", "it was there all the time");
+    let begun = Instant::now();
+    tenant.demo.await_image(&live[0].id, "active").await;
+    pause(seconds(10).saturating_sub(begun.elapsed())).await;
+    assert!(disk::facts(&stay).await.iter().all(Option::is_some), "what is not ours was touched");
+    for disk in &stay {
+        disk.remove().await;
+    }
+    tenant.gets(&daemon, &live).await;
+}
