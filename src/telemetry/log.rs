@@ -302,9 +302,12 @@ mod tests {
 
     use super::*;
 
+    /// One event as text, as JSON, and as the journal's fields.
+    type Written = (String, String, BTreeMap<String, String>);
+
     /// Keeps what the writer would write.
     #[derive(Clone, Default)]
-    struct Kept(Arc<std::sync::Mutex<Vec<(String, String, BTreeMap<String, String>)>>>);
+    struct Kept(Arc<std::sync::Mutex<Vec<Written>>>);
 
     impl<S: Subscriber + for<'span> LookupSpan<'span>> Layer<S> for Kept {
         fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
@@ -340,7 +343,7 @@ mod tests {
         fields
     }
 
-    fn written(work: impl FnOnce()) -> Vec<(String, String, BTreeMap<String, String>)> {
+    fn written(work: impl FnOnce()) -> Vec<Written> {
         let kept = Kept::default();
         // the writer keeps the fields of the spans, and is to write nothing
         let (writer, _) = Writer::new(Output::Text { colours: false });
