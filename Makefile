@@ -7,13 +7,24 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps lab-up lab-down demo test bench lint clean
+.PHONY: build release deps deb rpm lab-up lab-down demo test test-packages bench lint clean
 
 build: deps
 	$(CARGO) build --locked
 
 release: deps
 	$(CARGO) build --locked --release
+
+# the packages, in target/debian and target/generate-rpm
+deb: release
+	packaging/tools cargo-deb
+	packaging/prepare target/release/rbd-offload
+	$(CARGO) deb --locked --no-build
+
+rpm: release
+	packaging/tools cargo-generate-rpm
+	packaging/prepare target/release/rbd-offload
+	$(CARGO) generate-rpm
 
 # headers and libraries that the build links
 deps:
@@ -32,6 +43,10 @@ demo:
 test:
 	tests/run
 
+# the packages: what is in them, and the deb under a real systemd, against a lab of its own; not part of `make test`
+test-packages: deb rpm
+	packaging/test
+
 bench:
 	benches/run
 
@@ -39,7 +54,8 @@ lint: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	lab/lib/install-packages shellcheck
-	shellcheck -x lab/up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh tests/run benches/run .ci/run
+	shellcheck -x lab/up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh tests/run tests/packages benches/run .ci/run \
+		packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
 	@command -v cargo-deny >/dev/null && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
 
 clean:

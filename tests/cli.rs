@@ -801,6 +801,8 @@ fn completions_and_the_manual_page_come_out() {
         let ran = run(&["completions", shell]);
         assert!(ran.code == Some(0) && ran.out.contains("request") && ran.err.is_empty(), "{ran:?}");
     }
+    let page = run(&["man", "rbd-offload.conf"]);
+    assert!(page.code == Some(0) && page.out.contains("[messaging]") && page.out.contains(".TH"), "{page:?}");
     let page = run(&["man"]);
     assert!(page.code == Some(0) && page.out.contains(".TH") && page.out.contains("EXIT STATUS"), "{page:?}");
     let help = run(&["--help"]);

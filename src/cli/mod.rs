@@ -68,8 +68,8 @@ enum Command {
     Replay(replay::Args),
     /// Print the completions of a shell.
     Completions(completions::Args),
-    /// Print the manual page.
-    Man,
+    /// Print a manual page.
+    Man(man::Args),
 }
 
 impl Cli {
@@ -85,7 +85,7 @@ impl Cli {
             Command::Request(args) => blocking(request::request(args)),
             Command::Replay(args) => blocking(replay::replay(config, args)),
             Command::Completions(args) => completions::completions(args),
-            Command::Man => man::man(),
+            Command::Man(args) => man::man(args),
         }
     }
 }

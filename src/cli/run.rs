@@ -197,7 +197,7 @@ fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>) {
                 tracing::warn!(what, "changed in the configuration; needs a restart");
             }
             let now = old.reloaded(&new);
-            log.set_level(now.log.level);
+            log.set(&now.log);
             config.send_replace(Arc::new(now));
             tracing::info!(config = %path.display(), "configuration read again");
         }

@@ -1,7 +1,7 @@
-//! The configuration: read from the file, `conf.d` and the environment, checked as a whole, then used as plain types.
+//! The configuration: read from the file, `conf.d`, credentials and the environment, checked as a whole, then used as plain types.
 //!
 //! ```text
-//! files, environment → read (text with its origin, every value judged by `keys`)
+//! files, credentials, environment → read (text with its origin, every value judged by `keys`)
 //!   → fragments (one section, as written over the defaults) → check (what holds between keys) → Config
 //! ```
 //!
@@ -38,8 +38,8 @@ pub const DEFAULT_PATH: &str = "/etc/rbd-offload/rbd-offload.conf";
 pub type TransportUrlCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
 
 impl Config {
-    /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then the environment
-    /// (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one error.
+    /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then `$CREDENTIALS_DIRECTORY/<section>.<key>`, then
+    /// the environment (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one error.
     pub fn load(path: &Path) -> Result<Config, Error> {
         Self::load_with(path, &|_| Ok(()))
     }
@@ -56,10 +56,15 @@ impl Config {
         transport_url: TransportUrlCheck<'_>,
     ) -> Result<Config, Error> {
         let files = read::files(path)?;
+        let environment: Vec<_> = environment.into_iter().collect();
+        let credentials = read::credentials(&environment)?;
         let mut report = Report::default();
         let mut written = read::Written::default();
         for file in &files {
             written.add_file(file, &mut report);
+        }
+        for credential in &credentials {
+            written.add_credential(credential, &mut report);
         }
         written.add_environment(environment, &mut report);
         check::check(written, path, transport_url, report)

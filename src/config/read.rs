@@ -1,4 +1,4 @@
-//! What was written, and where: the file, `conf.d` beside it, and the environment, one laid over the other.
+//! What was written, and where: the file, `conf.d` beside it, credentials and the environment, one laid over the other.
 //!
 //! The `config` crate reads the INI syntax, with three traps around which this file goes: rust-ini takes `\` for an
 //! escape and quotes for its own (a password is full of them), a section that comes twice loses its first half, and a
@@ -13,6 +13,8 @@
 //! - `RBD_OFFLOAD_<SECTION>__<KEY>` in any case. For `[backend:NAME]` the section is `BACKEND_` and NAME with every
 //!   character but letters and digits as `_` (`RBD_OFFLOAD_BACKEND_CEPH_SSD__POOL` for `[backend:ceph-ssd]`), which works
 //!   for backends that a file describes, or `BACKEND:` and NAME as it is, where the environment can hold that.
+//! - A credential is a file `<section>.<key>` in systemd's `$CREDENTIALS_DIRECTORY`: its text, without the blanks and line
+//!   ends around it, is the value. A section's name may hold dots, a key's never does.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -30,6 +32,9 @@ use super::report::{Error, Origin, Problem, Report, Shown};
 const MAX_BYTES: usize = 1024 * 1024;
 
 const ENVIRONMENT_PREFIX: &str = "RBD_OFFLOAD_";
+
+/// Where systemd puts what `LoadCredential=` and its like name.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 /// A file as it lies on disk; at most one byte more than [`MAX_BYTES`] of it.
 pub struct File {
@@ -70,13 +75,27 @@ pub fn files(path: &Path) -> Result<Vec<File>, Error> {
     names.sort();
     for name in names {
         let path = folder.join(name);
-        // Looked at before it is opened: opening a FIFO waits for its writer.
-        let opened = fs::metadata(&path).and_then(|found| {
-            if found.is_file() { fs::File::open(&path) } else { Err(io::Error::other("not a regular file")) }
-        });
-        files.push(file(&path, opened)?);
+        files.push(file(&path, regular(&path))?);
     }
     Ok(files)
+}
+
+/// The files in the directory of credentials, if the environment names one; in lexical order.
+pub fn credentials(environment: &[(OsString, OsString)]) -> Result<Vec<File>, Error> {
+    let Some((_, folder)) = environment.iter().find(|(name, _)| name == CREDENTIALS) else { return Ok(Vec::new()) };
+    let folder = Path::new(folder);
+    let unreadable = |cause| Error::Unreadable { path: folder.to_path_buf(), cause };
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        paths.push(entry.map_err(unreadable)?.path());
+    }
+    paths.sort();
+    paths.into_iter().map(|path| file(&path, regular(&path))).collect()
+}
+
+/// Looked at before it is opened: opening a FIFO waits for its writer.
+fn regular(path: &Path) -> io::Result<fs::File> {
+    if fs::metadata(path)?.is_file() { fs::File::open(path) } else { Err(io::Error::other("not a regular file")) }
 }
 
 fn file(path: &Path, opened: io::Result<fs::File>) -> Result<File, Error> {
@@ -135,6 +154,32 @@ impl Written {
             for (line, key, text) in values {
                 self.add(&section, &key, text, at(line), report);
             }
+        }
+    }
+
+    /// Lays a credential over what is there. One that no key is named like is an error, as an unknown key in a file is:
+    /// a secret that nobody reads is a mistake.
+    pub fn add_credential(&mut self, file: &File, report: &mut Report) {
+        let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let origin = Origin::Credential(name.clone());
+        let Some((section, key)) = name.rsplit_once('.') else {
+            report.add(Problem::at(origin, "its name is not that of a key, <section>.<key>"));
+            return;
+        };
+        if !self.begin_section(section, origin.clone(), report) {
+            return;
+        }
+        let problem = |says| Problem::at(origin.clone(), says).section(section).key(key);
+        if file.bytes.len() > MAX_BYTES {
+            report.add(problem("larger than 1 MiB, so not a value"));
+            return;
+        }
+        match str::from_utf8(&file.bytes).map(str::trim) {
+            Ok(text) if text.contains(char::is_control) => {
+                report.add(problem("more than one line, or a control character"))
+            }
+            Ok(text) => self.add(section, key, text.to_owned(), origin, report),
+            Err(_) => report.add(problem("not UTF-8 text")),
         }
     }
 

@@ -62,6 +62,8 @@ pub enum Origin {
     File { path: PathBuf, line: usize },
     /// The name of an environment variable.
     Variable(String),
+    /// The name of a file in systemd's directory of credentials.
+    Credential(String),
 }
 
 impl Report {
@@ -141,6 +143,7 @@ impl fmt::Display for Origin {
         match self {
             Origin::File { path, .. } => write!(f, "{}", path.display()),
             Origin::Variable(name) => write!(f, "environment variable {}", Shown(name)),
+            Origin::Credential(name) => write!(f, "credential {}", Shown(name)),
         }
     }
 }

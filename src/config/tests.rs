@@ -545,6 +545,79 @@ fn a_variable_that_is_not_text_is_told() {
     assert_eq!(told, ["environment variable RBD_OFFLOAD_JOBS__POOL: [jobs] pool: not UTF-8 text"]);
 }
 
+// Credentials
+
+/// A configuration without its secrets, and a directory of credentials beside it.
+fn with_credentials(credentials: &[(&str, &[u8])]) -> Folder {
+    let without: String =
+        LEAST.lines().filter(|line| !line.contains("hunter2")).map(|line| format!("{line}\n")).collect();
+    let folder = Folder::new(&[("main.conf", &without)]);
+    fs::create_dir(folder.path("credentials")).unwrap();
+    for (name, text) in credentials {
+        fs::write(folder.path("credentials").join(name), text).unwrap();
+    }
+    folder
+}
+
+fn named_in_the_environment(folder: &Folder) -> (&'static str, String) {
+    ("CREDENTIALS_DIRECTORY", folder.path("credentials").to_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_credential_is_the_value_of_the_key_that_it_is_named_after() {
+    let folder = with_credentials(&[
+        ("keystone.password", b"hunter2 # \"x\"\n"),
+        ("messaging.transport_url", b"rabbit://bus:hunter2@rabbit:5672/\r\n"),
+        ("backend:ceph.ssd.pool", b"ssd"),
+        ("offload.max_jobs", b"7\n"),
+    ]);
+    let (name, value) = named_in_the_environment(&folder);
+    let config = folder.load(&[(name, &value)]).unwrap();
+    match config.keystone.credentials {
+        Credentials::Password { password, .. } => assert_eq!(password.expose_secret(), "hunter2 # \"x\""),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(config.messaging.transport_url.expose_secret(), "rabbit://bus:hunter2@rabbit:5672/");
+    assert_eq!((config.backends["ceph.ssd"].pool.as_str(), config.offload.max_jobs), ("ssd", 7));
+    // over the files, under the environment
+    let config = folder.load(&[(name, &value), ("RBD_OFFLOAD_OFFLOAD__MAX_JOBS", "9")]).unwrap();
+    assert_eq!(config.offload.max_jobs, 9);
+    // and without the variable, the files alone count
+    assert_eq!(folder.wrong(&[]).len(), 2);
+}
+
+#[test]
+fn a_credential_that_means_nothing_is_told_and_its_text_is_not() {
+    let folder = with_credentials(&[
+        ("keystone.password", b"hunter2\nhunter2"),
+        ("keystone.pasword", b"hunter2"),
+        ("keyston.password", b"hunter2"),
+        ("password", b"hunter2"),
+        ("messaging.transport_url", b"hunter2"),
+        ("keystone.username", b"\xff"),
+    ]);
+    let (name, value) = named_in_the_environment(&folder);
+    let told = folder.wrong(&[(name, &value)]);
+    for line in [
+        "credential keystone.password: [keystone] password: more than one line, or a control character",
+        "credential keystone.pasword: [keystone] pasword: unknown key; did you mean password?",
+        "credential keyston.password: [keyston]: unknown section; did you mean [keystone]?",
+        "credential password: its name is not that of a key, <section>.<key>",
+        "credential keystone.username: [keystone] username: not UTF-8 text",
+    ] {
+        assert!(told.iter().any(|told| told == line), "{line}\n{told:#?}");
+    }
+    assert!(told.iter().any(|line| line.starts_with("credential messaging.transport_url: [messaging]")), "{told:#?}");
+}
+
+#[test]
+fn a_directory_of_credentials_that_cannot_be_read_is_an_error() {
+    let folder = Folder::new(&[("main.conf", LEAST)]);
+    let error = folder.load(&[("CREDENTIALS_DIRECTORY", folder.path("none").to_str().unwrap())]).unwrap_err();
+    assert_eq!(error.exit_code(), 66);
+    assert!(error.to_string().contains("/none: "), "{error}");
+}
+
 // The table, the sample, the reload
 
 /// A key's value other than its default, and other than `LEAST` has it.

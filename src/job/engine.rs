@@ -12,12 +12,14 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::lease::Lease;
 use super::run::{BACKOFF_MAX, Context, Job, Outcome};
 use super::store::{Error, Summary};
 use crate::ceph::ErrorKind;
+use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -139,7 +141,10 @@ impl Engine {
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
-                Ok(Ok(())) => lock(&self.status).last_look = Instant::now(),
+                Ok(Ok(())) => {
+                    lock(&self.status).last_look = Instant::now();
+                    metrics::gauge!("rbd_offload_last_look_timestamp_seconds").set(unix_time());
+                }
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.come_back().await,
                 Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
                 Err(_) => tracing::warn!(seconds = LOOK_WITHIN.as_secs(), "Ceph does not answer; tried again"),
@@ -280,7 +285,8 @@ impl Engine {
     fn start(self: &Arc<Self>, image_id: Uuid, project: String, job: Job, drain: CancellationToken) {
         lock(&self.running).insert(image_id, project);
         let engine = Arc::clone(self);
-        self.tasks.spawn(async move {
+        let span = job.span();
+        let work = async move {
             let outcome = job.run(drain).await;
             match outcome {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
@@ -290,7 +296,8 @@ impl Engine {
             }
             lock(&engine.running).remove(&image_id);
             engine.wake.notify_one();
-        });
+        };
+        self.tasks.spawn(work.instrument(span));
     }
 
     /// Lets the tenant of a job that has to wait know that its request was seen; one a look, which is gentle.
@@ -299,7 +306,8 @@ impl Engine {
         let Some(image_id) = next else { return Ok(()) };
         lock(&self.acknowledged).insert(image_id);
         if let Some(job) = self.claim(image_id).await? {
-            job.acknowledge().await;
+            let span = job.span();
+            job.acknowledge().instrument(span).await;
             // there may be more
             self.wake.notify_one();
         }

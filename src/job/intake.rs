@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::engine::Engine;
@@ -90,8 +91,8 @@ impl Intake {
     async fn submit(&self, new: NewJob) -> Result<()> {
         let NewJob { image_id, trigger, source, .. } = new;
         match self.store.submit(&new).await? {
-            Submitted::Created => {
-                tracing::info!(%image_id, job_stage = "accepted", trigger = trigger.as_str(),
+            Submitted::Created { request_id } => {
+                tracing::info!(%image_id, %request_id, job_stage = "accepted", trigger = trigger.as_str(),
                     source = source.map(|s| s.to_string()), "request stored");
                 metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => trigger.as_str()).increment(1);
             }
@@ -134,6 +135,14 @@ impl Intake {
 #[async_trait]
 impl Sink for Intake {
     async fn accept(&self, event: Event, meta: Meta) -> std::result::Result<(), SinkError> {
+        // the id that the service gave its message: the other end of the thread in the service's own log
+        let span = tracing::error_span!("delivery", notification = meta.message_id.as_deref());
+        self.take(event, &meta).instrument(span).await
+    }
+}
+
+impl Intake {
+    async fn take(&self, event: Event, meta: &Meta) -> std::result::Result<(), SinkError> {
         let stored = match event {
             Event::ImageChanged { image_id, owner, tags, .. } => self.image_queued(image_id, owner, &tags).await,
             Event::ImageDeleted { image_id } => self.image_deleted(image_id).await,

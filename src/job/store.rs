@@ -61,7 +61,9 @@ pub struct NewJob {
 /// What became of a submitted request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Submitted {
-    Created,
+    Created {
+        request_id: Uuid,
+    },
     /// A live job for that image is there: the same request, heard again.
     Running,
     /// An ended (or ending) job is there; it is marked to be looked at again.
@@ -133,7 +135,7 @@ impl Store {
         match self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await {
             Ok(_) => {
                 self.index_live(&record).await?;
-                Ok(Submitted::Created)
+                Ok(Submitted::Created { request_id: record.request_id })
             }
             Err(e) if e.kind() == ErrorKind::Exists => {
                 self.heard_again(new).await?.ok_or(Error::Contended(new.image_id))

@@ -28,7 +28,7 @@ use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
-use metrics::{Counter, counter};
+use metrics::{Counter, counter, gauge};
 use rand::seq::SliceRandom;
 use secrecy::ExposeSecret;
 use tokio::task::{JoinHandle, JoinSet};
@@ -191,6 +191,7 @@ impl Listener {
                 status.queue_declared = false;
                 since.map(|since| since.elapsed())
             };
+            gauge!("rbd_offload_broker_connected").set(0.0);
             let Err(ended) = ended else { break };
             {
                 let mut status = self.status.lock();
@@ -201,10 +202,10 @@ impl Listener {
             let text = ended.to_string();
             match run.logged.due(&text) {
                 Some(_) if matches!(ended, Ended::QueueDiffers { .. } | Ended::Denied { .. } | Ended::Login { .. }) => {
-                    error!("{text}; trying again");
+                    error!(problem = %text, "no connection to the broker; tried again");
                 }
-                Some(_) => warn!("{text}; trying again"),
-                None => debug!("{text}; trying again"),
+                Some(_) => warn!(problem = %text, "no connection to the broker; tried again"),
+                None => debug!(problem = %text, "no connection to the broker; tried again"),
             }
 
             let settled = consumed.is_some_and(|time| time >= SETTLED);
@@ -266,6 +267,13 @@ impl Listener {
             }
             Err(ended) => Err(self.denied(ended)),
         }
+    }
+
+    /// Messages in the queue that have been delivered to nobody.
+    async fn count(&self, channel: &Channel) -> Result<u32, Ended> {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declared = channel.queue_declare(self.queue().into(), passive, FieldTable::default());
+        call("look at the queue", declared).await.map(|queue| queue.message_count())
     }
 
     fn denied(&self, ended: Ended) -> Ended {
@@ -340,7 +348,8 @@ impl Run<'_> {
             status.problem = None;
         }
         self.logged.forget();
-        info!("consuming queue {:?} from {host}", listener.queue());
+        info!(queue = listener.queue(), %host, "connected to the broker");
+        gauge!("rbd_offload_broker_connected").set(1.0);
 
         let mut pump = Pump {
             host,
@@ -409,12 +418,9 @@ async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connecti
             if !all && bound.contains(exchange) {
                 continue;
             }
-            let channel = match scratch.take().filter(|channel| channel.status().connected()) {
-                Some(channel) => channel,
-                None => match call("open a channel", connection.create_channel()).await {
-                    Ok(channel) => channel,
-                    Err(ended) => return ended,
-                },
+            let channel = match still_open(scratch.take(), connection).await {
+                Ok(channel) => channel,
+                Err(ended) => return ended,
             };
             let found = match listener.bind(&channel, exchange).await.map_err(|ended| listener.denied(ended)) {
                 Ok(found) => found,
@@ -444,9 +450,30 @@ async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connecti
                 }
             }
         }
+        let channel = match still_open(scratch.take(), connection).await {
+            Ok(channel) => channel,
+            Err(ended) => return ended,
+        };
+        match listener.count(&channel).await {
+            Ok(waiting) => {
+                gauge!("rbd_offload_queue_messages").set(waiting);
+                scratch = Some(channel);
+            }
+            // the queue is gone, which ends the consumer too
+            Err(Ended::Call { .. }) => {}
+            Err(ended) => return ended,
+        }
         sleep(listener.pace.look).await;
     }
     Ended::CallTimeout { what: "look for an exchange" }
+}
+
+/// A refusal closes a channel; then another one is opened.
+async fn still_open(channel: Option<Channel>, connection: &Connection) -> Result<Channel, Ended> {
+    match channel.filter(|channel| channel.status().connected()) {
+        Some(channel) => Ok(channel),
+        None => call("open a channel", connection.create_channel()).await,
+    }
 }
 
 /// Deliveries of one channel, to their end.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 use uuid::Uuid;
 
 mod copying;
@@ -33,6 +34,7 @@ use crate::config::Config;
 use crate::openstack::{self, Cloud, Image};
 use crate::plan::NoPlan;
 use crate::request::{self, Asked};
+use crate::telemetry::unix_time;
 
 /// Wrote the same sentence for whoever looks: the tenant, the record, the log.
 const OTHER_WRITER: &str = "somebody else has written the image meanwhile";
@@ -156,13 +158,14 @@ pub struct Job {
     /// Held while the source's snapshot is being removed.
     removing: Mutex<()>,
     id: Uuid,
+    span: Span,
 }
 
 impl Job {
     /// `stored` was read after the lease was taken.
     pub fn new(context: Context, lease: Lease, stored: Stored, pools: PoolSlots) -> Self {
         let id = stored.record.image_id;
-        let stages = stored.record.stages.clone();
+        let (request_id, stages) = (stored.record.request_id, stored.record.stages.clone());
         Self {
             context,
             lease,
@@ -176,7 +179,14 @@ impl Job {
             slot: Mutex::new(None),
             removing: Mutex::new(()),
             id,
+            // at the highest level, so that it is there whatever is logged
+            span: tracing::error_span!("job", image_id = %id, %request_id),
         }
+    }
+
+    /// What is done for the job is done in here: each line of the log then bears the image's id and the request's.
+    pub fn span(&self) -> Span {
+        self.span.clone()
     }
 
     /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
@@ -309,6 +319,9 @@ impl Job {
         let seconds = started.elapsed().as_secs_f64();
         metrics::histogram!("rbd_offload_stage_duration_seconds", "stage" => name).record(seconds);
         tracing::debug!(image_id = %self.id, job_stage = name, seconds, ok = result.is_ok(), "stage over");
+        if result.is_ok() {
+            metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
+        }
         // goes into the record with its next change
         let mut stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         stages.retain(|stage| stage.name != name);
@@ -368,6 +381,8 @@ impl Job {
                 }
             })
             .await?;
+            // a new request, which has an id of its own
+            self.span.record("request_id", tracing::field::display(self.snapshot().await.request_id));
             return Ok(true);
         }
         self.update(|record| {

@@ -10,6 +10,7 @@ use super::{Job, OTHER_WRITER, Step, Stop, end};
 use crate::ceph::ErrorKind;
 use crate::job::record::State;
 use crate::publish::record::{self as image_record, Status};
+use crate::telemetry::unix_time;
 
 /// How often the watcher looks at the record and shows progress.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
@@ -120,6 +121,7 @@ impl Job {
         let bytes_done = u64::try_from(u128::from(record.bytes_total) * u128::from(done) / u128::from(total))
             .unwrap_or(record.bytes_total);
         if record.progress != percent {
+            metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
             self.update(|record| {
                 record.progress = percent;
                 record.bytes_done = bytes_done;

@@ -1,4 +1,7 @@
-//! `man`: rbd-offload(8), made from the command line's own definition.
+//! `man`: rbd-offload(8), made from the command line's own definition, and rbd-offload.conf(5), made from the table of
+//! keys.
+
+mod conf;
 
 use std::io;
 use std::process::ExitCode;
@@ -24,8 +27,27 @@ const STATUSES: [(&str, &str); 12] = [
     ("78", "The configuration is wrong."),
 ];
 
-pub fn man() -> Result<ExitCode, Failure> {
-    let page = page().map_err(|e| Failure::new(Failure::SOFTWARE, format!("the page cannot be written: {e}")))?;
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The page: the commands, rbd-offload(8), or the configuration, rbd-offload.conf(5).
+    #[arg(value_enum, default_value_t = Page::Program)]
+    page: Page,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Page {
+    #[value(name = "rbd-offload")]
+    Program,
+    #[value(name = "rbd-offload.conf", alias = "conf")]
+    Configuration,
+}
+
+pub fn man(args: Args) -> Result<ExitCode, Failure> {
+    let page = match args.page {
+        Page::Program => page(),
+        Page::Configuration => conf::page(),
+    };
+    let page = page.map_err(|e| Failure::new(Failure::SOFTWARE, format!("the page cannot be written: {e}")))?;
     output::print(&String::from_utf8_lossy(&page)).map(|_| ExitCode::SUCCESS)
 }
 
@@ -110,6 +132,7 @@ fn rest() -> Roff {
     roff.control("SH", ["ENVIRONMENT"]);
     for (name, meaning) in [
         ("RBD_OFFLOAD_<SECTION>__<KEY>", "Overrides a key of the configuration."),
+        ("CREDENTIALS_DIRECTORY", "Where systemd puts secrets; see rbd-offload.conf(5)."),
         ("OS_*", "Credentials for request, as the openstack command takes them."),
     ] {
         roff.control("TP", []);

@@ -1,0 +1,190 @@
+//! The metrics: their names, and what each tells.
+
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Upper bounds of the duration histograms, in seconds: from a rename to the hashing of a large image.
+const SECONDS: [f64; 16] =
+    [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 1200.0, 3600.0];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Counter,
+    /// A counter without labels, which is there from the start: a rate needs a zero to begin with.
+    Plain,
+    Gauge,
+    Histogram,
+}
+
+/// Every metric, with what `# HELP` says of it.
+const METRICS: &[(Kind, &str, &str)] = &[
+    (Kind::Gauge, "rbd_offload_build_info", "Always 1; the label tells the version."),
+    (
+        Kind::Counter,
+        "rbd_offload_notifications_total",
+        "Notifications by what they tell of (event_type) and what became of them (fate: stored, dropped, requeued, \
+         unreadable).",
+    ),
+    (Kind::Counter, "rbd_offload_unreadable_total", "Notifications that could not be read, by reason."),
+    (Kind::Plain, "rbd_offload_broker_reconnects_total", "Connections to the broker that were lost or refused."),
+    (Kind::Gauge, "rbd_offload_broker_connected", "1 while the queue is consumed, else 0."),
+    (
+        Kind::Gauge,
+        "rbd_offload_queue_messages",
+        "Messages that wait in the queue at the broker and have been delivered to nobody.",
+    ),
+    (Kind::Counter, "rbd_offload_jobs_accepted_total", "Requests that were stored as jobs, by trigger."),
+    (
+        Kind::Counter,
+        "rbd_offload_jobs_ended_total",
+        "Jobs that ended here, by state, trigger and method (none: before one was chosen).",
+    ),
+    (
+        Kind::Counter,
+        "rbd_offload_offers_observed_total",
+        "Work that a service offered while its integration is off in the configuration, by trigger.",
+    ),
+    (Kind::Plain, "rbd_offload_jobs_observed_total", "Jobs that were planned and, with observe, not done."),
+    (Kind::Gauge, "rbd_offload_jobs_running", "Jobs that this daemon works on."),
+    (Kind::Gauge, "rbd_offload_jobs_waiting", "Jobs of the whole cluster that wait for a daemon with room."),
+    (
+        Kind::Gauge,
+        "rbd_offload_last_progress_timestamp_seconds",
+        "When a job of this daemon last got on, in Unix time: bytes were copied, or a stage ended well.",
+    ),
+    (
+        Kind::Gauge,
+        "rbd_offload_last_look_timestamp_seconds",
+        "When this daemon last looked for jobs and got an answer from Ceph, in Unix time.",
+    ),
+    (
+        Kind::Histogram,
+        "rbd_offload_job_duration_seconds",
+        "From the request to the active image, of jobs that are done.",
+    ),
+    (Kind::Histogram, "rbd_offload_stage_duration_seconds", "How long a stage of a job took, by stage."),
+    (Kind::Counter, "rbd_offload_copied_bytes_total", "Bytes that were copied into images, by method."),
+    (
+        Kind::Counter,
+        "rbd_offload_host_bytes_total",
+        "Those of the copied bytes that went through this host, by method.",
+    ),
+    (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
+    (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
+    (Kind::Plain, "rbd_offload_fenced_total", "Times that another daemon shut this one out of Ceph."),
+    (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were made anew."),
+    (
+        Kind::Counter,
+        "rbd_offload_reconciler_findings_total",
+        "What the reconciler found and put right, by kind: request (its notification was lost), record, mended, image, \
+         snapshot, expired.",
+    ),
+];
+
+/// Starts collecting metrics; the handle renders them.
+///
+/// # Errors
+/// When a recorder is there already.
+pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
+        .install_recorder()?;
+    for (kind, name, help) in METRICS {
+        match kind {
+            Kind::Counter => metrics::describe_counter!(*name, *help),
+            Kind::Plain => {
+                metrics::describe_counter!(*name, *help);
+                metrics::counter!(*name).absolute(0);
+            }
+            Kind::Gauge => metrics::describe_gauge!(*name, *help),
+            Kind::Histogram => metrics::describe_histogram!(*name, *help),
+        }
+    }
+    metrics::gauge!("rbd_offload_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!("rbd_offload_broker_connected").set(0.0);
+    // nothing has stood still yet
+    metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
+    metrics::gauge!("rbd_offload_last_look_timestamp_seconds").set(unix_time());
+    // a rate of the first failure needs the zero before it
+    for state in ["done", "declined", "failed", "cancelled"] {
+        for method in ["none", "server-copy", "clone", "copy"] {
+            for trigger in ["request", "volume-upload", "instance-snapshot"] {
+                let labels = [("state", state), ("trigger", trigger), ("method", method)];
+                metrics::counter!("rbd_offload_jobs_ended_total", &labels).absolute(0);
+            }
+        }
+    }
+    Ok(handle)
+}
+
+/// The time, for a gauge.
+pub fn unix_time() -> f64 {
+    jiff::Timestamp::now().as_duration().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::telemetry::sources;
+
+    /// Names of metrics in a text, without what Prometheus adds to a histogram's.
+    fn named(text: &str) -> BTreeSet<String> {
+        let mut names = BTreeSet::new();
+        for (at, _) in text.match_indices("rbd_offload_") {
+            let rest = text.get(at..).unwrap_or_default();
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+            let name = rest.get(..end).unwrap_or_default();
+            let base =
+                ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
+            names.insert(base.to_owned());
+        }
+        names
+    }
+
+    fn table() -> BTreeSet<String> {
+        METRICS.iter().map(|(_, name, _)| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn every_metric_that_is_counted_is_in_the_table_and_the_other_way_round() {
+        let mut counted = BTreeSet::new();
+        for (_, text) in sources::all() {
+            for call in ["counter!(\"", "gauge!(\"", "histogram!(\""] {
+                for (at, _) in text.match_indices(call) {
+                    let name = text[at + call.len()..].split('"').next().unwrap();
+                    counted.insert(name.to_owned());
+                }
+            }
+        }
+        assert_eq!(counted, table());
+    }
+
+    #[test]
+    fn names_and_help_follow_the_conventions() {
+        for (kind, name, help) in METRICS {
+            assert!(name.starts_with("rbd_offload_") && help.ends_with('.'), "{name}");
+            assert_eq!(name.ends_with("_total"), matches!(kind, Kind::Counter | Kind::Plain), "{name}");
+            if *kind == Kind::Histogram {
+                assert!(name.ends_with("_seconds"), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_documentation_the_dashboard_and_the_alerts_name_metrics_that_there_are() {
+        let documented = named(include_str!("../../docs/operating.md"));
+        assert_eq!(table().difference(&documented).collect::<Vec<_>>(), Vec::<&String>::new(), "not documented");
+        // properties of an image record have the same prefix
+        let properties = ["status", "progress", "message"].map(|name| format!("rbd_offload_{name}"));
+        for (what, text) in [
+            ("docs/operating.md", include_str!("../../docs/operating.md")),
+            ("the dashboard", include_str!("../../packaging/grafana/rbd-offload.json")),
+            ("the alerts", include_str!("../../packaging/prometheus/rbd-offload.rules.yml")),
+        ] {
+            for name in named(text).iter().filter(|name| !properties.contains(name)) {
+                assert!(table().contains(name), "{what} names {name}");
+            }
+        }
+    }
+}
