@@ -17,6 +17,7 @@ mod copying;
 mod ending;
 mod handover;
 mod publishing;
+mod source;
 mod tenant;
 mod watcher;
 
