@@ -65,7 +65,9 @@ pub struct Plan {
     pub method: Method,
     /// GiB.
     pub min_disk: u64,
-    /// Properties that the image gets from the volume.
+    /// MiB.
+    pub min_ram: u64,
+    /// Properties that the image gets from its source.
     pub properties: BTreeMap<String, String>,
 }
 
@@ -186,12 +188,17 @@ pub async fn make(
     check_limit(cloud, limit?, &owner, info.size).await?;
 
     // a service that hands over has made the record as it wants it
-    let (min_disk, properties) = match question.trigger {
-        Trigger::Request => (found.min_disk.max(image.min_disk), inherited(&found.image_metadata, &image)),
-        Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, BTreeMap::new()),
+    let (min_disk, min_ram, properties) = match question.trigger {
+        Trigger::Request => (
+            found.min_disk.max(image.min_disk),
+            found.min_ram.max(image.min_ram),
+            inherited(&found.image_metadata, &image),
+        ),
+        Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
     };
     Ok(Plan {
         min_disk,
+        min_ram,
         properties,
         image,
         project_id: owner,
@@ -227,6 +234,7 @@ struct Found {
     dest_pool: String,
     method: Method,
     min_disk: u64,
+    min_ram: u64,
     image_metadata: BTreeMap<String, String>,
 }
 
@@ -303,6 +311,7 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         dest_pool: config.glance.pool.clone(),
         method: config.offload.method,
         min_disk: 0,
+        min_ram: 0,
         image_metadata: BTreeMap::new(),
     };
     // Nova has filled in the record of its own snapshot
@@ -312,6 +321,7 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
             None => None,
         };
         found.min_disk = server.root_disk.unwrap_or(0).max(base.as_ref().map_or(0, |base| base.min_disk));
+        found.min_ram = base.as_ref().map_or(0, |base| base.min_ram);
         found.image_metadata = of_snapshot_image(&server, base);
     }
     Ok(found)
@@ -413,6 +423,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         dest_pool: backend.dest_pool.clone(),
         method: backend.method.unwrap_or(config.offload.method),
         min_disk: volume.size,
+        min_ram: 0,
         image_metadata: volume.image_metadata.clone(),
     })
 }
@@ -480,6 +491,7 @@ mod tests {
             disk_format: None,
             container_format: None,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags: tags.iter().map(ToString::to_string).collect(),
             properties: BTreeMap::new(),

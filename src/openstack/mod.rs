@@ -37,6 +37,8 @@ pub struct Image {
     pub container_format: Option<String>,
     /// GiB.
     pub min_disk: u64,
+    /// MiB.
+    pub min_ram: u64,
     /// Bytes.
     pub size: Option<u64>,
     pub tags: Vec<String>,

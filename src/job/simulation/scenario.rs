@@ -151,6 +151,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             container_format: format.as_ref().map(|_| "bare".into()),
             disk_format: format,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags,
             properties: [("own".to_owned(), "1".to_owned())].into(),
