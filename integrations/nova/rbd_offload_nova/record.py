@@ -48,11 +48,10 @@ class ImageRecord:
     def strip(self, names):
         self._patch([{'op': 'remove', 'path': '/' + name} for name in names])
 
-    def set_formats(self, disk, container):
-        """Formats can be changed only while the image is queued, and Nova deletes an image whose formats it must change
-        later."""
-        self._patch([{'op': 'replace', 'path': '/disk_format', 'value': disk},
-                     {'op': 'replace', 'path': '/container_format', 'value': container}])
+    def prepare(self, attributes, properties):
+        """Sets Glance's own attributes and properties."""
+        self._patch([{'op': 'replace', 'path': '/' + name, 'value': value} for name, value in attributes.items()] +
+                    [{'op': 'add', 'path': '/' + name, 'value': value} for name, value in properties.items()])
 
     def _patch(self, changes):
         self._call('patch', headers=PATCH, data=json.dumps(changes))

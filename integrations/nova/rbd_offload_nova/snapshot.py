@@ -90,11 +90,11 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
     image = record.ImageRecord(context, image_id)
     try:
         instance = objects.Instance.get_by_uuid(context, instance_id, expected_attrs=['system_metadata'])
-        # Nova sends this one when all is done; on an active image it could not be another
-        if _container_format(instance) != 'bare':
+        container_format = _container_format(instance)
+        if container_format != 'bare':
             return False
         fsid = disk.driver.get_fsid()
-        image.set_formats(image_format, 'bare')
+        image.prepare({'disk_format': image_format, 'container_format': container_format}, _properties(instance))
     except handover.Gone:
         raise exception.ImageNotFound(image_id=image_id)
     except exception.InstanceNotFound:
@@ -118,6 +118,20 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
     if instance.task_state in ('deleting', 'soft-deleting'):
         raise exception.InstanceNotFound(instance_id=instance_id)
     return False
+
+
+def _properties(instance):
+    """What Nova puts on the record itself when the snapshot is made.
+
+    That would be too late. On an active image Nova finds all of it there and sends nothing; formats that differ could not be
+    changed any more, and Nova would delete the image; and properties would be lost again, since Glance, when it has hashed
+    the image, puts the record back as it was when it began.
+    """
+    properties = {'image_location': 'snapshot', 'image_state': 'available', 'owner_id': instance.project_id}
+    for name in ('kernel_id', 'ramdisk_id', 'os_type'):
+        if getattr(instance, name):
+            properties[name] = getattr(instance, name)
+    return properties
 
 
 def _container_format(instance):
