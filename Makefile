@@ -7,7 +7,7 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps lab-up lab-down demo test bench lint clean
+.PHONY: build release deps lab-up lab-down demo test test-nova bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -32,6 +32,10 @@ demo:
 test:
 	tests/run
 
+# those that need Nova, against a lab with Nova; as root
+test-nova:
+	tests/run --nova
+
 bench:
 	benches/run
 
@@ -39,7 +43,7 @@ lint: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	lab/lib/install-packages shellcheck
-	shellcheck -x lab/up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh tests/run benches/run .ci/run
+	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt tests/run benches/run .ci/run
 	@command -v cargo-deny >/dev/null && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
 
 clean:
