@@ -7,7 +7,7 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps deb rpm lab-up lab-down demo test test-packages bench lint clean
+.PHONY: build release deps deb rpm lab-up lab-down demo test test-packages test-nova bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -47,6 +47,10 @@ test:
 test-packages: deb rpm
 	packaging/test
 
+# those that need Nova, against a lab with Nova; as root
+test-nova:
+	tests/run --nova
+
 bench:
 	benches/run
 
@@ -54,8 +58,8 @@ lint: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	lab/lib/install-packages shellcheck
-	shellcheck -x lab/up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh tests/run tests/packages benches/run .ci/run \
-		packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
+	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
+		tests/run tests/packages benches/run .ci/run packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
 	@command -v cargo-deny >/dev/null && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
 
 clean:

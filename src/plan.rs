@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method};
-use crate::openstack::{self, Cloud, Image, Store, Volume};
+use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
 use crate::request::{self, Asked, Offer, Source, Trigger};
 
 /// Prefix of the properties that the daemon keeps on a queued record for the tenant.
@@ -27,6 +27,11 @@ const RESERVED: [&str; 5] =
 
 /// Property by which Cinder tells the key that it has cloned for an image.
 const ENCRYPTION_KEY: &str = "cinder_encryption_key_id";
+
+/// Properties of an instance's image that Nova does not hand on to a snapshot: its default for
+/// `non_inheritable_image_properties`, and descriptions of disks that the snapshot has not.
+const NOT_FOR_SNAPSHOTS: [&str; 6] =
+    ["bittorrent", "block_device_mapping", "cache_in_nova", "img_block_device_mapping", "img_mappings", "mappings"];
 
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +65,9 @@ pub struct Plan {
     pub method: Method,
     /// GiB.
     pub min_disk: u64,
-    /// Properties that the image gets from the volume.
+    /// MiB.
+    pub min_ram: u64,
+    /// Properties that the image gets from its source.
     pub properties: BTreeMap<String, String>,
 }
 
@@ -158,7 +165,7 @@ pub async fn make(
         match source {
             Source::Volume(id) => of_volume(cloud, config, question.trigger, &image, &owner, id).await,
             Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await,
-            Source::Instance(_) => declined("this version takes volumes and volume snapshots only"),
+            Source::Instance(id) => of_instance(cloud, config, question.trigger, &owner, id).await,
         }
     };
     let (found, stores, limit) = tokio::join!(find, cloud.stores(), cloud.image_size_limit(&owner));
@@ -166,9 +173,7 @@ pub async fn make(
     let origin = ImageSpec::named(&found.pool, &found.image);
     let info = match storage.image(&origin, found.snapshot.as_deref()).await {
         Ok(Some(info)) => info,
-        Ok(None) => {
-            return declined(format!("the disk of {source} is not in the Ceph cluster that this service works in"));
-        }
+        Ok(None) => return declined(no_disk(source)),
         Err(e) if e.kind() == ErrorKind::NotFound => {
             return declined(format!("the disk of {source} has no such snapshot in Ceph"));
         }
@@ -183,12 +188,17 @@ pub async fn make(
     check_limit(cloud, limit?, &owner, info.size).await?;
 
     // a service that hands over has made the record as it wants it
-    let (min_disk, properties) = match question.trigger {
-        Trigger::Request => (found.min_disk.max(image.min_disk), inherited(&found.image_metadata, &image)),
-        Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, BTreeMap::new()),
+    let (min_disk, min_ram, properties) = match question.trigger {
+        Trigger::Request => (
+            found.min_disk.max(image.min_disk),
+            found.min_ram.max(image.min_ram),
+            inherited(&found.image_metadata, &image),
+        ),
+        Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
     };
     Ok(Plan {
         min_disk,
+        min_ram,
         properties,
         image,
         project_id: owner,
@@ -224,6 +234,7 @@ struct Found {
     dest_pool: String,
     method: Method,
     min_disk: u64,
+    min_ram: u64,
     image_metadata: BTreeMap<String, String>,
 }
 
@@ -282,6 +293,108 @@ fn encrypted<T>(source: Source) -> Result<T> {
     declined(format!("{source} is encrypted: its key can be copied only by an upload through Cinder"))
 }
 
+async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
+    let source = Source::Instance(id);
+    let server = match cloud.server(&id.to_string()).await {
+        Ok(Some(server)) if server.project_id == owner => server,
+        Ok(_) => return no_such_source(source),
+        Err(error) if error.kind() == openstack::ErrorKind::NoService => {
+            return declined("the catalog of this cloud has no Nova: instances cannot be a source");
+        }
+        Err(error) => return Err(error.into()),
+    };
+    check_instance(&server, trigger, source)?;
+    let mut found = Found {
+        pool: config.nova.pool.clone(),
+        image: config.nova.image_name.replace("{id}", &id.to_string()),
+        snapshot: None,
+        dest_pool: config.glance.pool.clone(),
+        method: config.offload.method,
+        min_disk: 0,
+        min_ram: 0,
+        image_metadata: BTreeMap::new(),
+    };
+    // Nova has filled in the record of its own snapshot
+    if trigger != Trigger::InstanceSnapshot {
+        let base = match &server.image_id {
+            Some(id) => cloud.image(id).await?,
+            None => None,
+        };
+        found.min_disk = server.root_disk.unwrap_or(0).max(base.as_ref().map_or(0, |base| base.min_disk));
+        found.min_ram = base.as_ref().map_or(0, |base| base.min_ram);
+        found.image_metadata = of_snapshot_image(&server, base);
+    }
+    Ok(found)
+}
+
+/// Whether a copy of the instance's disk makes sense now.
+fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<()> {
+    if server.is_going() {
+        return declined(format!("{source} is being deleted"));
+    }
+    if server.encrypted {
+        return declined(format!("the disk of {source} is encrypted by Nova: its key cannot be handed on to an image"));
+    }
+    // a snapshot of Nova's own: Nova has judged the state already
+    if trigger == Trigger::InstanceSnapshot {
+        return Ok(());
+    }
+    if server.image_id.is_none() {
+        return declined(format!(
+            "{source} boots from a volume: ask for an image of that volume, with the tag rbd-offload:volume:<uuid>"
+        ));
+    }
+    match server.status.as_str() {
+        "ACTIVE" | "SHUTOFF" | "PAUSED" | "SUSPENDED" => {}
+        // Nova's word where the cell with the instance is away
+        "UNKNOWN" => {
+            let call = format!("Nova: get server {}", server.id);
+            let reason = "the cell of the instance does not answer";
+            return Err(openstack::Error::new(call, openstack::ErrorKind::Unavailable, reason).into());
+        }
+        other => {
+            return declined(format!("{source} is {other}: it must be ACTIVE, SHUTOFF, PAUSED or SUSPENDED"));
+        }
+    }
+    match server.task_state.as_deref() {
+        None => Ok(()),
+        Some(task) if task.starts_with("image_") => Ok(()),
+        Some(task) => declined(format!("Nova is at work on {source} ({task}): ask again when that is over")),
+    }
+}
+
+/// The properties that Nova would give a snapshot of the instance. What its image was like when the instance was made
+/// counts more than what the image is like today, or whether it is still there.
+fn of_snapshot_image(server: &Server, base: Option<Image>) -> BTreeMap<String, String> {
+    let mut properties = base.map(|base| base.properties).unwrap_or_default();
+    properties.extend(server.image_properties.clone());
+    properties.retain(|name, _| !NOT_FOR_SNAPSHOTS.contains(&name.as_str()));
+    for (name, value) in [
+        ("base_image_ref", server.image_id.as_deref().unwrap_or_default()),
+        ("image_location", "snapshot"),
+        ("image_state", "available"),
+        ("image_type", "snapshot"),
+        ("instance_uuid", &server.id),
+        ("owner_id", &server.project_id),
+    ] {
+        properties.insert(name.to_owned(), value.to_owned());
+    }
+    // whoever made the image that the instance was made from
+    properties.remove("user_id");
+    properties
+}
+
+/// The sentence for a source whose disk is not where this service looks.
+fn no_disk(source: Source) -> String {
+    match source {
+        Source::Instance(_) => format!(
+            "{source} has no disk in the Ceph pool that this service knows: it boots from a volume, or Nova keeps its \
+             disk elsewhere"
+        ),
+        _ => format!("the disk of {source} is not in the Ceph cluster that this service works in"),
+    }
+}
+
 /// The same sentence whether it is not there or somebody else's.
 fn no_such_source<T>(source: Source) -> Result<T> {
     declined(format!("there is no {source} in the project that owns the image"))
@@ -310,6 +423,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         dest_pool: backend.dest_pool.clone(),
         method: backend.method.unwrap_or(config.offload.method),
         min_disk: volume.size,
+        min_ram: 0,
         image_metadata: volume.image_metadata.clone(),
     })
 }
@@ -377,6 +491,7 @@ mod tests {
             disk_format: None,
             container_format: None,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags: tags.iter().map(ToString::to_string).collect(),
             properties: BTreeMap::new(),
@@ -446,6 +561,79 @@ mod tests {
         assert!(check_record(&record).is_ok());
         record.properties.insert("img_signature_uuid".into(), "1".into());
         assert!(check_record(&record).is_err());
+    }
+
+    fn server(status: &str, task: Option<&str>) -> Server {
+        Server {
+            id: "s".into(),
+            project_id: "p".into(),
+            status: status.into(),
+            task_state: task.map(str::to_owned),
+            host: None,
+            image_id: Some("base".into()),
+            image_properties: BTreeMap::from([("hw_disk_bus".into(), "scsi".into())]),
+            root_disk: Some(4),
+            encrypted: false,
+        }
+    }
+
+    #[test]
+    fn an_instance_is_taken_where_nova_would_take_a_snapshot() {
+        let source = Source::Instance(Uuid::nil());
+        let judge = |server: &Server, trigger| match check_instance(server, trigger, source) {
+            Ok(()) => "taken",
+            Err(NoPlan::Declined(_)) => "declined",
+            Err(_) => "later",
+        };
+        let asked = |server: &Server| judge(server, Trigger::Request);
+        let handed_over = |server: &Server| judge(server, Trigger::InstanceSnapshot);
+        for status in ["ACTIVE", "SHUTOFF", "PAUSED", "SUSPENDED"] {
+            assert_eq!(asked(&server(status, None)), "taken");
+            assert_eq!(asked(&server(status, Some("image_uploading"))), "taken");
+            for task in ["rebuilding", "resize_prep", "deleting", "soft-deleting"] {
+                assert_eq!(asked(&server(status, Some(task))), "declined", "{task}");
+            }
+        }
+        for status in ["BUILD", "ERROR", "DELETED", "SOFT_DELETED", "SHELVED", "SHELVED_OFFLOADED", "RESCUE", "new"] {
+            assert_eq!(asked(&server(status, None)), "declined", "{status}");
+        }
+        assert_eq!(asked(&server("UNKNOWN", None)), "later");
+        assert_eq!(handed_over(&server("SHELVED", Some("shelving_image_uploading"))), "taken");
+        for going in [server("DELETED", None), server("ACTIVE", Some("deleting"))] {
+            assert_eq!(handed_over(&going), "declined");
+        }
+        let from_volume = Server { image_id: None, ..server("ACTIVE", None) };
+        assert_eq!(asked(&from_volume), "declined");
+        let encrypted = Server { encrypted: true, ..server("ACTIVE", None) };
+        assert_eq!((asked(&encrypted), handed_over(&encrypted)), ("declined", "declined"));
+    }
+
+    #[test]
+    fn an_instances_image_gets_what_nova_would_give_a_snapshot() {
+        let mut base = image("active", &[]);
+        for (name, value) in [
+            ("hw_disk_bus", "virtio"),
+            ("os_type", "linux"),
+            ("cache_in_nova", "True"),
+            ("instance_uuid", "another"),
+            ("user_id", "somebody"),
+            ("img_signature", "x"),
+        ] {
+            base.properties.insert(name.into(), value.into());
+        }
+        let given = inherited(&of_snapshot_image(&server("ACTIVE", None), Some(base)), &image("queued", &[]));
+        let expected = [
+            ("base_image_ref", "base"),
+            ("hw_disk_bus", "scsi"),
+            ("image_location", "snapshot"),
+            ("image_state", "available"),
+            ("image_type", "snapshot"),
+            ("instance_uuid", "s"),
+            ("os_type", "linux"),
+            ("owner_id", "p"),
+        ];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(given, BTreeMap::from(expected));
     }
 
     #[test]

@@ -21,3 +21,7 @@ LAB_HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$LAB_HERE/lib/rabbit.sh"
 # shellcheck source=openstack.sh
 . "$LAB_HERE/lib/openstack.sh"
+# shellcheck source=nova.sh
+. "$LAB_HERE/lib/nova.sh"
+# shellcheck source=setup.sh
+. "$LAB_HERE/lib/setup.sh"

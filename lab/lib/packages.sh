@@ -3,21 +3,33 @@
 
 install_debian_packages() {
   local missing
-  mapfile -t missing < <(missing_debian_packages)
+  mapfile -t missing < <(missing_debian_packages "$LAB_HERE/packages.txt")
   [ ${#missing[@]} -gt 0 ] || return 0
   say "apt-get install ${missing[*]}"
-  without_package_services as_root apt-get update -qq >"$DIR/log/apt.log" 2>&1 ||
-    fail_with_log "apt-get update failed" "$DIR/log/apt.log"
-  without_package_services as_root env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
-    timeout 1200 apt-get install -y -qq --no-install-recommends "${missing[@]}" >>"$DIR/log/apt.log" 2>&1 </dev/null ||
-    fail_with_log "apt-get install failed" "$DIR/log/apt.log"
+  install_packages apt -- "${missing[@]}"
 }
 
-missing_debian_packages() {
+# install_packages LOG [OPTION…] -- PACKAGE…
+install_packages() {
+  local log=$DIR/log/$1.log options=()
+  shift
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  without_package_services as_root apt-get "${options[@]}" update -qq >"$log" 2>&1 ||
+    fail_with_log "apt-get update failed" "$log"
+  without_package_services as_root env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+    timeout 1200 apt-get "${options[@]}" install -y -qq --no-install-recommends "$@" >>"$log" 2>&1 </dev/null ||
+    fail_with_log "apt-get install failed" "$log"
+}
+
+missing_debian_packages() { # LIST
   local package
   while read -r package; do
     [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || echo "$package"
-  done < <(grep -v '^#' "$LAB_HERE/packages.txt")
+  done < <(grep -v '^#' "$1")
 }
 
 # The packages bring services of their own (a MariaDB on 3306, a RabbitMQ on 5672): they stay down, the lab starts its own.
@@ -32,14 +44,20 @@ without_package_services() {
   return $status
 }
 
-# The stamp holds the checksum of what was asked for: a changed list installs again.
-venv_wanted() { cat "$LAB_HERE/requirements.txt" "$LAB_HERE/constraints.txt" | sha256sum | cut -d' ' -f1; }
-venv_ready() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$(venv_wanted)" ]; }
+# A virtual environment holds what a folder's requirements.txt and constraints.txt say. The stamp is their checksum: a
+# changed list installs again.
+venv_wanted() { cat "$1/requirements.txt" "$1/constraints.txt" | sha256sum | cut -d' ' -f1; }
+venv_ready() { # VENV LISTS
+  [ -x "$1/bin/python" ] && [ "$(cat "$1/.installed" 2>/dev/null)" = "$(venv_wanted "$2")" ]
+}
 
-# --system-site-packages: Glance and Cinder need Debian's python3-rados and python3-rbd, which PyPI does not have.
-make_venv() {
-  step pip 300 /usr/bin/python3 -m venv --system-site-packages "$VENV"
-  step pip 1200 "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off \
-    -c "$LAB_HERE/constraints.txt" -r "$LAB_HERE/requirements.txt"
-  venv_wanted >"$VENV/.installed"
+# --system-site-packages: the services need Debian's python3-rados, python3-rbd and python3-libvirt, which PyPI does not have
+# or cannot build.
+make_venv() { # VENV LISTS
+  local log
+  log=pip-$(basename "$1")
+  step "$log" 300 /usr/bin/python3 -m venv --system-site-packages "$1"
+  step "$log" 1200 "$1/bin/pip" install --disable-pip-version-check --progress-bar off \
+    -c "$2/constraints.txt" -r "$2/requirements.txt"
+  venv_wanted "$2" >"$1/.installed"
 }

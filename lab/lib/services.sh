@@ -2,7 +2,7 @@
 #   launch_NAME   starts its process (with `launch`)
 #   ready_NAME    succeeds when it does its work
 #   logs_NAME     the files it writes, the most telling first
-# with `-` as `_`, and `osd N` for osd.N. To add a service (lab/nova will): add its name here and those three functions.
+# with `-` as `_`, and `osd N` for osd.N. To add a service: add its name here and those three functions.
 # shellcheck shell=bash
 
 osd_names() { seq -f 'osd.%g' 0 $((OSDS - 1)); }
@@ -12,6 +12,7 @@ all_services() {
   osd_names
   printf '%s\n' mariadb rabbit
   openstack_services
+  nova_services
 }
 
 is_service() { [[ $'\n'$(all_services)$'\n' == *$'\n'"$1"$'\n'* ]]; }
@@ -33,6 +34,10 @@ port_of() {
     keystone) echo "$PORT_KEYSTONE" ;;
     glance) echo "$PORT_GLANCE" ;;
     cinder-api) echo "$PORT_CINDER" ;;
+    glance-direct) echo "$PORT_GLANCE_DIRECT" ;;
+    fake-neutron) echo "$PORT_NEUTRON" ;;
+    placement) echo "$PORT_PLACEMENT" ;;
+    nova-api) echo "$PORT_NOVA" ;;
   esac
 }
 

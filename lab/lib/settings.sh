@@ -21,9 +21,14 @@ use_lab() {
   use_secrets
 
   VENV=$DIR/venv
+  NOVA_VENV=$DIR/nova-venv
   SERVICE_HOME=$DIR/run/home
   CEPH_CONF=$DIR/ceph/ceph.conf
   export CEPH_CONF
+  # names of keys: those of client.nova and of client.cinder
+  LIBVIRT_SECRET=5d0b3a52-0c1a-4b5e-9b1e-6f1b7d8b1c11
+  LIBVIRT_SECRET_CINDER=5d0b3a52-0c1a-4b5e-9b1e-6f1b7d8b1c12
+  LIBVIRT_URI="qemu+unix:///system?socket=$DIR/nova/libvirt/run/libvirt-sock"
 
   # What the caller's shell has set must not reach the services.
   unset CEPH_ARGS PYTHONPATH PYTHONHOME CDPATH
@@ -38,7 +43,7 @@ remembered() { # NAME DEFAULT
 lab_exists() { [ -s "$DIR/base" ]; }
 need_lab() { lab_exists || die "there is no lab in $DIR (lab/up makes one)"; }
 
-# Every port is BASE + a small number, so that two labs with two bases never meet. lab/nova has 30 to 34.
+# Every port is BASE + a small number, so that two labs with two bases never meet.
 use_ports() {
   [[ $BASE =~ ^[0-9]{4,5}$ && $BASE -ge 1024 && $BASE -le 65000 ]] || die "RBDLAB_BASE=$BASE: not a port between 1024 and 65000"
   PORT_MON_V2=$((BASE + 1))
@@ -49,6 +54,10 @@ use_ports() {
   PORT_KEYSTONE=$((BASE + 20))
   PORT_GLANCE=$((BASE + 21))
   PORT_CINDER=$((BASE + 22))
+  PORT_NOVA=$((BASE + 30))
+  PORT_PLACEMENT=$((BASE + 31))
+  PORT_NEUTRON=$((BASE + 32))
+  PORT_GLANCE_DIRECT=$((BASE + 33))
   PORT_MARIADB=$((BASE + 35))
   PORT_CEPH_MIN=$((BASE + 100))
   PORT_CEPH_MAX=$((BASE + 299))

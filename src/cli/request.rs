@@ -269,6 +269,7 @@ mod tests {
             disk_format: None,
             container_format: None,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags: Vec::new(),
             properties: properties.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),

@@ -120,6 +120,8 @@ pub struct Origin {
 pub struct Publication {
     /// GiB.
     pub min_disk: u64,
+    /// MiB.
+    pub min_ram: u64,
     pub properties: BTreeMap<String, String>,
     /// SHA-512 of the bytes in hexadecimal, where `[offload] hash` asks for it.
     pub sha512: Option<String>,

@@ -334,6 +334,7 @@ pub(super) fn image(call: &str, value: &Value) -> Result<Image> {
         disk_format: fields.text_or_none("disk_format")?,
         container_format: fields.text_or_none("container_format")?,
         min_disk: fields.number_or_none("min_disk")?.unwrap_or(0),
+        min_ram: fields.number_or_none("min_ram")?.unwrap_or(0),
         size: fields.number_or_none("size")?,
         tags,
         properties,

@@ -37,6 +37,8 @@ pub struct Image {
     pub container_format: Option<String>,
     /// GiB.
     pub min_disk: u64,
+    /// MiB.
+    pub min_ram: u64,
     /// Bytes.
     pub size: Option<u64>,
     pub tags: Vec<String>,
@@ -144,12 +146,27 @@ pub struct Server {
     /// `tenant_id`.
     pub project_id: String,
     pub status: String,
+    /// `OS-EXT-STS:task_state`: what Nova is doing with it.
+    pub task_state: Option<String>,
     /// `OS-EXT-SRV-ATTR:host`.
     pub host: Option<String>,
     /// Image that it was made from; `None` when it is volume-backed.
     pub image_id: Option<String>,
+    /// Properties of that image when the server was made: those that Nova knows, and none from an older Nova (before
+    /// microversion 2.98).
+    pub image_properties: BTreeMap<String, String>,
     /// GiB of the flavor's root disk.
     pub root_disk: Option<u64>,
+    /// Image or flavor ask for a disk that Nova encrypts.
+    pub encrypted: bool,
+}
+
+impl Server {
+    /// Whether it is deleted or being deleted: its disk goes as soon as nobody has a snapshot of it.
+    pub fn is_going(&self) -> bool {
+        matches!(self.status.as_str(), "DELETED" | "SOFT_DELETED")
+            || self.task_state.as_deref().is_some_and(|task| matches!(task, "deleting" | "soft-deleting"))
+    }
 }
 
 /// What a job asks of Glance, Cinder, Nova and Keystone. `None` stands for "there is no such thing" (404).

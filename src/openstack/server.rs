@@ -1,5 +1,8 @@
 //! Nova: servers.
 
+use std::collections::BTreeMap;
+
+use http::StatusCode;
 use serde_json::Value;
 
 use super::Server;
@@ -7,14 +10,20 @@ use super::error::Result;
 use super::json::Fields;
 use super::session::{Request, Service, Session};
 
-/// From here on a server holds its flavor's numbers (Pike).
-const MICROVERSION: &str = "compute 2.47";
+/// The newest first: from 2.98 on a server holds the properties that its image had when it was made, from 2.47 on (Pike) its
+/// flavor's numbers.
+const MICROVERSIONS: [&str; 2] = ["compute 2.98", "compute 2.47"];
 
 impl Session {
     pub(super) async fn get_server(&self, id: &str) -> Result<Option<Server>> {
         let path = ["servers", id];
-        let request = Request::get(Service::Compute, format!("get server {id}"), &path).microversion(MICROVERSION);
-        let answer = self.wire.send(request).await?;
+        let request =
+            |microversion| Request::get(Service::Compute, format!("get server {id}"), &path).microversion(microversion);
+        let [newest, oldest] = MICROVERSIONS;
+        let mut answer = self.wire.send(request(newest)).await?;
+        if answer.status == StatusCode::NOT_ACCEPTABLE {
+            answer = self.wire.send(request(oldest)).await?;
+        }
         let call = answer.call.clone();
         answer.json_if_found()?.map(|body| server(&call, &body)).transpose()
     }
@@ -32,23 +41,37 @@ impl Session {
 fn server(call: &str, body: &Value) -> Result<Server> {
     let fields = Fields::new(call, body)?.object("server")?;
     // Nova writes "" for a server that boots from a volume.
-    let image_id = match fields.optional("image") {
+    let image = match fields.optional("image") {
         None => None,
         Some(Value::String(text)) if text.is_empty() => None,
-        Some(_) => Some(fields.object("image")?.text("id")?),
+        Some(_) => Some(fields.object("image")?),
     };
-    let root_disk = match fields.optional("flavor") {
+    let flavor = match fields.optional("flavor") {
         None => None,
-        Some(_) => fields.object("flavor")?.number_or_none("disk")?,
+        Some(_) => Some(fields.object("flavor")?),
     };
+    let image_properties = texts_of(image.as_ref(), "properties")?;
+    let extra_specs = texts_of(flavor.as_ref(), "extra_specs")?;
+    let is_set = |value: Option<&String>| value.is_some_and(|value| value.eq_ignore_ascii_case("true"));
     Ok(Server {
         id: fields.text("id")?,
         project_id: fields.text("tenant_id")?,
         status: fields.text("status")?,
+        task_state: fields.text_or_none("OS-EXT-STS:task_state")?,
         host: fields.text_or_none("OS-EXT-SRV-ATTR:host")?,
-        image_id,
-        root_disk,
+        image_id: image.map(|image| image.text("id")).transpose()?,
+        root_disk: flavor.map(|flavor| flavor.number_or_none("disk")).transpose()?.flatten(),
+        encrypted: is_set(image_properties.get("hw_ephemeral_encryption"))
+            || is_set(extra_specs.get("hw:ephemeral_encryption")),
+        image_properties,
     })
+}
+
+/// The strings in an object that may be missing.
+fn texts_of(fields: Option<&Fields<'_>>, name: &str) -> Result<BTreeMap<String, String>> {
+    let Some(fields) = fields.filter(|fields| fields.optional(name).is_some()) else { return Ok(BTreeMap::new()) };
+    let texts = fields.object(name)?;
+    Ok(texts.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect())
 }
 
 #[cfg(test)]
@@ -60,7 +83,19 @@ mod tests {
     use super::super::json::hostile;
     use super::*;
 
-    const NAMES: &[&str] = &["id", "tenant_id", "status", "OS-EXT-SRV-ATTR:host", "image", "flavor", "disk", "server"];
+    const NAMES: &[&str] = &[
+        "id",
+        "tenant_id",
+        "status",
+        "OS-EXT-STS:task_state",
+        "OS-EXT-SRV-ATTR:host",
+        "image",
+        "properties",
+        "flavor",
+        "disk",
+        "extra_specs",
+        "server",
+    ];
 
     #[test]
     fn an_empty_image_means_a_volume() {
@@ -73,6 +108,23 @@ mod tests {
         assert_eq!(from_image.root_disk, Some(4));
         body["server"]["image"] = json!("");
         assert_eq!(server("x", &body).unwrap().image_id, None);
+    }
+
+    #[test]
+    fn what_the_image_was_like_and_what_nova_does_is_read() {
+        let mut body = json!({"server": {
+            "id": "s", "tenant_id": "p", "status": "ACTIVE", "OS-EXT-STS:task_state": "image_uploading",
+            "image": {"id": "i", "properties": {"hw_disk_bus": "scsi", "hw_odd": 1}},
+            "flavor": {"disk": 4, "extra_specs": {"hw:ephemeral_encryption": "True"}},
+        }});
+        let read = server("x", &body).unwrap();
+        assert_eq!(read.task_state.as_deref(), Some("image_uploading"));
+        assert_eq!(read.image_properties, BTreeMap::from([("hw_disk_bus".into(), "scsi".into())]));
+        assert!(read.encrypted && !read.is_going());
+        body["server"]["OS-EXT-STS:task_state"] = json!("deleting");
+        body["server"]["flavor"]["extra_specs"] = json!({});
+        let read = server("x", &body).unwrap();
+        assert!(!read.encrypted && read.is_going());
     }
 
     proptest! {

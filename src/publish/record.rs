@@ -72,8 +72,8 @@ fn without_tags(image: &Image, unwanted: impl Fn(&str) -> bool) -> Option<ImageC
 }
 
 /// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
-/// disk, what the volume hands on, and nothing of ours.
-pub fn prepare(image: &Image, min_disk: u64, inherited: &BTreeMap<String, String>) -> Vec<ImageChange> {
+/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours.
+pub fn prepare(image: &Image, min_disk: u64, min_ram: u64, inherited: &BTreeMap<String, String>) -> Vec<ImageChange> {
     let mut changes = Vec::new();
     if image.disk_format.as_deref() != Some("raw") {
         changes.push(ImageChange::DiskFormat("raw".into()));
@@ -83,6 +83,9 @@ pub fn prepare(image: &Image, min_disk: u64, inherited: &BTreeMap<String, String
     }
     if image.min_disk < min_disk {
         changes.push(ImageChange::MinDisk(min_disk));
+    }
+    if image.min_ram < min_ram {
+        changes.push(ImageChange::MinRam(min_ram));
     }
     for (property, value) in inherited {
         if !image.properties.contains_key(property) {
@@ -120,6 +123,7 @@ mod tests {
             disk_format: None,
             container_format: None,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags: vec!["blue".into(), "rbd-offload:volume:x".into()],
             properties: BTreeMap::from([("rbd_offload_status".into(), "copying".into()), ("os".into(), "l".into())]),
@@ -153,19 +157,20 @@ mod tests {
         offered.tags = vec!["blue".into(), "rbd-offload-handover:volume:x@y".into(), request::GO_TAG.into()];
         let only_theirs = ImageChange::Tags(vec!["blue".into()]);
         assert!(end(&offered, Status::Declined, "no").contains(&only_theirs));
-        assert!(prepare(&offered, 0, &BTreeMap::new()).contains(&only_theirs));
+        assert!(prepare(&offered, 0, 0, &BTreeMap::new()).contains(&only_theirs));
     }
 
     #[test]
     fn a_prepared_record_keeps_nothing_of_ours() {
         let inherited = BTreeMap::from([("hw".into(), "1".into()), ("os".into(), "other".into())]);
-        let changes = prepare(&image(), 2, &inherited);
+        let changes = prepare(&image(), 2, 64, &inherited);
         assert_eq!(
             changes,
             [
                 ImageChange::DiskFormat("raw".into()),
                 ImageChange::ContainerFormat("bare".into()),
                 ImageChange::MinDisk(2),
+                ImageChange::MinRam(64),
                 ImageChange::Set { property: "hw".into(), value: "1".into() },
                 ImageChange::Remove { property: "rbd_offload_status".into() },
             ]

@@ -38,6 +38,7 @@ enum Made {
     Snapshot(String),
     /// Something of Keystone's: its path.
     Identity(String),
+    Instance(String),
     /// What Cinder makes in a volume that is cloned, and leaves there when the clone is deleted.
     CloneSnapshot(Disk, String),
 }
@@ -49,6 +50,24 @@ pub fn volume_tag(id: &str) -> String {
 
 pub fn snapshot_tag(id: &str) -> String {
     format!("{TAG}snapshot:{id}")
+}
+
+pub fn instance_tag(id: &str) -> String {
+    format!("{TAG}instance:{id}")
+}
+
+/// How an instance does not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    Paused,
+    Stopped,
+}
+
+/// An instance: Nova's id, and its disk.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    pub id: String,
+    pub disk: Disk,
 }
 
 /// A volume: Cinder's id, and its disk.
@@ -114,6 +133,8 @@ impl Account {
         let mut request = self.http.request(method, url).header("x-auth-token", &self.token);
         if url.starts_with(&lab().cinder) {
             request = request.header("openstack-api-version", "volume 3.60");
+        } else if std::env::var("RBDLAB_NOVA").is_ok_and(|nova| url.starts_with(&nova)) {
+            request = request.header("openstack-api-version", "compute 2.79");
         }
         if let Some(body) = body {
             request = request.header("content-type", kind).body(body);
@@ -396,6 +417,107 @@ impl Account {
         self.note(Made::Identity(format!("{kind}/{}", made[kind][0]["id"].as_str().unwrap())));
     }
 
+    // ---- instances ----
+
+    fn nova(&self, path: &str) -> String {
+        format!("{}/{path}", lab().nova())
+    }
+
+    /// An image as everybody uploads it, that instances are made from: 8 MiB, and what Nova hands on.
+    pub async fn base_image(&self) -> String {
+        let record = json!({"disk_format": "raw", "container_format": "bare", "min_ram": 64, "hw_disk_bus": "scsi",
+                            "hw_scsi_model": "virtio-scsi", "os_distro": "none", "cache_in_nova": "True"});
+        let id = self.create_image(&[], record).await;
+        let mut bytes: Vec<u8> = (0..8 * MIB).map(|n| (n % 251) as u8).collect();
+        // no boot sector
+        bytes[..512].fill(0);
+        assert_eq!(self.upload(&id, bytes).await, 204);
+        self.await_tasks(&id).await;
+        id
+    }
+
+    async fn flavor(&self, name: &str) -> String {
+        let (status, body) = self.call(Method::GET, &self.nova("flavors"), None).await;
+        assert_eq!(status, 200, "{body}");
+        let flavor = body["flavors"].as_array().unwrap().iter().find(|flavor| flavor["name"] == name);
+        flavor.unwrap_or_else(|| panic!("no flavor {name}"))["id"].as_str().unwrap().to_owned()
+    }
+
+    /// An instance without networks that runs; `more` says what it boots from.
+    pub async fn create_instance(&self, flavor: &str, more: Value) -> Instance {
+        let flavor = self.flavor(flavor).await;
+        let mut body = json!({"name": format!("test-{}", unique()), "flavorRef": flavor, "networks": "none"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, made) = self.call(Method::POST, &self.nova("servers"), Some(json!({"server": body}))).await;
+        assert_eq!(status, 202, "{made}");
+        let id = made["server"]["id"].as_str().unwrap().to_owned();
+        self.note(Made::Instance(id.clone()));
+        self.await_instance(&id, "ACTIVE").await;
+        Instance { disk: Disk::new("vms", format!("{id}_disk")), id }
+    }
+
+    /// An instance of an image, with some data of its own, that does not run: its disk stays as it is.
+    pub async fn resting_instance(&self, image: &str, rest: Rest, seed: u64) -> Instance {
+        let instance = self.create_instance("d1", json!({"imageRef": image})).await;
+        let (action, status) = match rest {
+            Rest::Paused => (json!({"pause": null}), "PAUSED"),
+            Rest::Stopped => (json!({"os-stop": null}), "SHUTOFF"),
+        };
+        assert_eq!(self.instance_action(&instance.id, action).await.0, 202);
+        self.await_instance(&instance.id, status).await;
+        instance.disk.write_some(seed).await;
+        instance
+    }
+
+    /// `null` when there is no such instance.
+    pub async fn instance(&self, id: &str) -> Value {
+        match self.call(Method::GET, &self.nova(&format!("servers/{id}")), None).await {
+            (200, mut body) => body["server"].take(),
+            (404, _) => Value::Null,
+            (status, body) => panic!("instance {id}: {status} {body}"),
+        }
+    }
+
+    /// Waits until Nova has nothing to do with the instance and it is in this status.
+    pub async fn await_instance(&self, id: &str, status: &str) -> Value {
+        until(&format!("instance {id} is {status}"), PATIENCE, || async {
+            let instance = self.instance(id).await;
+            let failed = instance["status"] == "ERROR" && status != "ERROR";
+            assert!(!failed, "{:#}", instance["fault"]);
+            (instance["status"] == status && instance["OS-EXT-STS:task_state"].is_null()).then_some(instance)
+        })
+        .await
+    }
+
+    pub async fn instance_action(&self, id: &str, action: Value) -> (u16, Value) {
+        self.call(Method::POST, &self.nova(&format!("servers/{id}/action")), Some(action)).await
+    }
+
+    /// Nova's own snapshot, as `openstack server image create` makes it; the image's id.
+    pub async fn snapshot_instance(&self, id: &str) -> String {
+        let action = json!({"createImage": {"name": format!("test-{}", unique())}});
+        let (status, body) = self.instance_action(id, action).await;
+        assert_eq!(status, 202, "{body}");
+        let image = body["image_id"].as_str().unwrap().to_owned();
+        self.note(Made::Image(image.clone()));
+        image
+    }
+
+    pub async fn delete_instance(&self, id: &str) -> u16 {
+        self.call(Method::DELETE, &self.nova(&format!("servers/{id}")), None).await.0
+    }
+
+    /// Waits until the instance is gone, and its disk with it.
+    pub async fn await_instance_gone(&self, instance: &Instance) {
+        until(&format!("the end of instance {}", instance.id), PATIENCE, || async {
+            let now = self.instance(&instance.id).await;
+            assert_ne!(now["status"], "ERROR", "{:#}", now["fault"]);
+            now.is_null().then_some(())
+        })
+        .await;
+        assert!(instance.disk.facts().await.is_none(), "the disk of {} is still there", instance.id);
+    }
+
     // ---- the end ----
 
     async fn delete(&self, made: &Made) {
@@ -408,6 +530,7 @@ impl Account {
             Made::CloneSnapshot(disk, snapshot) => return disk.remove_snapshot(snapshot).await,
             Made::Identity(path) => (path.clone(), format!("{}/{path}", lab().keystone)),
             Made::Snapshot(id) => (format!("snapshot {id}"), self.cinder(&format!("snapshots/{id}"))),
+            Made::Instance(id) => (format!("instance {id}"), self.nova(&format!("servers/{id}"))),
         };
         until(&format!("the end of {what}"), PATIENCE, || async {
             let (status, _) = self.call(Method::DELETE, &url, None).await;

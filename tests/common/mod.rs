@@ -59,6 +59,12 @@ pub fn lab() -> &'static Lab {
 }
 
 impl Lab {
+    /// Nova, which not every lab has.
+    pub fn nova(&self) -> String {
+        std::env::var("RBDLAB_NOVA")
+            .expect("RBDLAB_NOVA is not set: run `make test-nova`, which starts a lab with Nova")
+    }
+
     pub fn ceph_conf(&self) -> PathBuf {
         self.dir.join("ceph/ceph.conf")
     }

@@ -40,8 +40,12 @@ impl Job {
             record.project_id = Some(plan.project_id.clone());
             record.origin = Some(origin.clone());
             record.dest_pool = Some(plan.dest_pool.clone());
-            record.publication =
-                Publication { min_disk: plan.min_disk, properties: plan.properties.clone(), sha512: None };
+            record.publication = Publication {
+                min_disk: plan.min_disk,
+                min_ram: plan.min_ram,
+                properties: plan.properties.clone(),
+                sha512: None,
+            };
             record.method = first;
             record.fallback = (!reasons.is_empty()).then(|| reasons.join("; "));
             record.bytes_total = plan.info.size;

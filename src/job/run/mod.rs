@@ -18,6 +18,7 @@ mod copying;
 mod ending;
 mod handover;
 mod publishing;
+mod source;
 mod tenant;
 mod watcher;
 

@@ -92,7 +92,8 @@ impl Job {
 
     pub(super) async fn prepare_record(&self, mut image: Image, publication: &Publication) -> Step<Image> {
         for _ in 0..RECORD_TRIES {
-            let changes = image_record::prepare(&image, publication.min_disk, &publication.properties);
+            let Publication { min_disk, min_ram, properties, .. } = publication;
+            let changes = image_record::prepare(&image, *min_disk, *min_ram, properties);
             if changes.is_empty() {
                 return Ok(image);
             }

@@ -26,6 +26,7 @@ impl Job {
             () = drain.cancelled() => Stop::Drained,
             stop = self.keep_lease() => stop,
             stop = self.keep_looking() => stop,
+            stop = self.keep_source() => stop,
         }
     }
 

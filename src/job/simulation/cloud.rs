@@ -18,6 +18,9 @@ use crate::request::Source;
 
 pub const TASK: &str = "os_glance_import_task";
 
+/// The image that instances were made from is gone.
+const NO_IMAGE: &str = "00000000-0000-4000-8000-000000000000";
+
 /// An image record, and what the checks want to know of it.
 #[derive(Debug, Clone)]
 pub struct Record {
@@ -37,10 +40,12 @@ pub struct Record {
     pub uploading: bool,
 }
 
-/// A volume and what was on it when.
+/// A volume or an instance's disk, and what was on it when.
 #[derive(Debug, Clone)]
 pub struct Disk {
     pub volume: Volume,
+    /// It is an instance's: Cinder does not know it, Nova does.
+    pub instance: bool,
     pub rbd: String,
     pub history: Vec<(Instant, u64)>,
     pub deleted: Option<Instant>,
@@ -68,7 +73,7 @@ impl CloudState {
     /// Contents that a request for `source` since `asked` may end with.
     pub fn right_contents(&self, source: Source, asked: Instant) -> BTreeSet<u64> {
         match source {
-            Source::Volume(id) => {
+            Source::Volume(id) | Source::Instance(id) => {
                 let Some(disk) = self.disks.get(&id.to_string()) else { return BTreeSet::new() };
                 let mut right = BTreeSet::new();
                 for (i, (_, content)) in disk.history.iter().enumerate() {
@@ -82,7 +87,6 @@ impl CloudState {
             Source::Snapshot(id) => {
                 self.snapshots.get(&id.to_string()).map(|(_, content)| *content).into_iter().collect()
             }
-            Source::Instance(_) => BTreeSet::new(),
         }
     }
 }
@@ -296,6 +300,39 @@ pub fn delete_volume(world: &mut World, id: &str) {
     }
 }
 
+/// How often Nova tries to remove the disk of an instance that is deleted, and how long it waits in between.
+const REMOVALS: u32 = 12;
+const REMOVAL_PAUSE: Duration = Duration::from_secs(5);
+
+/// Nova deletes the instance: its disk goes when it has no snapshot, or Nova gives up. In a world that is `calm` it must
+/// not come to that.
+pub async fn delete_instance(shared: Shared, id: String, calm: bool) {
+    let rbd = {
+        let mut world = shared.lock();
+        let Some(disk) = world.cloud.disks.get_mut(&id).filter(|disk| disk.deleted.is_none()) else { return };
+        disk.deleted = Some(Instant::now());
+        let rbd = disk.rbd.clone();
+        world.log(|| format!("the tenant deletes instance {id}"));
+        rbd
+    };
+    for _ in 0..REMOVALS {
+        {
+            let mut world = shared.lock();
+            let kept = world.ceph.by_id(&rbd).is_some_and(|i| !i.snaps.is_empty()) || world.ceph.has_clones(&rbd);
+            if !kept {
+                world.log(|| format!("nova removed the disk of instance {id}"));
+                return world.ceph.drop_image(&rbd);
+            }
+        }
+        sleep(REMOVAL_PAUSE).await;
+    }
+    let mut world = shared.lock();
+    world.log(|| format!("nova gave up on the disk of instance {id}"));
+    if calm {
+        world.violated(format!("the disk of instance {id} is stuck"));
+    }
+}
+
 /// What the trash holds without snapshots goes.
 pub fn purge_trash(world: &mut World) {
     world.ceph.images.retain(|i| i.name.is_some() || !i.snaps.is_empty());
@@ -486,7 +523,10 @@ impl Cloud for Handle {
             false,
             Kind::Read,
             || format!("cinder volume {id}"),
-            |world| Ok(world.cloud.disks.get(id).filter(|d| d.deleted.is_none()).map(|d| d.volume.clone())),
+            |world| {
+                let disk = world.cloud.disks.get(id).filter(|disk| disk.deleted.is_none() && !disk.instance);
+                Ok(disk.map(|disk| disk.volume.clone()))
+            },
         )
         .await
     }
@@ -501,7 +541,28 @@ impl Cloud for Handle {
         .await
     }
 
-    async fn server(&self, _id: &str) -> Result<Option<Server>> {
-        Ok(None)
+    async fn server(&self, id: &str) -> Result<Option<Server>> {
+        self.service(
+            false,
+            Kind::Read,
+            || format!("nova server {id}"),
+            |world| {
+                let disk = world.cloud.disks.get(id).filter(|disk| disk.instance);
+                // its record goes with its disk
+                let disk = disk.filter(|disk| disk.deleted.is_none() || world.ceph.by_id(&disk.rbd).is_some());
+                Ok(disk.map(|disk| Server {
+                    id: id.to_owned(),
+                    project_id: disk.volume.project_id.clone(),
+                    status: "ACTIVE".into(),
+                    task_state: disk.deleted.map(|_| "deleting".into()),
+                    host: Some("node".into()),
+                    image_id: Some(NO_IMAGE.into()),
+                    image_properties: disk.volume.image_metadata.clone(),
+                    root_disk: Some(disk.volume.size),
+                    encrypted: false,
+                }))
+            },
+        )
+        .await
     }
 }

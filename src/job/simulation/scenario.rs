@@ -53,21 +53,31 @@ fn config(dice: &mut Dice) -> Config {
     Config::parse(Path::new("simulation.conf"), &text).unwrap_or_else(|e| panic!("{e}"))
 }
 
+fn tag_of(disk: &Disk) -> String {
+    let kind = if disk.instance { "instance" } else { "volume" };
+    format!("rbd-offload:{kind}:{}", disk.volume.id)
+}
+
 fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
     let now = Instant::now();
     let mut sources = Vec::new();
     for _ in 0..1 + dice.below(3) {
         let id = dice.uuid().to_string();
         let project = (*dice.pick(&PROJECTS)).to_owned();
+        let instance = dice.percent(25);
         let backend = *dice.pick(&["ceph", "ceph", "ssd"]);
-        let pool = if backend == "ceph" { "volumes" } else { "ssd" };
+        let (pool, name) = match backend {
+            _ if instance => ("vms", format!("{id}_disk")),
+            "ceph" => ("volumes", format!("volume-{id}")),
+            _ => ("ssd", format!("volume-{id}")),
+        };
         let content = world.ceph.next();
         if dice.percent(7) {
             world.ceph.containers.insert(content);
         }
         world.cloud.projects.insert(content, project.clone());
         let lacks_layering = dice.percent(10);
-        let rbd = world.ceph.create(pool, &format!("volume-{id}"), content, false);
+        let rbd = world.ceph.create(pool, &name, content, false);
         if lacks_layering {
             rbd.features &= !1;
         }
@@ -88,9 +98,10 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
         };
         let history = vec![(now, content)];
-        world.cloud.disks.insert(id.clone(), Disk { volume, rbd: rbd.clone(), history, deleted: None });
-        sources.push((project.clone(), format!("rbd-offload:volume:{id}")));
-        if dice.percent(30) {
+        let disk = Disk { volume, instance, rbd: rbd.clone(), history, deleted: None };
+        sources.push((project.clone(), tag_of(&disk)));
+        world.cloud.disks.insert(id.clone(), disk);
+        if !instance && dice.percent(30) {
             let snap = dice.uuid().to_string();
             world.ceph.snap(&rbd, &format!("snapshot-{snap}"), true, false);
             let snapshot = VolumeSnapshot {
@@ -140,6 +151,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             container_format: format.as_ref().map(|_| "bare".into()),
             disk_format: format,
             min_disk: 0,
+            min_ram: 0,
             size: None,
             tags,
             properties: [("own".to_owned(), "1".to_owned())].into(),
@@ -262,7 +274,7 @@ impl Stage {
         record.asked = now;
         let tag =
             world.cloud.disks.values().find(|d| d.deleted.is_none() && Some(&d.volume.project_id) == owner.as_ref());
-        let Some(tag) = tag.map(|d| format!("rbd-offload:volume:{}", d.volume.id)) else { return false };
+        let Some(tag) = tag.map(tag_of) else { return false };
         world.log(|| format!("the tenant asks again for {image_id} with {tag}"));
         if let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) {
             record.image.tags.push(tag);
@@ -375,6 +387,9 @@ impl Stage {
                 0 => world.cloud.glance_away_until = Some(now + long),
                 1 => world.cloud.cinder_away_until = Some(now + long),
                 2 => world.ceph_slow_until = Some(now + long),
+                3 if world.cloud.disks.get(&disk).is_some_and(|disk| disk.instance) => {
+                    tokio::spawn(cloud::delete_instance(self.world.clone(), disk, false));
+                }
                 3 => cloud::delete_volume(&mut world, &disk),
                 4 | 5 => cloud::purge_trash(&mut world),
                 6..=9 => write_volume(&mut world, &disk),
@@ -424,6 +439,21 @@ impl Stage {
             self.daemons().retain(|d| !d.node.is_dead());
             let pause = self.dice(|dice| dice.millis(500, 60_000));
             sleep(pause).await;
+        }
+    }
+
+    /// While they are being copied, or before, or after.
+    fn delete_some_instances(&self) {
+        let mut world = self.world.lock();
+        let instances = world.cloud.disks.iter().filter(|(_, disk)| disk.instance);
+        for id in instances.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
+            if world.dice.percent(50) {
+                let (shared, pause) = (self.world.clone(), world.dice.millis(0, 20_000));
+                tokio::spawn(async move {
+                    sleep(pause).await;
+                    cloud::delete_instance(shared, id, true).await;
+                });
+            }
         }
     }
 
@@ -528,6 +558,7 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
     // and in a world without accidents whoever asks gets
     let asked: Vec<Uuid> = stage.images.iter().copied().filter(|id| stage.ask_again(*id)).collect();
     if !asked.is_empty() {
+        stage.delete_some_instances();
         settle(&stage, &foreign, "after asking again").await;
         checks::all_served(&stage, &asked);
     }

@@ -1,0 +1,377 @@
+//! Instances as sources, on a real Nova: the lab that `make test-nova` starts.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::cloud::{Account, Instance, PATIENCE, Rest, instance_tag, nothing_is_left_of};
+use common::daemon::{Daemon, Setup};
+use common::disk::{Digest, Disk};
+use common::stage::{Kind, alone, with};
+use common::{MIB, lab, pause, seconds, until};
+use serde_json::{Value, json};
+
+/// An active image with these bytes and nothing of ours, as Glance's own driver would have left it.
+async fn is_right(image: &Value, expected: &Digest) {
+    let id = image["id"].as_str().unwrap();
+    let disk = Disk::of_image(id);
+    assert_eq!(disk.digest(None).await, *expected, "bytes of image {id}");
+    assert_eq!(disk.digest(Some("snap")).await, *expected, "bytes of the snapshot of image {id}");
+    assert_eq!((&image["status"], &image["size"]), (&json!("active"), &json!(expected.size)));
+    assert_eq!((&image["disk_format"], &image["container_format"]), (&json!("raw"), &json!("bare")));
+    let ours: Vec<_> = image.as_object().unwrap().keys().filter(|key| key.starts_with("rbd_offload")).collect();
+    assert!(ours.is_empty(), "left on the record: {ours:?}");
+    let facts = disk.facts().await.unwrap();
+    assert_eq!((facts.parent, facts.flags), (None, 0));
+    assert_eq!(facts.snapshots, BTreeMap::from([("snap".to_owned(), true)]));
+}
+
+/// The instance's disk is as it was: no snapshot is left on it.
+async fn disk_is_free(instance: &Instance) {
+    assert_eq!(instance.disk.facts().await.unwrap().snapshots, BTreeMap::new());
+}
+
+/// An instance boots from the image, as a clone of it.
+async fn boots(account: &Account, image: &str) {
+    let made = account.create_instance("d1", json!({"imageRef": image})).await;
+    let parent = made.disk.facts().await.unwrap().parent;
+    assert!(parent.as_ref().is_some_and(|parent| parent.to_string().contains(image)), "a clone: {parent:?}");
+    assert_eq!(account.delete_instance(&made.id).await, 204);
+    account.await_instance_gone(&made).await;
+}
+
+async fn declined_sentence(account: &Account, instance: &str) -> String {
+    let id = account.create_image(&[instance_tag(instance)], json!({})).await;
+    account.await_declined(&id).await.replace(instance, "ID")
+}
+
+mod requests {
+    use super::*;
+
+    async fn becomes_an_image(daemon: &Daemon, demo: &Account, rest: Rest) {
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, rest, 1).await;
+        let expected = instance.disk.digest(None).await;
+        let id = demo.create_image(&[instance_tag(&instance.id)], json!({"os_distro": "mine"})).await;
+        let image = demo.await_image(&id, "active").await;
+        is_right(&image, &expected).await;
+        for (property, value) in [
+            ("base_image_ref", base.as_str()),
+            ("hw_disk_bus", "scsi"),
+            ("hw_scsi_model", "virtio-scsi"),
+            ("image_type", "snapshot"),
+            ("instance_uuid", &instance.id),
+            ("os_distro", "mine"),
+            ("owner_id", &demo.project_id),
+        ] {
+            assert_eq!(image[property], value, "{property}");
+        }
+        assert_eq!(image["cache_in_nova"], Value::Null, "Nova does not hand it on");
+        assert_eq!((&image["min_disk"], &image["min_ram"]), (&json!(1), &json!(64)));
+        assert_eq!(image["tags"], json!([instance_tag(&instance.id)]), "provenance");
+        daemon.await_job(&id, "done").await;
+        disk_is_free(&instance).await;
+        boots(demo, &id).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_paused_and_a_stopped_instance_become_images_that_instances_boot_from() {
+        let (_stage, daemon) = with(Kind::ServerCopy).await;
+        let demo = Account::demo().await;
+        becomes_an_image(&daemon, &demo, Rest::Paused).await;
+        becomes_an_image(&daemon, &demo, Rest::Stopped).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn another_tenants_instance_reads_the_same_as_a_missing_one() {
+        let (_stage, _daemon) = with(Kind::ServerCopy).await;
+        let (demo, demo2) = (Account::demo().await, Account::demo2().await);
+        let base = demo2.base_image().await;
+        let theirs = demo2.create_instance("d1", json!({"imageRef": base})).await;
+        let sentence = declined_sentence(&demo, &theirs.id).await;
+        assert_eq!(sentence, declined_sentence(&demo, &uuid::Uuid::new_v4().to_string()).await);
+        disk_is_free(&theirs).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_instance_that_boots_from_a_volume_is_declined_with_the_way_out() {
+        let (_stage, _daemon) = with(Kind::ServerCopy).await;
+        let demo = Account::demo().await;
+        let volume = demo.create_volume(json!({})).await;
+        demo.volume_action(&volume.id, json!({"os-set_bootable": {"bootable": true}})).await;
+        let disks =
+            json!([{"boot_index": 0, "uuid": volume.id, "source_type": "volume", "destination_type": "volume"}]);
+        let instance = demo.create_instance("d1", json!({"block_device_mapping_v2": disks})).await;
+        let sentence = declined_sentence(&demo, &instance.id).await;
+        assert!(sentence.contains("boots from a volume") && sentence.contains("rbd-offload:volume:"), "{sentence}");
+        assert_eq!(volume.disk.facts().await.unwrap().snapshots, BTreeMap::new());
+        assert_eq!(demo.delete_instance(&instance.id).await, 204);
+        demo.await_volume(&volume.id, "available").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_instance_can_be_deleted_while_its_disk_is_copied() {
+        let (_stage, daemon) = with(Kind::Slow).await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 2).await;
+        // at 4 MiB a second there is time
+        instance.disk.write(3, &[(64 * MIB, 200 * MIB)]).await;
+        let id = demo.create_image(&[instance_tag(&instance.id)], json!({})).await;
+        daemon.await_job(&id, "copying").await;
+        until("the snapshot for the copy", seconds(20), || async {
+            (!instance.disk.facts().await.unwrap().snapshots.is_empty()).then_some(())
+        })
+        .await;
+        assert_eq!(demo.delete_instance(&instance.id).await, 204);
+        let sentence = demo.await_declined(&id).await;
+        assert!(sentence.contains("deleted"), "{sentence}");
+        demo.await_instance_gone(&instance).await;
+    }
+}
+
+/// `openstack server image create` with the integration in nova-compute.
+mod handed_over {
+    use super::*;
+
+    /// nova-compute as it is without us, or with the integration and some patience.
+    enum Compute {
+        Stock,
+        Integrated,
+    }
+
+    impl Compute {
+        fn text(&self) -> &'static str {
+            match self {
+                Self::Stock => "",
+                Self::Integrated => {
+                    "[oslo_messaging_notifications]\ndriver = rbd_offload\n\
+                     [rbd_offload]\nclaim_timeout = 6\nstall_timeout = 20\n"
+                }
+            }
+        }
+
+        /// Restarts nova-compute where it is another.
+        async fn ready(&self) {
+            let file = lab().dir.join("etc/nova/compute.d/integration.conf");
+            if std::fs::read_to_string(&file).unwrap_or_default() != self.text() {
+                std::fs::write(&file, self.text()).unwrap();
+                lab().service("restart", &["nova-compute"]).await;
+            }
+        }
+    }
+
+    fn setup() -> Setup {
+        Setup::default().set("nova", "integration", "true")
+    }
+
+    /// Copies 4 MiB a second.
+    fn slow() -> Setup {
+        setup().set("offload", "method", "copy").set("offload", "bandwidth_limit", "4MiB")
+    }
+
+    /// Enough for half a minute.
+    async fn write_much(instance: &Instance) {
+        instance.disk.write(9, &[(64 * MIB, 120 * MIB)]).await;
+    }
+
+    /// The image, once Nova has nothing to do any more.
+    async fn await_snapshot(account: &Account, image: &str, instance: &Instance, status: &str) -> Value {
+        // it may say that the daemon declined, for a moment
+        until(&format!("image {image} is active"), PATIENCE, || async {
+            let image = account.image(image).await;
+            assert!(!image.is_null(), "Nova has deleted the image");
+            (image["status"] == "active").then_some(())
+        })
+        .await;
+        account.await_instance(&instance.id, status).await;
+        let made = until("Glance has hashed the image", PATIENCE, || async {
+            let image = account.image(image).await;
+            (!image["os_hash_value"].is_null() && image["os_glance_import_task"].is_null()).then_some(image)
+        })
+        .await;
+        assert_eq!(made["tags"], json!([]), "a tag of ours is left");
+        made
+    }
+
+    /// The job of the image, which the daemon made.
+    async fn is_ours(daemon: &Daemon, image: &str) {
+        let job = daemon.await_job(image, "done").await;
+        assert_eq!(job["trigger"], "instance-snapshot", "{job:#}");
+    }
+
+    async fn await_copying(daemon: &Daemon, image: &str) {
+        let job = daemon.await_job(image, "copying").await;
+        assert_eq!(job["handover"], "offered", "{job:#}");
+        pause(seconds(2)).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_record_is_as_after_novas_own_snapshot() {
+        let _stage = alone().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let expected = instance.disk.digest(None).await;
+
+        Compute::Stock.ready().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        let stock = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        is_right(&stock, &expected).await;
+
+        Compute::Integrated.ready().await;
+        let daemon = setup().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        let ours = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        is_right(&ours, &expected).await;
+        is_ours(&daemon, &id).await;
+        disk_is_free(&instance).await;
+
+        let fields = |record: &Value| record.as_object().unwrap().clone();
+        let names: BTreeSet<String> = fields(&ours).into_iter().chain(fields(&stock)).map(|(name, _)| name).collect();
+        let differing: Vec<_> = names.iter().filter(|name| ours[name.as_str()] != stock[name.as_str()]).collect();
+        assert_eq!(differing, ["created_at", "file", "id", "name", "self", "updated_at"], "{ours:#} {stock:#}");
+        boots(&demo, &id).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_stopped_instance_and_a_running_one_and_a_second_snapshot_meanwhile() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let daemon = slow().start().await;
+        let stopped = demo.resting_instance(&base, Rest::Stopped, 1).await;
+        let expected = stopped.disk.digest(None).await;
+        let id = demo.snapshot_instance(&stopped.id).await;
+        await_copying(&daemon, &id).await;
+        let again = json!({"createImage": {"name": "second"}});
+        let (status, body) = demo.instance_action(&stopped.id, again).await;
+        assert_eq!(status, 409, "Nova makes one snapshot of an instance at a time: {body}");
+
+        let running = demo.create_instance("d1", json!({"imageRef": base})).await;
+        let other = demo.snapshot_instance(&running.id).await;
+        for (id, instance, status) in [(&id, &stopped, "SHUTOFF"), (&other, &running, "ACTIVE")] {
+            await_snapshot(&demo, id, instance, status).await;
+            is_ours(&daemon, id).await;
+            disk_is_free(instance).await;
+        }
+        is_right(&demo.image(&id).await, &expected).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn without_a_daemon_and_after_a_decline_nova_does_it() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let expected = instance.disk.digest(None).await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+
+        // no instance's disk is there
+        let daemon = setup().set("nova", "pool", "volumes2").start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+        let job = daemon.await_job(&id, "declined").await;
+        assert!(job["reason"].as_str().unwrap().contains("no disk"), "{job:#}");
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_daemon_that_dies_is_replaced_by_another_or_by_nova() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        write_much(&instance).await;
+        let expected = instance.disk.digest(None).await;
+
+        let setup = slow();
+        let first = setup.start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&first, &id).await;
+        first.kill();
+        let second = setup.start().await;
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+        is_ours(&second, &id).await;
+
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&second, &id).await;
+        second.kill();
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+        // what the dead one left is taken down by the next
+        let third = setup.start().await;
+        third.await_job(&id, "declined").await;
+        disk_is_free(&instance).await;
+        is_right(&demo.image(&id).await, &expected).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_image_that_is_deleted_meanwhile_ends_both() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        write_much(&instance).await;
+        let daemon = slow().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&daemon, &id).await;
+        assert_eq!(demo.delete_image(&id).await, 204);
+        daemon.await_job(&id, "cancelled").await;
+        demo.await_instance(&instance.id, "PAUSED").await;
+        disk_is_free(&instance).await;
+        nothing_is_left_of(&id).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_instance_that_is_deleted_meanwhile_goes_with_its_disk() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        write_much(&instance).await;
+        let daemon = slow().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&daemon, &id).await;
+        assert_eq!(demo.delete_instance(&instance.id).await, 204);
+        let job = daemon.await_job(&id, "declined").await;
+        assert!(job["reason"].as_str().unwrap().contains("deleted"), "{job:#}");
+        demo.await_instance_gone(&instance).await;
+        until("Nova deletes the image that nobody will write", seconds(60), || async {
+            demo.image(&id).await.is_null().then_some(())
+        })
+        .await;
+        nothing_is_left_of(&id).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn when_nova_compute_is_killed_nothing_is_published_and_nothing_left() {
+        let _stage = alone().await;
+        Compute::Integrated.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let daemon = slow().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&daemon, &id).await;
+        lab().service("kill", &["nova-compute"]).await;
+        lab().service("start", &["nova-compute"]).await;
+        // two minutes without a word
+        let job = until("the hand-over ends", seconds(240), || async {
+            daemon.job(&id).await.filter(|job| job["state"] == "declined")
+        })
+        .await;
+        assert!(job["reason"].as_str().unwrap().contains("does not answer"), "{job:#}");
+        demo.await_instance(&instance.id, "PAUSED").await;
+        disk_is_free(&instance).await;
+        nothing_is_left_of(&id).await;
+        let image = demo.image(&id).await;
+        assert_eq!((&image["status"], &image["tags"]), (&json!("queued"), &json!([])));
+    }
+}
