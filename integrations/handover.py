@@ -1,0 +1,279 @@
+"""A service's side of a hand-over: offer the image to rbd-offload, say go, wait; or find out that it is better done
+the service's own way. docs/handover.md is the protocol.
+
+One file for Cinder and Nova, so it knows neither of them, nor how Glance is reached.
+"""
+
+import collections
+import logging
+import time
+
+LOG = logging.getLogger(__name__)
+
+#: Begins every tag of a hand-over.
+TAGS = 'rbd-offload-handover:'
+GO = TAGS + 'go'
+#: Begins every property that the daemon shows its work with.
+PROPERTIES = 'rbd_offload_'
+
+#: Seconds between two looks: at first, and at most. In between a twentieth of the time that has passed.
+LOOK = 0.5
+LOOK_SELDOM = 5
+#: Looks without the offer on the record, after which it is believed to be gone.
+LOST_LOOKS = 3
+#: Seconds that a change which is on its way to Glance may take.
+SETTLE = 1
+#: Seconds to try to take our marks off.
+PATIENCE = 60
+
+#: Seconds: until a daemon must have taken the offer; without any change of the record; in all; after `go`.
+Limits = collections.namedtuple('Limits', 'claim stall total doubt')
+Limits.__new__.__defaults__ = (10, 120, 21600, 300)
+
+ACTIVE = 'active'
+PREPARED = 'prepared'
+
+
+class Gone(Exception):
+    """The image was deleted."""
+
+
+class TheStockWay(Exception):
+    """The reason why the service does the work itself."""
+
+
+def volume_offer(volume, fsid):
+    return '%svolume:%s@%s' % (TAGS, volume, fsid)
+
+
+def instance_offer(instance, fsid):
+    return '%sinstance:%s@%s' % (TAGS, instance, fsid)
+
+
+class _Look:
+    """What the record showed."""
+
+    def __init__(self, record):
+        self.status = record['status']
+        self.tags = [tag for tag in record.get('tags') or () if tag.startswith(TAGS)]
+        self.properties = {key: value for key, value in record.items() if key.startswith(PROPERTIES)}
+        self.says = self.properties.get(PROPERTIES + 'status')
+        self.message = self.properties.get(PROPERTIES + 'message') or 'no reason is given'
+        self.progress = self.properties.get(PROPERTIES + 'progress')
+        self.updated_at = record.get('updated_at')
+        self.task = record.get('os_glance_import_task')
+
+    @property
+    def active(self):
+        # an image is deactivated by an administrator only after it was active
+        return self.status in ('active', 'deactivated')
+
+    @property
+    def declined(self):
+        return self.says in ('declined', 'failed')
+
+    @property
+    def glance_works(self):
+        return bool(self.task) or self.status not in ('queued', 'killed')
+
+    @property
+    def marked(self):
+        return bool(self.tags or self.properties)
+
+    def face(self):
+        """What changes while somebody works."""
+        return self.status, self.says, self.progress, self.updated_at
+
+
+class Handover:
+    """One image. `record` is its Glance record:
+
+    read()         the record as Glance gives it (a dict); raises Gone when there is none
+    tag(tag)       adds a tag; untag(tag) takes it off
+    strip(names)   takes properties off
+
+    Every other exception of theirs means that it is not known what became of the call.
+    """
+
+    def __init__(self, record, offer, limits=Limits(), clock=time.monotonic, sleep=time.sleep):
+        self._record = record
+        self._offer = offer
+        self._limits = limits
+        self._clock = clock
+        self._sleep = sleep
+        self._failures = 0
+        self._told = None
+
+    def run(self, announce):
+        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: nobody
+        else writes it, none of our marks is on it, do it the stock way. Raises Gone."""
+        self._began = self._clock()
+        try:
+            if not self._make_offer():
+                return False
+            self._tell_daemons(announce)
+            if self._await_prepared() == PREPARED:
+                self._await_active()
+        except TheStockWay as reason:
+            LOG.info('%s: the stock way: %s', self._offer, reason)
+            return self._withdraw()
+        LOG.info('%s: the image is active after %.1f s', self._offer, self._clock() - self._began)
+        self._tidy()
+        return True
+
+    def _make_offer(self):
+        """False: somebody else has begun to write the image, and the stock way will say so."""
+        try:
+            look = _Look(self._record.read())
+            if look.status != 'queued':
+                return False
+            # inherited from another image: nobody's answer to this offer
+            if look.properties:
+                self._record.strip(sorted(look.properties))
+            self._record.tag(self._offer)
+        except Gone:
+            raise
+        except Exception as error:
+            raise TheStockWay('the offer could not be made: %s' % error)
+        return True
+
+    def _tell_daemons(self, announce):
+        try:
+            announce()
+        except Exception as error:
+            # the daemon hears of the tag from Glance too, and its reconciler looks for it
+            LOG.warning('%s: the notification was not sent: %s', self._offer, error)
+
+    def _await_prepared(self):
+        offered = changed = self._clock()
+        face, lost = None, 0
+        while True:
+            look = self._look()
+            now = self._clock()
+            if look is not None:
+                if look.active:
+                    return ACTIVE
+                if look.declined:
+                    raise TheStockWay('%s: %s' % (look.says, look.message))
+                if look.status != 'queued':
+                    raise TheStockWay('somebody else writes the image: it is %s' % look.status)
+                if look.says is None and now - offered >= self._limits.claim:
+                    raise TheStockWay('no daemon took it within %s s' % self._limits.claim)
+                lost = 0 if self._offer in look.tags else lost + 1
+                if lost >= LOST_LOOKS:
+                    raise TheStockWay('the offer was taken off the image')
+                if look.says == 'publishing' and not lost:
+                    return PREPARED
+                if look.face() != face:
+                    face, changed = look.face(), now
+            if now - changed >= self._limits.stall:
+                raise TheStockWay('nothing has moved for %s s' % self._limits.stall)
+            if now - self._began >= self._limits.total:
+                raise TheStockWay('not done within %s s' % self._limits.total)
+            self._pause(now - offered)
+
+    def _await_active(self):
+        said = self._clock()
+        self._say_go()
+        while True:
+            look = self._look()
+            now = self._clock()
+            late = now - said >= self._limits.doubt
+            if look is not None:
+                if look.active:
+                    return
+                if look.declined:
+                    raise TheStockWay('%s: %s' % (look.says, look.message))
+                if late and not look.glance_works:
+                    raise TheStockWay('no answer for %s s after go' % self._limits.doubt)
+                if look.says == 'publishing' and GO not in look.tags:
+                    # a concurrent change of the record lost it: whoever has heard it took `publishing` off with it
+                    self._say_go()
+            if late and now - self._began >= self._limits.total:
+                raise TheStockWay('not done within %s s' % self._limits.total)
+            self._pause(now - said)
+
+    def _say_go(self):
+        # a lost answer counts as said, so only the looks that follow can tell
+        try:
+            self._record.tag(GO)
+        except Gone:
+            raise
+        except Exception as error:
+            LOG.warning('%s: go may not have been heard: %s', self._offer, error)
+
+    def _look(self):
+        """None: nothing was seen."""
+        try:
+            look = _Look(self._record.read())
+        except Gone:
+            raise
+        except Exception as error:
+            self._failures += 1
+            LOG.warning('%s: the image could not be looked at: %s', self._offer, error)
+            return None
+        self._failures = 0
+        self._tell(look)
+        if look.status in ('deleted', 'pending_delete'):
+            raise Gone()
+        return look
+
+    def _tell(self, look):
+        """Every tenth of the way is worth a line."""
+        try:
+            tenth = int(look.progress) // 10
+        except (TypeError, ValueError):
+            tenth = 0
+        if look.says and self._told != (look.says, tenth):
+            self._told = (look.says, tenth)
+            LOG.info('%s: %s, %s %%', self._offer, look.says, look.progress or 0)
+
+    def _pause(self, elapsed):
+        failing = LOOK * 2 ** min(self._failures, 4)
+        self._sleep(min(max(LOOK, failing, elapsed / 20), LOOK_SELDOM))
+
+    def _take_off(self, look):
+        for tag in look.tags:
+            self._record.untag(tag)
+        if look.properties:
+            self._record.strip(sorted(look.properties))
+
+    def _withdraw(self):
+        """Takes our marks off, and sees that they stay off. True: the image has become active."""
+        began, settled = self._clock(), False
+        while True:
+            late = self._clock() - began >= PATIENCE
+            try:
+                look = _Look(self._record.read())
+                if look.active:
+                    self._tidy()
+                    return True
+                if settled and not look.marked:
+                    return False
+                if late:
+                    LOG.warning('%s: these stay on the image: %s', self._offer, look.tags + sorted(look.properties))
+                    return False
+                self._take_off(look)
+                settled = True
+            except Gone:
+                raise
+            except Exception as error:
+                if late:
+                    raise
+                LOG.warning('%s: our marks are not off yet: %s', self._offer, error)
+            self._sleep(SETTLE)
+
+    def _tidy(self):
+        """Takes off what a late change has put on an active image."""
+        for _ in range(3):
+            try:
+                look = _Look(self._record.read())
+                if not look.marked:
+                    return
+                self._take_off(look)
+            except Gone:
+                # it was active; what its owner does then is no failure of ours
+                return
+            except Exception as error:
+                LOG.warning('%s: our marks are not off yet: %s', self._offer, error)
+                self._sleep(SETTLE)
