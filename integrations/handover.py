@@ -105,8 +105,8 @@ class Handover:
         self._told = None
 
     def run(self, announce):
-        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: nobody else
-        writes it, none of our marks is on it, do it the stock way. Raises Gone."""
+        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: nobody
+        else writes it, none of our marks is on it, do it the stock way. Raises Gone."""
         self._began = self._clock()
         try:
             if not self._make_offer():

@@ -107,11 +107,12 @@ def make_catalog(keystone, glance_url, cinder_url):
 def make_volume_types(cinder):
     """A type for each backend, and one that encrypts (with the fixed key of cinder.conf: there is no Barbican)."""
     present = {t['name'] for t in cinder.get('/types')['volume_types']}
-    for name, backend in (('ceph', 'ceph'), ('ceph2', 'ceph2'), ('luks', 'ceph')):
+    for name, backend in (('ceph', 'ceph'), ('ceph2', 'ceph2'), ('luks', 'ceph'),
+                          ('ceph-offload', 'ceph-offload'), ('luks-offload', 'ceph-offload')):
         if name in present:
             continue
         made = cinder.post('/types', {'volume_type': {'name': name, 'extra_specs': {'volume_backend_name': backend}}})
-        if name == 'luks':
+        if name.startswith('luks'):
             cinder.post('/types/%s/encryption' % made.json()['volume_type']['id'], {'encryption': {
                 'provider': 'luks', 'cipher': 'aes-xts-plain64', 'key_size': 256, 'control_location': 'front-end'}})
 
@@ -123,8 +124,9 @@ def set_quotas(cinder, project_ids):
 
 
 def await_cinder(cinder, seconds=60):
-    """cinder-api itself must see both backends and the scheduler as up."""
-    wanted = {('cinder-scheduler', 'lab'), ('cinder-volume', 'lab@ceph'), ('cinder-volume', 'lab@ceph2')}
+    """cinder-api itself must see all backends and the scheduler as up."""
+    wanted = {('cinder-scheduler', 'lab'), ('cinder-volume', 'lab@ceph'), ('cinder-volume', 'lab@ceph2'),
+              ('cinder-volume', 'lab@ceph-offload')}
     end = time.monotonic() + seconds
     while True:
         up = {(s['binary'], s['host']) for s in cinder.get('/os-services')['services'] if s['state'] == 'up'}

@@ -58,7 +58,8 @@ impl Setup {
             "[messaging]\ntransport_url = {}\nqueue = rbd-offload-{namespace}\nexchanges = glance, openstack\n\
              [keystone]\nauth_url = {}\nusername = offload\npassword = {}\nproject_name = service\n\
              region_name = RegionOne\n[ceph]\nconf = {}\nuser = rbd-offload\n[jobs]\nnamespace = {namespace}\n\
-             [backend:ceph]\npool = volumes\n[backend:ceph2]\npool = volumes2\n",
+             [backend:ceph]\npool = volumes\n[backend:ceph2]\npool = volumes2\n\
+             [backend:ceph-offload]\npool = volumes\n",
             lab("RBDLAB_OFFLOAD_AMQP"),
             lab("RBDLAB_KEYSTONE"),
             lab("RBDLAB_OFFLOAD_PASSWORD"),

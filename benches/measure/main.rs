@@ -14,6 +14,7 @@ mod meter;
 mod notifications;
 mod report;
 mod transfers;
+mod uploads;
 
 use serde_json::{Map, Value, json};
 
@@ -61,6 +62,7 @@ async fn main() {
             "notifications" => notifications::measure(env_number("BENCH_NOTIFICATIONS", 30_000), rounds).await,
             "memory" => memory::measure(env_number("BENCH_QUEUED", 1000)).await,
             "gentle" => gentle::measure(&env("BENCH_GENTLE", "4g/1g"), rounds).await,
+            "uploads" => uploads::measure(&env("BENCH_UPLOAD", "4g/1g"), rounds).await,
             other => panic!("BENCH_PARTS: no such part: {other}"),
         };
         println!("{}", json!({ part: &result }));

@@ -28,7 +28,7 @@ class World:
         self.away = lambda call: False
         self.tagged = []
         self.on_tag = {}
-        #: what the record had when the hand-over was given back
+        #: when the daemons were told, and what tags the record had then
         self.announced = None
 
     # the clock

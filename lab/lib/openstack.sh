@@ -12,18 +12,19 @@ launch_glance() { launch_wsgi glance; }
 # Its cinder.conf is that of the other two, with a log_dir; left to itself it would log to gunicorn.log.
 launch_cinder_api() { launch_wsgi cinder-api OS_DEFAULT__LOG_FILE="$DIR/log/cinder-api.log"; }
 
-launch_cinder() { # NAME
+launch_cinder() { # NAME [VARIABLE=VALUE…]
   sql "update cinder.services set report_count = 0 where \`binary\` = '$1'"
-  launch "$1" env HOME="$SERVICE_HOME" "$VENV/bin/$1" --config-file "$DIR/etc/cinder/cinder.conf"
+  launch "$1" env HOME="$SERVICE_HOME" "${@:2}" "$VENV/bin/$1" --config-file "$DIR/etc/cinder/cinder.conf"
 }
 launch_cinder_scheduler() { launch_cinder cinder-scheduler; }
-launch_cinder_volume() { launch_cinder cinder-volume; }
+# The driver of `ceph-offload` comes from the tree.
+launch_cinder_volume() { launch_cinder cinder-volume PYTHONPATH="$LAB_HERE/../integrations/cinder" PYTHONDONTWRITEBYTECODE=1; }
 
 ready_keystone() { answers "http://127.0.0.1:$PORT_KEYSTONE/v3"; }
 ready_glance() { answers "http://127.0.0.1:$PORT_GLANCE/"; }
 ready_cinder_api() { answers "http://127.0.0.1:$PORT_CINDER/"; }
 ready_cinder_scheduler() { cinder_reports cinder-scheduler 1; }
-ready_cinder_volume() { cinder_reports cinder-volume 2; } # one report for each backend
+ready_cinder_volume() { cinder_reports cinder-volume 3; } # one report for each backend
 
 # cinder_reports NAME COUNT: scheduler and volume have no port, but as soon as they take work they count their heartbeats
 # in the database (set back when they are launched; `updated_at` alone changes earlier).

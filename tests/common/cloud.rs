@@ -79,12 +79,17 @@ pub struct Volume {
 
 impl Account {
     async fn login(user: &str, project: &str, password: &str) -> Self {
-        let http = Client::builder().timeout(seconds(60)).no_proxy().build().unwrap();
-        let body = json!({"auth": {
+        Self::log_in(json!({
             "identity": {"methods": ["password"], "password": {
                 "user": {"name": user, "domain": {"id": "default"}, "password": password}}},
             "scope": {"project": {"name": project, "domain": {"id": "default"}}},
-        }});
+        }))
+        .await
+    }
+
+    async fn log_in(auth: Value) -> Self {
+        let http = Client::builder().timeout(seconds(60)).no_proxy().build().unwrap();
+        let body = json!({ "auth": auth });
         let url = format!("{}/auth/tokens", lab().keystone);
         let request = http.post(url).header("content-type", "application/json").body(body.to_string());
         let answer = request.send().await.expect("Keystone answers");
@@ -125,6 +130,28 @@ impl Account {
     pub fn renew(&mut self, other: &Self) {
         assert_eq!((&self.user_id, &self.project_id), (&other.user_id, &other.project_id));
         self.token.clone_from(&other.token);
+    }
+
+    /// The same user and project, with a token that ends after so many seconds: that of an application credential which
+    /// ends then. It cannot delete anything by then, so nothing should be made with it.
+    pub async fn short_lived(&self, seconds: u64) -> Self {
+        let end = jiff::Timestamp::now() + Duration::from_secs(seconds);
+        let credential = json!({"application_credential": {
+            "name": format!("test-{}", unique()), "secret": "secret",
+            "expires_at": end.strftime("%FT%T").to_string()}});
+        let url = format!("{}/users/{}/application_credentials", lab().keystone, self.user_id);
+        let (status, body) = self.call(Method::POST, &url, Some(credential)).await;
+        assert_eq!(status, 201, "{body}");
+        Self::log_in(json!({"identity": {"methods": ["application_credential"], "application_credential": {
+            "id": body["application_credential"]["id"], "secret": "secret"}}}))
+        .await
+    }
+
+    /// Revokes the token. Services that have just seen it take it for some minutes more, unless they are restarted.
+    pub async fn revoke(&self) {
+        let url = format!("{}/auth/tokens", lab().keystone);
+        let request = self.http.delete(url).header("x-auth-token", &self.token).header("x-subject-token", &self.token);
+        assert_eq!(request.send().await.unwrap().status().as_u16(), 204);
     }
 
     // ---- HTTP ----
@@ -235,9 +262,15 @@ impl Account {
 
     /// Locations, as only a service sees them.
     pub async fn locations(&self, id: &str) -> Vec<String> {
+        let body = self.location_records(id).await;
+        body.as_array().unwrap().iter().map(|location| location["url"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Locations with their metadata.
+    pub async fn location_records(&self, id: &str) -> Value {
         let (status, body) = self.call(Method::GET, &self.glance(&format!("images/{id}/locations")), None).await;
         assert_eq!(status, 200, "{body}");
-        body.as_array().unwrap().iter().map(|location| location["url"].as_str().unwrap().to_owned()).collect()
+        body
     }
 
     /// Waits until Glance's own work on the image (the hash of its bytes) is done.
@@ -352,6 +385,11 @@ impl Account {
         body
     }
 
+    /// As an administrator does with a volume that Cinder has left in between.
+    pub async fn reset_volume(&self, id: &str) {
+        self.volume_action(id, json!({"os-reset_status": {"status": "available"}})).await;
+    }
+
     /// Attaches the volume to a host, as Nova does to an instance.
     pub async fn attach(&self, volume: &Volume) {
         let attach = json!({"os-attach": {"host_name": "test", "mountpoint": "/dev/vdb"}});
@@ -366,12 +404,23 @@ impl Account {
 
     /// Cinder's own upload of a volume; the image's id.
     pub async fn stock_upload(&self, volume: &Volume) -> String {
-        let upload =
-            json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
-        let answer = self.volume_action(&volume.id, json!({"os-volume_upload_image": upload})).await;
-        let id = answer["os-volume_upload_image"]["image_id"].as_str().unwrap().to_owned();
-        self.note(Made::Image(id.clone()));
+        let id = self.ask_for_upload(volume, json!({})).await;
+        self.adopt_image(&id);
         id
+    }
+
+    /// As everybody uploads a volume; `more` is laid over it. The image is not deleted with this account.
+    pub async fn ask_for_upload(&self, volume: &Volume, more: Value) -> String {
+        let mut upload =
+            json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
+        upload.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = self.volume_action(&volume.id, json!({"os-volume_upload_image": upload})).await;
+        answer["os-volume_upload_image"]["image_id"].as_str().unwrap().to_owned()
+    }
+
+    /// Deletes the image at the end.
+    pub fn adopt_image(&self, id: &str) {
+        self.note(Made::Image(id.to_owned()));
     }
 
     pub async fn create_snapshot(&self, volume: &Volume) -> String {

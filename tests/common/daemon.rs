@@ -72,6 +72,11 @@ impl Setup {
         self
     }
 
+    /// With Cinder's integration, and the backend that has it.
+    pub fn integrated(self) -> Self {
+        self.set("cinder", "integration", "true").set("backend:ceph-offload", "pool", "volumes")
+    }
+
     pub fn text(&self) -> String {
         let mut keys = self.keys.clone();
         keys.sort();

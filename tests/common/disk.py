@@ -110,11 +110,12 @@ def facts(pool, image):
                 parent = list(disk.parent_info())
             except rbd.ImageNotFound:
                 parent = None
-            lockers = disk.list_lockers()
+            lockers, snapshots = disk.list_lockers(), list(disk.list_snaps())
             return {
                 'id': disk.id(), 'size': disk.size(), 'features': disk.features(), 'flags': disk.flags(),
                 'parent': parent, 'metadata': dict(disk.metadata_list()),
-                'snapshots': {s['name']: disk.is_protected_snap(s['name']) for s in disk.list_snaps()},
+                'snapshots': {s['name']: disk.is_protected_snap(s['name']) for s in snapshots if 'trash' not in s},
+                'trashed': [s['trash']['original_name'] for s in snapshots if 'trash' in s],
                 'lockers': len(lockers['lockers']) if lockers else 0,
             }
     except rbd.ImageNotFound:

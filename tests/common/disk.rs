@@ -46,6 +46,8 @@ pub struct Facts {
     pub metadata: BTreeMap<String, String>,
     /// Name, and whether it is protected.
     pub snapshots: BTreeMap<String, bool>,
+    /// Former names of snapshots whose removal has begun.
+    pub trashed: Vec<String>,
     pub lockers: usize,
 }
 

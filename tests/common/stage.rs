@@ -23,6 +23,10 @@ pub enum Kind {
     Slow,
     /// Only the backend `ceph`, and not volumes that are attached.
     Narrow,
+    /// Takes the uploads that Cinder hands over.
+    HandOver,
+    /// The same, as slowly as `Slow`.
+    SlowHandOver,
 }
 
 impl Kind {
@@ -37,6 +41,8 @@ impl Kind {
                 .set("offload", "bandwidth_limit", "4MiB")
                 .set("offload", "max_jobs", "2"),
             Self::Narrow => setup.set("offload", "method", "clone").without("backend:ceph2"),
+            Self::HandOver => setup.integrated(),
+            Self::SlowHandOver => Self::Slow.setup().integrated(),
         }
     }
 }
