@@ -42,6 +42,8 @@ pub fn is_quiet(stage: &Stage) -> bool {
     let world = stage.world.lock();
     let asks = |tags: &[String]| tags.iter().any(|t| t.starts_with(TAG_PREFIX));
     leftovers(&world).is_empty()
+        // one that stood still ends in its own time
+        && world.cloud.services.values().all(|service| service.outcome.is_some())
         && !world
             .cloud
             .images
