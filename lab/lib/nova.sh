@@ -99,6 +99,7 @@ install_virtualisation() {
 # The machine's own sources and, beside them, the backports from the mirror that they name; /etc/apt is left as it is.
 use_backports() { # CODENAME
   local mirror file
+  # shellcheck disable=SC2016  # apt-get fills them in
   mirror=$(apt-get indextargets --format '$(CREATED_BY) $(RELEASE) $(COMPONENT) $(REPO_URI)' |
     awk -v codename="$1" '$1 == "Packages" && $2 == codename && $3 == "main" { print $4; exit }')
   [ -n "$mirror" ] || die "this machine has no apt source of Debian $1"
