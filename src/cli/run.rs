@@ -53,10 +53,6 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let mut signals = Signals::new()?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
 
-    if config.cinder.integration || config.nova.integration {
-        tracing::warn!("this version has no Cinder or Nova integration yet: integration = true has no effect");
-    }
-
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
     let objects = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
     let storage: Arc<dyn Storage> = Arc::new(client);
