@@ -173,12 +173,8 @@ pub fn all_served(stage: &Stage, asked: &[Uuid]) {
         let job = jobs(&world).into_iter().find(|j| j.image_id.to_string() == id);
         let reason = job.as_ref().and_then(|j| j.reason.clone()).unwrap_or_default();
         // what is ruled out stays ruled out
-        const RIGHTLY: [&str; 11] = [
+        const RIGHTLY: [&str; 7] = [
             "not raw",
-            "there is no instance",
-            "is being deleted",
-            "has no disk",
-            "was deleted while its disk",
             "header of a",
             "is in-use",
             "in the way",

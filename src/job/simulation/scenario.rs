@@ -388,7 +388,7 @@ impl Stage {
                 1 => world.cloud.cinder_away_until = Some(now + long),
                 2 => world.ceph_slow_until = Some(now + long),
                 3 if world.cloud.disks.get(&disk).is_some_and(|disk| disk.instance) => {
-                    tokio::spawn(cloud::delete_instance(self.world.clone(), disk, false));
+                    tokio::spawn(cloud::delete_instance(self.world.clone(), disk));
                 }
                 3 => cloud::delete_volume(&mut world, &disk),
                 4 | 5 => cloud::purge_trash(&mut world),
@@ -439,21 +439,6 @@ impl Stage {
             self.daemons().retain(|d| !d.node.is_dead());
             let pause = self.dice(|dice| dice.millis(500, 60_000));
             sleep(pause).await;
-        }
-    }
-
-    /// While they are being copied, or before, or after.
-    fn delete_some_instances(&self) {
-        let mut world = self.world.lock();
-        let instances = world.cloud.disks.iter().filter(|(_, disk)| disk.instance);
-        for id in instances.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
-            if world.dice.percent(50) {
-                let (shared, pause) = (self.world.clone(), world.dice.millis(0, 20_000));
-                tokio::spawn(async move {
-                    sleep(pause).await;
-                    cloud::delete_instance(shared, id, true).await;
-                });
-            }
         }
     }
 
@@ -558,7 +543,6 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
     // and in a world without accidents whoever asks gets
     let asked: Vec<Uuid> = stage.images.iter().copied().filter(|id| stage.ask_again(*id)).collect();
     if !asked.is_empty() {
-        stage.delete_some_instances();
         settle(&stage, &foreign, "after asking again").await;
         checks::all_served(&stage, &asked);
     }
