@@ -67,7 +67,13 @@ fn expected(counts: &[(&str, usize)]) -> BTreeMap<String, usize> {
 fn every_capture_is_read() {
     assert_eq!(
         counts(&bodies("info.jsonl")),
-        expected(&[("image deleted", 51), ("- image.create", 58), ("- image.update", 160), ("- other", 221),])
+        expected(&[
+            ("image deleted", 51),
+            ("- image.activate", 13),
+            ("- image.create", 58),
+            ("- image.update", 160),
+            ("- other", 208)
+        ])
     );
     assert_eq!(counts(&bodies("error.jsonl")), expected(&[("- other", 5)]));
     assert_eq!(
@@ -79,7 +85,8 @@ fn every_capture_is_read() {
             ("legacy instance snapshot", 16),
             ("- image.create", 3),
             ("- image.update", 63),
-            ("- other", 635),
+            ("- image.activate", 3),
+            ("- other", 632),
         ])
     );
 }
