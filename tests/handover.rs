@@ -313,11 +313,13 @@ mod slowly {
         let (_stage, daemon) = with(Kind::SlowHandOver).await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 2).await;
+        // nearly all of it, for fifteen seconds of copying
+        volume.disk.write(3, &[(0, 60 * MIB)]).await;
         let expected = volume.disk.digest(None).await;
-        let short = demo.short_lived(12).await;
+        let short = demo.short_lived(8).await;
         let id = short.ask_for_upload(&volume, json!({})).await;
         demo.adopt_image(&id);
-        pause(seconds(13)).await;
+        pause(seconds(9)).await;
         assert_eq!(demo.volume(&volume.id).await["status"], "uploading", "the token ends before the upload does");
         let image = end_of_upload(&demo, &volume, &id).await;
         is_right(&image, &expected, &volume).await;
