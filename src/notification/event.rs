@@ -8,13 +8,8 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::envelope::{self, Unreadable};
-
-/// What a request tag starts with, and what a tag of a hand-over does.
-const REQUEST_TAG: &str = "rbd-offload:";
-const HANDOVER_TAG: &str = "rbd-offload-handover:";
-
-/// What the properties start with that the daemon keeps on a queued record.
-const OUR_PROPERTY: &str = "rbd_offload_";
+use crate::plan::PROPERTY_PREFIX;
+use crate::request::{HANDOVER_PREFIX, TAG_PREFIX};
 
 /// Characters of a text that is kept; Glance's and Cinder's own limit.
 const MAX_TEXT: usize = 255;
@@ -391,7 +386,7 @@ impl<'de> Deserialize<'de> for RequestTags {
         Ok(RequestTags(
             requests
                 .filter_map(|tag| {
-                    [REQUEST_TAG, HANDOVER_TAG].into_iter().find(|ours| tag.starts_with(ours)).map(|ours| (ours, tag))
+                    [TAG_PREFIX, HANDOVER_PREFIX].into_iter().find(|ours| tag.starts_with(ours)).map(|ours| (ours, tag))
                 })
                 .take(MAX_TAGS)
                 .map(|(ours, tag)| {
@@ -429,7 +424,7 @@ impl<'de> Deserialize<'de> for Properties {
                         "instance_uuid" => properties.instance_uuid = map.next_value()?,
                         "image_type" => properties.image_type = map.next_value()?,
                         _ => {
-                            properties.ours |= name.starts_with(OUR_PROPERTY);
+                            properties.ours |= name.starts_with(PROPERTY_PREFIX);
                             map.next_value::<IgnoredAny>()?;
                         }
                     }
@@ -635,6 +630,6 @@ mod tests {
         let Some(Event::ImageChanged { tags, owner, .. }) = event("image.create", image) else {
             panic!("dropped");
         };
-        assert_eq!((tags, owner), (vec![REQUEST_TAG.to_owned(); MAX_TAGS], None));
+        assert_eq!((tags, owner), (vec![TAG_PREFIX.to_owned(); MAX_TAGS], None));
     }
 }
