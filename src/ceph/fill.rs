@@ -306,8 +306,8 @@ fn scattered(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
         let (first, end) = (n * objects.len() / chosen, (n + 1) * objects.len() / chosen);
         let mut hasher = DefaultHasher::new();
         (n, objects.len()).hash(&mut hasher);
-        let within = hasher.finish() % (end - first).max(1) as u64;
-        objects[first + usize::try_from(within).unwrap_or(0)]
+        // (there are at least as many objects as stretches, so none is empty)
+        objects[first + hasher.finish() as usize % (end - first)]
     })
 }
 
