@@ -90,12 +90,8 @@ def make_identities(keystone, offload_password):
     return projects
 
 
-def make_catalog(keystone, glance_url, cinder_url):
-    services = (
-        ('glance', 'image', glance_url),
-        ('cinder', 'block-storage', cinder_url + '/v3'),
-        ('cinderv3', 'volumev3', cinder_url + '/v3'),
-    )
+def make_catalog(keystone, services):
+    """Of each service the name, the type and the URL."""
     for name, kind, url in services:
         service_id = ensure(keystone, 'service', name, type=kind)
         present = {e['interface'] for e in keystone.get('/endpoints', service_id=service_id)['endpoints']}
@@ -147,7 +143,8 @@ def main():
 
     keystone, token, admin_project = login(options.keystone)
     projects = make_identities(keystone, options.password)
-    make_catalog(keystone, options.glance, options.cinder)
+    make_catalog(keystone, (('glance', 'image', options.glance), ('cinder', 'block-storage', options.cinder + '/v3'),
+                            ('cinderv3', 'volumev3', options.cinder + '/v3')))
 
     cinder = Api('cinder-api', '%s/v3/%s' % (options.cinder, admin_project), token, **{'OpenStack-API-Version': 'volume 3.60'})
     make_volume_types(cinder)

@@ -5,7 +5,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from accounts import Api, ensure, login  # noqa: E402
+from accounts import Api, ensure, login, make_catalog  # noqa: E402
 
 #: Name, and GiB of the disk.
 FLAVORS = (('d1', 1), ('d4', 4))
@@ -17,15 +17,6 @@ def make_users(keystone):
         user = ensure(keystone, 'user', name, domain_id='default', password='secret', default_project_id=project)
         for role in ('service', 'admin'):
             keystone.put('/projects/%s/users/%s/roles/%s' % (project, user, ensure(keystone, 'role', role)))
-
-
-def make_catalog(keystone, services):
-    for name, kind, url in services:
-        service_id = ensure(keystone, 'service', name, type=kind)
-        present = {e['interface'] for e in keystone.get('/endpoints', service_id=service_id)['endpoints']}
-        for interface in {'public', 'internal', 'admin'} - present:
-            keystone.post('/endpoints', {'endpoint': {
-                'interface': interface, 'region_id': 'RegionOne', 'service_id': service_id, 'url': url}})
 
 
 def make_flavors(nova):
