@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
 /// Ways of transfer.
-const METHODS: [&str; 2] = ["clone", "copy"];
+const METHODS: [&str; 3] = ["server-copy", "clone", "copy"];
 
 /// The source has nothing of ours left.
 async fn source_is_as_before(volume: &Volume, snapshots: usize) {
@@ -139,6 +139,7 @@ macro_rules! shapes {
 
 shapes!(clone, Clone, "clone");
 shapes!(copy, Copy, "copy");
+shapes!(server_copy, ServerCopy, "server-copy");
 
 /// An image for this tag was declined; the sentence, with the source's id taken out.
 async fn declined_sentence(account: &Account, tag: String) -> String {
