@@ -81,11 +81,25 @@ impl Tenant {
     /// Every request ends as an image that is right, and no job, copy, snapshot, lock or watcher is left behind it.
     /// Then the images are deleted, and the cluster is as it was.
     async fn gets(&self, daemon: &Daemon, requests: &[Request]) {
-        let mut images = Vec::new();
-        for request in requests {
-            images.push(self.demo.await_image(&request.id, "active").await);
-        }
+        self.await_active(requests).await;
         daemon.await_idle().await;
+        self.got(daemon, requests).await;
+    }
+
+    /// The same where daemons were killed at work.
+    async fn gets_after_kills(&self, daemon: &Daemon, requests: &[Request]) {
+        self.await_active(requests).await;
+        daemon.await_idle_after_kills().await;
+        self.got(daemon, requests).await;
+    }
+
+    async fn await_active(&self, requests: &[Request]) {
+        for request in requests {
+            self.demo.await_image(&request.id, "active").await;
+        }
+    }
+
+    async fn got(&self, daemon: &Daemon, requests: &[Request]) {
         let states = disk::jobs(&daemon.namespace).await;
         for request in requests {
             assert_eq!(states.get(&request.id).map(String::as_str), Some("done"), "{}", request.id);
@@ -167,7 +181,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
             }
         };
         let (requests, ()) = tokio::join!(tenant.request(20), kill);
-        tenant.gets(&daemons[0], &requests).await;
+        tenant.gets_after_kills(&daemons[0], &requests).await;
         assert!(daemons[0].command(&["jobs"]).await.starts_with("no jobs"));
         kills += killed.len();
         for daemon in &mut daemons {

@@ -283,20 +283,33 @@ impl Daemon {
         said
     }
 
-    /// Waits until no job of its namespace is alive.
+    /// Waits until no job of its namespace is alive, and all leases are given back.
     pub async fn await_idle(&self) {
+        self.await_ended().await;
+        self.await_no_lease(async || disk::leases(&self.namespace).await).await;
+    }
+
+    /// The same where daemons were killed: a lease that nobody gave back runs out.
+    pub async fn await_idle_after_kills(&self) {
+        self.await_ended().await;
+        self.await_no_lease(async || disk::valid_leases(&self.namespace).await).await;
+    }
+
+    async fn await_ended(&self) {
         until("all jobs ended", seconds(120), || async {
             let states = disk::jobs(&self.namespace).await;
             let alive = |state: &String| matches!(state.as_str(), "accepted" | "copying" | "publishing");
             (!states.values().any(alive)).then_some(())
         })
         .await;
-        // The record ends a moment before the lease is given back. That of a daemon that was killed in this moment runs out
-        // instead, and its trace goes with the record.
-        let begun = Instant::now();
-        while begun.elapsed() < seconds(10) && !disk::leases(&self.namespace).await.is_empty() {
-            pause(Duration::from_millis(250)).await;
-        }
+    }
+
+    /// The record ends a moment before the lease is given back. The reconciler's own comes and goes.
+    async fn await_no_lease(&self, leases: impl AsyncFn() -> Vec<String>) {
+        until("no lease of a job", seconds(10), || async {
+            (!leases().await.iter().any(|object| object.starts_with("job."))).then_some(())
+        })
+        .await;
         pause(Duration::from_millis(100)).await;
     }
 }

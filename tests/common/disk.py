@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import struct
 import sys
 
 import rados
@@ -139,13 +140,20 @@ def jobs(pool, namespace):
     return states
 
 
-def leases(pool, namespace):
-    """Objects of a namespace on which somebody holds a cls lock: the lock's xattr begins with version, compatible
-    version, length (4 bytes) and the number of its holders (4 bytes)."""
+def leases(pool, namespace, expired):
+    """Objects of a namespace on which somebody holds a cls lock; those too, if asked for, of which the time ran out."""
     io, held = open_pool(pool, namespace), []
     for entry in io.list_objects():
         for name, value in io.get_xattrs(entry.key):
-            if name.startswith('lock.') and int.from_bytes(value[6:10], 'little'):
+            if not name.startswith('lock.'):
+                continue
+            if not expired:
+                # cls_lock leaves out expired holders
+                name = name[len('lock.'):].encode()
+                request = struct.pack('<BBII', 1, 1, 4 + len(name), len(name)) + name
+                value = io.execute(entry.key, 'lock', 'get_info', request)[1]
+            # the lock and the answer begin with version, compatible version, length (4 bytes) and the number of holders
+            if int.from_bytes(value[6:10], 'little'):
                 held.append(entry.key)
     return held
 

@@ -161,7 +161,12 @@ pub async fn jobs(namespace: &str) -> BTreeMap<String, String> {
 
 /// Objects of the namespace that somebody holds a lock on.
 pub async fn leases(namespace: &str) -> Vec<String> {
-    ask("leases", json!({"pool": "images", "namespace": namespace})).await
+    ask("leases", json!({"pool": "images", "namespace": namespace, "expired": true})).await
+}
+
+/// The same, without the locks of which the time ran out.
+pub async fn valid_leases(namespace: &str) -> Vec<String> {
+    ask("leases", json!({"pool": "images", "namespace": namespace, "expired": false})).await
 }
 
 /// Removes all records of the namespace.
