@@ -88,7 +88,7 @@ impl Lease {
         self.duration / 3
     }
 
-    /// Renews it; after this returned `Ok`, it holds for nearly its whole duration.
+    /// Renews it; when this returns `Ok`, it holds.
     ///
     /// # Errors
     /// [`ErrorKind::NotLocked`] once it is lost, also when it could not be renewed in its time.
@@ -105,7 +105,12 @@ impl Lease {
         {
             Ok(Ok(())) => {
                 self.set_until(asked + self.duration);
-                Ok(())
+                if self.remaining() > Duration::ZERO {
+                    return Ok(());
+                }
+                // this process stood still meanwhile
+                self.lost.store(true, Ordering::SeqCst);
+                Err(self.lost_error())
             }
             Ok(Err(e)) if matches!(e.kind(), ErrorKind::NotLocked | ErrorKind::NotFound | ErrorKind::Fenced) => {
                 self.lost.store(true, Ordering::SeqCst);

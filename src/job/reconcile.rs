@@ -264,13 +264,19 @@ impl Reconciler {
             }
             // with the lease of an ended job nobody begins it anew meanwhile
             let Some(guard) = self.guard(image_id).await? else { continue };
-            let mended = match self.is_orphaned(image_id).await {
-                Ok(true) => self.context().cloud.update_image(&id, &changes).await.map(|_| ()).map_err(Trouble::from),
-                Ok(false) => Ok(()),
-                Err(error) => Err(error),
+            let objects = self.context().store.objects().as_ref();
+            let mend = async {
+                if self.is_orphaned(image_id).await? {
+                    if let Some(lease) = &guard.0 {
+                        lease.renew(objects).await?;
+                    }
+                    self.context().cloud.update_image(&id, &changes).await?;
+                }
+                Ok::<_, Trouble>(())
             };
+            let mended = mend.await;
             if let Some(lease) = guard.0 {
-                lease.release(self.context().store.objects().as_ref()).await;
+                lease.release(objects).await;
             }
             match mended {
                 Ok(()) => findings.mended += 1,

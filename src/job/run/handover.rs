@@ -71,7 +71,6 @@ impl Job {
                 sleep(LOOK_INTERVAL).await;
                 self.read_image().await?
             } else {
-                self.before_visible_step().await?;
                 self.patch_status(image, Status::Publishing, 95, PREPARED).await?
             };
         }

@@ -32,7 +32,7 @@ use super::record::{Ending, Record, Stage, State};
 use super::store::{self, Store, Stored};
 use crate::ceph::{self, ErrorKind, Progress, Storage};
 use crate::config::Config;
-use crate::openstack::{self, Cloud, Image};
+use crate::openstack::{self, Cloud, Image, ImageChange};
 use crate::plan::NoPlan;
 use crate::request::{self, Asked};
 use crate::telemetry::unix_time;
@@ -306,10 +306,21 @@ impl Job {
 
     /// The next step is one that others can see: it needs the lease, now.
     async fn before_visible_step(&self) -> Step<()> {
+        self.check_cancelled()?;
+        Ok(self.lease.renew(self.context.store.objects().as_ref()).await?)
+    }
+
+    fn check_cancelled(&self) -> Step<()> {
         if self.cancel.is_cancelled() && !self.finishing.load(Ordering::SeqCst) {
             return Err(Stop::Interrupted);
         }
-        Ok(self.lease.renew(self.context.store.objects().as_ref()).await?)
+        Ok(())
+    }
+
+    /// Changes the image's record. No fence keeps a former owner out of Glance, so the lease is renewed right before.
+    async fn change_image(&self, changes: &[ImageChange]) -> Step<openstack::Result<Option<Image>>> {
+        self.lease.renew(self.context.store.objects().as_ref()).await?;
+        Ok(self.context.cloud.update_image(&self.id.to_string(), changes).await)
     }
 
     /// Runs a stage, notes how long it took.

@@ -97,8 +97,8 @@ impl Job {
             if changes.is_empty() {
                 return Ok(image);
             }
-            self.before_visible_step().await?;
-            match self.context.cloud.update_image(&self.id.to_string(), &changes).await {
+            self.check_cancelled()?;
+            match self.change_image(&changes).await? {
                 Ok(Some(changed)) => return Ok(changed),
                 Ok(None) => return image_gone(),
                 Err(error)
@@ -183,7 +183,7 @@ impl Job {
         self.context.storage.remove_metadata(&published, transfer::MARK).await?;
         let leftovers = image_record::clear(image);
         if !leftovers.is_empty() {
-            match self.context.cloud.update_image(&id, &leftovers).await {
+            match self.change_image(&leftovers).await? {
                 Ok(_) => {}
                 Err(error) if error.kind() == openstack::ErrorKind::Conflict => {}
                 Err(error) => return Err(error.into()),

@@ -23,7 +23,6 @@ impl Job {
             let image = self.read_image().await?;
             let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
             if image.status == "queued" && (asks || request::offered_by(&image.tags).is_some()) {
-                self.before_visible_step().await?;
                 self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
             }
             self.let_go(|record| record.acknowledged = true).await
@@ -40,7 +39,7 @@ impl Job {
 
     /// Shows status and message on the record, and lets the watcher go on from there.
     pub(super) async fn show(&self, image: Image, status: Status, message: &str) -> Step<()> {
-        self.before_visible_step().await?;
+        self.check_cancelled()?;
         let mut tenant = self.tenant.lock().await;
         *tenant = Some(self.patch_status(image, status, 0, message).await?);
         Ok(())
@@ -61,7 +60,7 @@ impl Job {
     pub(super) async fn patch_status(&self, image: Image, status: Status, percent: u8, message: &str) -> Step<Image> {
         self.check_offer(&image).await?;
         let changes = image_record::show(&image, status, percent, message);
-        match self.context.cloud.update_image(&self.id.to_string(), &changes).await {
+        match self.change_image(&changes).await? {
             Ok(Some(image)) if image.status == "queued" => Ok(image),
             Ok(Some(_)) => end(State::Declined, OTHER_WRITER),
             Ok(None) => image_gone(),
@@ -85,12 +84,7 @@ impl Job {
         }
         self.update(|record| record.told = true).await?;
         for _ in 0..RECORD_TRIES {
-            match self
-                .context
-                .cloud
-                .update_image(&self.id.to_string(), &image_record::end(&image, status, &message))
-                .await
-            {
+            match self.change_image(&image_record::end(&image, status, &message)).await? {
                 Ok(_) => return Ok(()),
                 Err(error)
                     if matches!(error.kind(), openstack::ErrorKind::Conflict | openstack::ErrorKind::Forbidden) =>

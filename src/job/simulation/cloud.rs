@@ -334,6 +334,16 @@ pub fn purge_trash(world: &mut World) {
 }
 
 impl Handle {
+    /// Whoever begins to change an image's record holds the lease on its job by all that it can know.
+    fn check_lease(&self, id: &str) {
+        let mut world = self.world().lock();
+        let until = world.ceph.leases.get(&(self.node.address(), format!("job.{id}"))).copied();
+        if until.is_none_or(|until| until <= Instant::now()) {
+            let name = &self.node.name;
+            world.violated(format!("{name} set out to change image {id} without a lease"));
+        }
+    }
+
     async fn glance<T>(
         &self,
         kind: Kind,
@@ -410,6 +420,7 @@ impl Cloud for Handle {
     }
 
     async fn update_image(&self, id: &str, changes: &[ImageChange]) -> Result<Option<Image>> {
+        self.check_lease(id);
         self.glance(
             Kind::Write,
             || format!("glance patch {id} {changes:?}"),
@@ -433,6 +444,7 @@ impl Cloud for Handle {
         url: &str,
         _validation: Option<&Validation>,
     ) -> Result<Option<LocationAnswer>> {
+        self.check_lease(id);
         let shared = self.world().clone();
         self.glance(
             Kind::Write,

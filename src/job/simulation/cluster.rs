@@ -65,6 +65,8 @@ pub struct Cluster {
     pub counter: u64,
     /// Contents that start with the header of another format.
     pub containers: BTreeSet<u64>,
+    /// Until when a daemon may think that it holds a lock: by its address and the object.
+    pub leases: BTreeMap<(String, String), Instant>,
 }
 
 impl Cluster {
@@ -786,6 +788,7 @@ impl Objects for Handle {
 
     async fn lock(&self, object: &str, lock: &LockKey, _description: &str, duration: Duration) -> Result<Locked> {
         let client = self.node.address();
+        let until = Instant::now() + duration;
         self.ceph(
             Kind::Write,
             || format!("lock {object} {}", lock.cookie),
@@ -799,8 +802,9 @@ impl Objects for Handle {
                 {
                     return Ok(Locked::Held);
                 }
-                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client, now + duration));
+                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client.clone(), now + duration));
                 found.version = next;
+                world.ceph.leases.insert((client, object.to_owned()), until);
                 Ok(Locked::Acquired)
             },
         )
@@ -809,6 +813,7 @@ impl Objects for Handle {
 
     async fn renew(&self, object: &str, lock: &LockKey, _description: &str, duration: Duration) -> Result<()> {
         let client = self.node.address();
+        let until = Instant::now() + duration;
         self.ceph(
             Kind::Write,
             || format!("renew {object} {}", lock.cookie),
@@ -816,8 +821,9 @@ impl Objects for Handle {
                 let next = world.ceph.next();
                 let found = world.ceph.object("renew", object)?;
                 Cluster::check_lock(found, Some(lock), &client)?;
-                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client, Instant::now() + duration));
+                found.locks.insert(lock.name.clone(), (lock.cookie.clone(), client.clone(), Instant::now() + duration));
                 found.version = next;
+                world.ceph.leases.insert((client, object.to_owned()), until);
                 Ok(())
             },
         )
