@@ -14,7 +14,6 @@
 //! **Only the priority `info` is bound.** All events that matter are of it; error notifications are not, and those of Nova carry tokens.
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,7 +24,6 @@ use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
-use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use metrics::{Counter, counter, gauge};
@@ -41,7 +39,7 @@ use super::envelope::Unreadable;
 use super::event::{Event, EventType, Notification};
 use super::sink::{Meta, Sink, SinkError};
 use super::status::Status;
-use super::transport_url::{self, Host, TransportUrl};
+use super::transport_url::{self, FileError, Host, TransportUrl};
 use crate::config::{Messaging, QueueType};
 
 /// The pause after all hosts failed, and what it grows by each time up to the last: oslo.messaging's own figures.
@@ -122,8 +120,8 @@ enum Ended {
     Connect { host: String, error: lapin::Error },
     #[error("{host} did not answer within {} s", CONNECT_TIMEOUT.as_secs())]
     ConnectTimeout { host: String },
-    #[error("cannot read {path}: {error}")]
-    File { path: String, error: std::io::Error },
+    #[error(transparent)]
+    File(FileError),
     #[error(
         "queue {queue:?} exists with other properties than queue_type = {wanted} in [messaging] asks for: set queue_type to what it is, name \
          another queue, or delete it with `rabbitmqctl delete_queue {queue}` ({error})"
@@ -228,21 +226,6 @@ impl Listener {
 
     fn queue(&self) -> &str {
         &self.config.queue
-    }
-
-    async fn tls(&self) -> Result<OwnedTLSConfig, Ended> {
-        let Some(tls) = &self.url.tls else {
-            return Ok(OwnedTLSConfig::default());
-        };
-        let cert_chain = match self.config.ssl_ca_file.as_ref().or(tls.ca_file.as_ref()) {
-            Some(path) => Some(String::from_utf8_lossy(&read(path).await?).into_owned()),
-            None => None,
-        };
-        let identity = match (&tls.cert_file, &tls.key_file) {
-            (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: read(cert).await?, key: read(key).await? }),
-            _ => None,
-        };
-        Ok(OwnedTLSConfig { identity, cert_chain })
     }
 
     /// On a channel of its own, since a refusal closes it.
@@ -379,7 +362,8 @@ impl Run<'_> {
         let mut attempt = match self.connecting.remove(&place) {
             Some(attempt) => attempt,
             None => {
-                let tls = listener.tls().await?;
+                let ca_file = listener.config.ssl_ca_file.as_deref();
+                let tls = listener.url.read_tls(ca_file).await.map_err(Ended::File)?;
                 let uri = listener.url.amqp_uri(host);
                 let name = format!("rbd-offload:{}", listener.queue());
                 let properties = ConnectionProperties::default().with_connection_name(name.into());
@@ -698,10 +682,6 @@ async fn call<T>(what: &'static str, call: impl Future<Output = lapin::Result<T>
         Ok(result) => result.map_err(|error| Ended::Call { what, error }),
         Err(_) => Err(Ended::CallTimeout { what }),
     }
-}
-
-async fn read(path: &Path) -> Result<Vec<u8>, Ended> {
-    tokio::fs::read(path).await.map_err(|error| Ended::File { path: path.display().to_string(), error })
 }
 
 fn soft(error: &lapin::Error, kind: AMQPSoftError) -> bool {

@@ -4,8 +4,9 @@
 //! copies from nova.conf means the same here. No error, note or `Debug` holds a password, nor any part of the text that could be one.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
@@ -51,6 +52,14 @@ pub struct Tls {
     pub key_file: Option<PathBuf>,
 }
 
+/// A certificate or key that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {path}: {error}")]
+pub struct FileError {
+    path: String,
+    error: std::io::Error,
+}
+
 /// Why a `transport_url` cannot be used. Hosts are named by their place, counted from 1, since a misplaced `@` or `:` makes a
 /// password look like a host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +85,20 @@ pub enum Error {
 }
 
 impl TransportUrl {
+    /// Reads the certificates and the key that the URL names. `ca_file` goes before the URL's own.
+    pub async fn read_tls(&self, ca_file: Option<&Path>) -> Result<OwnedTLSConfig, FileError> {
+        let Some(tls) = &self.tls else { return Ok(OwnedTLSConfig::default()) };
+        let cert_chain = match ca_file.or(tls.ca_file.as_deref()) {
+            Some(path) => Some(String::from_utf8_lossy(&read(path).await?).into_owned()),
+            None => None,
+        };
+        let identity = match (&tls.cert_file, &tls.key_file) {
+            (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: read(cert).await?, key: read(key).await? }),
+            _ => None,
+        };
+        Ok(OwnedTLSConfig { identity, cert_chain })
+    }
+
     /// Reads a `transport_url`. A host without credentials is `guest`, as for kombu.
     pub fn parse(url: &str) -> Result<TransportUrl, Error> {
         let (scheme, rest) = url.trim().split_once("://").ok_or(Error::NoScheme)?;
@@ -293,6 +316,10 @@ impl fmt::Debug for TransportUrl {
             .field("notes", &self.notes)
             .finish()
     }
+}
+
+async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    tokio::fs::read(path).await.map_err(|error| FileError { path: path.display().to_string(), error })
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
-use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use secrecy::ExposeSecret;
@@ -61,10 +60,14 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Opti
     let name = format!("RabbitMQ {host}");
     let mut connected = None;
     let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async {
-        let tls = match tls(config, url).await {
+        let tls = match url.read_tls(config.ssl_ca_file.as_deref()).await {
             Ok(tls) => tls,
-            Err(reason) => {
-                return Row::fault(&name, reason, "mend ssl_ca_file in [messaging] or ssl_* in transport_url");
+            Err(error) => {
+                return Row::fault(
+                    &name,
+                    error.to_string(),
+                    "mend ssl_ca_file in [messaging] or ssl_* in transport_url",
+                );
             }
         };
         let uri = url.amqp_uri(host);
@@ -115,22 +118,6 @@ fn refused(name: &str, url: &TransportUrl, host: &Host, error: &lapin::Error) ->
         None => "see whether the broker runs there (port 5672, with ssl=1 in transport_url 5671)",
     };
     Row::fault(name, format!("cannot be reached: {error}"), mend)
-}
-
-async fn tls(config: &Messaging, url: &TransportUrl) -> Result<OwnedTLSConfig, String> {
-    let Some(tls) = &url.tls else { return Ok(OwnedTLSConfig::default()) };
-    let read = async |path: &std::path::Path| {
-        tokio::fs::read(path).await.map_err(|error| format!("cannot read {}: {error}", path.display()))
-    };
-    let cert_chain = match config.ssl_ca_file.as_ref().or(tls.ca_file.as_ref()) {
-        Some(path) => Some(String::from_utf8_lossy(&read(path).await?).into_owned()),
-        None => None,
-    };
-    let identity = match (&tls.cert_file, &tls.key_file) {
-        (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: read(cert).await?, key: read(key).await? }),
-        _ => None,
-    };
-    Ok(OwnedTLSConfig { identity, cert_chain })
 }
 
 /// What is known of the queue without touching it.
