@@ -298,6 +298,15 @@ impl Account {
         .await
     }
 
+    /// Waits until the image is active; what the record says of an earlier request does not count.
+    pub async fn await_another_try(&self, id: &str) -> Value {
+        until(&format!("image {id} is active by another try"), PATIENCE, || async {
+            let image = self.image(id).await;
+            (image["status"] == "active").then_some(image)
+        })
+        .await
+    }
+
     /// Waits until the request was turned down, and returns the sentence that the tenant gets.
     pub async fn await_end(&self, id: &str, status: &str) -> String {
         let image = until(&format!("the request of image {id} is {status}"), PATIENCE, || async {
