@@ -51,7 +51,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Gauge,
         "rbd_offload_last_progress_timestamp_seconds",
-        "When a job of this daemon last got on, in Unix time: bytes were copied, or a stage ended well.",
+        "When a job of this daemon last got on, in Unix time: it was begun, bytes were copied, or a stage ended well.",
     ),
     (
         Kind::Gauge,
@@ -68,7 +68,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_host_bytes_total",
-        "Those of the copied bytes that went through this host, by method.",
+        "Bytes that went through this host for them, in and out, by method.",
     ),
     (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
     (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),

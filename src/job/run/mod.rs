@@ -200,7 +200,7 @@ impl Job {
     /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
     pub async fn run(self, drain: CancellationToken) -> Outcome {
         match self.take_over().await {
-            Ok(()) => {}
+            Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
             // the owner before may still be at work: nothing may be made or taken down, and its address must stay
             Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => {
                 let outcome = self.pause(&reason, false).await;
