@@ -20,15 +20,17 @@ deb: release
 	packaging/tools cargo-deb
 	packaging/prepare target/release/rbd-offload
 	$(CARGO) deb --locked --no-build
+	packaging/integrations deb
 
 rpm: release
 	packaging/tools cargo-generate-rpm
 	packaging/prepare target/release/rbd-offload
 	$(CARGO) generate-rpm
+	packaging/integrations rpm
 
-# headers and libraries that the build links
+# headers and libraries that the build links; elsewhere than on Debian docs/install.md names them
 deps:
-	@lab/lib/install-packages librados-dev librbd-dev libradospp-dev pkg-config g++
+	@! command -v apt-get >/dev/null || lab/lib/install-packages librados-dev librbd-dev libradospp-dev pkg-config g++
 
 lab-up:
 	RBDLAB_BASE=$(LAB_BASE) lab/up $(LAB_DIR)
@@ -59,7 +61,7 @@ lint: deps
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
-		tests/run tests/packages benches/run .ci/run packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
+		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
 	@command -v cargo-deny >/dev/null && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
 
 clean:

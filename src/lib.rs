@@ -12,6 +12,7 @@
 pub mod ceph;
 pub mod cli;
 pub mod config;
+pub mod decline;
 pub mod job;
 pub mod notification;
 pub mod openstack;

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method};
+use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
 use crate::request::{self, Asked, Offer, Source, Trigger};
 
@@ -75,8 +76,8 @@ pub struct Plan {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum NoPlan {
     /// Final: this cannot be done here.
-    #[error("{0}")]
-    Declined(String),
+    #[error("{1}")]
+    Declined(Decline, String),
     /// The image is gone: there is nobody to do it for.
     #[error("the image was deleted")]
     Gone,
@@ -88,8 +89,8 @@ pub enum NoPlan {
 
 type Result<T> = std::result::Result<T, NoPlan>;
 
-fn declined<T>(reason: impl Into<String>) -> Result<T> {
-    Err(NoPlan::Declined(reason.into()))
+fn declined<T>(why: Decline, reason: impl Into<String>) -> Result<T> {
+    Err(NoPlan::Declined(why, reason.into()))
 }
 
 /// Reads the image of a request.
@@ -108,7 +109,8 @@ pub async fn read_image(cloud: &dyn Cloud, image_id: Uuid) -> Result<Image> {
 /// # Errors
 /// [`NoPlan::Declined`] when there is no offer (any more).
 pub fn read_offer(image: &Image) -> Result<Offer> {
-    request::offered_by(&image.tags).map_or_else(|| declined("the service that handed this over took it back"), Ok)
+    request::offered_by(&image.tags)
+        .map_or_else(|| declined(Decline::Handover, "the service that handed this over took it back"), Ok)
 }
 
 /// Which source the record asks for.
@@ -117,33 +119,36 @@ pub fn read_offer(image: &Image) -> Result<Offer> {
 /// [`NoPlan::Declined`] when the record or its tags do not ask for one.
 pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
     if image.status != "queued" {
-        return declined(format!(
-            "the image is {}, not queued: somebody else writes it or has written it",
-            image.status
-        ));
+        return declined(
+            Decline::OtherWriter,
+            format!("the image is {}, not queued: somebody else writes it or has written it", image.status),
+        );
     }
     if question.offered {
         let offer = read_offer(image)?;
         return match question.source {
             Some(source) if source != offer.source => {
-                declined("the service that handed this over offers another source")
+                declined(Decline::Handover, "the service that handed this over offers another source")
             }
             _ => Ok(offer.source),
         };
     }
     if question.trigger != Trigger::Request {
-        return question.source.map_or_else(|| declined("the notification named no source"), Ok);
+        return question.source.map_or_else(|| declined(Decline::Request, "the notification named no source"), Ok);
     }
     if image.tags.iter().any(|tag| tag.starts_with(request::HANDOVER_PREFIX)) {
-        return declined("Cinder or Nova is writing this image: a request needs an image record of its own");
+        return declined(
+            Decline::OtherWriter,
+            "Cinder or Nova is writing this image: a request needs an image record of its own",
+        );
     }
     let tagged = match request::asked_by(&image.tags) {
         Asked::For(source) => Some(source),
-        Asked::Unclear(reason) => return declined(reason),
+        Asked::Unclear(reason) => return declined(Decline::Request, reason),
         Asked::Nothing => None,
     };
     let source = if question.retried { tagged.or(question.source) } else { tagged };
-    source.map_or_else(|| declined("the image has no request tag any more"), Ok)
+    source.map_or_else(|| declined(Decline::Request, "the image has no request tag any more"), Ok)
 }
 
 /// Makes the plan for `source`, which [`read_request`] found on `image`.
@@ -156,9 +161,9 @@ pub async fn make(
     source: Source,
 ) -> Result<Plan> {
     check_record(&image)?;
-    let Some(owner) = image.owner.clone() else { return declined("the image has no owner") };
+    let Some(owner) = image.owner.clone() else { return declined(Decline::NoSource, "the image has no owner") };
     if question.offered && read_offer(&image)?.fsid.to_string() != storage.fsid().await?.to_ascii_lowercase() {
-        return declined("the disk is in another Ceph cluster than this service");
+        return declined(Decline::OtherCluster, "the disk is in another Ceph cluster than this service");
     }
 
     let find = async {
@@ -173,16 +178,17 @@ pub async fn make(
     let origin = ImageSpec::named(&found.pool, &found.image);
     let info = match storage.image(&origin, found.snapshot.as_deref()).await {
         Ok(Some(info)) => info,
-        Ok(None) => return declined(no_disk(source)),
+        Ok(None) => return declined(Decline::NoDisk, no_disk(source)),
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            return declined(format!("the disk of {source} has no such snapshot in Ceph"));
+            return declined(Decline::NoDisk, format!("the disk of {source} has no such snapshot in Ceph"));
         }
         Err(e) => return Err(e.into()),
     };
     if info.old_format {
-        return declined(format!(
-            "the disk of {source} is an RBD image of format 1, which cannot be cloned or copied safely"
-        ));
+        return declined(
+            Decline::Unsupported,
+            format!("the disk of {source} is an RBD image of format 1, which cannot be cloned or copied safely"),
+        );
     }
     check_destination(&stores?, &storage.fsid().await?, &found.dest_pool)?;
     check_limit(cloud, limit?, &owner, info.size).await?;
@@ -215,13 +221,22 @@ pub async fn make(
 /// What the image record itself rules out.
 fn check_record(image: &Image) -> Result<()> {
     if image.disk_format.as_deref().is_some_and(|format| format != "raw") {
-        return declined("the image's disk_format is not raw: only raw images can be made inside Ceph");
+        return declined(
+            Decline::Format,
+            "the image's disk_format is not raw: only raw images can be made inside Ceph",
+        );
     }
     if image.container_format.as_deref().is_some_and(|format| format != "bare") {
-        return declined("the image's container_format is not bare: only bare images can be made inside Ceph");
+        return declined(
+            Decline::Format,
+            "the image's container_format is not bare: only bare images can be made inside Ceph",
+        );
     }
     if image.properties.keys().any(|property| property.starts_with("img_signature")) {
-        return declined("the image asks for signature verification, which only an upload goes through");
+        return declined(
+            Decline::Signature,
+            "the image asks for signature verification, which only an upload goes through",
+        );
     }
     Ok(())
 }
@@ -258,7 +273,7 @@ async fn of_volume(
     };
     if !allowed {
         let others = if config.offload.allow_in_use { "available or in-use" } else { "available" };
-        return declined(format!("volume {id} is {}: it must be {others}", volume.status));
+        return declined(Decline::Busy, format!("volume {id} is {}: it must be {others}", volume.status));
     }
     // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
     let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
@@ -274,7 +289,7 @@ async fn of_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) 
         Some(_) | None => return no_such_source(Source::Snapshot(id)),
     };
     if snapshot.status != "available" {
-        return declined(format!("snapshot {id} is {}: it must be available", snapshot.status));
+        return declined(Decline::Busy, format!("snapshot {id} is {}: it must be available", snapshot.status));
     }
     let volume = match cloud.volume(&snapshot.volume_id).await? {
         Some(volume) if volume.project_id == owner => volume,
@@ -290,7 +305,10 @@ async fn of_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) 
 }
 
 fn encrypted<T>(source: Source) -> Result<T> {
-    declined(format!("{source} is encrypted: its key can be copied only by an upload through Cinder"))
+    declined(
+        Decline::Encrypted,
+        format!("{source} is encrypted: its key can be copied only by an upload through Cinder"),
+    )
 }
 
 async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
@@ -299,7 +317,10 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         Ok(Some(server)) if server.project_id == owner => server,
         Ok(_) => return no_such_source(source),
         Err(error) if error.kind() == openstack::ErrorKind::NoService => {
-            return declined("the catalog of this cloud has no Nova: instances cannot be a source");
+            return declined(
+                Decline::Unsupported,
+                "the catalog of this cloud has no Nova: instances cannot be a source",
+            );
         }
         Err(error) => return Err(error.into()),
     };
@@ -330,19 +351,25 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
 /// Whether a copy of the instance's disk makes sense now.
 fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<()> {
     if server.is_going() {
-        return declined(format!("{source} is being deleted"));
+        return declined(Decline::Busy, format!("{source} is being deleted"));
     }
     if server.encrypted {
-        return declined(format!("the disk of {source} is encrypted by Nova: its key cannot be handed on to an image"));
+        return declined(
+            Decline::Encrypted,
+            format!("the disk of {source} is encrypted by Nova: its key cannot be handed on to an image"),
+        );
     }
     // a snapshot of Nova's own: Nova has judged the state already
     if trigger == Trigger::InstanceSnapshot {
         return Ok(());
     }
     if server.image_id.is_none() {
-        return declined(format!(
-            "{source} boots from a volume: ask for an image of that volume, with the tag rbd-offload:volume:<uuid>"
-        ));
+        return declined(
+            Decline::Unsupported,
+            format!(
+                "{source} boots from a volume: ask for an image of that volume, with the tag rbd-offload:volume:<uuid>"
+            ),
+        );
     }
     match server.status.as_str() {
         "ACTIVE" | "SHUTOFF" | "PAUSED" | "SUSPENDED" => {}
@@ -353,13 +380,18 @@ fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<(
             return Err(openstack::Error::new(call, openstack::ErrorKind::Unavailable, reason).into());
         }
         other => {
-            return declined(format!("{source} is {other}: it must be ACTIVE, SHUTOFF, PAUSED or SUSPENDED"));
+            return declined(
+                Decline::Busy,
+                format!("{source} is {other}: it must be ACTIVE, SHUTOFF, PAUSED or SUSPENDED"),
+            );
         }
     }
     match server.task_state.as_deref() {
         None => Ok(()),
         Some(task) if task.starts_with("image_") => Ok(()),
-        Some(task) => declined(format!("Nova is at work on {source} ({task}): ask again when that is over")),
+        Some(task) => {
+            declined(Decline::Busy, format!("Nova is at work on {source} ({task}): ask again when that is over"))
+        }
     }
 }
 
@@ -397,24 +429,27 @@ fn no_disk(source: Source) -> String {
 
 /// The same sentence whether it is not there or somebody else's.
 fn no_such_source<T>(source: Source) -> Result<T> {
-    declined(format!("there is no {source} in the project that owns the image"))
+    declined(Decline::NoSource, format!("there is no {source} in the project that owns the image"))
 }
 
 /// Finds a volume's disk by its backend.
 fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<Found> {
     let Some(host) = volume.host.as_deref().filter(|host| !host.is_empty()) else {
-        return declined(format!("{source} lies on no backend yet"));
+        return declined(Decline::NoBackend, format!("{source} lies on no backend yet"));
     };
     let Some(name) = backend_of(host) else {
-        return declined(format!("{source} lies on no backend that this service knows"));
+        return declined(Decline::NoBackend, format!("{source} lies on no backend that this service knows"));
     };
     let Some(backend) = config.backends.get(name) else {
-        return declined(format!("{source} lies on the backend \"{name}\", for which this service is not configured"));
+        return declined(
+            Decline::NoBackend,
+            format!("{source} lies on the backend \"{name}\", for which this service is not configured"),
+        );
     };
     // after a migration, the disk keeps the name of the volume that it was migrated to
     let disk_id = volume.name_id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&volume.id);
     let Some(disk_id) = request::parse_uuid(disk_id) else {
-        return declined(format!("the disk of {source} has a name that is no id"));
+        return declined(Decline::Unsupported, format!("the disk of {source} has a name that is no id"));
     };
     Ok(Found {
         pool: backend.pool.clone(),
@@ -445,7 +480,7 @@ fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
     if silent || fits {
         return Ok(());
     }
-    declined("Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
+    declined(Decline::OtherCluster, "Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
 }
 
 /// The project's limit for all its images, where the cloud has one: an upload would be held to it.
@@ -453,12 +488,15 @@ async fn check_limit(cloud: &dyn Cloud, limit: Option<u64>, project_id: &str, by
     let Some(limit) = limit else { return Ok(()) };
     let used = cloud.image_usage(project_id).await?;
     if used.saturating_add(bytes) > limit {
-        return declined(format!(
-            "the image of {} would break the project's limit image_size_total: {} of {} are used",
-            in_mib(bytes),
-            in_mib(used),
-            in_mib(limit)
-        ));
+        return declined(
+            Decline::Quota,
+            format!(
+                "the image of {} would break the project's limit image_size_total: {} of {} are used",
+                in_mib(bytes),
+                in_mib(used),
+                in_mib(limit)
+            ),
+        );
     }
     Ok(())
 }
@@ -544,7 +582,7 @@ mod tests {
         let tag = Source::Volume(Uuid::new_v4()).tag();
         for status in ["saving", "active", "importing", "deactivated", "killed"] {
             let declined = read_request(&image(status, &[&tag]), &question(Trigger::Request, None, false));
-            assert!(matches!(declined, Err(NoPlan::Declined(_))), "{status}");
+            assert!(matches!(declined, Err(NoPlan::Declined(..))), "{status}");
         }
     }
 
@@ -582,7 +620,7 @@ mod tests {
         let source = Source::Instance(Uuid::nil());
         let judge = |server: &Server, trigger| match check_instance(server, trigger, source) {
             Ok(()) => "taken",
-            Err(NoPlan::Declined(_)) => "declined",
+            Err(NoPlan::Declined(..)) => "declined",
             Err(_) => "later",
         };
         let asked = |server: &Server| judge(server, Trigger::Request);

@@ -235,6 +235,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
         "Ceph pool images ",
         "Ceph pool volumes ",
         "Ceph pool volumes2 ",
+        "Ceph pool vms ",
         "Ceph jobs in images/test-",
     ] {
         let line =
@@ -256,7 +257,7 @@ async fn leftovers() -> Vec<String> {
     let ceph = PathBuf::from(lab("RBDLAB_DIR")).join("ceph/ceph.conf");
     let client = Client::connect(&ceph, "rbd-offload").await.unwrap();
     let mut images = Vec::new();
-    for pool in ["images", "volumes", "volumes2"] {
+    for pool in ["images", "volumes", "volumes2", "vms"] {
         images.extend(client.images(pool, "rbd-offload.check-").await.unwrap());
     }
     images
@@ -391,7 +392,10 @@ fn check_names_each_missing_capability() {
     let own = setup.path("ceph.conf").display().to_string();
     let setup = setup.with("CEPH_CONF", &own);
 
+    let caps = |mon, osd: &str| admin(&["auth", "caps", &entity, "mon", mon, "mgr", "profile rbd", "osd", osd]);
+
     let sources = "profile rbd pool=volumes, profile rbd pool=volumes2";
+    let lacks_vms = "missing: osd 'profile rbd pool=vms'";
     for (mon, osd, faults) in [
         ("allow r", format!("{sources}, profile rbd pool=images"), vec!["Ceph fencing"]),
         ("profile rbd", sources.to_owned(), vec!["Ceph pool images", "Ceph jobs in images/"]),
@@ -401,7 +405,7 @@ fn check_names_each_missing_capability() {
             vec!["Ceph pool images", "Ceph jobs in images/"],
         ),
     ] {
-        admin(&["auth", "caps", &entity, "mon", mon, "mgr", "profile rbd", "osd", &osd]);
+        caps(mon, &osd);
         let checked = check(&setup);
         let found = checked.faults();
         assert_eq!(found.len(), faults.len(), "{}", checked.text);
@@ -413,7 +417,19 @@ fn check_names_each_missing_capability() {
                 &format!("ceph auth caps {entity} mon 'profile rbd' mgr 'profile rbd' osd '"),
             );
         }
+        // instances can be asked for, but need not be
+        let (verdict, detail, mend) = checked.row("Ceph pool vms");
+        assert_eq!(verdict, "warning", "{}", checked.text);
+        assert!(detail.contains("instances cannot be a source") && detail.contains(lacks_vms), "{detail}");
+        assert!(mend.contains("profile rbd pool=vms"), "{mend}");
     }
+    caps("profile rbd", &format!("{sources}, profile rbd pool=images"));
+    let elsewhere = setup.with("[jobs]", "[nova]\npool = nosuch\n[jobs]");
+    let checked = check(&elsewhere);
+    assert_eq!(checked.faults(), Vec::<&str>::new());
+    assert!(checked.row("Ceph pool nosuch").1.contains("no such pool"), "{}", checked.text);
+    let integrated = elsewhere.with("pool = nosuch", "integration = true");
+    check(&integrated).fault("Ceph pool vms", lacks_vms, "profile rbd pool=vms");
     admin(&["auth", "rm", &entity]);
 }
 

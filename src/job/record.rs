@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::decline::Decline;
 use crate::request::{Source, Trigger};
 use crate::transfer::Method;
 
@@ -90,6 +91,20 @@ pub struct Ending {
     pub state: State,
     /// A sentence that a person can act on.
     pub reason: String,
+    /// Why it was declined, to be counted; `None` for the other states.
+    #[serde(default)]
+    pub decline: Option<Decline>,
+}
+
+impl Ending {
+    /// An end that is no decline.
+    pub fn new(state: State, reason: impl Into<String>) -> Self {
+        Self { state, reason: reason.into(), decline: None }
+    }
+
+    pub fn declined(why: Decline, reason: impl Into<String>) -> Self {
+        Self { state: State::Declined, reason: reason.into(), decline: Some(why) }
+    }
 }
 
 /// How long a stage of the latest attempt took.

@@ -2,6 +2,8 @@
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::decline::Decline;
+
 /// Upper bounds of the duration histograms, in seconds: from a rename to the hashing of a large image.
 const SECONDS: [f64; 16] =
     [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 1200.0, 3600.0];
@@ -36,7 +38,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_jobs_ended_total",
-        "Jobs that ended here, by state, trigger and method (none: before one was chosen).",
+        "Jobs that ended here, by state, reason of a decline, trigger and method (none: before one was chosen).",
     ),
     (
         Kind::Counter,
@@ -49,7 +51,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Gauge,
         "rbd_offload_last_progress_timestamp_seconds",
-        "When a job of this daemon last got on, in Unix time: bytes were copied, or a stage ended well.",
+        "When a job of this daemon last got on, in Unix time: it was begun, bytes were copied, or a stage ended well.",
     ),
     (
         Kind::Gauge,
@@ -66,7 +68,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_host_bytes_total",
-        "Those of the copied bytes that went through this host, by method.",
+        "Bytes that went through this host for them, in and out, by method.",
     ),
     (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
     (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
@@ -105,10 +107,12 @@ pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
     metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
     metrics::gauge!("rbd_offload_last_look_timestamp_seconds").set(unix_time());
     // a rate of the first failure needs the zero before it
-    for state in ["done", "declined", "failed", "cancelled"] {
+    let ends = ["done", "failed", "cancelled"].map(|state| (state, "none"));
+    let declines = Decline::ALL.map(|why| ("declined", why.as_str()));
+    for (state, why) in ends.into_iter().chain(declines) {
         for method in ["none", "server-copy", "clone", "copy"] {
             for trigger in ["request", "volume-upload", "instance-snapshot"] {
-                let labels = [("state", state), ("trigger", trigger), ("method", method)];
+                let labels = [("state", state), ("reason", why), ("trigger", trigger), ("method", method)];
                 metrics::counter!("rbd_offload_jobs_ended_total", &labels).absolute(0);
             }
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use uuid::Uuid;
 
-use super::report::Row;
+use super::report::{Row, Verdict};
 use super::within;
 use crate::ceph::{Client, Error, ErrorKind, LockKey, Locked, Objects, Storage};
 use crate::config::Config;
@@ -54,10 +54,16 @@ pub async fn check(config: &Config) -> Findings {
         return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, stuck };
     };
     let probes = join_all(pools.iter().map(|pool| capabilities(config, &client, pool)));
-    let (release, fencing, probed, jobs) =
-        tokio::join!(release(&client), fencing(config, &client), probes, jobs(config, &client));
+    let (release, fencing, probed, instances, jobs) = tokio::join!(
+        release(&client),
+        fencing(config, &client),
+        probes,
+        instances(config, &client),
+        jobs(config, &client)
+    );
     let mut rows = vec![row, release, fencing];
     rows.extend(probed);
+    rows.extend(instances);
     rows.push(jobs);
     let stuck = rows.iter().any(is_stuck);
     Findings { rows, fsid, stuck }
@@ -77,7 +83,7 @@ fn jobs_name(config: &Config) -> String {
     format!("Ceph jobs in {}/{}", config.jobs.pool, config.jobs.namespace)
 }
 
-/// The pools that images are taken from and made in.
+/// The pools that images are taken from and made in, without which the configuration makes no sense.
 fn pools(config: &Config) -> BTreeSet<&str> {
     let backends = config.backends.values().flat_map(|backend| [backend.pool.as_str(), backend.dest_pool.as_str()]);
     let mut pools: BTreeSet<&str> = backends.collect();
@@ -90,7 +96,7 @@ fn pools(config: &Config) -> BTreeSet<&str> {
 /// The command that gives our user what it needs in all pools: `auth caps` replaces what it had.
 fn caps(config: &Config) -> String {
     let mut pools = pools(config);
-    pools.insert(&config.jobs.pool);
+    pools.extend([config.jobs.pool.as_str(), config.nova.pool.as_str()]);
     let osd: Vec<String> = pools.iter().map(|pool| format!("profile rbd pool={pool}")).collect();
     format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))
 }
@@ -178,6 +184,21 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
     row.await
 }
 
+/// Nova's pool where no integration needs it: a tenant may still ask for the disk of an instance.
+async fn instances(config: &Config, client: &Client) -> Option<Row> {
+    let pool = config.nova.pool.as_str();
+    if pools(config).contains(pool) {
+        return None;
+    }
+    let row = capabilities(config, client, pool).await;
+    match row {
+        Row { verdict: Verdict::Fault, check, detail, mend: Some(mend) } if !detail.starts_with(super::NO_ANSWER) => {
+            Some(Row::warning(check, format!("instances cannot be a source: {detail}"), mend))
+        }
+        row => Some(row),
+    }
+}
+
 /// Where the configuration names a pool.
 fn used_by(config: &Config, pool: &str) -> String {
     let mut places = Vec::new();
@@ -192,7 +213,7 @@ fn used_by(config: &Config, pool: &str) -> String {
             places.push(format!("[backend:{name}] dest_pool"));
         }
     }
-    if config.nova.integration && config.nova.pool == pool {
+    if config.nova.pool == pool {
         places.push("[nova] pool".to_owned());
     }
     places.join(", ")
@@ -257,7 +278,6 @@ async fn remove(objects: &dyn Objects, object: &str) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::report::Verdict;
     use super::*;
 
     #[test]

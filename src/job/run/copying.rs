@@ -1,8 +1,9 @@
 //! From a request to a complete, inspected, sealed copy under its private name.
 
-use super::{Job, Step, Stop, end};
+use super::{Job, Step, Stop, decline, end};
 use crate::ceph::{self, Compare, ErrorKind, ImageSpec, TransferLimits};
 use crate::config::{Config, Hash, Verify};
+use crate::decline::Decline;
 use crate::job::record::{self, Handover, Origin, Publication, State};
 use crate::plan::{self, Plan, Question};
 use crate::publish;
@@ -110,8 +111,8 @@ impl Job {
         let storage = self.context.storage.as_ref();
         let published = ImageSpec::named(&plan.dest_pool, self.id.to_string());
         if storage.image(&published, None).await?.is_some() {
-            return end(
-                State::Declined,
+            return decline(
+                Decline::OtherWriter,
                 "another image of that id is in Glance's pool already: somebody else writes it",
             );
         }
@@ -233,8 +234,8 @@ impl Job {
     pub(super) async fn inspect_and_seal(&self, copy: &ImageSpec) -> Step<()> {
         let storage = self.context.storage.as_ref();
         if let Some(format) = publish::inspect(storage, copy).await? {
-            return end(
-                State::Declined,
+            return decline(
+                Decline::ContainerHeader,
                 format!(
                     "the disk starts with the header of a {format} file: such a disk is not registered as raw, upload it instead"
                 ),

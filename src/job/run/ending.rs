@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::publishing::at_work;
 use super::{Job, Outcome, Step, Stop};
 use crate::ceph::ImageSpec;
+use crate::decline::Decline;
 use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
@@ -49,8 +50,12 @@ impl Job {
         .await?;
         self.index().await?;
         let record = self.snapshot().await;
+        let why = match (ending.state, ending.decline) {
+            (State::Declined, why) => why.unwrap_or(Decline::Other).as_str(),
+            _ => "none",
+        };
         metrics::counter!("rbd_offload_jobs_ended_total",
-            "state" => ending.state.as_str(), "trigger" => record.trigger.as_str(),
+            "state" => ending.state.as_str(), "reason" => why, "trigger" => record.trigger.as_str(),
             "method" => record.method.map_or("none", transfer::Method::as_str))
         .increment(1);
         let seconds = now.duration_since(record.created_at).as_secs_f64();
@@ -122,7 +127,7 @@ impl Job {
         let retries = self.context.config.borrow().offload.retries;
         if record.attempts >= retries {
             let reason = format!("given up after {} attempts: {reason}", record.attempts.saturating_add(1));
-            return self.wind_up(Ending { state: State::Failed, reason }).await;
+            return self.wind_up(Ending::new(State::Failed, reason)).await;
         }
         self.pause(&reason, true).await
     }
@@ -209,7 +214,7 @@ impl Job {
         self.update(|record| record.ending = None).await?;
         self.finish(pool, image).await?;
         self.remove_source_snapshot().await?;
-        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
+        self.conclude(&Ending::new(State::Done, "")).await?;
         Ok(true)
     }
 

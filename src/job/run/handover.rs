@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{Job, OTHER_WRITER, Step, Stop, end};
-use crate::job::record::{Handover, State};
+use super::{Job, Step, Stop, decline, other_writer};
+use crate::decline::Decline;
+use crate::job::record::Handover;
 use crate::openstack::Image;
 use crate::plan;
 use crate::publish::record::{self as image_record, Status};
@@ -52,7 +53,7 @@ impl Job {
         let started = Instant::now();
         loop {
             if image.status != "queued" {
-                return end(State::Declined, OTHER_WRITER);
+                return other_writer();
             }
             if request::said_go(&image.tags) {
                 self.update(|record| record.handover = Some(Handover::Committed)).await?;
@@ -64,7 +65,7 @@ impl Job {
             }
             self.check_offer(&image).await?;
             if started.elapsed() > GO_WITHIN {
-                return end(State::Declined, "the service that handed this over does not answer");
+                return decline(Decline::Handover, "the service that handed this over does not answer");
             }
             let told = image_record::show(&image, Status::Publishing, 95, PREPARED).is_empty();
             image = if told {

@@ -32,13 +32,11 @@ use super::record::{Ending, Record, Stage, State};
 use super::store::{self, Store, Stored};
 use crate::ceph::{self, ErrorKind, Progress, Storage};
 use crate::config::Config;
+use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, ImageChange};
 use crate::plan::NoPlan;
 use crate::request::{self, Asked};
 use crate::telemetry::unix_time;
-
-/// Wrote the same sentence for whoever looks: the tenant, the record, the log.
-const OTHER_WRITER: &str = "somebody else has written the image meanwhile";
 
 /// What every job needs.
 #[derive(Clone)]
@@ -86,7 +84,16 @@ enum Stop {
 type Step<T> = Result<T, Stop>;
 
 fn end<T>(state: State, reason: impl Into<String>) -> Step<T> {
-    Err(Stop::End(Ending { state, reason: reason.into() }))
+    Err(Stop::End(Ending::new(state, reason)))
+}
+
+fn decline<T>(why: Decline, reason: impl Into<String>) -> Step<T> {
+    Err(Stop::End(Ending::declined(why, reason)))
+}
+
+/// The same sentence for whoever looks: the tenant, the record, the log.
+fn other_writer<T>() -> Step<T> {
+    decline(Decline::OtherWriter, "somebody else has written the image meanwhile")
 }
 
 fn image_gone<T>() -> Step<T> {
@@ -99,7 +106,7 @@ impl From<ceph::Error> for Stop {
             ErrorKind::NotLocked | ErrorKind::Fenced => Self::LeaseLost,
             ErrorKind::Cancelled => Self::Interrupted,
             ErrorKind::NoSpace | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Exists => {
-                Self::End(Ending { state: State::Failed, reason: error.to_string() })
+                Self::End(Ending::new(State::Failed, error.to_string()))
             }
             ErrorKind::NotFound | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other => {
                 Self::Retry(error.to_string())
@@ -114,7 +121,7 @@ impl From<openstack::Error> for Stop {
         match error.kind() {
             Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::Conflict => Self::Retry(error.to_string()),
             Kind::Forbidden | Kind::OverLimit | Kind::Refused | Kind::NoService => {
-                Self::End(Ending { state: State::Failed, reason: error.to_string() })
+                Self::End(Ending::new(State::Failed, error.to_string()))
             }
         }
     }
@@ -133,8 +140,8 @@ impl From<store::Error> for Stop {
 impl From<NoPlan> for Stop {
     fn from(none: NoPlan) -> Self {
         match none {
-            NoPlan::Declined(reason) => Self::End(Ending { state: State::Declined, reason }),
-            NoPlan::Gone => Self::End(Ending { state: State::Cancelled, reason: none.to_string() }),
+            NoPlan::Declined(why, reason) => Self::End(Ending::declined(why, reason)),
+            NoPlan::Gone => Self::End(Ending::new(State::Cancelled, none.to_string())),
             NoPlan::Ceph(error) => error.into(),
             NoPlan::OpenStack(error) => error.into(),
         }
@@ -193,7 +200,7 @@ impl Job {
     /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
     pub async fn run(self, drain: CancellationToken) -> Outcome {
         match self.take_over().await {
-            Ok(()) => {}
+            Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
             // the owner before may still be at work: nothing may be made or taken down, and its address must stay
             Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => {
                 let outcome = self.pause(&reason, false).await;
@@ -371,7 +378,7 @@ impl Job {
         let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
         published?;
         removed?;
-        self.conclude(&Ending { state: State::Done, reason: String::new() }).await?;
+        self.conclude(&Ending::new(State::Done, "")).await?;
         Ok(State::Done)
     }
 
@@ -418,7 +425,7 @@ impl Job {
         tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
         metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
         let reason = format!("only observed ([offload] observe = true): {finding}");
-        self.conclude(&Ending { state: State::Cancelled, reason }).await?;
+        self.conclude(&Ending::new(State::Cancelled, reason)).await?;
         Ok(State::Cancelled)
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{Job, OTHER_WRITER, Step, Stop, end, image_gone};
+use super::{Job, Step, Stop, image_gone, other_writer};
 use crate::ceph::ImageSpec;
 use crate::job::record::{Handover, Publication, State};
 use crate::openstack::{self, Image, LocationAnswer, Validation};
@@ -42,7 +42,7 @@ impl Job {
         match image.status.as_str() {
             "active" if self.is_our_image(&copy).await? => return self.finish(&pool, &image).await,
             "queued" | "importing" => {}
-            _ => return end(State::Declined, OTHER_WRITER),
+            _ => return other_writer(),
         }
         if record.handover == Some(Handover::Offered) {
             image = self.stage("handover", self.await_go(image)).await?;
@@ -53,7 +53,7 @@ impl Job {
         }
         let image = self.stage("register", self.register(image, &pool, record.bytes_total)).await?;
         if !self.is_our_image(&copy).await? {
-            return end(State::Declined, OTHER_WRITER);
+            return other_writer();
         }
         self.finish(&pool, &image).await
     }
@@ -81,7 +81,7 @@ impl Job {
             Name::Ours => Ok(()),
             Name::Taken => {
                 self.update(|record| record.made.published = false).await?;
-                end(State::Declined, OTHER_WRITER)
+                other_writer()
             }
             Name::Lost => {
                 self.enter(State::Copying).await?;
@@ -106,7 +106,7 @@ impl Job {
                 {
                     image = self.read_image().await?;
                     if image.status != "queued" {
-                        return end(State::Declined, OTHER_WRITER);
+                        return other_writer();
                     }
                     if error.kind() == openstack::ErrorKind::Forbidden {
                         return Err(error.into());
@@ -144,7 +144,7 @@ impl Job {
             match image.status.as_str() {
                 "active" => return Ok(image),
                 "queued" | "importing" => {}
-                _ => return end(State::Declined, OTHER_WRITER),
+                _ => return other_writer(),
             }
             if !at_work && pause >= POLL_MAX / 2 {
                 self.check_tasks(&known, pool).await?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use super::{Job, Stop};
+use crate::decline::Decline;
 use crate::job::record::{Ending, State};
 use crate::request::Source;
 
@@ -30,7 +31,7 @@ impl Job {
             // the copy may have been sealed while Nova answered
             if going && self.instance_in_use().await.is_some() {
                 let reason = format!("{instance} was deleted while its disk was being copied");
-                return Stop::End(Ending { state: State::Declined, reason });
+                return Stop::End(Ending::declined(Decline::Busy, reason));
             }
         }
     }

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::publishing::RECORD_TRIES;
-use super::{Job, OTHER_WRITER, Step, Stop, end, image_gone};
+use super::{Job, Step, Stop, image_gone, other_writer};
 use crate::job::record::{Ending, State};
 use crate::openstack::{self, Image};
 use crate::publish::record::{self as image_record, Status};
@@ -62,7 +62,7 @@ impl Job {
         let changes = image_record::show(&image, status, percent, message);
         match self.change_image(&changes).await? {
             Ok(Some(image)) if image.status == "queued" => Ok(image),
-            Ok(Some(_)) => end(State::Declined, OTHER_WRITER),
+            Ok(Some(_)) => other_writer(),
             Ok(None) => image_gone(),
             // the record changed since it was read; the next look tells
             Err(error) if error.kind() == openstack::ErrorKind::Conflict => Ok(image),

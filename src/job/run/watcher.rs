@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Job, OTHER_WRITER, Step, Stop, end};
+use super::{Job, Step, Stop, end, other_writer};
 use crate::ceph::ErrorKind;
 use crate::job::record::State;
 use crate::publish::record::{self as image_record, Status};
@@ -99,7 +99,7 @@ impl Job {
                     self.check_offer(&seen).await?;
                     *tenant = Some(seen);
                 }
-                Ok(_) => return end(State::Declined, OTHER_WRITER),
+                Ok(_) => return other_writer(),
                 Err(stop @ Stop::Retry(_)) => {
                     *tenant = Some(image);
                     return Err(stop);

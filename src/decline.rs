@@ -1,0 +1,102 @@
+//! Why a request is declined, in a word: for counts.
+//!
+//! The sentence that goes with it is for whoever asked. Here nothing is told of a tenant, and there are few values.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decline {
+    /// The tags ask for nothing, for several things, or cannot be read.
+    Request,
+    /// The image is not queued, or somebody else writes it.
+    OtherWriter,
+    /// The service that handed its work over took it back, changed it, or does not answer.
+    Handover,
+    /// The record wants another format than raw and bare.
+    Format,
+    /// The record asks for signature verification.
+    Signature,
+    /// The source does not exist, or belongs to another project: nobody is told which.
+    NoSource,
+    /// The source is in use, at work, or on its way out.
+    Busy,
+    Encrypted,
+    /// No backend of the configuration has the source.
+    NoBackend,
+    /// The disk is not in the pool that the configuration names.
+    NoDisk,
+    /// Source and destination are not in the same Ceph cluster, or Glance has no store there.
+    OtherCluster,
+    /// A kind of disk that is not done here.
+    Unsupported,
+    /// The project's limit for its images.
+    Quota,
+    /// The copy begins like a file of a container format.
+    ContainerHeader,
+    /// Decided by another version of this program.
+    #[serde(other)]
+    Other,
+}
+
+impl Decline {
+    pub const ALL: [Self; 15] = [
+        Self::Request,
+        Self::OtherWriter,
+        Self::Handover,
+        Self::Format,
+        Self::Signature,
+        Self::NoSource,
+        Self::Busy,
+        Self::Encrypted,
+        Self::NoBackend,
+        Self::NoDisk,
+        Self::OtherCluster,
+        Self::Unsupported,
+        Self::Quota,
+        Self::ContainerHeader,
+        Self::Other,
+    ];
+
+    /// The label's value in the metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::OtherWriter => "other_writer",
+            Self::Handover => "handover",
+            Self::Format => "format",
+            Self::Signature => "signature",
+            Self::NoSource => "no_source",
+            Self::Busy => "busy",
+            Self::Encrypted => "encrypted",
+            Self::NoBackend => "no_backend",
+            Self::NoDisk => "no_disk",
+            Self::OtherCluster => "other_cluster",
+            Self::Unsupported => "unsupported",
+            Self::Quota => "quota",
+            Self::ContainerHeader => "container_header",
+            Self::Other => "other",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_stored_under_the_name_that_is_counted_and_an_unknown_one_is_other() {
+        for decline in Decline::ALL {
+            assert_eq!(serde_json::to_value(decline).unwrap(), decline.as_str());
+        }
+        assert_eq!(serde_json::from_str::<Decline>("\"of a later version\"").unwrap(), Decline::Other);
+    }
+
+    #[test]
+    fn the_documentation_names_each() {
+        let text = include_str!("../docs/operating.md");
+        for decline in Decline::ALL {
+            assert!(text.contains(&format!("| `{}` |", decline.as_str())), "{}", decline.as_str());
+        }
+    }
+}
