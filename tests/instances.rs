@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::cloud::{Account, Instance, PATIENCE, Rest, instance_tag, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
-use common::stage::{Kind, alone, with};
+use common::stage::{Kind, Stage, alone, with};
 use common::{MIB, lab, pause, seconds, until};
 use serde_json::{Value, json};
 
@@ -171,9 +171,27 @@ mod handed_over {
         setup().set("offload", "method", "copy").set("offload", "bandwidth_limit", "4MiB")
     }
 
-    /// Enough for half a minute.
-    async fn write_much(instance: &Instance) {
+    /// The lab for oneself with such a nova-compute, and an image to make instances from.
+    async fn begin(compute: Compute) -> (Stage, Account, String) {
+        let stage = alone().await;
+        compute.ready().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        (stage, demo, base)
+    }
+
+    /// A paused instance with some data.
+    async fn little(compute: Compute) -> (Stage, Account, Instance) {
+        let (stage, demo, base) = begin(compute).await;
+        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        (stage, demo, instance)
+    }
+
+    /// A paused instance with enough for half a minute.
+    async fn much() -> (Stage, Account, Instance) {
+        let (stage, demo, instance) = little(Compute::Integrated).await;
         instance.disk.write(9, &[(64 * MIB, 120 * MIB)]).await;
+        (stage, demo, instance)
     }
 
     /// The image, once Nova has nothing to do any more.
@@ -209,13 +227,8 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_record_is_as_after_novas_own_snapshot() {
-        let _stage = alone().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let (_stage, demo, instance) = little(Compute::Stock).await;
         let expected = instance.disk.digest(None).await;
-
-        Compute::Stock.ready().await;
         let id = demo.snapshot_instance(&instance.id).await;
         let stock = await_snapshot(&demo, &id, &instance, "PAUSED").await;
         is_right(&stock, &expected).await;
@@ -237,10 +250,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_stopped_instance_and_a_running_one_and_a_second_snapshot_meanwhile() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
+        let (_stage, demo, base) = begin(Compute::Integrated).await;
         let daemon = slow().start().await;
         let stopped = demo.resting_instance(&base, Rest::Stopped, 1).await;
         let expected = stopped.disk.digest(None).await;
@@ -262,11 +272,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn without_a_daemon_and_after_a_decline_nova_does_it() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
         let expected = instance.disk.digest(None).await;
         let id = demo.snapshot_instance(&instance.id).await;
         is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
@@ -282,12 +288,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_dies_is_replaced_by_another_or_by_nova() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
-        write_much(&instance).await;
+        let (_stage, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
 
         let setup = slow();
@@ -312,12 +313,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_image_that_is_deleted_meanwhile_ends_both() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
-        write_much(&instance).await;
+        let (_stage, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
@@ -330,12 +326,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_instance_that_is_deleted_meanwhile_goes_with_its_disk() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
-        write_much(&instance).await;
+        let (_stage, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
@@ -352,11 +343,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn when_nova_compute_is_killed_nothing_is_published_and_nothing_left() {
-        let _stage = alone().await;
-        Compute::Integrated.ready().await;
-        let demo = Account::demo().await;
-        let base = demo.base_image().await;
-        let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
