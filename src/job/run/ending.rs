@@ -66,10 +66,26 @@ impl Job {
         Ok(self.context.store.index(&self.snapshot().await).await?)
     }
 
+    /// Ends the attempt. What is to be removed may take longer than the lease lasts, so it is kept meanwhile.
     pub(super) async fn settle(&self, stop: Stop) -> Outcome {
-        let objects = self.context.store.objects().clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.settle_now(stop) => outcome,
+            _ = self.keep_lease() => {
+                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
+                tracing::warn!(image_id = %self.id, "the lease was lost; another daemon goes on with the job");
+                Outcome::Abandoned
+            }
+        };
+        if outcome != Outcome::Abandoned {
+            self.lease.release(self.context.store.objects().as_ref()).await;
+        }
+        outcome
+    }
+
+    async fn settle_now(&self, stop: Stop) -> Outcome {
         let ended = self.snapshot().await.state.is_ended();
-        let outcome = match stop {
+        match stop {
             // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
             Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
@@ -95,11 +111,7 @@ impl Job {
                 tracing::error!(image_id = %self.id, reason, "the job is left alone");
                 Outcome::Abandoned
             }
-        };
-        if outcome != Outcome::Abandoned {
-            self.lease.release(objects.as_ref()).await;
         }
-        outcome
     }
 
     /// Gives up ownership in the record, so that nobody fences us for it.
