@@ -17,6 +17,7 @@ use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
 use crate::publish;
+use crate::request::Source;
 use crate::transfer;
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -24,6 +25,10 @@ const BACKOFF_FIRST: Duration = Duration::from_secs(2);
 
 /// Longest pause between attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+
+/// The longest while an instance's disk has our snapshot, which the next attempt removes: when the instance is deleted,
+/// Nova tries for a minute to remove the disk, and then gives up.
+const INSTANCE_PAUSE_MAX: Duration = Duration::from_secs(15);
 
 /// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still.
 const GLANCE_TASK_PAUSES: u32 = 20;
@@ -141,8 +146,12 @@ impl Job {
 
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     pub(super) async fn pause(&self, reason: &str, counts: bool) -> Outcome {
-        let attempts = self.snapshot().await.attempts;
-        let pause = backoff(self.id, attempts);
+        let record = self.snapshot().await;
+        let attempts = record.attempts;
+        let mut pause = backoff(self.id, attempts);
+        if record.made.snapshot && matches!(record.source, Some(Source::Instance(_))) {
+            pause = pause.min(INSTANCE_PAUSE_MAX);
+        }
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
