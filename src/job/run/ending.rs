@@ -147,11 +147,7 @@ impl Job {
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     pub(super) async fn pause(&self, reason: &str, counts: bool) -> Outcome {
         let record = self.snapshot().await;
-        let attempts = record.attempts;
-        let mut pause = backoff(self.id, attempts);
-        if record.made.snapshot && matches!(record.source, Some(Source::Instance(_))) {
-            pause = pause.min(INSTANCE_PAUSE_MAX);
-        }
+        let (attempts, pause) = (record.attempts, pause_of(&record));
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
@@ -261,6 +257,13 @@ impl Job {
     }
 }
 
+/// The pause before the job's next attempt.
+fn pause_of(record: &Record) -> Duration {
+    let pause = backoff(record.image_id, record.attempts);
+    let holds_instance = record.made.snapshot && matches!(record.source, Some(Source::Instance(_)));
+    if holds_instance { pause.min(INSTANCE_PAUSE_MAX) } else { pause }
+}
+
 /// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
 /// one by one.
 fn backoff(id: Uuid, attempts: u32) -> Duration {
@@ -269,4 +272,25 @@ fn backoff(id: Uuid, attempts: u32) -> Duration {
     (id, attempts).hash(&mut hasher);
     // 75 to 124 hundredths
     pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::request::Trigger;
+
+    #[test]
+    fn a_snapshot_on_an_instances_disk_is_gone_before_nova_gives_its_deletion_up() {
+        let (image, instance) = (Uuid::new_v4(), Source::Instance(Uuid::new_v4()));
+        let mut record = Record::new(image, Trigger::InstanceSnapshot, Some(instance), None, Timestamp::now());
+        for attempts in 0..20 {
+            record.attempts = attempts;
+            record.made.snapshot = true;
+            assert!(pause_of(&record) <= Duration::from_secs(15), "after {attempts} attempts");
+        }
+        record.made.snapshot = false;
+        assert!(pause_of(&record) > Duration::from_secs(40), "nobody waits for it");
+    }
 }
