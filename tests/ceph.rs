@@ -1029,7 +1029,7 @@ write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",
 
 /// The first byte of a difference, if there is one.
 async fn compared(client: &Client, source: &ImageSpec, image: &ImageSpec, extent: Compare) -> Option<u64> {
-    client.compare(source, "s", image, extent, &CancellationToken::new()).await.unwrap()
+    client.compare(source, "s", image, extent, &Progress::default(), &CancellationToken::new()).await.unwrap()
 }
 
 async fn snapshotted(client: &Client, source: &ImageSpec) {
@@ -1144,9 +1144,12 @@ with rbd.Image(io('images'), NAME + '-image') as image:
 
     let cancel = CancellationToken::new();
     cancel.cancel();
-    let stopped = client.compare(&source, "s", &image, Compare::Full, &cancel).await.unwrap_err();
+    let stopped = client.compare(&source, "s", &image, Compare::Full, &Progress::default(), &cancel).await.unwrap_err();
     assert_eq!(stopped.kind(), ErrorKind::Cancelled);
-    let missing = client.compare(&source, "t", &image, Compare::Sample, &CancellationToken::new()).await.unwrap_err();
+    let missing = client
+        .compare(&source, "t", &image, Compare::Sample, &Progress::default(), &CancellationToken::new())
+        .await
+        .unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::broker::Broker;
 use common::cloud::{Account, Volume, nothing_is_left_of};
@@ -22,7 +22,7 @@ const INTEGRATED: &str = "ceph-offload";
 
 /// Its `rbd_offload_…_timeout` in the lab.
 const CLAIM: u64 = 10;
-const STALL: u64 = 20;
+const STALL: u64 = 45;
 const DOUBT: u64 = 30;
 
 async fn small_volume(account: &Account, seed: u64) -> Volume {
@@ -103,7 +103,11 @@ async fn await_tidy(image: &str, volume: &Volume) {
 }
 
 async fn await_says(account: &Account, image: &str, status: &str) {
-    until(&format!("the daemon says {status}"), seconds(60), || async {
+    await_says_within(account, image, status, seconds(60)).await;
+}
+
+async fn await_says_within(account: &Account, image: &str, status: &str, limit: Duration) {
+    until(&format!("the daemon says {status}"), limit, || async {
         (account.image(image).await["rbd_offload_status"] == status).then_some(())
     })
     .await;
@@ -548,6 +552,104 @@ mod alone {
         daemon.await_idle().await;
     }
 
+    /// As an upgrade of Cinder does: what is at work may end.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn cinder_volume_that_is_told_to_stop_ends_the_upload_first() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = long_volume(&demo, 12).await;
+        let expected = volume.disk.digest(None).await;
+        let daemon = slow().start().await;
+        let id = demo.stock_upload(&volume).await;
+        await_half_way(&demo, &daemon, &id).await;
+        lab().service("restart", &["cinder-volume"]).await;
+        let image = end_of_upload(&demo, &volume, &id).await;
+        is_right(&image, &expected, &volume).await;
+        was_handed_over(&daemon, &volume, &id).await;
+        daemon.await_idle().await;
+    }
+
+    /// A job may wait longer for its turn than Cinder waits without a sign.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_job_that_waits_for_its_turn_is_waited_for_while_others_move() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let (first, second) = (long_volume(&demo, 13).await, small_volume(&demo, 14).await);
+        let expected = [first.disk.digest(None).await, second.disk.digest(None).await];
+        let setup = slow().set("offload", "bandwidth_limit", "512KiB").set("offload", "max_jobs", "1");
+        let daemon = setup.start().await;
+        let ids = [demo.stock_upload(&first).await, String::new()];
+        await_says(&demo, &ids[0], "copying").await;
+        let ids = [ids[0].clone(), demo.stock_upload(&second).await];
+        await_says(&demo, &ids[1], "accepted").await;
+        let began = Instant::now();
+        await_says_within(&demo, &ids[1], "copying", seconds(150)).await;
+        assert!(began.elapsed() > seconds(STALL + 10), "it had to wait only {:?}", began.elapsed());
+        for ((id, volume), expected) in ids.iter().zip([&first, &second]).zip(&expected) {
+            let image = end_of_upload(&demo, volume, id).await;
+            is_right(&image, expected, volume).await;
+            was_handed_over(&daemon, volume, id).await;
+        }
+        daemon.await_idle().await;
+    }
+
+    /// So slowly that nothing moves for hours.
+    fn stuck() -> Setup {
+        slow().set("offload", "bandwidth_limit", "1").set("offload", "max_jobs", "1")
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_job_that_waits_for_its_turn_is_not_waited_for_when_nothing_moves() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let (first, second) = (demo.long_volume(16, 15).await, small_volume(&demo, 16).await);
+        let expected = second.disk.digest(None).await;
+        let daemon = stuck().start().await;
+        let stuck = demo.request(&first).await;
+        await_says(&demo, &stuck, "copying").await;
+        let id = demo.stock_upload(&second).await;
+        let began = Instant::now();
+        let image = end_of_upload(&demo, &second, &id).await;
+        assert!(began.elapsed() > seconds(STALL), "{:?}", began.elapsed());
+        went_the_stock_way(&second, "nothing has moved");
+        is_whole(&image, &expected).await;
+        assert_eq!(demo.delete_image(&stuck).await, 204);
+        daemon.await_job(&stuck, "cancelled").await;
+        daemon.await_job(&id, "declined").await;
+        is_right(&demo.image(&id).await, &expected, &second).await;
+        daemon.await_idle().await;
+    }
+
+    /// Of a large volume a per cent may take longer than Cinder waits without a sign.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_copy_is_waited_for_while_it_moves_however_slowly() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.create_volume(json!({"volume_type": INTEGRATED})).await;
+        volume.disk.remove().await;
+        volume.disk.create_in_small_objects(80 * MIB).await;
+        volume.disk.write(17, &[(0, 72 * MIB)]).await;
+        // 8 s for an object, a minute and a half for a per cent
+        let daemon = slow().set("offload", "bandwidth_limit", "8KiB").start().await;
+        let id = demo.stock_upload(&volume).await;
+        await_says(&demo, &id, "copying").await;
+        let mut says = BTreeSet::new();
+        let began = Instant::now();
+        while began.elapsed() < seconds(STALL + 30) {
+            let image = demo.image(&id).await;
+            assert!(!marks(&image).is_empty() && image["status"] == "queued", "Cinder does it itself: {image:#}");
+            assert!(matches!(image["rbd_offload_progress"].as_str(), Some("0" | "1" | "2")), "{image:#}");
+            says.insert(image["rbd_offload_message"].as_str().unwrap().to_owned());
+            pause(seconds(2)).await;
+        }
+        assert!(says.len() > 2, "{says:?}");
+        assert_eq!(cinder_log(&volume).lines().filter(|line| line.contains("the stock way")).count(), 0);
+        assert_eq!(demo.delete_image(&id).await, 204);
+        assert_eq!(end_of_upload(&demo, &volume, &id).await, Value::Null);
+        daemon.await_job(&id, "cancelled").await;
+        await_tidy(&id, &volume).await;
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn ten_at_once_with_two_daemons() {
         let _stage = stage::alone().await;
@@ -616,7 +718,7 @@ mod alone {
 
     fn cinders_user_went_on(image: &str) {
         let log = std::fs::read(lab().dir.join("log/cinder-volume.log")).unwrap();
-        let told = format!("The token of the user who uploads image {image} is over");
+        let told = format!("image {image}: the token of the user who makes it is over");
         assert!(String::from_utf8_lossy(&log).contains(&told), "Cinder's own user was not needed");
     }
 

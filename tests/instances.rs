@@ -4,12 +4,14 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use common::cloud::{Account, Instance, PATIENCE, Rest, instance_tag, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
-use common::disk::{Digest, Disk};
+use common::disk::{self, Digest, Disk};
 use common::stage::{Kind, Stage, alone, with};
-use common::{MIB, lab, pause, seconds, until};
+use common::{MIB, lab, pause, seconds, unique, until};
+use futures::future::join_all;
 use serde_json::{Value, json};
 
 /// An active image with these bytes and nothing of ours, as Glance's own driver would have left it.
@@ -135,6 +137,9 @@ mod requests {
 mod handed_over {
     use super::*;
 
+    /// Its `doubt_timeout`, in seconds.
+    const DOUBT: u64 = 30;
+
     /// nova-compute as it is without us, or with the integration and some patience.
     enum Compute {
         Stock,
@@ -147,7 +152,7 @@ mod handed_over {
                 Self::Stock => "",
                 Self::Integrated => {
                     "[oslo_messaging_notifications]\ndriver = rbd_offload\n\
-                     [rbd_offload]\nclaim_timeout = 6\nstall_timeout = 20\n"
+                     [rbd_offload]\nclaim_timeout = 15\nstall_timeout = 45\ndoubt_timeout = 30\n"
                 }
             }
         }
@@ -223,6 +228,34 @@ mod handed_over {
         let job = daemon.await_job(image, "copying").await;
         assert_eq!(job["handover"], "offered", "{job:#}");
         pause(seconds(2)).await;
+    }
+
+    /// Waits until a daemon has cleaned up after the snapshot went another way.
+    async fn await_tidy(image: &str, instance: &Instance) {
+        until("the daemon has cleaned up", seconds(60), || async {
+            let copy = Disk::of_image(&format!("rbd-offload.{image}")).facts().await;
+            // none: a snapshot went while they were read
+            let snapshots = instance.disk.facts().await?.snapshots;
+            (copy.is_none() && snapshots.is_empty()).then_some(())
+        })
+        .await;
+    }
+
+    fn compute_log() -> String {
+        String::from_utf8_lossy(&std::fs::read(lab().dir.join("log/nova-compute.log")).unwrap()).into_owned()
+    }
+
+    /// Nova made an image of the instance itself, for this reason.
+    fn went_the_stock_way(instance: &Instance, reason: &str) {
+        let (log, about) = (compute_log(), format!("instance:{}@", instance.id));
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(&about)).collect();
+        let told = lines.iter().any(|line| line.contains("the stock way") && line.contains(reason));
+        assert!(told, "no {reason:?}: {lines:#?}");
+    }
+
+    fn novas_user_went_on(image: &str) {
+        let told = format!("image {image}: the token of the user who makes it is over");
+        assert!(compute_log().contains(&told), "Nova's own user was not needed");
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -341,13 +374,13 @@ mod handed_over {
         nothing_is_left_of(&id).await;
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn when_nova_compute_is_killed_nothing_is_published_and_nothing_left() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+    /// Ends nova-compute and starts it again, while the daemon copies.
+    async fn is_cut_off_by(end: &str) {
+        let (_stage, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
-        lab().service("kill", &["nova-compute"]).await;
+        lab().service(end, &["nova-compute"]).await;
         lab().service("start", &["nova-compute"]).await;
         // two minutes without a word
         let job = until("the hand-over ends", seconds(240), || async {
@@ -360,5 +393,263 @@ mod handed_over {
         nothing_is_left_of(&id).await;
         let image = demo.image(&id).await;
         assert_eq!((&image["status"], &image["tags"]), (&json!("queued"), &json!([])));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn when_nova_compute_is_killed_nothing_is_published_and_nothing_left() {
+        is_cut_off_by("kill").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn when_nova_compute_is_stopped_nothing_is_published_and_nothing_left() {
+        is_cut_off_by("stop").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn when_nova_compute_dies_after_go_the_image_becomes_active() {
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let expected = instance.disk.digest(None).await;
+        let daemon = setup().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        until("go", seconds(60), || async {
+            let image = demo.image(&id).await;
+            let said = image["tags"].as_array().unwrap().contains(&json!("rbd-offload-handover:go"));
+            (said || image["status"] == "active").then_some(())
+        })
+        .await;
+        lab().service("kill", &["nova-compute"]).await;
+        lab().service("start", &["nova-compute"]).await;
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+        is_ours(&daemon, &id).await;
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn ten_at_once_with_one_daemon_and_with_two() {
+        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let instances = join_all((0..10).map(|seed| demo.resting_instance(&base, Rest::Stopped, seed))).await;
+        // Glance hashes every byte
+        join_all(instances.iter().map(|instance| instance.disk.resize(64 * MIB))).await;
+        let disks: Vec<_> = instances.iter().map(|instance| (instance.disk.clone(), None)).collect();
+        let expected = disk::digests(&disks).await;
+        let setup = setup().set("offload", "max_jobs", "2");
+        let mut daemons = Vec::new();
+        for _ in 0..2 {
+            daemons.push(setup.start().await);
+            let ids = join_all(instances.iter().map(|instance| demo.snapshot_instance(&instance.id))).await;
+            let mut done = 0;
+            for ((id, instance), expected) in ids.iter().zip(&instances).zip(&expected) {
+                is_right(&await_snapshot(&demo, id, instance, "SHUTOFF").await, expected).await;
+                let job = daemons[0].job(id).await.unwrap_or_default();
+                done += u32::from(job["state"] == "done");
+            }
+            eprintln!("{done} of 10 were made by {} daemons", daemons.len());
+            assert!(done > 0);
+            for daemon in &daemons {
+                daemon.await_idle().await;
+            }
+            for instance in &instances {
+                disk_is_free(instance).await;
+            }
+        }
+        for daemon in &daemons {
+            assert!(daemon.metric("rbd_offload_jobs_ended_total").await > 0.0, "a daemon that did nothing");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_daemon_that_freezes_half_way_and_wakes_when_all_is_over() {
+        let (_stage, demo, instance) = much().await;
+        let expected = instance.disk.digest(None).await;
+        let daemon = slow().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        await_copying(&daemon, &id).await;
+        daemon.signal("STOP");
+        let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        went_the_stock_way(&instance, "nothing has moved");
+        is_right(&image, &expected).await;
+
+        daemon.signal("CONT");
+        await_tidy(&id, &instance).await;
+        daemon.await_idle().await;
+        pause(seconds(6)).await;
+        is_right(&demo.image(&id).await, &expected).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_daemon_that_freezes_when_all_is_prepared_leaves_no_doubt_behind() {
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let expected = instance.disk.digest(None).await;
+        let daemon = setup().start().await;
+        let id = demo.snapshot_instance(&instance.id).await;
+        until("the copy is prepared", seconds(60), || async {
+            (demo.image(&id).await["rbd_offload_status"] == "publishing").then_some(())
+        })
+        .await;
+        daemon.signal("STOP");
+        let job = daemon.job(&id).await.unwrap();
+        let began = Instant::now();
+        demo.await_instance(&instance.id, "PAUSED").await;
+        let image = until("an end", PATIENCE, || async {
+            let image = demo.image(&id).await;
+            (image.is_null() || image["status"] == "active").then_some(image)
+        })
+        .await;
+        eprintln!("frozen as {}, {}; over after {:?}", job["state"], job["handover"], began.elapsed());
+        daemon.signal("CONT");
+        if job["handover"] == "offered" {
+            went_the_stock_way(&instance, "after go");
+            assert!(began.elapsed() > seconds(DOUBT - 1));
+            assert_eq!((&image["status"], &image["tags"]), (&json!("active"), &json!([])), "{image:#}");
+        }
+        await_tidy(&id, &instance).await;
+        daemon.await_idle().await;
+        pause(seconds(6)).await;
+        // frozen after its rename it keeps the name: then the stock way fails, and Nova deletes the record
+        match demo.image(&id).await {
+            Value::Null => {
+                assert_ne!(job["handover"], "offered", "{job:#}");
+                nothing_is_left_of(&id).await;
+            }
+            image => is_right(&image, &expected).await,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_users_token_expires_meanwhile() {
+        let (_stage, demo, instance) = much().await;
+        let expected = instance.disk.digest(None).await;
+        let daemon = slow().start().await;
+        let short = demo.short_lived(10).await;
+        let id = short.ask_for_snapshot(&instance.id, json!({})).await;
+        demo.adopt_image(&id);
+        pause(seconds(11)).await;
+        let state = &demo.instance(&instance.id).await["OS-EXT-STS:task_state"];
+        assert!(state.is_string(), "the token ends before the snapshot does");
+        is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
+        is_ours(&daemon, &id).await;
+        disk_is_free(&instance).await;
+    }
+
+    /// Nova's Glance is away for a while too: it remembers tokens that it has seen, and forgets them with a restart.
+    async fn revoke(theirs: &Account) {
+        lab().service("stop", &["glance-direct"]).await;
+        theirs.revoke().await;
+        lab().service("start", &["glance-direct"]).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_users_token_is_revoked_meanwhile_and_novas_own_user_goes_on() {
+        let (_stage, demo, instance) = much().await;
+        let expected = instance.disk.digest(None).await;
+        let daemon = slow().start().await;
+        let theirs = Account::demo().await;
+        let id = theirs.ask_for_snapshot(&instance.id, json!({})).await;
+        demo.adopt_image(&id);
+        await_copying(&daemon, &id).await;
+        revoke(&theirs).await;
+        let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        novas_user_went_on(&id);
+        is_right(&image, &expected).await;
+        is_ours(&daemon, &id).await;
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_users_token_is_revoked_and_novas_own_user_makes_the_image() {
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let expected = instance.disk.digest(None).await;
+        let theirs = Account::demo().await;
+        let id = theirs.ask_for_snapshot(&instance.id, json!({})).await;
+        demo.adopt_image(&id);
+        until("the offer", seconds(30), || async { (demo.image(&id).await["tags"] != json!([])).then_some(()) }).await;
+        revoke(&theirs).await;
+        let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        novas_user_went_on(&id);
+        went_the_stock_way(&instance, "no daemon took it");
+        is_right(&image, &expected).await;
+        assert_eq!(image["owner"], demo.project_id.as_str(), "the image is the tenant's all the same");
+    }
+
+    /// The record and the offer as a nova-compute of another cluster would write them.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_offer_from_another_cluster_is_declined() {
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let daemon = setup().start().await;
+        let offer = format!("rbd-offload-handover:instance:{}@{}", instance.id, uuid::Uuid::new_v4());
+        let id = demo.create_image(&[offer], json!({"disk_format": "raw", "container_format": "bare"})).await;
+        daemon.await_job(&id, "declined").await;
+        let image = demo.image(&id).await;
+        assert_eq!((&image["status"], &image["rbd_offload_status"]), (&json!("queued"), &json!("declined")));
+        assert_eq!(image["tags"], json!([]));
+        nothing_is_left_of(&id).await;
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_shelved_instance_comes_back_from_the_image() {
+        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let daemon = setup().start().await;
+        let instance = demo.resting_instance(&base, Rest::Stopped, 1).await;
+        let expected = instance.disk.digest(None).await;
+        let name = format!("{}-shelved", demo.instance(&instance.id).await["name"].as_str().unwrap());
+        let (status, body) = demo.instance_action(&instance.id, json!({"shelve": null})).await;
+        assert_eq!(status, 202, "{body}");
+        let id = until("the image", seconds(60), || demo.image_named(&name)).await;
+        demo.adopt_image(&id);
+        is_right(&await_snapshot(&demo, &id, &instance, "SHELVED_OFFLOADED").await, &expected).await;
+        is_ours(&daemon, &id).await;
+        assert!(instance.disk.facts().await.is_none(), "the disk is in the image only");
+
+        let (status, body) = demo.instance_action(&instance.id, json!({"unshelve": null})).await;
+        assert_eq!(status, 202, "{body}");
+        demo.await_instance(&instance.id, "ACTIVE").await;
+        assert_eq!(instance.disk.digest(None).await, expected, "the disk is back");
+        until("Nova deletes the image", seconds(60), || async { demo.image(&id).await.is_null().then_some(()) }).await;
+        nothing_is_left_of(&id).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_backup_takes_the_place_of_the_one_before() {
+        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let daemon = setup().start().await;
+        let mut ids = Vec::new();
+        for seed in 2..4 {
+            instance.disk.write(seed, &[(40 * MIB, 5 * MIB)]).await;
+            let expected = instance.disk.digest(None).await;
+            let backup = json!({"name": format!("test-{}", unique()), "backup_type": "daily", "rotation": 1});
+            let (status, body) = demo.instance_action(&instance.id, json!({"createBackup": backup})).await;
+            assert_eq!(status, 202, "{body}");
+            let id = body["image_id"].as_str().unwrap().to_owned();
+            demo.adopt_image(&id);
+            let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+            is_right(&image, &expected).await;
+            assert_eq!((&image["image_type"], &image["backup_type"]), (&json!("backup"), &json!("daily")));
+            is_ours(&daemon, &id).await;
+            ids.push(id);
+        }
+        until("the first is deleted", seconds(60), || async { demo.image(&ids[0]).await.is_null().then_some(()) })
+            .await;
+        nothing_is_left_of(&ids[0]).await;
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_suspended_instance_a_name_of_many_bytes_and_properties_of_the_users() {
+        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let daemon = setup().start().await;
+        let instance = demo.resting_instance(&base, Rest::Suspended, 1).await;
+        let expected = instance.disk.digest(None).await;
+        let name = format!("\u{30ea}\u{30f3}\u{30af}-{}", unique());
+        let more = json!({"name": name, "metadata": {"image_type": "test", "mine": "yes"}});
+        let id = demo.ask_for_snapshot(&instance.id, more).await;
+        demo.adopt_image(&id);
+        let image = await_snapshot(&demo, &id, &instance, "SUSPENDED").await;
+        is_right(&image, &expected).await;
+        is_ours(&daemon, &id).await;
+        disk_is_free(&instance).await;
+        assert_eq!((&image["name"], &image["mine"]), (&json!(name), &json!("yes")));
+        assert_eq!(demo.delete_image(&id).await, 204);
+        nothing_is_left_of(&id).await;
     }
 }

@@ -143,12 +143,9 @@ impl Client {
         }
         let stop = cancel.child_token();
         let _stop_when_dropped = stop.clone().drop_guard();
-        let shown = Arc::new(Progress::default());
+        let shown = Arc::new(progress.beside());
         let inner = shown.clone();
-        let mirror = || {
-            progress.set_total(shown.total());
-            progress.set_done(shown.done());
-        };
+        let mirror = || progress.mirror(&shown);
         let running = self.run(operation.clone(), move |cluster| work(cluster, &inner, &stop));
         tokio::pin!(running);
         let give_up = async {

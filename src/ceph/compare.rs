@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Cluster, cancelled};
 use super::layers::{data_extents, total};
 use super::rbd::{Access, Chunk, Completed, Extent, Image, Queue};
-use super::{Compare, Error, ErrorKind, ImageSpec, Result};
+use super::{Compare, Error, ErrorKind, ImageSpec, Progress, Result};
 
 /// Bytes of a block of a sample.
 const BLOCK: u64 = 4096;
@@ -37,7 +37,7 @@ pub(super) fn compare(
     snapshot: &str,
     destination: &ImageSpec,
     extent: Compare,
-    cancel: &CancellationToken,
+    watched: (&Progress, &CancellationToken),
 ) -> Result<Option<u64>> {
     let operation = format!("compare {destination} with {source}@{snapshot}");
     let from = Image::open_snapshot(cluster, source, snapshot)?;
@@ -50,11 +50,11 @@ pub(super) fn compare(
     let difference = match extent {
         Compare::Sample => {
             let blocks = sample(&data_extents(cluster, &from)?, size, &mut rand::rng());
-            first_difference(&operation, &from, &to, blocks.into_iter(), BLOCKS_IN_FLIGHT, cancel)?
+            first_difference(&operation, &from, &to, blocks.into_iter(), BLOCKS_IN_FLIGHT, watched)?
         }
         Compare::Full => {
             let chunks = (0..size.div_ceil(CHUNK)).map(|n| n * CHUNK..((n + 1) * CHUNK).min(size));
-            first_difference(&operation, &from, &to, chunks, CHUNKS_IN_FLIGHT, cancel)?
+            first_difference(&operation, &from, &to, chunks, CHUNKS_IN_FLIGHT, watched)?
         }
     };
     // A snapshot that is removed meanwhile reads as zeros from then on.
@@ -101,7 +101,7 @@ fn first_difference(
     to: &Image,
     mut extents: impl Iterator<Item = Extent>,
     in_flight: usize,
-    cancel: &CancellationToken,
+    (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Option<u64>> {
     let mut sides = [Queue::new(from, from), Queue::new(to, to)];
     // One side of a pair, while the other is being read.
@@ -135,6 +135,7 @@ fn first_difference(
                 place.insert(chunk.data);
             }
             Entry::Occupied(place) => {
+                progress.step();
                 let other = place.remove();
                 if other != chunk.data {
                     let at = other.iter().zip(&chunk.data).position(|(a, b)| a != b).unwrap_or(0);

@@ -106,7 +106,7 @@ pub(super) fn fill(
                 }
             }
         }
-        let holes = survey(&operation, layer, &objects, cancel)?;
+        let holes = survey(&operation, layer, &objects, (progress, cancel))?;
         let copies = objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll);
         plan.extend(copies.map(|(object, holes)| Copy { object, source: layer, holes }));
     }
@@ -130,7 +130,7 @@ pub(super) fn fill(
     // Also where it broke off: the clone is right as it is, and the flatten may go on from there.
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     if !to.features()?.has(Features::MAPS) {
-        make_maps(&to, cancel)?;
+        make_maps(&to, progress, cancel)?;
     }
     let moved = copied?;
 
@@ -171,12 +171,12 @@ fn copy_all(
 }
 
 /// Makes the object maps of the image and of its snapshots from the objects that there are.
-fn make_maps(image: &Image, cancel: &CancellationToken) -> Result<()> {
+fn make_maps(image: &Image, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
     image.set_features(Features::MAPS, true)?;
-    image.rebuild_object_map(cancel)?;
+    image.rebuild_object_map(progress, cancel)?;
     for snapshot in image.snapshots()? {
         image.set_snapshot(&snapshot.name)?;
-        image.rebuild_object_map(cancel)?;
+        image.rebuild_object_map(progress, cancel)?;
     }
     Ok(())
 }
@@ -214,7 +214,12 @@ impl Holes {
 }
 
 /// Finds out which of the layer's objects have holes: by a sample, and one by one where that says that it pays.
-fn survey(operation: &str, layer: &Source, objects: &[u64], cancel: &CancellationToken) -> Result<Vec<Holes>> {
+fn survey(
+    operation: &str,
+    layer: &Source,
+    objects: &[u64],
+    (progress, cancel): (&Progress, &CancellationToken),
+) -> Result<Vec<Holes>> {
     let mut stored = (0, 0);
     for object in scattered(objects, SAMPLE) {
         match allocated(operation, &layer.data, &layer.prefix, object, layer.layout.object_size) {
@@ -239,6 +244,7 @@ fn survey(operation: &str, layer: &Source, objects: &[u64], cancel: &Cancellatio
                     if cancel.is_cancelled() {
                         return Err(cancelled(operation));
                     }
+                    progress.step();
                     match allocated(operation, &data, prefix, *object, object_size) {
                         Ok((allocated, end)) => *holes = Holes::of(allocated, end),
                         // the copy will tell
@@ -270,14 +276,17 @@ fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize
 
 /// Makes holes again in what a flatten copied from `extents` of the parents. It keeps those that it is told of; an
 /// erasure-coded pool tells none.
-pub(super) fn thin_flattened(image: &Image, extents: &[Extent], cancel: &CancellationToken) -> Result<()> {
+pub(super) fn thin_flattened(
+    image: &Image,
+    extents: &[Extent],
+    watched: (&Progress, &CancellationToken),
+) -> Result<()> {
     let operation = format!("make holes in {}", image.spec());
     let (data, prefix, layout) = (open_to_fill(image)?, image.object_prefix()?, Layout::of(image)?);
     let mut objects: Vec<u64> = extents.iter().flat_map(|extent| layout.objects(extent)).collect();
     objects.sort_unstable();
     objects.dedup();
-    let progress = Progress::default();
-    let mut copier = Copier::new(&operation, &data, &prefix, layout.object_size, (&progress, cancel));
+    let mut copier = Copier::new(&operation, &data, &prefix, layout.object_size, watched);
     punch_if_it_pays(&mut copier, &objects, SURVEYORS)
 }
 

@@ -16,6 +16,7 @@ mod storage;
 mod sys;
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -148,19 +149,43 @@ pub enum Change {
 pub struct Progress {
     total: AtomicU64,
     done: AtomicU64,
+    steps: Arc<AtomicU64>,
 }
 
 impl Progress {
+    /// For work whose bytes are not to be shown: it counts only its steps, in these.
+    pub fn beside(&self) -> Self {
+        Self { steps: Arc::clone(&self.steps), ..Self::default() }
+    }
+
+    /// Shows the bytes that `other` has, which shares our steps.
+    pub(super) fn mirror(&self, other: &Self) {
+        self.total.store(other.total(), Ordering::Relaxed);
+        self.done.store(other.done(), Ordering::Relaxed);
+    }
+
+    /// Something got done that is no byte of the transfer.
+    pub fn step(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often anything got done: as long as this number changes, the work moves.
+    pub fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
     pub fn set_total(&self, bytes: u64) {
         self.total.store(bytes, Ordering::Relaxed);
     }
 
     pub fn set_done(&self, bytes: u64) {
         self.done.store(bytes, Ordering::Relaxed);
+        self.step();
     }
 
     pub fn add(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+        self.step();
     }
 
     /// Bytes done, never more than the total.
@@ -270,6 +295,7 @@ pub trait Storage: Send + Sync + 'static {
         snapshot: &str,
         destination: &ImageSpec,
         extent: Compare,
+        progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<u64>>;
 

@@ -449,7 +449,7 @@ impl Image {
 
     /// Copies what is shared with the parent into the image, and cuts the parent off. Stops soon after `cancel`.
     pub fn flatten(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
-        self.long_call("flatten", sys::rbd_flatten_with_progress, Some(progress), cancel)
+        self.long_call("flatten", sys::rbd_flatten_with_progress, progress, cancel)
     }
 
     /// Switches features on or off.
@@ -460,28 +460,28 @@ impl Image {
     }
 
     /// Makes the object map agree with the objects that there are.
-    pub fn rebuild_object_map(&self, cancel: &CancellationToken) -> Result<()> {
-        self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, None, cancel)
+    pub fn rebuild_object_map(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+        self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, &progress.beside(), cancel)
     }
 
     fn long_call(
         &self,
         verb: &str,
         call: unsafe extern "C" fn(sys::rbd_image_t, sys::ProgressFn, *mut c_void) -> c_int,
-        progress: Option<&Progress>,
+        progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<()> {
         struct Watch<'a> {
-            progress: Option<&'a Progress>,
+            progress: &'a Progress,
             cancel: &'a CancellationToken,
         }
         /// A negative result ends the call: librbd starts no more objects, and waits for those in flight.
         extern "C" fn step(offset: u64, total: u64, argument: *mut c_void) -> c_int {
             // SAFETY: the argument is the structure below, only read here, from whatever thread librbd calls.
             let watch = unsafe { &*argument.cast::<Watch<'_>>() };
-            if let Some(progress) = watch.progress.filter(|_| total > 0) {
-                let bytes = u128::from(progress.total()) * u128::from(offset.min(total)) / u128::from(total);
-                progress.set_done(bytes as u64);
+            if total > 0 {
+                let bytes = u128::from(watch.progress.total()) * u128::from(offset.min(total)) / u128::from(total);
+                watch.progress.set_done(bytes as u64);
             }
             if watch.cancel.is_cancelled() { -libc::ECANCELED } else { 0 }
         }

@@ -162,12 +162,13 @@ impl Storage for Client {
         snapshot: &str,
         destination: &ImageSpec,
         extent: Compare,
+        progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<u64>> {
         let operation = format!("compare {destination} with {source}@{snapshot}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
-        self.run_long(operation, &Progress::default(), cancel, move |cluster, _, cancel| {
-            compare(cluster, &source, &snapshot, &destination, extent, cancel)
+        self.run_long(operation, &progress.beside(), cancel, move |cluster, progress, cancel| {
+            compare(cluster, &source, &snapshot, &destination, extent, (progress, cancel))
         })
         .await
     }
@@ -341,7 +342,7 @@ fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel
     image.flatten(progress, cancel)?;
     progress.set_done(bytes);
     if unknown_holes {
-        thin_flattened(&image, &missing, cancel)?;
+        thin_flattened(&image, &missing, (&progress.beside(), cancel))?;
     }
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }

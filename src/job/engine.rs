@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::lease::Lease;
 use super::run::{BACKOFF_MAX, Context, Job, Outcome};
 use super::store::{Error, Summary};
-use crate::ceph::ErrorKind;
+use crate::ceph::{ErrorKind, Progress};
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
@@ -35,6 +35,13 @@ const UNREADABLE_PAUSE: Duration = Duration::from_secs(600);
 
 /// How long an index entry without a record is given: its record may be about to be written.
 const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
+
+/// How often a service that handed its work over is shown that a job which waits for its turn is not forgotten. It
+/// does the work itself when nothing changes on the image record for two minutes.
+const SIGN_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Jobs whose waiting is told of at a time. A service that hands its work over waits ten seconds for that.
+const ACKNOWLEDGED_AT_A_TIME: usize = 8;
 
 /// What the engine does at the moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,14 +94,33 @@ impl Drop for PoolSlot {
     }
 }
 
+/// A job that runs here.
+struct Running {
+    project: String,
+    progress: Arc<Progress>,
+}
+
+/// Whether the jobs here get anything done.
+#[derive(Debug, Default)]
+struct Moves {
+    /// Jobs that came to an end.
+    ended: u64,
+    /// What was counted when it last had changed, and when that was.
+    seen: u64,
+    at: Option<Instant>,
+}
+
 pub struct Engine {
     context: Context,
     pools: PoolSlots,
-    /// Jobs that run here, with the project of each.
-    running: Mutex<HashMap<Uuid, String>>,
+    running: Mutex<HashMap<Uuid, Running>>,
+    moves: Mutex<Moves>,
     /// Jobs that are left alone until then.
     held: Mutex<HashMap<Uuid, Instant>>,
-    acknowledged: Mutex<HashSet<Uuid>>,
+    /// Jobs whose waiting was told of, and when that is to be repeated.
+    acknowledged: Mutex<HashMap<Uuid, Option<Instant>>>,
+    /// Jobs whose waiting is being told of.
+    acknowledging: Mutex<HashSet<Uuid>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
     status: Mutex<Status>,
@@ -112,8 +138,10 @@ impl Engine {
             context,
             pools: PoolSlots::default(),
             running: Mutex::default(),
+            moves: Mutex::default(),
             held: Mutex::default(),
             acknowledged: Mutex::default(),
+            acknowledging: Mutex::default(),
             orphans: Mutex::default(),
             status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now(), last_turn: Instant::now() }),
             wake: Notify::new(),
@@ -181,7 +209,13 @@ impl Engine {
         let live = self.context.store.live().await?;
         self.forget_all_but(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
-        let mut waiting = self.eligible(live);
+        self.note_moves();
+        let mut due = self.due(live);
+        let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
+        let has_room = |(_, summary): &(Uuid, Summary)| {
+            summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool))
+        };
+        let (mut waiting, without_room) = due.drain(..).partition::<Vec<_>, _>(has_room);
         lock(&self.status).waiting = waiting.len();
         metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
         while lock(&self.running).len() < max_jobs {
@@ -191,28 +225,27 @@ impl Engine {
             }
         }
         metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
-        self.acknowledge_one(&waiting).await
+        self.acknowledge(waiting.iter().chain(&without_room).map(|(id, _)| *id), drain).await
     }
 
-    /// The jobs that may be started now by what the index says.
-    fn eligible(&self, live: Vec<(Uuid, Summary)>) -> Vec<(Uuid, Summary)> {
+    /// The jobs that may be started by what the index says, as soon as there is room.
+    fn due(&self, live: Vec<(Uuid, Summary)>) -> Vec<(Uuid, Summary)> {
         let now = self.context.clock.now();
-        let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
         let running = lock(&self.running);
+        let acknowledging = lock(&self.acknowledging);
         let held = lock(&self.held);
         live.into_iter()
-            .filter(|(id, _)| !running.contains_key(id))
+            .filter(|(id, _)| !running.contains_key(id) && !acknowledging.contains(id))
             .filter(|(id, _)| held.get(id).is_none_or(|until| *until <= Instant::now()))
             .filter(|(_, summary)| is_due(summary.not_before, now))
-            .filter(|(_, summary)| summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool)))
             .collect()
     }
 
     /// Takes out the oldest job of the project that has the fewest jobs running here.
     fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>) -> Option<(Uuid, Summary)> {
         let mut busy: HashMap<String, usize> = HashMap::new();
-        for project in lock(&self.running).values() {
-            *busy.entry(project.clone()).or_default() += 1;
+        for job in lock(&self.running).values() {
+            *busy.entry(job.project.clone()).or_default() += 1;
         }
         let fairest = waiting
             .iter()
@@ -283,7 +316,7 @@ impl Engine {
     }
 
     fn start(self: &Arc<Self>, image_id: Uuid, project: String, job: Job, drain: CancellationToken) {
-        lock(&self.running).insert(image_id, project);
+        lock(&self.running).insert(image_id, Running { project, progress: job.progress() });
         let engine = Arc::clone(self);
         let span = job.span();
         let work = async move {
@@ -292,7 +325,8 @@ impl Engine {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
                 Outcome::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
                 Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
-                Outcome::Ended(_) | Outcome::Released => {}
+                Outcome::Ended(_) => lock(&engine.moves).ended += 1,
+                Outcome::Released => {}
             }
             lock(&engine.running).remove(&image_id);
             engine.wake.notify_one();
@@ -300,16 +334,47 @@ impl Engine {
         self.tasks.spawn(work.instrument(span));
     }
 
-    /// Lets the tenant of a job that has to wait know that its request was seen; one a look, which is gentle.
-    async fn acknowledge_one(&self, waiting: &[(Uuid, Summary)]) -> Result<(), Error> {
-        let next = waiting.iter().map(|(id, _)| *id).find(|id| !lock(&self.acknowledged).contains(id));
-        let Some(image_id) = next else { return Ok(()) };
-        lock(&self.acknowledged).insert(image_id);
-        if let Some(job) = self.claim(image_id).await? {
-            let span = job.span();
-            job.acknowledge().instrument(span).await;
-            // there may be more
-            self.wake.notify_one();
+    /// Looks whether the jobs here have got anything done.
+    fn note_moves(&self) {
+        let steps = lock(&self.running).values().fold(0u64, |sum, job| sum.wrapping_add(job.progress.steps()));
+        let mut moves = lock(&self.moves);
+        let now = moves.ended.wrapping_add(steps);
+        if now != moves.seen {
+            (moves.seen, moves.at) = (now, Some(Instant::now()));
+        }
+    }
+
+    fn moves(&self) -> bool {
+        lock(&self.moves).at.is_some_and(|at| at.elapsed() < SIGN_INTERVAL)
+    }
+
+    /// Lets whoever waits for a job that waits itself know that it was seen, and a service that handed its work over
+    /// from time to time that its turn comes nearer. A few at a time, beside everything else.
+    async fn acknowledge(
+        self: &Arc<Self>,
+        mut waiting: impl Iterator<Item = Uuid>,
+        drain: &CancellationToken,
+    ) -> Result<(), Error> {
+        let moves = self.moves();
+        while lock(&self.acknowledging).len() < ACKNOWLEDGED_AT_A_TIME {
+            let next = waiting.find(|id| match lock(&self.acknowledged).get(id) {
+                None => true,
+                Some(again) => moves && again.is_some_and(|again| again <= Instant::now()),
+            });
+            let Some(image_id) = next else { break };
+            lock(&self.acknowledged).insert(image_id, Some(Instant::now() + SIGN_INTERVAL));
+            let Some(job) = self.claim(image_id).await? else { continue };
+            lock(&self.acknowledging).insert(image_id);
+            let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
+            let work = async move {
+                if !job.acknowledge(drain).await {
+                    lock(&engine.acknowledged).insert(image_id, None);
+                }
+                lock(&engine.acknowledging).remove(&image_id);
+                // there may be more, or room for this one
+                engine.wake.notify_one();
+            };
+            self.tasks.spawn(work.instrument(span));
         }
         Ok(())
     }
@@ -318,7 +383,7 @@ impl Engine {
     fn forget_all_but(&self, live: &[(Uuid, Summary)]) {
         let live: HashSet<Uuid> = live.iter().map(|(id, _)| *id).collect();
         lock(&self.held).retain(|id, _| live.contains(id));
-        lock(&self.acknowledged).retain(|id| live.contains(id));
+        lock(&self.acknowledged).retain(|id, _| live.contains(id));
         lock(&self.orphans).retain(|id| live.contains(id));
     }
 }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
+use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage};
 use crate::transfer::MARK;
 
 /// Name that Glance's driver gives to the protected snapshot which consumers clone from.
@@ -43,6 +43,7 @@ pub async fn sha512(
     storage: &dyn Storage,
     copy: &ImageSpec,
     size: u64,
+    progress: &Progress,
     cancel: &CancellationToken,
 ) -> ceph::Result<String> {
     let mut hasher = Sha512::new();
@@ -61,6 +62,7 @@ pub async fn sha512(
         let (next, hashed) = tokio::join!(next, hash);
         hasher = hashed.map_err(|e| ceph::Error::new(format!("hash {copy}"), ErrorKind::Other, e.to_string()))?;
         chunk = next?;
+        progress.step();
     }
     if offset != size {
         let what = format!("{offset} bytes read of {size}");

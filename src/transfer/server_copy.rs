@@ -38,7 +38,7 @@ impl Transfer for ServerCopy {
             Err(error) => return Err(error),
         };
         // what is shown goes to the end once: with the fill, where that had something to do
-        let unseen = Progress::default();
+        let unseen = progress.beside();
         let shown = if filled.objects > 0 { &unseen } else { progress };
         let flattened = storage.flatten(&order.destination, shown, cancel).await?;
         Ok(Moved {

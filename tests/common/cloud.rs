@@ -61,6 +61,7 @@ pub fn instance_tag(id: &str) -> String {
 pub enum Rest {
     Paused,
     Stopped,
+    Suspended,
 }
 
 /// An instance: Nova's id, and its disk.
@@ -520,6 +521,7 @@ impl Account {
         let (action, status) = match rest {
             Rest::Paused => (json!({"pause": null}), "PAUSED"),
             Rest::Stopped => (json!({"os-stop": null}), "SHUTOFF"),
+            Rest::Suspended => (json!({"suspend": null}), "SUSPENDED"),
         };
         assert_eq!(self.instance_action(&instance.id, action).await.0, 202);
         self.await_instance(&instance.id, status).await;
@@ -553,12 +555,25 @@ impl Account {
 
     /// Nova's own snapshot, as `openstack server image create` makes it; the image's id.
     pub async fn snapshot_instance(&self, id: &str) -> String {
-        let action = json!({"createImage": {"name": format!("test-{}", unique())}});
-        let (status, body) = self.instance_action(id, action).await;
-        assert_eq!(status, 202, "{body}");
-        let image = body["image_id"].as_str().unwrap().to_owned();
-        self.note(Made::Image(image.clone()));
+        let image = self.ask_for_snapshot(id, json!({})).await;
+        self.adopt_image(&image);
         image
+    }
+
+    /// As everybody makes a snapshot of an instance; `more` is laid over it. The image is not deleted with this account.
+    pub async fn ask_for_snapshot(&self, id: &str, more: Value) -> String {
+        let mut snapshot = json!({"name": format!("test-{}", unique())});
+        snapshot.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, body) = self.instance_action(id, json!({"createImage": snapshot})).await;
+        assert_eq!(status, 202, "{body}");
+        body["image_id"].as_str().unwrap().to_owned()
+    }
+
+    /// The id of the image of that name, where there is one.
+    pub async fn image_named(&self, name: &str) -> Option<String> {
+        let (status, body) = self.call(Method::GET, &self.glance(&format!("images?name={name}")), None).await;
+        assert_eq!(status, 200, "{body}");
+        body["images"][0]["id"].as_str().map(str::to_owned)
     }
 
     pub async fn delete_instance(&self, id: &str) -> u16 {

@@ -222,7 +222,9 @@ impl Job {
         copy: &ImageSpec,
         extent: Compare,
     ) -> Step<()> {
-        let Some(offset) = self.context.storage.compare(source, snapshot, copy, extent, &self.cancel).await? else {
+        let Some(offset) =
+            self.context.storage.compare(source, snapshot, copy, extent, &self.progress, &self.cancel).await?
+        else {
             return Ok(());
         };
         metrics::counter!("rbd_offload_verify_failures_total").increment(1);
@@ -245,7 +247,7 @@ impl Job {
     }
 
     pub(super) async fn hash(&self, copy: &ImageSpec, size: u64) -> Step<()> {
-        let hash = publish::sha512(self.context.storage.as_ref(), copy, size, &self.cancel).await?;
+        let hash = publish::sha512(self.context.storage.as_ref(), copy, size, &self.progress, &self.cancel).await?;
         self.update(|record| record.publication.sha512 = Some(hash.clone())).await
     }
 

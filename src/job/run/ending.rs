@@ -18,6 +18,7 @@ use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
 use crate::publish;
+use crate::request::Source;
 use crate::transfer;
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -25,6 +26,10 @@ const BACKOFF_FIRST: Duration = Duration::from_secs(2);
 
 /// Longest pause between attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+
+/// The longest while an instance's disk has our snapshot, which the next attempt removes: when the instance is deleted,
+/// Nova tries for a minute to remove the disk, and then gives up.
+const INSTANCE_PAUSE_MAX: Duration = Duration::from_secs(15);
 
 /// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still.
 const GLANCE_TASK_PAUSES: u32 = 20;
@@ -71,10 +76,26 @@ impl Job {
         Ok(self.context.store.index(&self.snapshot().await).await?)
     }
 
+    /// Ends the attempt. What is to be removed may take longer than the lease lasts, so it is kept meanwhile.
     pub(super) async fn settle(&self, stop: Stop) -> Outcome {
-        let objects = self.context.store.objects().clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.settle_now(stop) => outcome,
+            _ = self.keep_lease() => {
+                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
+                tracing::warn!(image_id = %self.id, "the lease was lost; another daemon goes on with the job");
+                Outcome::Abandoned
+            }
+        };
+        if outcome != Outcome::Abandoned {
+            self.lease.release(self.context.store.objects().as_ref()).await;
+        }
+        outcome
+    }
+
+    async fn settle_now(&self, stop: Stop) -> Outcome {
         let ended = self.snapshot().await.state.is_ended();
-        let outcome = match stop {
+        match stop {
             // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
             Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
@@ -100,11 +121,7 @@ impl Job {
                 tracing::error!(image_id = %self.id, reason, "the job is left alone");
                 Outcome::Abandoned
             }
-        };
-        if outcome != Outcome::Abandoned {
-            self.lease.release(objects.as_ref()).await;
         }
-        outcome
     }
 
     /// Gives up ownership in the record, so that nobody fences us for it.
@@ -134,8 +151,8 @@ impl Job {
 
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     pub(super) async fn pause(&self, reason: &str, counts: bool) -> Outcome {
-        let attempts = self.snapshot().await.attempts;
-        let pause = backoff(self.id, attempts);
+        let record = self.snapshot().await;
+        let (attempts, pause) = (record.attempts, pause_of(&record));
         let not_before =
             self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
         metrics::counter!("rbd_offload_retries_total").increment(1);
@@ -245,6 +262,13 @@ impl Job {
     }
 }
 
+/// The pause before the job's next attempt.
+fn pause_of(record: &Record) -> Duration {
+    let pause = backoff(record.image_id, record.attempts);
+    let holds_instance = record.made.snapshot && matches!(record.source, Some(Source::Instance(_)));
+    if holds_instance { pause.min(INSTANCE_PAUSE_MAX) } else { pause }
+}
+
 /// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
 /// one by one.
 fn backoff(id: Uuid, attempts: u32) -> Duration {
@@ -253,4 +277,25 @@ fn backoff(id: Uuid, attempts: u32) -> Duration {
     (id, attempts).hash(&mut hasher);
     // 75 to 124 hundredths
     pause * u32::try_from(75 + hasher.finish() % 50).unwrap_or(100) / 100
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::request::Trigger;
+
+    #[test]
+    fn a_snapshot_on_an_instances_disk_is_gone_before_nova_gives_its_deletion_up() {
+        let (image, instance) = (Uuid::new_v4(), Source::Instance(Uuid::new_v4()));
+        let mut record = Record::new(image, Trigger::InstanceSnapshot, Some(instance), None, Timestamp::now());
+        for attempts in 0..20 {
+            record.attempts = attempts;
+            record.made.snapshot = true;
+            assert!(pause_of(&record) <= Duration::from_secs(15), "after {attempts} attempts");
+        }
+        record.made.snapshot = false;
+        assert!(pause_of(&record) > Duration::from_secs(40), "nobody waits for it");
+    }
 }

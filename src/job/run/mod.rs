@@ -153,7 +153,7 @@ pub struct Job {
     context: Context,
     lease: Lease,
     stored: Mutex<Stored>,
-    progress: Progress,
+    progress: Arc<Progress>,
     /// The tenant's record as last seen, while the watcher may change it.
     tenant: Mutex<Option<Image>>,
     cancel: CancellationToken,
@@ -178,7 +178,7 @@ impl Job {
             context,
             lease,
             stored: Mutex::new(stored),
-            progress: Progress::default(),
+            progress: Arc::default(),
             tenant: Mutex::new(None),
             cancel: CancellationToken::new(),
             finishing: AtomicBool::new(false),
@@ -190,6 +190,11 @@ impl Job {
             // at the highest level, so that it is there whatever is logged
             span: tracing::error_span!("job", image_id = %id, %request_id),
         }
+    }
+
+    /// What the job gets done, for whoever wants to know whether it moves.
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
     }
 
     /// What is done for the job is done in here: each line of the log then bears the image's id and the request's.

@@ -141,6 +141,9 @@ impl Job {
             pause = (pause * 2).min(POLL_MAX);
             let image = self.read_image().await?;
             let at_work = at_work(&image);
+            if at_work {
+                self.progress.step();
+            }
             match image.status.as_str() {
                 "active" => return Ok(image),
                 "queued" | "importing" => {}

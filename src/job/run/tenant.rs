@@ -1,40 +1,85 @@
 //! What the tenant sees of a job on the image record, while it runs and at an end without an image.
 
+use jiff::SignedDuration;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::publishing::RECORD_TRIES;
 use super::{Job, Step, Stop, image_gone, other_writer};
-use crate::job::record::{Ending, State};
+use crate::job::record::{Ending, Handover, State};
 use crate::openstack::{self, Image};
 use crate::publish::record::{self as image_record, Status};
 use crate::request::{self, Asked};
 
+const TURN: &str = "the request waits for its turn";
+
+/// How long nobody must have touched a job that waits, before another sign of life is given: of several daemons that
+/// want to give one, the first does.
+const SILENCE: SignedDuration = SignedDuration::from_secs(20);
+
 impl Job {
-    /// Tells the tenant that the request is known, while it waits for its turn.
-    pub async fn acknowledge(self) {
-        let work = async {
-            let record = self.snapshot().await;
-            let observe = self.context.config.borrow().offload.observe;
-            if observe || record.acknowledged || record.state != State::Accepted || record.ending.is_some() {
-                return Ok(());
+    /// Tells whoever waits for a job that waits for its turn: once that the request is known, and a service that handed
+    /// its work over from time to time that its turn will come, as long as the daemon moves. Returns whether there is
+    /// such a service.
+    pub async fn acknowledge(self, drain: CancellationToken) -> bool {
+        let waited_for = self.is_waited_for().await;
+        let stopped = async {
+            tokio::select! {
+                biased;
+                () = drain.cancelled() => Stop::Drained,
+                stop = self.keep_lease() => stop,
             }
-            // so that whoever comes next knows of us, if this ends half way
-            self.take_over().await?;
-            let image = self.read_image().await?;
-            let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
-            if image.status == "queued" && (asks || request::offered_by(&image.tags).is_some()) {
-                self.patch_status(image, Status::Accepted, 0, "the request waits for its turn").await?;
-            }
-            self.let_go(|record| record.acknowledged = true).await
         };
-        if let Err(stop) = work.await {
+        let told = tokio::select! {
+            biased;
+            told = self.tell_turn() => told,
+            stop = stopped => Err(stop),
+        };
+        if let Err(stop) = told {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
             // a lease that is given back with an owner in the record would get that owner fenced
             if self.let_go(|_| {}).await.is_err() {
-                return;
+                return waited_for;
             }
         }
         self.lease.release(self.context.store.objects().as_ref()).await;
+        waited_for
+    }
+
+    async fn tell_turn(&self) -> Step<()> {
+        let record = self.snapshot().await;
+        let observe = self.context.config.borrow().offload.observe;
+        let waits = match record.state {
+            State::Accepted => true,
+            // an attempt before this one ended half way
+            State::Copying => self.is_waited_for().await,
+            _ => false,
+        };
+        // another daemon may have told just now
+        let silent = || self.context.clock.now().duration_since(record.updated_at).abs() >= SILENCE;
+        let tells = !record.acknowledged || (self.is_waited_for().await && silent());
+        if observe || !waits || record.ending.is_some() || !tells {
+            return Ok(());
+        }
+        // so that whoever comes next knows of us, if this ends half way
+        self.take_over().await?;
+        let image = self.read_image().await?;
+        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        if image.status == "queued" && (asks || request::offered_by(&image.tags).is_some()) {
+            let message = if record.acknowledged { format!("{TURN}; {}", self.at_work()) } else { TURN.to_owned() };
+            self.patch_status(image, Status::Accepted, 0, &message).await?;
+        }
+        self.let_go(|record| record.acknowledged = true).await
+    }
+
+    /// Whether a service waits that may do the work itself at any moment, and does when nothing moves.
+    pub(super) async fn is_waited_for(&self) -> bool {
+        self.snapshot().await.handover == Some(Handover::Offered)
+    }
+
+    /// A sign of life, which differs from the one before.
+    pub(super) fn at_work(&self) -> String {
+        format!("at work at {}", self.context.clock.now().strftime("%H:%M:%S UTC"))
     }
 
     /// Shows status and message on the record, and lets the watcher go on from there.

@@ -18,6 +18,21 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// How often the tenant's record is read or changed while the copy runs.
 const TENANT_INTERVAL: Duration = Duration::from_secs(4);
 
+/// How often a service that waits is shown that the copy moves, where a per cent takes longer.
+const SIGN_INTERVAL: Duration = Duration::from_secs(10);
+
+const COPYING: &str = "the disk is being copied inside the storage cluster";
+
+/// What the watcher has seen and shown.
+struct Seen {
+    /// When it last looked at the tenant's record.
+    looked: Instant,
+    /// When it last changed the record, and the job's steps by then.
+    shown: Instant,
+    steps: u64,
+    message: String,
+}
+
 impl Job {
     /// Keeps the lease and looks around until there is a reason to stop.
     pub(super) async fn watch(&self, drain: &CancellationToken) -> Stop {
@@ -31,7 +46,7 @@ impl Job {
     }
 
     /// Renews the lease, beside anything that may have to wait for a service. Returns when it is lost.
-    async fn keep_lease(&self) -> Stop {
+    pub(super) async fn keep_lease(&self) -> Stop {
         let objects = self.context.store.objects().clone();
         let interval = self.lease.renewal_interval();
         loop {
@@ -51,10 +66,11 @@ impl Job {
     }
 
     async fn keep_looking(&self) -> Stop {
-        let mut looked = Instant::now();
+        let (looked, shown) = (Instant::now(), Instant::now());
+        let mut seen = Seen { looked, shown, steps: 0, message: COPYING.to_owned() };
         loop {
             sleep(WATCH_INTERVAL.min(self.lease.renewal_interval())).await;
-            match self.look_around(&mut looked).await {
+            match self.look_around(&mut seen).await {
                 Ok(()) => {}
                 // what may pass is no reason for the watcher to stop a transfer that goes well
                 Err(Stop::Retry(reason)) => tracing::debug!(image_id = %self.id, reason, "the watcher could not look"),
@@ -63,7 +79,7 @@ impl Job {
         }
     }
 
-    pub(super) async fn look_around(&self, looked: &mut Instant) -> Step<()> {
+    async fn look_around(&self, seen: &mut Seen) -> Step<()> {
         if self.finishing.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -81,23 +97,27 @@ impl Job {
             return Ok(());
         }
         let percent = self.note_progress().await?;
-        if looked.elapsed() < TENANT_INTERVAL {
+        if seen.looked.elapsed() < TENANT_INTERVAL {
             return Ok(());
         }
-        *looked = Instant::now();
+        seen.looked = Instant::now();
+        let steps = self.progress.steps();
+        if steps != seen.steps && seen.shown.elapsed() >= SIGN_INTERVAL && self.is_waited_for().await {
+            seen.message = format!("{COPYING}; {}", self.at_work());
+        }
         let mut tenant = self.tenant.lock().await;
         if let Some(image) = tenant.take() {
-            let message = "the disk is being copied inside the storage cluster";
-            let changes = image_record::show(&image, Status::Copying, percent, message);
-            let seen = if changes.is_empty() {
+            let changes = image_record::show(&image, Status::Copying, percent, &seen.message);
+            let found = if changes.is_empty() {
                 self.read_image().await
             } else {
-                self.patch_status(image.clone(), Status::Copying, percent, message).await
+                (seen.shown, seen.steps) = (Instant::now(), steps);
+                self.patch_status(image.clone(), Status::Copying, percent, &seen.message).await
             };
-            match seen {
-                Ok(seen) if seen.status == "queued" => {
-                    self.check_offer(&seen).await?;
-                    *tenant = Some(seen);
+            match found {
+                Ok(found) if found.status == "queued" => {
+                    self.check_offer(&found).await?;
+                    *tenant = Some(found);
                 }
                 Ok(_) => return other_writer(),
                 Err(stop @ Stop::Retry(_)) => {

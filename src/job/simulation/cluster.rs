@@ -527,6 +527,7 @@ impl Storage for Handle {
         snapshot: &str,
         destination: &ImageSpec,
         _extent: Compare,
+        _progress: &Progress,
         _cancel: &CancellationToken,
     ) -> Result<Option<u64>> {
         self.ceph(

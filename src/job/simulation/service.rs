@@ -35,11 +35,11 @@ pub enum Outcome {
 }
 
 /// What can be seen to move.
-type Seen = (Option<String>, Option<String>);
+type Seen = [Option<String>; 3];
 
 fn seen(image: &Image) -> Seen {
     let property = |name: &str| image.properties.get(name).cloned();
-    (property("rbd_offload_status"), property("rbd_offload_progress"))
+    ["rbd_offload_status", "rbd_offload_progress", "rbd_offload_message"].map(property)
 }
 
 impl Stage {
@@ -60,7 +60,7 @@ impl Stage {
     async fn wait(&self, id: &str) -> Outcome {
         let begun = Instant::now();
         let dies = self.dice(|dice| dice.percent(15).then(|| dice.millis(0, 60_000)));
-        let (mut last, mut moved, mut said_go): (Seen, Instant, Option<Instant>) = ((None, None), begun, None);
+        let (mut last, mut moved, mut said_go): (Seen, Instant, Option<Instant>) = ([None, None, None], begun, None);
         loop {
             let pause = self.dice(|dice| if dice.percent(2) { dice.millis(0, 200_000) } else { dice.millis(300, 700) });
             sleep(pause).await;
@@ -73,7 +73,7 @@ impl Stage {
             };
             let Some(image) = image else { continue };
             let Some(image) = image else { return Outcome::Raised };
-            let (status, _) = seen(&image);
+            let [status, ..] = seen(&image);
             if image.status == "active" {
                 return Outcome::Done;
             }
