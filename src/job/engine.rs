@@ -210,12 +210,11 @@ impl Engine {
         self.forget_all_but(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
         self.note_moves();
-        let mut due = self.due(live);
         let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
         let has_room = |(_, summary): &(Uuid, Summary)| {
             summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool))
         };
-        let (mut waiting, without_room) = due.drain(..).partition::<Vec<_>, _>(has_room);
+        let (mut waiting, without_room): (Vec<_>, Vec<_>) = self.due(live).into_iter().partition(has_room);
         lock(&self.status).waiting = waiting.len();
         metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
         while lock(&self.running).len() < max_jobs {
