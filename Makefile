@@ -62,7 +62,9 @@ lint: deps
 	lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
 		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
-	@command -v cargo-deny >/dev/null && $(CARGO) fetch --locked --quiet && $(CARGO) deny --offline check licenses bans sources || echo "cargo-deny is not installed: cargo install cargo-deny"
+	@if command -v cargo-deny >/dev/null; then \
+		$(CARGO) fetch --locked --quiet && $(CARGO) deny --offline check licenses bans sources; \
+	else echo "cargo-deny is not installed: cargo install cargo-deny"; fi
 
 clean:
 	$(CARGO) clean
