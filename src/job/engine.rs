@@ -362,7 +362,11 @@ impl Engine {
             });
             let Some(image_id) = next else { break };
             lock(&self.acknowledged).insert(image_id, Some(Instant::now() + SIGN_INTERVAL));
-            let Some(job) = self.claim(image_id).await? else { continue };
+            let Some(job) = self.claim(image_id).await? else {
+                // its record may be about to be written
+                lock(&self.acknowledged).remove(&image_id);
+                continue;
+            };
             lock(&self.acknowledging).insert(image_id);
             let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
             let work = async move {
