@@ -187,8 +187,14 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_volume_in_use_or_encrypted_or_on_another_backend_is_not_taken() {
-        let (_stage, _daemon) = with(KIND).await;
+        let (_stage, daemon) = with(KIND).await;
         let demo = Account::demo().await;
+        let declines = ["busy", "encrypted", "no_backend"].map(|reason| {
+            format!(
+                "rbd_offload_jobs_ended_total{{state=\"declined\",reason=\"{reason}\",trigger=\"request\",method=\"none\"}}"
+            )
+        });
+        let before = join_all(declines.iter().map(|series| daemon.metric(series))).await;
         let (used, encrypted, elsewhere) = tokio::join!(
             demo.small_volume(json!({}), 1),
             demo.create_volume(json!({"volume_type": "luks"})),
@@ -204,6 +210,9 @@ mod declined {
         assert!(sentence.contains("ceph2"), "{sentence}");
         for volume in [&used, &encrypted, &elsewhere] {
             source_is_as_before(volume, 0).await;
+        }
+        for (series, before) in declines.iter().zip(before) {
+            until(series, seconds(10), || async { (daemon.metric(series).await > before).then_some(()) }).await;
         }
     }
 
