@@ -370,8 +370,14 @@ impl Engine {
             lock(&self.acknowledging).insert(image_id);
             let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
             let work = async move {
-                if !job.acknowledge(drain).await {
-                    lock(&engine.acknowledged).insert(image_id, None);
+                let (waited_for, knows) = job.acknowledge(drain).await;
+                match (waited_for, knows) {
+                    (false, _) => drop(lock(&engine.acknowledged).insert(image_id, None)),
+                    (true, true) => {}
+                    (true, false) => {
+                        lock(&engine.acknowledged).remove(&image_id);
+                        engine.hold(image_id, LOOK_INTERVAL);
+                    }
                 }
                 lock(&engine.acknowledging).remove(&image_id);
                 // there may be more, or room for this one

@@ -20,8 +20,8 @@ const SILENCE: SignedDuration = SignedDuration::from_secs(20);
 impl Job {
     /// Tells whoever waits for a job that waits for its turn: once that the request is known, and a service that handed
     /// its work over from time to time that its turn will come, as long as the daemon moves. Returns whether there is
-    /// such a service.
-    pub async fn acknowledge(self, drain: CancellationToken) -> bool {
+    /// such a service, and it knows of the job.
+    pub async fn acknowledge(self, drain: CancellationToken) -> (bool, bool) {
         let waited_for = self.is_waited_for().await;
         let stopped = async {
             tokio::select! {
@@ -39,11 +39,11 @@ impl Job {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
             // a lease that is given back with an owner in the record would get that owner fenced
             if self.let_go(|_| {}).await.is_err() {
-                return waited_for;
+                return (waited_for, false);
             }
         }
         self.lease.release(self.context.store.objects().as_ref()).await;
-        waited_for
+        (waited_for, self.snapshot().await.acknowledged)
     }
 
     async fn tell_turn(&self) -> Step<()> {
@@ -61,11 +61,16 @@ impl Job {
         if observe || !waits || record.ending.is_some() || !tells {
             return Ok(());
         }
+        let image = self.read_image().await?;
+        let offered = request::offered_by(&image.tags).is_some();
+        if image.status == "queued" && !offered && self.is_waited_for().await {
+            // the service announces its work before it offers it
+            return Ok(());
+        }
         // so that whoever comes next knows of us, if this ends half way
         self.take_over().await?;
-        let image = self.read_image().await?;
         let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
-        if image.status == "queued" && (asks || request::offered_by(&image.tags).is_some()) {
+        if image.status == "queued" && (asks || offered) {
             let message = if record.acknowledged { format!("{TURN}; {}", self.at_work()) } else { TURN.to_owned() };
             self.patch_status(image, Status::Accepted, 0, &message).await?;
         }
