@@ -61,16 +61,18 @@ impl Job {
         if observe || !waits || record.ending.is_some() || !tells {
             return Ok(());
         }
+        let offered = |image: &Image| request::offered_by(&image.tags).is_some();
         let image = self.read_image().await?;
-        let offered = request::offered_by(&image.tags).is_some();
-        if image.status == "queued" && !offered && self.is_waited_for().await {
+        if image.status == "queued" && !offered(&image) && self.is_waited_for().await {
             // the service announces its work before it offers it
             return Ok(());
         }
         // so that whoever comes next knows of us, if this ends half way
         self.take_over().await?;
+        // it may have been taken back meanwhile
+        let image = self.read_image().await?;
         let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
-        if image.status == "queued" && (asks || offered) {
+        if image.status == "queued" && (asks || offered(&image)) {
             let message = if record.acknowledged { format!("{TURN}; {}", self.at_work()) } else { TURN.to_owned() };
             self.patch_status(image, Status::Accepted, 0, &message).await?;
         }
