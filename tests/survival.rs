@@ -431,7 +431,7 @@ async fn what_the_broker_delivers_ten_times_is_done_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
     let _stage = stage::alone().await;
-    let tenant = Tenant::with_long_volume(48).await;
+    let tenant = Tenant::with_long_volume(112).await;
     for method in METHODS {
         let (setup, _conf) = slow(method);
         let daemon = setup.start().await;
