@@ -16,7 +16,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::lease::Lease;
-use super::run::{BACKOFF_MAX, Context, Job, Outcome};
+use super::run::{BACKOFF_MAX, Context, Job, Outcome, Told};
 use super::store::{Error, Summary};
 use crate::ceph::{ErrorKind, Progress};
 use crate::telemetry::unix_time;
@@ -370,11 +370,10 @@ impl Engine {
             lock(&self.acknowledging).insert(image_id);
             let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
             let work = async move {
-                let (waited_for, knows) = job.acknowledge(drain).await;
-                match (waited_for, knows) {
-                    (false, _) => drop(lock(&engine.acknowledged).insert(image_id, None)),
-                    (true, true) => {}
-                    (true, false) => {
+                match job.acknowledge(drain).await {
+                    Told::Tenant => drop(lock(&engine.acknowledged).insert(image_id, None)),
+                    Told::Service => {}
+                    Told::Nobody => {
                         lock(&engine.acknowledged).remove(&image_id);
                         engine.hold(image_id, LOOK_INTERVAL);
                     }

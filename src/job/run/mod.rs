@@ -23,7 +23,7 @@ mod tenant;
 mod watcher;
 
 pub use ending::BACKOFF_MAX;
-pub(super) use tenant::last_word;
+pub(super) use tenant::{Told, last_word};
 
 use super::clock::Clock;
 use super::engine::{PoolSlot, PoolSlots};

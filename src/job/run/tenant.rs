@@ -17,11 +17,21 @@ const TURN: &str = "the request waits for its turn";
 /// want to give one, the first does.
 const SILENCE: SignedDuration = SignedDuration::from_secs(20);
 
+/// Who was told that a job waits for its turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// The tenant, for whom once is enough.
+    Tenant,
+    /// A service that handed its work over.
+    Service,
+    /// Nobody yet: a service that cannot be told now.
+    Nobody,
+}
+
 impl Job {
     /// Tells whoever waits for a job that waits for its turn: once that the request is known, and a service that handed
-    /// its work over from time to time that its turn will come, as long as the daemon moves. Returns whether there is
-    /// such a service, and it knows of the job.
-    pub async fn acknowledge(self, drain: CancellationToken) -> (bool, bool) {
+    /// its work over from time to time that its turn will come, as long as the daemon moves.
+    pub async fn acknowledge(self, drain: CancellationToken) -> Told {
         let waited_for = self.is_waited_for().await;
         let stopped = async {
             tokio::select! {
@@ -39,11 +49,15 @@ impl Job {
             tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
             // a lease that is given back with an owner in the record would get that owner fenced
             if self.let_go(|_| {}).await.is_err() {
-                return (waited_for, false);
+                return if waited_for { Told::Nobody } else { Told::Tenant };
             }
         }
         self.lease.release(self.context.store.objects().as_ref()).await;
-        (waited_for, self.snapshot().await.acknowledged)
+        match waited_for {
+            false => Told::Tenant,
+            true if self.snapshot().await.acknowledged => Told::Service,
+            true => Told::Nobody,
+        }
     }
 
     async fn tell_turn(&self) -> Step<()> {
