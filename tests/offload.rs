@@ -340,7 +340,7 @@ mod declined {
         // it stays the tenant's: a new tag is a new request
         let expected = volume.disk.digest(None).await;
         demo.add_tag(&id, &volume_tag(&volume.id)).await;
-        let image = demo.await_another_try(&id).await;
+        let image = demo.await_another_try(&id, seconds(120)).await;
         is_right(&image, &expected, 1).await;
         daemon.await_job(&id, "done").await;
         source_is_as_before(&volume, 0).await;

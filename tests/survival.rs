@@ -483,7 +483,7 @@ async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
 
         let quick = telling(method).named(&setup.name).start().await;
         quick.command(&["retry", cancelled]).await;
-        let image = tenant.demo.await_another_try(cancelled).await;
+        let image = tenant.demo.await_another_try(cancelled, seconds(60)).await;
         quick.await_job(cancelled, "done").await;
         assert!(image.as_object().unwrap().keys().all(|key| !key.starts_with("rbd_offload_")), "{image:#}");
         assert_eq!(Disk::of_image(cancelled).digest(Some("snap")).await, requests[1].expected);
@@ -546,7 +546,7 @@ async fn the_limit_of_all_images_of_a_project_holds() {
     // this project may have more than the others
     admin.limit_images(Some(&tenant.demo.project_id), used + 40).await;
     tenant.demo.add_tag(&second.id, &volume_tag(&tenant.volumes[0].0.id)).await;
-    tenant.demo.await_another_try(&second.id).await;
+    tenant.demo.await_another_try(&second.id, seconds(60)).await;
     let third = tenant.request(1).await.remove(0);
     let sentence = tenant.demo.await_declined(&third.id).await;
     assert!(sentence.contains("image_size_total") && sentence.contains(&format!("of {} MiB", used + 40)), "{sentence}");

@@ -300,8 +300,8 @@ impl Account {
     }
 
     /// Waits until the image is active; what the record says of an earlier request does not count.
-    pub async fn await_another_try(&self, id: &str) -> Value {
-        until(&format!("image {id} is active by another try"), PATIENCE, || async {
+    pub async fn await_another_try(&self, id: &str, limit: Duration) -> Value {
+        until(&format!("image {id} is active by another try"), limit, || async {
             let image = self.image(id).await;
             (image["status"] == "active").then_some(image)
         })

@@ -81,11 +81,7 @@ impl Job {
         let outcome = tokio::select! {
             biased;
             outcome = self.settle_now(stop) => outcome,
-            _ = self.keep_lease() => {
-                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
-                tracing::warn!(image_id = %self.id, "the lease was lost; another daemon goes on with the job");
-                Outcome::Abandoned
-            }
+            lost = self.keep_lease() => self.settle_now(lost).await,
         };
         if outcome != Outcome::Abandoned {
             self.lease.release(self.context.store.objects().as_ref()).await;

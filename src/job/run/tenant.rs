@@ -42,7 +42,7 @@ impl Job {
         };
         let told = tokio::select! {
             biased;
-            told = self.tell_turn() => told,
+            told = self.tell_turn(waited_for) => told,
             stop = stopped => Err(stop),
         };
         if let Err(stop) = told {
@@ -60,26 +60,28 @@ impl Job {
         }
     }
 
-    async fn tell_turn(&self) -> Step<()> {
+    async fn tell_turn(&self, waited_for: bool) -> Step<()> {
         let record = self.snapshot().await;
         let observe = self.context.config.borrow().offload.observe;
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
-            State::Copying => self.is_waited_for().await,
+            State::Copying => waited_for,
             _ => false,
         };
         // another daemon may have told just now
         let silent = || self.context.clock.now().duration_since(record.updated_at).abs() >= SILENCE;
-        let tells = !record.acknowledged || (self.is_waited_for().await && silent());
+        let tells = !record.acknowledged || (waited_for && silent());
         if observe || !waits || record.ending.is_some() || !tells {
             return Ok(());
         }
         let offered = |image: &Image| request::offered_by(&image.tags).is_some();
-        let image = self.read_image().await?;
-        if image.status == "queued" && !offered(&image) && self.is_waited_for().await {
-            // the service announces its work before it offers it
-            return Ok(());
+        if waited_for {
+            let image = self.read_image().await?;
+            if image.status == "queued" && !offered(&image) {
+                // the service announces its work before it offers it
+                return Ok(());
+            }
         }
         // so that whoever comes next knows of us, if this ends half way
         self.take_over().await?;
