@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::broker::Broker;
-use common::cloud::{Account, Volume, nothing_is_left_of};
+use common::cloud::{Account, Volume, await_tidy, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
 use common::stage::{self, Kind, with};
@@ -89,17 +89,6 @@ async fn is_tidy(image: &str, volume: &Volume) {
     let facts = volume.disk.facts().await.unwrap();
     assert!(!facts.snapshots.keys().any(|name| name.starts_with("rbd-offload")), "{:?}", facts.snapshots);
     assert_eq!(facts.lockers, 0);
-}
-
-/// Waits until a daemon has cleaned up after the upload went another way.
-async fn await_tidy(image: &str, volume: &Volume) {
-    until("the daemon has cleaned up", seconds(60), || async {
-        let copy = Disk::of_image(&format!("rbd-offload.{image}")).facts().await;
-        // none: a snapshot went while they were read
-        let snapshots = volume.disk.facts().await?.snapshots;
-        (copy.is_none() && !snapshots.keys().any(|name| name.starts_with("rbd-offload"))).then_some(())
-    })
-    .await;
 }
 
 async fn await_says(account: &Account, image: &str, status: &str) {
@@ -308,7 +297,7 @@ mod slowly {
         assert_eq!(demo.delete_image(&id).await, 204);
         assert_eq!(end_of_upload(&demo, &volume, &id).await, Value::Null);
         daemon.await_job(&id, "cancelled").await;
-        await_tidy(&id, &volume).await;
+        await_tidy(&id, &volume.disk).await;
         nothing_is_left_of(&id).await;
     }
 
@@ -440,7 +429,7 @@ mod alone {
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         let late = faster(&setup).start().await;
-        await_tidy(&id, &volume).await;
+        await_tidy(&id, &volume.disk).await;
         late.await_idle().await;
         is_right(&demo.image(&id).await, &expected, &volume).await;
     }
@@ -460,7 +449,7 @@ mod alone {
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         daemon.signal("CONT");
-        await_tidy(&id, &volume).await;
+        await_tidy(&id, &volume.disk).await;
         daemon.await_idle().await;
         pause(seconds(6)).await;
         is_right(&demo.image(&id).await, &expected, &volume).await;
@@ -486,7 +475,7 @@ mod alone {
             assert!(began.elapsed() > seconds(DOUBT - 1));
             assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
         }
-        await_tidy(&id, &volume).await;
+        await_tidy(&id, &volume.disk).await;
         daemon.await_idle().await;
         pause(seconds(6)).await;
         // frozen after its rename it keeps the name: then the stock upload fails, and Cinder deletes the record
@@ -647,7 +636,7 @@ mod alone {
         assert_eq!(demo.delete_image(&id).await, 204);
         assert_eq!(end_of_upload(&demo, &volume, &id).await, Value::Null);
         daemon.await_job(&id, "cancelled").await;
-        await_tidy(&id, &volume).await;
+        await_tidy(&id, &volume.disk).await;
     }
 
     #[tokio::test(flavor = "multi_thread")]

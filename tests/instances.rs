@@ -6,7 +6,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use common::cloud::{Account, Instance, PATIENCE, Rest, instance_tag, nothing_is_left_of};
+use common::cloud::{Account, Instance, PATIENCE, Rest, await_tidy, instance_tag, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{self, Digest, Disk};
 use common::stage::{Kind, Stage, alone, with};
@@ -228,17 +228,6 @@ mod handed_over {
         let job = daemon.await_job(image, "copying").await;
         assert_eq!(job["handover"], "offered", "{job:#}");
         pause(seconds(2)).await;
-    }
-
-    /// Waits until a daemon has cleaned up after the snapshot went another way.
-    async fn await_tidy(image: &str, instance: &Instance) {
-        until("the daemon has cleaned up", seconds(60), || async {
-            let copy = Disk::of_image(&format!("rbd-offload.{image}")).facts().await;
-            // none: a snapshot went while they were read
-            let snapshots = instance.disk.facts().await?.snapshots;
-            (copy.is_none() && snapshots.is_empty()).then_some(())
-        })
-        .await;
     }
 
     fn compute_log() -> String {
@@ -470,7 +459,7 @@ mod handed_over {
         is_right(&image, &expected).await;
 
         daemon.signal("CONT");
-        await_tidy(&id, &instance).await;
+        await_tidy(&id, &instance.disk).await;
         daemon.await_idle().await;
         pause(seconds(6)).await;
         is_right(&demo.image(&id).await, &expected).await;
@@ -502,7 +491,7 @@ mod handed_over {
             assert!(began.elapsed() > seconds(DOUBT - 1));
             assert_eq!((&image["status"], &image["tags"]), (&json!("active"), &json!([])), "{image:#}");
         }
-        await_tidy(&id, &instance).await;
+        await_tidy(&id, &instance.disk).await;
         daemon.await_idle().await;
         pause(seconds(6)).await;
         // frozen after its rename it keeps the name: then the stock way fails, and Nova deletes the record

@@ -665,3 +665,15 @@ pub async fn nothing_is_left_of(image: &str) {
         assert!(disk::Disk::of_image(&name).facts().await.is_none(), "images/{name} is still there");
     }
 }
+
+/// Waits until a daemon has cleaned up after what it was offered went another way: no private copy is there, and no
+/// snapshot on the source.
+pub async fn await_tidy(image: &str, source: &Disk) {
+    until("the daemon has cleaned up", seconds(60), || async {
+        let copy = Disk::of_image(&format!("rbd-offload.{image}")).facts().await;
+        // none: a snapshot went while they were read
+        let snapshots = source.facts().await?.snapshots;
+        (copy.is_none() && snapshots.is_empty()).then_some(())
+    })
+    .await;
+}
