@@ -20,7 +20,8 @@ use_lab() {
   use_ports
   use_secrets
 
-  VENV=$DIR/venv
+  # two labs may share what pip installs
+  VENV=$(remembered venv-path "${RBDLAB_VENV:-$DIR/venv}")
   NOVA_VENV=$DIR/nova-venv
   SERVICE_HOME=$DIR/run/home
   CEPH_CONF=$DIR/ceph/ceph.conf
