@@ -25,6 +25,11 @@ LOST_LOOKS = 3
 SETTLE = 1
 #: Seconds to try to take our marks off.
 PATIENCE = 60
+#: Characters of somebody else's text in one line of the log. The daemon's own messages are shorter.
+SHOWN = 500
+#: What the daemon says while it works or ends. Other texts are the tenant's own and are not logged as its progress.
+STATES = ('accepted', 'copying', 'publishing', 'declined', 'failed')
+PERCENTS = frozenset(str(percent) for percent in range(101))
 
 #: Seconds: until a daemon must have taken the offer; without any change of the record; in all; after `go`.
 Limits = collections.namedtuple('Limits', 'claim stall total doubt')
@@ -40,6 +45,14 @@ class Gone(Exception):
 
 class TheStockWay(Exception):
     """The reason why the service does the work itself."""
+
+
+def printable(text):
+    """`text` for a log. The image's owner may write anything on the record, so line ends and control characters are
+    escaped, and the length is limited."""
+    text = str(text)
+    line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text[:SHOWN])
+    return line if len(text) <= SHOWN else line + '...'
 
 
 def volume_offer(volume, fsid):
@@ -115,7 +128,7 @@ class Handover:
             if self._await_prepared() == PREPARED:
                 self._await_active()
         except TheStockWay as reason:
-            LOG.info('%s: the stock way: %s', self._offer, reason)
+            LOG.info('%s: the stock way: %s', self._offer, printable(reason))
             return self._withdraw()
         LOG.info('%s: the image is active after %.1f s', self._offer, self._clock() - self._began)
         self._tidy()
@@ -142,7 +155,7 @@ class Handover:
             announce()
         except Exception as error:
             # the daemon hears of the tag from Glance too, and its reconciler looks for it
-            LOG.warning('%s: the notification was not sent: %s', self._offer, error)
+            LOG.warning('%s: the notification was not sent: %s', self._offer, printable(error))
 
     def _await_prepared(self):
         offered = changed = self._clock()
@@ -200,7 +213,7 @@ class Handover:
         except Gone:
             raise
         except Exception as error:
-            LOG.warning('%s: go may not have been heard: %s', self._offer, error)
+            LOG.warning('%s: go may not have been heard: %s', self._offer, printable(error))
 
     def _look(self):
         """None: nothing was seen."""
@@ -210,7 +223,7 @@ class Handover:
             raise
         except Exception as error:
             self._failures += 1
-            LOG.warning('%s: the image could not be looked at: %s', self._offer, error)
+            LOG.warning('%s: the image could not be looked at: %s', self._offer, printable(error))
             return None
         self._failures = 0
         self._tell(look)
@@ -220,13 +233,10 @@ class Handover:
 
     def _tell(self, look):
         """Every tenth of the way is worth a line."""
-        try:
-            tenth = int(look.progress) // 10
-        except (TypeError, ValueError):
-            tenth = 0
-        if look.says and self._told != (look.says, tenth):
-            self._told = (look.says, tenth)
-            LOG.info('%s: %s, %s %%', self._offer, look.says, look.progress or 0)
+        percent = int(look.progress) if look.progress in PERCENTS else 0
+        if look.says in STATES and self._told != (look.says, percent // 10):
+            self._told = (look.says, percent // 10)
+            LOG.info('%s: %s, %s %%', self._offer, look.says, percent)
 
     def _pause(self, elapsed):
         failing = LOOK * 2 ** min(self._failures, 4)
@@ -251,7 +261,8 @@ class Handover:
                 if settled and not look.marked:
                     return False
                 if late:
-                    LOG.warning('%s: these stay on the image: %s', self._offer, look.tags + sorted(look.properties))
+                    LOG.warning('%s: these stay on the image: %s', self._offer,
+                                printable(', '.join(look.tags + sorted(look.properties))))
                     return False
                 self._take_off(look)
                 settled = True
@@ -260,7 +271,7 @@ class Handover:
             except Exception as error:
                 if late:
                     raise
-                LOG.warning('%s: our marks are not off yet: %s', self._offer, error)
+                LOG.warning('%s: our marks are not off yet: %s', self._offer, printable(error))
             self._sleep(SETTLE)
 
     def _tidy(self):
@@ -275,5 +286,5 @@ class Handover:
                 # it was active; what its owner does then is no failure of ours
                 return
             except Exception as error:
-                LOG.warning('%s: our marks are not off yet: %s', self._offer, error)
+                LOG.warning('%s: our marks are not off yet: %s', self._offer, printable(error))
                 self._sleep(SETTLE)

@@ -130,6 +130,17 @@ class World:
         return [when for when, tag in self.tagged if tag == handover.GO]
 
 
+class Log(logging.Handler):
+    """What was logged, as it would be printed."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, entry):
+        self.lines.append(entry.getMessage())
+
+
 class Waiter(unittest.TestCase):
 
     def setUp(self):
@@ -180,6 +191,63 @@ class Waiter(unittest.TestCase):
         self.assertFalse(self.world.run())
         self.assert_unmarked('saving')
         self.assertLess(self.world.now, 8)
+
+    def logged(self, run):
+        log, logger = Log(), logging.getLogger('handover')
+        logger.addHandler(log)
+        logger.setLevel(logging.DEBUG)
+        try:
+            run()
+        finally:
+            logger.setLevel(logging.CRITICAL)
+            logger.removeHandler(log)
+        return log.lines
+
+    def assert_tidy_log(self, lines):
+        for line in lines:
+            self.assertTrue(line.isprintable(), repr(line[:200]))
+            # an escaped character takes ten
+            self.assertLess(len(line), 12 * 500)
+
+    def test_what_the_tenant_writes_is_escaped_and_cut_in_the_log(self):
+        nasty = '\nERROR forged\x1b[2J\r\x9b\u202e\u2028' + 'x' * 65536
+
+        def decline():
+            self.world.decline()
+            self.world.change(message=nasty)
+        self.world.at(3, decline)
+        lines = self.logged(self.world.run)
+        self.assert_tidy_log(lines)
+        self.assertTrue(any('\\nERROR forged\\x1b[2J' in line for line in lines), lines)
+
+    def test_a_status_that_is_the_tenants_own_is_not_logged(self):
+        for second in range(1, 60):
+            self.world.at(second, lambda second=second: self.world.change(status='\n%d' % second, progress='9' * 5000))
+        self.world.at(60, self.world.decline)
+        lines = self.logged(self.world.run)
+        self.assert_tidy_log(lines)
+        self.assertLess(len(lines), 4, lines)
+
+    def test_what_cannot_be_taken_off_is_named_in_one_tidy_line(self):
+        self.world.untag = lambda tag: None
+        self.world.image['tags'] += [handover.TAGS + '\n' + str(number) * 200 for number in range(100)]
+        lines = self.logged(self.world.run)
+        self.assert_tidy_log(lines)
+        self.assertTrue(any('these stay on the image' in line for line in lines), lines)
+
+    def test_an_error_of_glance_is_tidy_in_the_log(self):
+        self.world.copies(end=20)
+        self.world.publishes()
+        call = self.world._call
+
+        def fail(name):
+            if name == 'read' and 5 < self.world.now < 10:
+                raise Away('<html>\n\x1b]0;' + 'y' * 10000)
+            call(name)
+        self.world._call = fail
+        lines = self.logged(self.world.run)
+        self.assert_tidy_log(lines)
+        self.assertTrue(any('could not be looked at' in line for line in lines), lines)
 
     def test_nobody_there(self):
         self.assert_stock(at=10)
