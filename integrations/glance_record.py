@@ -6,12 +6,18 @@ One file for Cinder and Nova, which reach Glance each through a client of their 
 import copy
 import json
 import logging
+from urllib import parse
 
 from . import handover
 
 LOG = logging.getLogger(__name__)
 
 PATCH = {'Content-Type': 'application/openstack-images-v2.1-json-patch'}
+
+
+def pointer(name):
+    """The JSON pointer (RFC 6901) of a property. Its name is whatever the image's owner chose."""
+    return '/' + name.replace('~', '~0').replace('/', '~1')
 
 
 class ImageRecord:
@@ -42,17 +48,23 @@ class ImageRecord:
         return record
 
     def tag(self, tag):
-        self._call('put', '/tags/' + tag)
+        self._call('put', self._tag_path(tag))
 
     def untag(self, tag):
         try:
-            self._call('delete', '/tags/' + tag)
+            self._call('delete', self._tag_path(tag))
         except handover.Gone:
             # the tag is; the image tells when it is read again
             pass
 
     def strip(self, names):
-        self._patch([{'op': 'remove', 'path': '/' + name} for name in names])
+        self._patch([{'op': 'remove', 'path': pointer(name)} for name in names])
+
+    @staticmethod
+    def _tag_path(tag):
+        # The image's owner can plant any tag. One with `/../` in it would make this call another one, and it may be
+        # made with the service's own token.
+        return '/tags/' + parse.quote(tag, safe=':@')
 
     def _patch(self, changes):
         self._call('patch', headers=PATCH, data=json.dumps(changes))
@@ -90,5 +102,5 @@ class ImageRecord:
             self._send(self._as(login), 'get', '')
             return login
         except Exception as error:
-            LOG.debug('image %s: the service\'s own user does not see it: %s', self.id, error)
+            LOG.debug('image %s: the service\'s own user does not see it: %s', self.id, handover.printable(error))
             return False

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import unittest
+from urllib import parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'nova'))
 from rbd_offload_nova import glance_record  # noqa: E402
@@ -69,6 +70,28 @@ class GlanceRecord(unittest.TestCase):
         self.assertEqual((USER, 'patch', '/v2/images/i'), (user, method, path))
         self.assertEqual([{'op': 'remove', 'path': '/a'}, {'op': 'remove', 'path': '/b'}], json.loads(kwargs['data']))
         self.assertEqual('application/openstack-images-v2.1-json-patch', kwargs['headers']['Content-Type'])
+
+    def test_names_with_the_characters_of_a_json_pointer(self):
+        record = Record(own=None)
+        record.strip(['rbd_offload_a/b', 'rbd_offload_~c', 'rbd_offload_~1'])
+        paths = [change['path'] for change in json.loads(record.asked[0][3]['data'])]
+        self.assertEqual(['/rbd_offload_a~1b', '/rbd_offload_~0c', '/rbd_offload_~01'], paths)
+
+    def test_a_planted_tag_cannot_lead_the_call_elsewhere(self):
+        record = Record(own=None)
+        for tag in ('rbd-offload-handover:/../../../other', 'rbd-offload-handover:?x#y', 'rbd-offload-handover:%2e%2e/z'):
+            record.untag(tag)
+            path = record.asked[-1][2]
+            self.assertTrue(path.startswith('/v2/images/i/tags/rbd-offload-handover:'), path)
+            rest = path[len('/v2/images/i/tags/'):]
+            self.assertFalse(set(rest) & set('/?#'), path)
+            self.assertEqual(tag, parse.unquote(rest))
+
+    def test_the_tags_of_a_hand_over_are_sent_as_they_are(self):
+        record = Record(own=None)
+        record.tag(handover.volume_offer('4d0d9b4e-0000-4000-8000-000000000001', 'f51d'))
+        self.assertEqual('/v2/images/i/tags/rbd-offload-handover:volume:4d0d9b4e-0000-4000-8000-000000000001@f51d',
+                         record.asked[-1][2])
 
     def test_gone(self):
         record = Record()

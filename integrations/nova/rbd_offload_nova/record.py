@@ -19,8 +19,10 @@ class ImageRecord(glance_record.ImageRecord):
 
     def prepare(self, attributes, properties):
         """Sets Glance's own attributes and properties."""
-        self._patch([{'op': 'replace', 'path': '/' + name, 'value': value} for name, value in attributes.items()] +
-                    [{'op': 'add', 'path': '/' + name, 'value': value} for name, value in properties.items()])
+        def change(op, values):
+            return [{'op': op, 'path': glance_record.pointer(name), 'value': value} for name, value in values.items()]
+
+        self._patch(change('replace', attributes) + change('add', properties))
 
     def _go_on_as(self, login):
         # for the rest of the snapshot too, which would fail otherwise
