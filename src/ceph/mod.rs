@@ -246,6 +246,15 @@ pub trait Storage: Send + Sync + 'static {
 
     async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
+    /// Writes beside the image's header who makes, or made, the snapshot of that name: snapshots have no metadata, and
+    /// clones do not inherit this. It goes with the image. Nothing is written for an image of format 1.
+    async fn set_snapshot_tag(&self, image: &ImageSpec, snapshot: &str, tag: &str) -> Result<()>;
+
+    /// What [`set_snapshot_tag`](Self::set_snapshot_tag) wrote; `None` when nothing was, or the image is not there.
+    async fn snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Option<String>>;
+
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+
     /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was none,
     /// or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;

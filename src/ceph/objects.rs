@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ceph::rados::{
-    rados_create_read_op, rados_create_write_op, rados_get_last_version, rados_list_ctx_t, rados_list_lockers,
-    rados_nobjects_list_close, rados_nobjects_list_open, rados_omap_get_end, rados_omap_get_next, rados_omap_iter_t,
-    rados_read, rados_read_op_operate, rados_release_read_op, rados_release_write_op, rados_unlock,
+    rados_create_read_op, rados_create_write_op, rados_get_last_version, rados_getxattr, rados_list_ctx_t,
+    rados_list_lockers, rados_nobjects_list_close, rados_nobjects_list_open, rados_omap_get_end, rados_omap_get_next,
+    rados_omap_iter_t, rados_read, rados_read_op_operate, rados_release_read_op, rados_release_write_op, rados_unlock,
     rados_write_op_assert_exists, rados_write_op_assert_version, rados_write_op_create, rados_write_op_exec,
     rados_write_op_omap_rm_keys, rados_write_op_omap_set, rados_write_op_operate, rados_write_op_remove,
-    rados_write_op_t, rados_write_op_write_full,
+    rados_write_op_rmxattr, rados_write_op_setxattr, rados_write_op_t, rados_write_op_write_full,
 };
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, check};
@@ -25,6 +25,9 @@ use std::sync::Arc;
 
 /// The largest object that is read.
 const MAX_OBJECT: usize = 1 << 20;
+
+/// The longest attribute that is read: an ownership tag has 110 bytes.
+const MAX_XATTR: usize = 4096;
 
 /// Keys that are asked for in one operation; an OSD returns at most `osd_max_omap_entries_per_request` (1,024).
 const OMAP_PAGE: usize = 1024;
@@ -55,7 +58,7 @@ impl Client {
 }
 
 /// One object on an ioctx of its own.
-struct Object {
+pub(super) struct Object {
     io: IoCtx,
     name: CString,
     /// `replace images/rbd-offload/job.1`
@@ -63,6 +66,52 @@ struct Object {
 }
 
 impl Object {
+    /// An object outside of all namespaces. That it is there shows at the first operation.
+    pub(super) fn open(cluster: &Arc<Cluster>, pool: &str, name: &str, operation: String) -> Result<Self> {
+        let io = IoCtx::open(cluster, pool)?;
+        let name = c_string(&operation, name)?;
+        Ok(Self { io, name, operation })
+    }
+
+    /// [`ErrorKind::NotFound`] when there is no such object: it is never created.
+    pub(super) fn set_xattr(&self, name: &str, value: &[u8]) -> Result<()> {
+        let name = c_string(&self.operation, name)?;
+        let op = WriteOp::new();
+        op.assert_exists();
+        // SAFETY: the op is open, the name ends in NUL, the value is given with its length; both are copied.
+        unsafe { rados_write_op_setxattr(op.raw, name.as_ptr(), value.as_ptr().cast(), value.len()) };
+        self.write(&op)
+    }
+
+    /// `None` when the object has no such attribute; [`ErrorKind::NotFound`] when there is no such object.
+    pub(super) fn xattr(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let name = c_string(&self.operation, name)?;
+        let mut value = vec![0u8; MAX_XATTR];
+        // SAFETY: the ioctx is open, both names end in NUL, the buffer is given with its size.
+        let r = unsafe {
+            rados_getxattr(self.io.raw(), self.name.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len())
+        };
+        if r == -libc::ENODATA {
+            return Ok(None);
+        }
+        let length = usize::try_from(check(&self.operation, r)?).unwrap_or_default();
+        value.truncate(length);
+        Ok(Some(value))
+    }
+
+    /// [`ErrorKind::NotFound`] when there is no such object.
+    pub(super) fn remove_xattr(&self, name: &str) -> Result<Change> {
+        if self.xattr(name)?.is_none() {
+            return Ok(Change::AlreadyThere);
+        }
+        let name = c_string(&self.operation, name)?;
+        let op = WriteOp::new();
+        op.assert_exists();
+        // SAFETY: the op is open; the name ends in NUL and is copied.
+        unsafe { rados_write_op_rmxattr(op.raw, name.as_ptr()) };
+        self.write(&op).map(|()| Change::Made)
+    }
+
     fn last_version(&self) -> Version {
         // SAFETY: the ioctx is open.
         Version(unsafe { rados_get_last_version(self.io.raw()) })

@@ -11,7 +11,7 @@ use super::compare::compare;
 use super::copy::{Pace, copy};
 use super::fill::{FillFault, fill, has_unknown_holes, thin_flattened};
 use super::layers::{shared_extents, total, union, without};
-use super::objects::omap_page;
+use super::objects::{Object, omap_page};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, Progress, Result, Storage,
@@ -56,6 +56,24 @@ impl Storage for Client {
             made_unless(image.protect_snapshot(snapshot), ErrorKind::Busy)
         })
         .await
+    }
+
+    async fn set_snapshot_tag(&self, image: &ImageSpec, snapshot: &str, tag: &str) -> Result<()> {
+        let tag = tag.to_owned();
+        self.with_header("set the tag of", image, snapshot, move |header, name| header.set_xattr(name, tag.as_bytes()))
+            .await
+            .map(drop)
+    }
+
+    async fn snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Option<String>> {
+        let value = self.with_header("read the tag of", image, snapshot, |header, name| header.xattr(name)).await?;
+        Ok(value.flatten().map(|value| String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        let removed =
+            self.with_header("remove the tag of", image, snapshot, |header, name| header.remove_xattr(name)).await?;
+        Ok(removed.unwrap_or(Change::AlreadyThere))
     }
 
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
@@ -275,6 +293,36 @@ impl Client {
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
             fill(cluster, &source, &snapshot, &destination, limits, fault, (progress, cancel))
+        })
+        .await
+    }
+
+    /// Runs `work` on the image's header object and the name of a snapshot. `None`: there is no such image, or it is of
+    /// format 1.
+    async fn with_header<T, F>(&self, verb: &str, image: &ImageSpec, snapshot: &str, work: F) -> Result<Option<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Object, &str) -> Result<T> + Send + 'static,
+    {
+        let operation = format!("{verb} snapshot {image}@{snapshot}");
+        let (spec, snapshot) = (image.clone(), snapshot.to_owned());
+        self.run(operation.clone(), move |cluster| {
+            let id = match &spec.image {
+                ImageKey::Id(id) => id.clone(),
+                ImageKey::Name(_) => match Image::open(cluster, &spec, Access::ReadOnly)? {
+                    Some(image) if !image.is_old_format()? => image.id()?,
+                    _ => return Ok(None),
+                },
+            };
+            if id.is_empty() {
+                return Ok(None);
+            }
+            let header = Object::open(cluster, &spec.pool, &format!("rbd_header.{id}"), operation)?;
+            match work(&header, &snapshot) {
+                Ok(done) => Ok(Some(done)),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
         })
         .await
     }

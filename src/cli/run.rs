@@ -17,6 +17,7 @@ use super::{Failure, load};
 use crate::ceph::{Client, Storage};
 use crate::config::Config;
 use crate::job::clock::Clock;
+use crate::job::deployment;
 use crate::job::engine::Engine;
 use crate::job::intake::Intake;
 use crate::job::lease::Identity;
@@ -55,6 +56,8 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
 
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
     let objects = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
+    let deployment = deployment::id(objects.as_ref()).await?;
+    tracing::info!(%deployment, pool = config.jobs.pool, namespace = config.jobs.namespace, "the jobs' namespace");
     let storage: Arc<dyn Storage> = Arc::new(client);
     let session = Arc::new(Session::connect(&config.keystone, &config.glance)?);
     check_pools(&config, storage.as_ref(), session.as_ref()).await?;
@@ -68,6 +71,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         store: Store::new(objects, clock),
         config: follow_config,
         identity: Identity::of_this_process(),
+        deployment,
         clock,
     });
     let listener = Listener::new(config.messaging.clone())

@@ -5,6 +5,7 @@
 //! `docs/jobs.md` draws the states.
 
 pub mod clock;
+pub mod deployment;
 pub mod engine;
 pub mod intake;
 pub mod lease;

@@ -17,13 +17,13 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::intake::Intake;
 use super::lease::Lease;
-use super::record::{PRIVATE_PREFIX, State};
+use super::record::{PRIVATE_PREFIX, Private, State, parse_private};
 use super::run::Context;
 use super::store::Error;
 use crate::ceph::{self, ImageSpec, LockKey, Locked};
 use crate::openstack;
-use crate::publish;
 use crate::publish::record as tenant;
+use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Asked, Trigger};
 
 /// Object whose lock keeps two daemons from doing the same round.
@@ -294,23 +294,22 @@ impl Reconciler {
         for pool in pools {
             let unfinished = self.unfinished().await?;
             for name in self.context().storage.images(pool, "").await? {
-                let (id, private) = match name.strip_prefix(PRIVATE_PREFIX) {
-                    Some(id) => (id, true),
-                    None => (name.as_str(), false),
+                let image_id = match parse_private(&name) {
+                    Some((_, image_id)) => image_id,
+                    None => match request::parse_uuid(&name) {
+                        Some(image_id) if unfinished.contains(&image_id) => image_id,
+                        _ => continue,
+                    },
                 };
-                let Some(image_id) = request::parse_uuid(id) else { continue };
-                if !private && !unfinished.contains(&image_id) {
-                    continue;
-                }
                 let image = ImageSpec::named(pool, &name);
-                if publish::is_marked(self.context().storage.as_ref(), &image, id).await? {
+                if is_ours(self.context(), image_id, &image).await? {
                     suspects.push((image_id, image));
                 }
             }
         }
         self.remove_orphans(suspects, &mut findings.images, |context, image_id, image| async move {
-            if !publish::is_marked(context.storage.as_ref(), &image, &image_id.to_string()).await? {
-                tracing::debug!(%image, "bears our name, not our mark: left alone");
+            if !is_ours(&context, image_id, &image).await? {
+                tracing::debug!(%image, "bears our name, not our ownership tag: left alone");
                 return Ok(false);
             }
             context.storage.remove_image(&image).await?;
@@ -343,14 +342,19 @@ impl Reconciler {
         let mut suspects = Vec::new();
         for pool in pools {
             for (image, snapshot) in self.context().storage.snapshots(pool, PRIVATE_PREFIX, HEADERS_PER_SECOND).await? {
-                if let Some(image_id) = snapshot.strip_prefix(PRIVATE_PREFIX).and_then(request::parse_uuid) {
+                let Some((Private::Copy, image_id)) = parse_private(&snapshot) else { continue };
+                if is_our_snapshot(self.context(), image_id, &image, &snapshot).await? {
                     suspects.push((image_id, image));
                 }
             }
         }
         self.remove_orphans(suspects, &mut findings.snapshots, |context, image_id, image| async move {
             let snapshot = super::record::private_name(image_id);
+            if !is_our_snapshot(&context, image_id, &image, &snapshot).await? {
+                return Ok(false);
+            }
             context.storage.remove_snapshot(&image, &snapshot).await?;
+            context.storage.remove_snapshot_tag(&image, &snapshot).await?;
             tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
             Ok(true)
         })
@@ -438,6 +442,18 @@ impl Reconciler {
         }
         Ok(())
     }
+}
+
+/// Whether an RBD image bears this deployment's ownership tag for that image id.
+async fn is_ours(context: &Context, image_id: Uuid, image: &ImageSpec) -> ceph::Result<bool> {
+    let tag = tag_of(context.storage.as_ref(), image).await?;
+    Ok(tag.is_some_and(|tag| tag.is_of_deployment(image_id, context.deployment)))
+}
+
+/// Whether a temporary snapshot is this deployment's. One without a tag is: an older release made it, or a person.
+async fn is_our_snapshot(context: &Context, image_id: Uuid, image: &ImageSpec, snapshot: &str) -> ceph::Result<bool> {
+    let Some(text) = context.storage.snapshot_tag(image, snapshot).await? else { return Ok(true) };
+    Ok(OwnershipTag::parse(&text).is_some_and(|tag| tag.is_of_deployment(image_id, context.deployment)))
 }
 
 /// Holds the lease of an ended job, or stands for a job that has no record.

@@ -6,14 +6,15 @@
 
 pub mod header;
 pub mod record;
+pub mod tag;
 
 use sha2::{Digest, Sha512};
 use tokio_util::sync::CancellationToken;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
+use self::tag::{OwnershipTag, is_tagged};
 use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage};
-use crate::transfer::MARK;
 
 /// Name that Glance's driver gives to the protected snapshot which consumers clone from.
 pub const SNAPSHOT: &str = "snap";
@@ -82,10 +83,11 @@ pub enum Name {
     Lost,
 }
 
-/// Renames the copy to the image's id, if that name is free.
-pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, image_id: &str) -> ceph::Result<Name> {
-    let target = ImageSpec::named(&copy.pool, image_id);
-    match storage.rename(copy, image_id).await {
+/// Renames the copy to the image's id, if that name is free. `own` is the tag of the job that does so.
+pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, own: &OwnershipTag) -> ceph::Result<Name> {
+    let image_id = own.image_id.to_string();
+    let target = ImageSpec::named(&copy.pool, image_id.as_str());
+    match storage.rename(copy, &image_id).await {
         Ok(()) => return Ok(Name::Ours),
         Err(e) if matches!(e.kind(), ErrorKind::Exists | ErrorKind::NotFound) => {}
         Err(e) => return Err(e),
@@ -93,19 +95,13 @@ pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, image_id: &str) 
     if storage.image(&target, None).await?.is_none() {
         return Ok(Name::Lost);
     }
-    if is_marked(storage, &target, image_id).await? { Ok(Name::Ours) } else { Ok(Name::Taken) }
+    if is_tagged(storage, &target, own).await? { Ok(Name::Ours) } else { Ok(Name::Taken) }
 }
 
-/// Whether the RBD image bears our mark for this image id. (A clone inherits the metadata of its parent, so the mark
-/// of another image counts for nothing.)
-pub async fn is_marked(storage: &dyn Storage, image: &ImageSpec, image_id: &str) -> ceph::Result<bool> {
-    Ok(storage.metadata(image, MARK).await?.as_deref() == Some(image_id))
-}
-
-/// Removes the published image if it bears our mark; what is another's stays.
-pub async fn withdraw(storage: &dyn Storage, pool: &str, image_id: &str) -> ceph::Result<()> {
-    let published = ImageSpec::named(pool, image_id);
-    if is_marked(storage, &published, image_id).await? {
+/// Removes the published image if it bears the tag `own`; what is another's stays.
+pub async fn withdraw(storage: &dyn Storage, pool: &str, own: &OwnershipTag) -> ceph::Result<()> {
+    let published = ImageSpec::named(pool, own.image_id.to_string());
+    if is_tagged(storage, &published, own).await? {
         storage.remove_image(&published).await?;
     }
     Ok(())

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Moved, Progress, Storage, TransferLimits};
 use crate::config;
 
-/// Key of our mark in an image's metadata; its value is the id of the Glance image that the RBD image is for.
+/// Key of the ownership tag in an image's metadata; its value is an
+/// [`OwnershipTag`](crate::publish::tag::OwnershipTag).
 pub const MARK: &str = "rbd_offload.job";
 
 /// A way to transfer.
@@ -63,7 +64,7 @@ pub struct Order {
     pub snapshot: String,
     /// The private name, which must be free.
     pub destination: ImageSpec,
-    /// Value of the mark.
+    /// Value of the ownership tag.
     pub mark: String,
     pub limits: TransferLimits,
 }

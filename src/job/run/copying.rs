@@ -138,6 +138,8 @@ impl Job {
     pub(super) async fn ensure_snapshot(&self, source: &ImageSpec, snapshot: &str, temporary: bool) -> Step<()> {
         if temporary {
             self.before_visible_step().await?;
+            let tag = self.tag().await.to_string();
+            self.context.storage.set_snapshot_tag(source, snapshot, &tag).await?;
             self.context.storage.create_snapshot(source, snapshot).await?;
             self.context.storage.protect_snapshot(source, snapshot).await?;
         }
@@ -156,7 +158,7 @@ impl Job {
             source: source.clone(),
             snapshot: snapshot.to_owned(),
             destination: copy.clone(),
-            mark: self.id.to_string(),
+            mark: self.tag().await.to_string(),
             limits: TransferLimits {
                 concurrency: config.offload.concurrency,
                 bytes_per_second: config.offload.bandwidth_limit,
@@ -257,6 +259,7 @@ impl Job {
         if let (true, Some(origin)) = (record.made.snapshot, &record.origin) {
             let source = ImageSpec::with_id(&origin.pool, &origin.image_id);
             self.context.storage.remove_snapshot(&source, &origin.snapshot).await?;
+            self.context.storage.remove_snapshot_tag(&source, &origin.snapshot).await?;
             self.update(|record| record.made.snapshot = false).await?;
         }
         Ok(())

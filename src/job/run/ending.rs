@@ -247,7 +247,7 @@ impl Job {
         let storage = self.context.storage.as_ref();
         if let Some(pool) = &record.dest_pool {
             if record.made.published {
-                publish::withdraw(storage, pool, &self.id.to_string()).await?;
+                publish::withdraw(storage, pool, &self.tag().await).await?;
             }
             if record.made.copy {
                 storage.remove_image(&ImageSpec::named(pool, record.private_name())).await?;

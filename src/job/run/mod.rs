@@ -35,6 +35,7 @@ use crate::config::Config;
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, ImageChange};
 use crate::plan::NoPlan;
+use crate::publish::tag::OwnershipTag;
 use crate::request::{self, Asked};
 use crate::telemetry::unix_time;
 
@@ -46,6 +47,8 @@ pub struct Context {
     pub store: Store,
     pub config: watch::Receiver<Arc<Config>>,
     pub identity: Identity,
+    /// Tells what this deployment made from what another one made in the same pools.
+    pub deployment: Uuid,
     pub clock: Clock,
 }
 
@@ -276,6 +279,11 @@ impl Job {
 
     async fn snapshot(&self) -> Record {
         self.stored.lock().await.record.clone()
+    }
+
+    /// What the job writes on everything that it makes in Ceph.
+    async fn tag(&self) -> OwnershipTag {
+        OwnershipTag::new(self.id, self.snapshot().await.request_id, self.context.deployment)
     }
 
     /// Changes the record under the lease. Flags that others set meanwhile are kept.

@@ -11,6 +11,7 @@ use crate::job::record::{Handover, Publication, State};
 use crate::openstack::{self, Image, LocationAnswer, Validation};
 use crate::plan;
 use crate::publish::record as image_record;
+use crate::publish::tag::is_tagged;
 use crate::publish::{self, Name};
 use crate::transfer;
 
@@ -69,7 +70,7 @@ impl Job {
             return Ok(made.active);
         }
         let published = ImageSpec::named(&copy.pool, self.id.to_string());
-        Ok(publish::is_marked(self.context.storage.as_ref(), &published, &self.id.to_string()).await?)
+        Ok(is_tagged(self.context.storage.as_ref(), &published, &self.tag().await).await?)
     }
 
     pub(super) async fn take_name(&self, copy: &ImageSpec) -> Step<()> {
@@ -77,7 +78,7 @@ impl Job {
         if !self.snapshot().await.made.published {
             self.update(|record| record.made.published = true).await?;
         }
-        match publish::take_name(self.context.storage.as_ref(), copy, &self.id.to_string()).await? {
+        match publish::take_name(self.context.storage.as_ref(), copy, &self.tag().await).await? {
             Name::Ours => Ok(()),
             Name::Taken => {
                 self.update(|record| record.made.published = false).await?;

@@ -26,6 +26,9 @@ fn leftovers(world: &World) -> Vec<String> {
         if image.ours && !serves {
             left.push(format!("the image {}/{name}", image.pool));
         }
+        for snapshot in image.snapshot_tags.keys() {
+            left.push(format!("the tag of the snapshot {}/{name}@{snapshot}", image.pool));
+        }
         for snap in image.snaps.iter().filter(|s| s.ours && !(image.ours && s.name == "snap")) {
             left.push(format!("the snapshot {}/{name}@{}", image.pool, snap.name));
         }

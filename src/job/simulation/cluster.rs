@@ -41,6 +41,8 @@ pub struct Rbd {
     pub parent: Option<(String, u64)>,
     pub snaps: Vec<Snap>,
     pub metadata: BTreeMap<String, String>,
+    /// By the snapshot's name.
+    pub snapshot_tags: BTreeMap<String, String>,
     /// Made by a daemon.
     pub ours: bool,
     /// Clients that have it open for writing.
@@ -85,6 +87,7 @@ impl Cluster {
             parent: None,
             snaps: Vec::new(),
             metadata: BTreeMap::new(),
+            snapshot_tags: BTreeMap::new(),
             ours,
             watchers: BTreeMap::new(),
             features: Features::PUBLISHED.0,
@@ -347,6 +350,45 @@ impl Storage for Handle {
                 let found = world.ceph.by_id_mut(&id).and_then(|i| i.snaps.iter_mut().find(|s| s.name == snapshot));
                 let Some(snap) = found else { return Err(missing("protect", image)) };
                 if std::mem::replace(&mut snap.protected, true) { Ok(Change::AlreadyThere) } else { Ok(Change::Made) }
+            },
+        )
+        .await
+    }
+
+    async fn set_snapshot_tag(&self, image: &ImageSpec, snapshot: &str, tag: &str) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("tag snapshot {image}@{snapshot}"),
+            |world| {
+                if let Some(id) = world.ceph.find(image).map(|i| i.id.clone())
+                    && let Some(found) = world.ceph.by_id_mut(&id)
+                {
+                    found.snapshot_tags.insert(snapshot.into(), tag.into());
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Option<String>> {
+        self.ceph(
+            Kind::Read,
+            || format!("tag of snapshot {image}@{snapshot}"),
+            |world| Ok(world.ceph.find(image).and_then(|i| i.snapshot_tags.get(snapshot).cloned())),
+        )
+        .await
+    }
+
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("untag snapshot {image}@{snapshot}"),
+            |world| {
+                let id = world.ceph.find(image).map(|i| i.id.clone());
+                let removed =
+                    id.and_then(|id| world.ceph.by_id_mut(&id)).and_then(|i| i.snapshot_tags.remove(snapshot));
+                if removed.is_some() { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
             },
         )
         .await

@@ -359,6 +359,7 @@ impl Daemon {
             store,
             config,
             identity: Identity { instance, host: name, pid: 1 },
+            deployment: super::world::DEPLOYMENT,
             clock,
         });
         let (stop, drain, ended) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());

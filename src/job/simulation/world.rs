@@ -10,6 +10,9 @@ use uuid::Uuid;
 use super::cloud::CloudState;
 use super::cluster::Cluster;
 
+/// Id of the deployment that all daemons of the world belong to.
+pub const DEPLOYMENT: Uuid = Uuid::from_u128(0xdeb1_0000_0000_4000_8000_0000_0000_0001);
+
 /// Random numbers that depend on the seed alone (SplitMix64).
 #[derive(Debug, Clone)]
 pub struct Dice(u64);
