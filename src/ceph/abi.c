@@ -131,6 +131,7 @@ void rbd_offload_abi(void)
   SAME(rbd_metadata_get, int, rbd_image_t, const char *, char *, size_t *);
   SAME(rbd_metadata_set, int, rbd_image_t, const char *, const char *);
   SAME(rbd_metadata_remove, int, rbd_image_t, const char *);
+  SAME(rbd_metadata_list, int, rbd_image_t, const char *, uint64_t, char *, size_t *, char *, size_t *);
 
   SAME(rados_getaddrs, int, rados_t, char **);
   SAME(rados_blocklist_add, int, rados_t, char *, uint32_t);

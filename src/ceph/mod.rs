@@ -30,6 +30,10 @@ pub use fill::FillFault;
 pub use objects::Namespace;
 pub use storage::Finding;
 
+/// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
+/// the RBD image is for; that id is part of the RBD image's name.
+pub const OWNER_KEY: &str = "rbd_offload.job";
+
 /// An RBD image: a pool and the image's name in it, or its internal id (an image in the trash has no name).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ImageSpec {
@@ -311,17 +315,23 @@ pub trait Storage: Send + Sync + 'static {
     /// At most `length` bytes from `offset` of the image's head, fewer at its end.
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>>;
 
-    /// Renames within the pool. [`ErrorKind::Exists`] when the name is taken, [`ErrorKind::NotFound`] when there is no source.
+    /// Renames within the pool, and finishes a rename of the same image that broke off. [`ErrorKind::Exists`] when another
+    /// image has the name, [`ErrorKind::NotFound`] when there is no source.
     async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()>;
 
-    /// Removes the image with all its snapshots. `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a
-    /// snapshot has clones or somebody has the image open.
+    /// Removes the image with all its snapshots, also where the pool's settings turn a removal into a move to the trash,
+    /// and where an earlier removal left it there. A name that a broken-off rename left beside another is removed alone.
+    /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or somebody has the image open.
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
 
     /// `None` when the key (or the image) is not there.
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>>;
 
     async fn set_metadata(&self, image: &ImageSpec, key: &str, value: &str) -> Result<()>;
+
+    /// Sets these keys, then removes every other one: a clone has all metadata of its parent, limits of its speed
+    /// included.
+    async fn replace_metadata(&self, image: &ImageSpec, metadata: &[(String, String)]) -> Result<()>;
 
     async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change>;
 

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
+use ceph::rados::{rados_read, rados_remove};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check, until_nul};
+use super::objects::omap_page;
 use super::{Error, ErrorKind, Features, ImageKey, ImageSpec, Parent, Progress, Result, Snapshot, sys};
 
 /// Whether an image is opened for changes. Opening read-only sets no watch and never takes the image's lock.
@@ -408,6 +410,49 @@ impl Image {
         check(operation, unsafe { sys::rbd_metadata_remove(self.raw, key.as_ptr()) }).map(drop)
     }
 
+    /// The keys of all image-meta, `conf_…` included.
+    pub fn metadata_keys(&self) -> Result<Vec<String>> {
+        let operation = format!("list the metadata of {}", self.spec);
+        let (mut keys, mut values) = (vec![0u8; 4096], vec![0u8; 4096]);
+        loop {
+            let (mut keys_length, mut values_length) = (keys.len(), values.len());
+            // SAFETY: both buffers are given with their lengths, which become the needed ones on ERANGE.
+            let r = unsafe {
+                sys::rbd_metadata_list(
+                    self.raw,
+                    c"".as_ptr(),
+                    0,
+                    keys.as_mut_ptr().cast(),
+                    &mut keys_length,
+                    values.as_mut_ptr().cast(),
+                    &mut values_length,
+                )
+            };
+            if r == -libc::ERANGE && (keys_length > keys.len() || values_length > values.len()) {
+                keys.resize(keys_length.max(keys.len()), 0);
+                values.resize(values_length.max(values.len()), 0);
+                continue;
+            }
+            check(operation, r)?;
+            let listed = keys[..keys_length.min(keys.len())].split(|byte| *byte == 0).filter(|key| !key.is_empty());
+            return Ok(listed.map(|key| String::from_utf8_lossy(key).into_owned()).collect());
+        }
+    }
+
+    /// Sets these keys, then removes every other one.
+    pub fn replace_metadata(&self, metadata: &[(String, String)]) -> Result<()> {
+        for (key, value) in metadata {
+            self.set_metadata(key, value)?;
+        }
+        for key in self.metadata_keys()?.iter().filter(|key| metadata.iter().all(|(wanted, _)| wanted != *key)) {
+            match self.remove_metadata(key) {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// At most `length` bytes, fewer at the image's end.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
         let length = length.min(usize::try_from(self.size()?.saturating_sub(offset)).unwrap_or(usize::MAX));
@@ -525,12 +570,17 @@ pub(super) struct Options {
 impl Options {
     /// Format 2, [`Features::PUBLISHED`], and the object size and striping of `like`.
     pub fn published(like: &Image) -> Result<Self> {
+        Self::with_features(like, Features::PUBLISHED)
+    }
+
+    /// Format 2, these features, and the object size and striping of `like`.
+    pub fn with_features(like: &Image, features: Features) -> Result<Self> {
         let mut raw = ptr::null_mut();
         // SAFETY: writes the new options to `raw`.
         unsafe { sys::rbd_image_options_create(&mut raw) };
         let options = Self { raw };
         let (object_size, unit, count) = (like.object_size()?, like.stripe_unit()?, like.stripe_count()?);
-        let mut features = Features::PUBLISHED.0;
+        let mut features = features.0;
         options.set(sys::IMAGE_OPTION_FORMAT, 2)?;
         options.set(sys::IMAGE_OPTION_ORDER, u64::from(object_size.trailing_zeros()))?;
         if count > 1 || unit != object_size {
@@ -606,11 +656,51 @@ pub(super) fn remove(io: &IoCtx, name: &str, operation: &str) -> Result<()> {
     check(operation, unsafe { sys::rbd_remove(io.raw(), name.as_ptr()) }).map(drop)
 }
 
-/// Removes an image without snapshots from the trash, whatever its deferment.
-pub(super) fn remove_from_trash(io: &IoCtx, id: &str, operation: &str) -> Result<()> {
+/// Removes an image without snapshots from the trash; with `force` whatever its deferment.
+pub(super) fn remove_from_trash(io: &IoCtx, id: &str, force: bool, operation: &str) -> Result<()> {
     let id = c_string(operation, id)?;
     // SAFETY: the ioctx is open, the id ends in NUL.
-    check(operation, unsafe { sys::rbd_trash_remove(io.raw(), id.as_ptr(), true) }).map(drop)
+    check(operation, unsafe { sys::rbd_trash_remove(io.raw(), id.as_ptr(), force) }).map(drop)
+}
+
+/// The internal id that a name leads to, by the object `rbd_id.<name>`. It is what librbd opens an image by.
+pub(super) fn id_of_name(io: &IoCtx, name: &str, operation: &str) -> Result<Option<String>> {
+    let object = c_string(operation, &format!("rbd_id.{name}"))?;
+    let mut buffer = [0u8; 512];
+    // SAFETY: writes at most the buffer's length.
+    let r = unsafe { rados_read(io.raw(), object.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    if r == -libc::ENOENT {
+        return Ok(None);
+    }
+    let read = check(operation, r)? as usize;
+    decode_text(&buffer[..read.min(buffer.len())])
+        .map(Some)
+        .ok_or_else(|| Error::new(operation, ErrorKind::Other, format!("rbd_id.{name} holds no id")))
+}
+
+/// The name that the pool's directory lists an internal id under.
+pub(super) fn name_in_directory(io: &IoCtx, id: &str, operation: &str) -> Result<Option<String>> {
+    let key = c_string(operation, &format!("id_{id}"))?;
+    let (entries, _) = omap_page(io, c"rbd_directory", c"", &key, 1, operation)?;
+    Ok(entries.into_iter().find(|(found, _)| *found == key).and_then(|(_, value)| decode_text(&value)))
+}
+
+/// Removes the object `rbd_id.<name>`, and nothing else of the image.
+pub(super) fn remove_name(io: &IoCtx, name: &str, operation: &str) -> Result<()> {
+    let object = c_string(operation, &format!("rbd_id.{name}"))?;
+    // SAFETY: the ioctx is open, the name ends in NUL.
+    let r = unsafe { rados_remove(io.raw(), object.as_ptr()) };
+    if r == -libc::ENOENT {
+        return Ok(());
+    }
+    check(operation, r).map(drop)
+}
+
+/// Ceph's encoding of a string: its length in four bytes, then its bytes.
+fn decode_text(data: &[u8]) -> Option<String> {
+    let (length, rest) = data.split_first_chunk::<4>()?;
+    let text = rest.get(..u32::from_le_bytes(*length) as usize)?;
+    String::from_utf8(text.to_vec()).ok()
 }
 
 /// An image of a pool, as its directory tells.
@@ -648,7 +738,7 @@ pub(super) fn list(io: &IoCtx, operation: &str) -> Result<Vec<Listed>> {
 pub(super) struct Trashed {
     pub id: String,
     pub name: String,
-    /// It lies there because somebody is removing it.
+    /// It lies there because librbd is removing it.
     pub removing: bool,
 }
 

@@ -14,8 +14,8 @@ use super::layers::{shared_extents, total, union, without};
 use super::objects::{Object, omap_page};
 use super::rbd::{self, Access, Image, Options};
 use super::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, Progress, Result, Storage,
-    TransferLimits,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, OWNER_KEY, Progress, Result,
+    Storage, TransferLimits,
 };
 
 /// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
@@ -208,7 +208,7 @@ impl Storage for Client {
                 ImageKey::Name(name) => name.clone(),
                 ImageKey::Id(_) => Image::open_existing(cluster, &spec, Access::ReadOnly)?.name()?,
             };
-            rbd::rename(&io, &from, &name, &operation)
+            rename(&io, &from, &name, &operation)
         })
         .await
     }
@@ -232,6 +232,11 @@ impl Storage for Client {
     async fn set_metadata(&self, image: &ImageSpec, key: &str, value: &str) -> Result<()> {
         let value = value.to_owned();
         self.with_image("set metadata of", image, key, move |image, key| image.set_metadata(key, &value)).await
+    }
+
+    async fn replace_metadata(&self, image: &ImageSpec, metadata: &[(String, String)]) -> Result<()> {
+        let metadata = metadata.to_vec();
+        self.with_image("replace the metadata of", image, "", move |image, _| image.replace_metadata(&metadata)).await
     }
 
     async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
@@ -413,42 +418,110 @@ fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
     made_unless(image.remove_snapshot(snapshot), ErrorKind::NotFound)
 }
 
+/// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died in
+/// between is finished here.
+fn rename(io: &IoCtx, from: &str, to: &str, operation: &str) -> Result<()> {
+    let taken = match rbd::rename(io, from, to, operation) {
+        Err(e) if e.kind() == ErrorKind::Exists => e,
+        result => return result,
+    };
+    let id = match (rbd::id_of_name(io, from, operation)?, rbd::id_of_name(io, to, operation)?) {
+        (Some(id), Some(other)) if id == other => id,
+        _ => return Err(taken),
+    };
+    match rbd::name_in_directory(io, &id, operation)? {
+        Some(name) if name == to => rbd::remove_name(io, from, operation),
+        Some(name) if name == from => {
+            rbd::remove_name(io, to, operation)?;
+            rbd::rename(io, from, to, operation)
+        }
+        _ => Err(taken),
+    }
+}
+
+/// Removes an image with its snapshots. The pool's settings may turn librbd's removal into a move to the trash, and a
+/// removal may have broken off there, so that the trash is looked through each time.
 fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
     let operation = format!("remove {spec}");
     let io = IoCtx::open(cluster, &spec.pool)?;
-    let mut name = None;
-    if let Some(image) = Image::open(cluster, spec, Access::ReadOnly)? {
-        name = Some(image.name()?);
-        let snapshots = image.snapshots()?;
-        drop(image);
-        if !snapshots.is_empty()
-            && let Some(image) = Image::open(cluster, spec, Access::ReadWrite)?
+    let (name, id) = match &spec.image {
+        ImageKey::Name(name) => (Some(name.clone()), rbd::id_of_name(&io, name, &operation)?),
+        ImageKey::Id(id) => (rbd::name_in_directory(&io, id, &operation)?, Some(id.clone())),
+    };
+    if let (Some(name), Some(id)) = (&name, &id) {
+        // A rename that broke off: the image is whole under the name that the directory has, this one is a second name.
+        let listed = rbd::name_in_directory(&io, id, &operation)?.filter(|listed| listed != name);
+        if let Some(listed) = listed
+            && rbd::id_of_name(&io, &listed, &operation)?.as_ref() == Some(id)
         {
-            for snapshot in snapshots {
-                remove_snapshot(&image, &snapshot.name)?;
-            }
+            rbd::remove_name(&io, name, &operation)?;
+            return Ok(Change::Made);
         }
     }
+    let mut change = Change::AlreadyThere;
+    prepare_removal(cluster, spec, name.as_deref())?;
     // An image that cannot be opened may still have a name or an id: a creation or a removal broke off.
     let gone = |result: Result<()>| made_unless(result, ErrorKind::NotFound);
-    patiently(|| match &spec.image {
-        ImageKey::Name(name) => match gone(rbd::remove(&io, name, &operation))? {
-            Change::Made => Ok(Change::Made),
-            Change::AlreadyThere => {
-                // librbd removes by way of the trash; a removal that broke off left it there.
-                let mut change = Change::AlreadyThere;
-                for left in rbd::trash(&io, &operation)?.iter().filter(|t| t.removing && t.name == *name) {
-                    gone(rbd::remove_from_trash(&io, &left.id, &operation))?;
-                    change = Change::Made;
-                }
-                Ok(change)
-            }
-        },
-        ImageKey::Id(id) => match (gone(rbd::remove_from_trash(&io, id, &operation))?, &name) {
-            (Change::AlreadyThere, Some(name)) => gone(rbd::remove(&io, name, &operation)),
-            (change, _) => Ok(change),
-        },
-    })
+    if let Some(name) = &name
+        && patiently(|| gone(rbd::remove(&io, name, &operation)))? == Change::Made
+    {
+        change = Change::Made;
+    }
+    for left in rbd::trash(&io, &operation)? {
+        let in_trash = ImageSpec::with_id(&spec.pool, &left.id);
+        let ours = id.as_ref() == Some(&left.id)
+            || (name.as_ref() == Some(&left.name)
+                && (left.removing || is_own_leftover(cluster, &in_trash, &left.name)?));
+        if ours {
+            prepare_removal(cluster, &in_trash, Some(&left.name))?;
+            patiently(|| gone(rbd::remove_from_trash(&io, &left.id, true, &operation)))?;
+            change = Change::Made;
+        }
+    }
+    // A name that leads nowhere would be taken for ever.
+    if let (Some(name), Some(id)) = (&name, &id)
+        && rbd::id_of_name(&io, name, &operation)?.as_ref() == Some(id)
+        && rbd::name_in_directory(&io, id, &operation)?.is_none()
+        && Image::open(cluster, &ImageSpec::with_id(&spec.pool, id), Access::ReadOnly)?.is_none()
+    {
+        rbd::remove_name(&io, name, &operation)?;
+    }
+    Ok(change)
+}
+
+/// Removes the image's snapshots, and writes into the image whose it is: it may be left in the trash, where it is known
+/// by that alone.
+fn prepare_removal(cluster: &Arc<Cluster>, spec: &ImageSpec, name: Option<&str>) -> Result<()> {
+    let Some(image) = Image::open(cluster, spec, Access::ReadOnly)? else { return Ok(()) };
+    let snapshots = image.snapshots()?;
+    let owner = image.metadata(OWNER_KEY)?;
+    let unknown = name.filter(|name| !owner.as_deref().is_some_and(|owner| is_owner_of(owner, name)));
+    drop(image);
+    if snapshots.is_empty() && unknown.is_none() {
+        return Ok(());
+    }
+    let Some(image) = Image::open(cluster, spec, Access::ReadWrite)? else { return Ok(()) };
+    if let Some(name) = unknown {
+        image.set_metadata(OWNER_KEY, name)?;
+    }
+    for snapshot in snapshots {
+        remove_snapshot(&image, &snapshot.name)?;
+    }
+    Ok(())
+}
+
+/// Whether an image that lies in the trash under this former name is one that was being removed here: it says so, or
+/// nothing of it is left that could say anything.
+fn is_own_leftover(cluster: &Arc<Cluster>, in_trash: &ImageSpec, name: &str) -> Result<bool> {
+    match Image::open(cluster, in_trash, Access::ReadOnly)? {
+        Some(image) => Ok(image.metadata(OWNER_KEY)?.is_some_and(|owner| is_owner_of(&owner, name))),
+        None => Ok(true),
+    }
+}
+
+/// Whether a value of [`OWNER_KEY`] belongs to an image of this name; a clone has inherited that of its parent.
+fn is_owner_of(owner: &str, name: &str) -> bool {
+    owner.split_whitespace().next().is_some_and(|id| name.contains(id))
 }
 
 /// Repeats what finds an image busy, for a short time.

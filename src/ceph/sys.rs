@@ -205,6 +205,15 @@ unsafe extern "C" {
     pub fn rbd_metadata_get(image: rbd_image_t, key: *const c_char, value: *mut c_char, length: *mut usize) -> c_int;
     pub fn rbd_metadata_set(image: rbd_image_t, key: *const c_char, value: *const c_char) -> c_int;
     pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
+    pub fn rbd_metadata_list(
+        image: rbd_image_t,
+        start: *const c_char,
+        max: u64,
+        keys: *mut c_char,
+        keys_length: *mut usize,
+        values: *mut c_char,
+        values_length: *mut usize,
+    ) -> c_int;
 }
 
 // copy_from.cc

@@ -89,7 +89,9 @@ pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, own: &OwnershipT
     let target = ImageSpec::named(&copy.pool, image_id.as_str());
     match storage.rename(copy, &image_id).await {
         Ok(()) => return Ok(Name::Ours),
-        Err(e) if matches!(e.kind(), ErrorKind::Exists | ErrorKind::NotFound) => {}
+        // the copy is there, and an image of another internal id has the name
+        Err(e) if e.kind() == ErrorKind::Exists => return Ok(Name::Taken),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
         Err(e) => return Err(e),
     }
     if storage.image(&target, None).await?.is_none() {

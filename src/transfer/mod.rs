@@ -18,7 +18,7 @@ use crate::config;
 
 /// Key of the ownership tag in an image's metadata; its value is an
 /// [`OwnershipTag`](crate::publish::tag::OwnershipTag).
-pub const MARK: &str = "rbd_offload.job";
+pub const MARK: &str = ceph::OWNER_KEY;
 
 /// A way to transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -128,7 +128,7 @@ fn clone_obstacle(source: &ImageInfo) -> Option<String> {
 
 async fn clone_marked(storage: &dyn Storage, order: &Order) -> ceph::Result<()> {
     storage.clone_image(&order.source, &order.snapshot, &order.destination).await?;
-    storage.set_metadata(&order.destination, MARK, &order.mark).await
+    storage.replace_metadata(&order.destination, &[(MARK.to_owned(), order.mark.clone())]).await
 }
 
 #[cfg(test)]

@@ -696,6 +696,26 @@ impl Storage for Handle {
         .await
     }
 
+    async fn replace_metadata(&self, image: &ImageSpec, metadata: &[(String, String)]) -> Result<()> {
+        // the keys are set before the others go: a crash may come between them
+        for (key, value) in metadata {
+            self.set_metadata(image, key, value).await?;
+        }
+        self.ceph(
+            Kind::Write,
+            || format!("strip {image} to {metadata:?}"),
+            |world| {
+                let id = world.ceph.find_id("replace the metadata of", image)?;
+                must_be_ours(world, "stripping", &id);
+                if let Some(found) = world.ceph.by_id_mut(&id) {
+                    found.metadata.retain(|key, _| metadata.iter().any(|(wanted, _)| wanted == key));
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
     async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
         self.ceph(
             Kind::Write,
