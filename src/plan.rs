@@ -64,6 +64,8 @@ pub struct Plan {
     pub info: ImageInfo,
     pub dest_pool: String,
     pub method: Method,
+    /// Clones are made through an anchor, see [`Backend`](crate::config::Backend).
+    pub anchor: bool,
     /// GiB.
     pub min_disk: u64,
     /// MiB.
@@ -215,6 +217,7 @@ pub async fn make(
         info,
         dest_pool: found.dest_pool,
         method: found.method,
+        anchor: found.anchor,
     })
 }
 
@@ -248,6 +251,7 @@ struct Found {
     snapshot: Option<String>,
     dest_pool: String,
     method: Method,
+    anchor: bool,
     min_disk: u64,
     min_ram: u64,
     image_metadata: BTreeMap<String, String>,
@@ -331,6 +335,8 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         snapshot: None,
         dest_pool: config.glance.pool.clone(),
         method: config.offload.method,
+        // Nova flattens nothing when it removes a disk, and a job ends when its instance goes
+        anchor: false,
         min_disk: 0,
         min_ram: 0,
         image_metadata: BTreeMap::new(),
@@ -457,6 +463,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         snapshot,
         dest_pool: backend.dest_pool.clone(),
         method: backend.method.unwrap_or(config.offload.method),
+        anchor: backend.anchor,
         min_disk: volume.size,
         min_ram: 0,
         image_metadata: volume.image_metadata.clone(),

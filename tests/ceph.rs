@@ -9,6 +9,9 @@ use rbd_offload::ceph::{
     Change, Client, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects, Progress,
     Storage, TransferLimits, Version,
 };
+use rbd_offload::publish::tag::OwnershipTag;
+use rbd_offload::publish::{self, Name};
+use rbd_offload::transfer::{self, MARK};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -649,6 +652,319 @@ with rados.WriteOpCtx() as op:
     let client = lab.client().await;
     assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::Made);
     assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::AlreadyThere);
+}
+
+/// A setting of a pool, for as long as it lives.
+struct PoolSetting<'a>(&'a Lab, &'static str, &'static str);
+
+impl<'a> PoolSetting<'a> {
+    fn new(lab: &'a Lab, pool: &'static str, key: &'static str, value: &str) -> Self {
+        lab.command("rbd", &["config", "pool", "set", pool, key, value]);
+        Self(lab, pool, key)
+    }
+}
+
+impl Drop for PoolSetting<'_> {
+    fn drop(&mut self) {
+        self.0.command("rbd", &["config", "pool", "remove", self.1, self.2]);
+    }
+}
+
+/// Ids and names of what lies in the trash of `vms`.
+fn trashed(lab: &Lab) -> String {
+    lab.command("rbd", &["trash", "ls", "--all", "vms"])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python("create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)");
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let copy = |n: &str| ImageSpec::named("vms", format!("{}-{n}", lab.name));
+    let _setting = PoolSetting::new(&lab, "vms", "rbd_move_to_trash_on_remove", "true");
+    let _deferred = PoolSetting::new(&lab, "vms", "rbd_move_to_trash_on_remove_expire_seconds", "3600");
+
+    // a half copy, with and without its tag
+    for tagged in [true, false] {
+        client.clone_image(&source, "s", &copy("a")).await.unwrap();
+        if tagged {
+            client.set_metadata(&copy("a"), MARK, &format!("{}-a request", lab.name)).await.unwrap();
+        }
+        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Change::AlreadyThere);
+        assert!(!trashed(&lab).contains(&lab.name), "{}", trashed(&lab));
+    }
+
+    // a removal that died between the move and the end is known by the tag; what another has put there is not ours
+    client.clone_image(&source, "s", &copy("b")).await.unwrap();
+    client.set_metadata(&copy("b"), MARK, &format!("{}-b", lab.name)).await.unwrap();
+    client.create_like(&source, "s", &copy("c")).await.unwrap();
+    client.set_metadata(&copy("c"), MARK, "inherited").await.unwrap();
+    lab.python("rbd.RBD().remove(io('vms'), NAME + '-b'); rbd.RBD().remove(io('vms'), NAME + '-c')");
+    assert!(trashed(&lab).contains(&format!("{}-b", lab.name)), "the pool's setting holds");
+    assert_eq!(client.remove_image(&copy("b")).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&copy("c")).await.unwrap(), Change::AlreadyThere);
+    let left = trashed(&lab);
+    assert!(!left.contains(&format!("{}-b", lab.name)) && left.contains(&format!("{}-c", lab.name)), "{left}");
+
+    // the check of the pool's capabilities leaves nothing either
+    assert_eq!(client.capabilities("vms", false).await.unwrap(), []);
+    assert!(!trashed(&lab).contains("rbd-offload.check"), "{}", trashed(&lab));
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+    lab.python(
+        "for e in rbd.RBD().trash_list(io('vms')):
+    if NAME in e['name']: rbd.RBD().trash_remove(io('vms'), e['id'], True)",
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_has_no_metadata_but_the_tag() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(
+        "create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)
+with rbd.Image(io('volumes'), NAME + '-volume') as image:
+    image.metadata_set('conf_rbd_qos_bps_limit', '20971520')
+    image.metadata_set('rbd_offload.job', 'of another image')
+    for n in range(200): image.metadata_set('key%d' % n, 'x' * 100)",
+    );
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    for method in [transfer::Method::ServerCopy, transfer::Method::Clone, transfer::Method::Copy] {
+        let order = transfer::Order {
+            source: source.clone(),
+            snapshot: "s".into(),
+            anchor: None,
+            destination: lab.image(),
+            mark: lab.name.clone(),
+            limits: LIMITS,
+        };
+        let (progress, never) = (Progress::default(), CancellationToken::new());
+        method.transfer().run(&client, &order, &progress, &never).await.unwrap();
+        let metadata = lab.command("rbd", &["image-meta", "list", "--format", "json", &lab.image().to_string()]);
+        assert_eq!(metadata.trim(), format!("{{\"{MARK}\":\"{}\"}}", lab.name), "{method}");
+        assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::Made);
+    }
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rename_that_died_half_way_is_finished() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let name = |n: &str| format!("{}-{n}", lab.name);
+    let copy_object = |from: &str, to: &str| {
+        lab.command("rados", &["-p", "images", "cp", &format!("rbd_id.{from}"), &format!("rbd_id.{to}")]);
+    };
+    let objects = || lab.command("rados", &["-p", "images", "ls"]);
+    let listed = || lab.command("rbd", &["ls", "images"]);
+
+    // only the new name's object was written, or the directory too
+    for directory_too in [false, true] {
+        let own = OwnershipTag::new(Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let (private, id) = (name("private"), own.image_id.to_string());
+        let copy = ImageSpec::named("images", &private);
+        lab.python("create('images', NAME + '-private', M)");
+        client.set_metadata(&copy, MARK, &own.to_string()).await.unwrap();
+        if directory_too {
+            client.rename(&copy, &id).await.unwrap();
+            copy_object(&id, &private);
+        } else {
+            copy_object(&private, &id);
+        }
+        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), Name::Ours);
+        assert!(listed().lines().any(|line| line == id) && !listed().contains(&private), "{}", listed());
+        assert!(!objects().contains(&format!("rbd_id.{private}")), "the old name is gone");
+        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), Name::Ours, "done before");
+        assert_eq!(client.remove_image(&ImageSpec::named("images", &id)).await.unwrap(), Change::Made);
+        assert!(!objects().contains(&id), "nothing is left");
+    }
+
+    // a second name goes alone, and the image under its first
+    lab.python("create('images', NAME + '-a', M)");
+    let (first, second) = (ImageSpec::named("images", name("a")), ImageSpec::named("images", name("b")));
+    copy_object(&name("a"), &name("b"));
+    assert_eq!(client.remove_image(&second).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&second).await.unwrap(), Change::AlreadyThere);
+    assert!(client.image(&first, None).await.unwrap().is_some());
+
+    // another writer's image is never taken for ours, not even with our tag
+    let own = OwnershipTag::new(Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    let second = ImageSpec::named("images", own.image_id.to_string());
+    lab.python(&format!("create('images', '{}', M)", own.image_id));
+    client.set_metadata(&second, MARK, &own.to_string()).await.unwrap();
+    assert_eq!(publish::take_name(&client, &first, &own).await.unwrap(), Name::Taken);
+    assert!(client.image(&first, None).await.unwrap().is_some());
+    for image in [&first, &second] {
+        assert_eq!(client.remove_image(image).await.unwrap(), Change::Made);
+    }
+    assert!(!objects().contains(&lab.name), "nothing is left");
+}
+
+/// What Cinder does to a snapshot that it deletes, and to the volume behind it: flattens the clones, removes the
+/// snapshot, overwrites and removes the image.
+const DELETE_SOURCE: &str = "
+v = NAME + '-volume'
+with rbd.Image(io('volumes'), v, 's') as image: children = list(image.list_children())
+for pool, child in children:
+    with rbd.Image(io(pool), child) as image: image.flatten()
+with rbd.Image(io('volumes'), v) as image:
+    image.unprotect_snap('s'); image.remove_snap('s')
+    for at in range(0, image.size(), M): image.write(bytes([255]) * M, at)
+rbd.RBD().remove(io('volumes'), v)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_deleted_during_a_flatten_through_an_anchor_is_copied_whole() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    // many small objects, half of them in a parent: a flatten takes a while
+    lab.python(
+        "create('volumes2', NAME + '-base', 96 * M, order=16); write('volumes2', NAME + '-base', 0, 96 * M, 1)
+snap('volumes2', NAME + '-base', 'b')
+clone('volumes2', NAME + '-base', 'b', 'volumes', NAME + '-volume', order=16)
+write('volumes', NAME + '-volume', 8 * M, 40 * M, 2); discard('volumes', NAME + '-volume', 60 * M, 4 * M)
+with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('conf_rbd_qos_bps_limit', '20971520')",
+    );
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let anchor = ImageSpec::named("volumes", format!("{}-anchor", lab.name));
+    let tag = [(MARK.to_owned(), format!("{}-anchor", lab.name))];
+    client.make_anchor(&source, "s", &anchor, "a", &tag).await.unwrap();
+
+    let info = client.image(&anchor, None).await.unwrap().unwrap();
+    assert!(!info.features.has(Features::OBJECT_MAP) && !info.features.has(Features::FAST_DIFF), "{info:?}");
+    assert!(info.features.has(Features::DEEP_FLATTEN) && info.snapshots.iter().any(|s| s.name == "a" && s.protected));
+    let metadata = lab.command("rbd", &["image-meta", "list", "--format", "json", &anchor.to_string()]);
+    assert!(metadata.contains(MARK) && !metadata.contains("qos"), "{metadata}");
+    assert_eq!(client.chain(&anchor, "a").await.unwrap().len(), 2);
+    assert!(lab.data(&anchor, Some("a")) == expected);
+
+    client.clone_image(&anchor, "a", &image).await.unwrap();
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let deletion = async {
+        let until = Instant::now() + Duration::from_secs(60);
+        while progress.done() * 20 < progress.total().max(1) && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let before = progress.done();
+        tokio::task::block_in_place(|| lab.python(DELETE_SOURCE));
+        eprintln!("deleted while {before} to {} of {} bytes were copied", progress.done(), progress.total());
+    };
+    let (flattened, ()) = tokio::join!(client.flatten(&image, &progress, &never), deletion);
+    flattened.unwrap();
+    assert_eq!(client.chain(&anchor, "a").await.unwrap(), []);
+    assert!(lab.data(&image, None) == expected, "the copy");
+    assert!(lab.data(&anchor, Some("a")) == expected, "the anchor");
+    for image in [&image, &anchor] {
+        assert_eq!(client.remove_image(image).await.unwrap(), Change::Made);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_through_an_anchor_takes_the_sources_objects() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(
+        "create('volumes2', NAME + '-base', 40 * M); write('volumes2', NAME + '-base', 0, 24 * M, 1)
+snap('volumes2', NAME + '-base', 'b'); clone('volumes2', NAME + '-base', 'b', 'volumes', NAME + '-volume')
+write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '-volume', 16 * M, 4 * M)",
+    );
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let anchor = ImageSpec::named("volumes", format!("{}-anchor", lab.name));
+    client.make_anchor(&source, "s", &anchor, "a", &[]).await.unwrap();
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    // from the source while the anchor hangs on it, from the anchor itself once Cinder has flattened it
+    for flattened in [false, true] {
+        if flattened {
+            lab.python(DELETE_SOURCE);
+        }
+        let (from, snapshot) = if flattened { (&anchor, "a") } else { (&source, "s") };
+        client.clone_image(&anchor, "a", &image).await.unwrap();
+        let filled = client.fill(from, snapshot, &image, LIMITS, &progress, &never).await.unwrap();
+        eprintln!("{filled:?}");
+        assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
+        client.flatten(&image, &progress, &never).await.unwrap();
+        assert!(lab.data(&image, None) == expected, "flattened: {flattened}");
+        assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    }
+    assert_eq!(client.remove_image(&anchor).await.unwrap(), Change::Made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_needs_is_not_purged_from_the_trash() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let id_of = |spec: ImageSpec| {
+        let client = &client;
+        async move { ImageSpec::with_id("volumes", client.image(&spec, None).await.unwrap().unwrap().id) }
+    };
+    lab.python("create('volumes', NAME + '-volume', M); snap('volumes', NAME + '-volume', 'other')");
+    let volume = id_of(lab.volume()).await;
+    assert!(!client.in_trash(&volume).await.unwrap());
+    assert_eq!(client.purge(&volume).await.unwrap(), Change::AlreadyThere, "it is in use");
+    lab.python("trash('volumes', NAME + '-volume')");
+    assert!(client.in_trash(&volume).await.unwrap());
+    assert_eq!(client.purge(&volume).await.unwrap(), Change::AlreadyThere, "it has a snapshot");
+    assert_eq!(client.remove_snapshot(&volume, "other").await.unwrap(), Change::Made);
+    assert_eq!(client.purge(&volume).await.unwrap(), Change::Made);
+    assert!(!client.in_trash(&volume).await.unwrap());
+
+    lab.python("create('volumes', NAME + '-later', M)");
+    let later = id_of(ImageSpec::named("volumes", format!("{}-later", lab.name))).await;
+    lab.python("rbd.RBD().trash_move(io('volumes'), NAME + '-later', 3600)");
+    assert_eq!(client.purge(&later).await.unwrap(), Change::AlreadyThere, "Cinder deferred it");
+    assert!(client.in_trash(&later).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_has_the_published_shape_is_sealed() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python("create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)");
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+
+    // a parent cannot be repaired
+    client.clone_image(&source, "s", &image).await.unwrap();
+    let fault = publish::seal(&client, &image, &progress, &never).await.unwrap().unwrap();
+    assert!(fault.contains("parent"), "{fault}");
+    assert_eq!(client.image(&image, None).await.unwrap().unwrap().snapshots, [], "it got no snapshot");
+
+    // maps can: those that are off, and one that was never rebuilt
+    client.flatten(&image, &progress, &never).await.unwrap();
+    let features = |what: &[&str]| {
+        lab.command("rbd", &[&["feature", what[0], &image.to_string()], &what[1..]].concat());
+    };
+    features(&["disable", "object-map", "fast-diff"]);
+    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    is_sealed(&lab, &client, &image).await;
+    features(&["disable", "object-map", "fast-diff"]);
+    features(&["enable", "object-map", "fast-diff"]);
+    assert_ne!(client.image(&image, None).await.unwrap().unwrap().flags, 0, "the map is invalid");
+    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    is_sealed(&lab, &client, &image).await;
+
+    // what nobody would have enabled goes
+    features(&["enable", "journaling"]);
+    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    is_sealed(&lab, &client, &image).await;
+    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+}
+
+async fn is_sealed(lab: &Lab, client: &Client, image: &ImageSpec) {
+    for snapshot in [None, Some("snap")] {
+        let info = client.image(image, snapshot).await.unwrap().unwrap();
+        assert_eq!((info.features, info.flags, &info.parent), (Features::PUBLISHED, 0, &None), "{snapshot:?}");
+        assert!(info.snapshots.iter().any(|s| s.name == "snap" && s.protected));
+        let name = format!("{image}{}", snapshot.map_or(String::new(), |s| format!("@{s}")));
+        lab.command("rbd", &["object-map", "check", &name]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

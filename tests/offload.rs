@@ -527,6 +527,117 @@ mod meanwhile {
     }
 }
 
+/// Cinder deletes the source while it is copied, with the capabilities that Ceph's manual gives it.
+mod deleted {
+    use super::*;
+
+    /// A daemon that copies so slowly that the source is gone before the copy is there.
+    fn slowly(method: &str) -> Setup {
+        Setup::default().set("offload", "method", method).set("offload", "bandwidth_limit", "4MiB").set(
+            "offload",
+            "objects_per_second",
+            "80",
+        )
+    }
+
+    async fn anchor_of(id: &str) -> Option<()> {
+        Disk::new("volumes", format!("rbd-offload.{id}.anchor")).facts().await.map(drop)
+    }
+
+    /// What Cinder calls gone leaves nothing behind, the RBD trash included; and so does the job.
+    async fn nothing_is_left(daemon: &Daemon, id: &str, volume: &Volume) {
+        daemon.await_idle().await;
+        assert!(volume.disk.facts().await.is_none());
+        assert!(anchor_of(id).await.is_none(), "the anchor is still there");
+        let trash = lab().ceph("rbd", &["trash", "ls", "--all", "volumes"]).await;
+        assert!(!trash.contains(&volume.id), "{trash}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_deleted_during_its_copy_goes_and_its_image_is_whole() {
+        let _stage = stage::alone().await;
+        for method in METHODS {
+            let demo = Account::demo().await;
+            let volume = demo.long_volume(48, 1).await;
+            let expected = volume.disk.digest(None).await;
+            let daemon = slowly(method).start().await;
+            let id = demo.request(&volume).await;
+            until("its private copy", seconds(60), || async {
+                Disk::of_image(&format!("rbd-offload.{id}")).facts().await.map(drop)
+            })
+            .await;
+            assert_eq!(anchor_of(&id).await.is_some(), method != "copy", "{method}");
+            demo.delete_volume(&volume).await;
+            eprintln!("{method}: the volume is gone, the image {}", demo.image(&id).await["status"]);
+            let image = demo.await_image(&id, "active").await;
+            is_right(&image, &expected, 1).await;
+            let job = daemon.await_job(&id, "done").await;
+            assert_eq!(job["method"], method);
+            nothing_is_left(&daemon, &id, &volume).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_snapshot_deleted_during_its_copy_goes_and_its_image_is_whole() {
+        let _stage = stage::alone().await;
+        for method in ["server-copy", "clone"] {
+            let demo = Account::demo().await;
+            let volume = demo.long_volume(48, 1).await;
+            let snapshot = demo.create_snapshot(&volume).await;
+            let expected = volume.disk.digest(None).await;
+            volume.disk.write(2, &[(0, 10 * MIB)]).await;
+            let daemon = slowly(method).start().await;
+            let id = demo.create_image(&[snapshot_tag(&snapshot)], json!({})).await;
+            until("its private copy", seconds(60), || async {
+                Disk::of_image(&format!("rbd-offload.{id}")).facts().await.map(drop)
+            })
+            .await;
+            demo.delete_snapshot(&snapshot).await;
+            demo.delete_volume(&volume).await;
+            eprintln!("{method}: snapshot and volume are gone, the image {}", demo.image(&id).await["status"]);
+            let image = demo.await_image(&id, "active").await;
+            is_right(&image, &expected, 1).await;
+            daemon.await_job(&id, "done").await;
+            nothing_is_left(&daemon, &id, &volume).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_deleted_during_a_copy_that_is_cancelled_leaves_nothing() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.long_volume(48, 1).await;
+        let daemon = slowly("server-copy").start().await;
+        let id = demo.request(&volume).await;
+        until("its anchor", seconds(60), || anchor_of(&id)).await;
+        demo.delete_volume(&volume).await;
+        daemon.command(&["cancel", &id]).await;
+        daemon.await_job(&id, "cancelled").await;
+        nothing_is_left_of(&id).await;
+        nothing_is_left(&daemon, &id, &volume).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_daemon_killed_with_an_anchor_is_followed_by_another() {
+        let _stage = stage::alone().await;
+        let demo = Account::demo().await;
+        let volume = demo.long_volume(48, 1).await;
+        let expected = volume.disk.digest(None).await;
+        let setup = slowly("server-copy");
+        let first = setup.start().await;
+        let id = demo.request(&volume).await;
+        until("its anchor", seconds(60), || anchor_of(&id)).await;
+        first.kill();
+        let next = setup.start().await;
+        let image = demo.await_image(&id, "active").await;
+        is_right(&image, &expected, 1).await;
+        next.await_job(&id, "done").await;
+        next.await_idle_after_kills().await;
+        source_is_as_before(&volume, 0).await;
+        assert!(anchor_of(&id).await.is_none(), "the anchor is still there");
+    }
+}
+
 /// A pool without space.
 mod full {
     use super::*;

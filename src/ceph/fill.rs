@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
 use super::copy::Pace;
 use super::layers::{clip, parents};
-use super::rbd::{Access, Extent, Image};
+use super::rbd::{Access, Extent, Image, ParentLink};
 use super::{Error, ErrorKind, Features, ImageSpec, Moved, Progress, Result, TransferLimits, sys};
 
 /// How long to wait for a completion before looking at the cancellation again.
@@ -77,15 +77,26 @@ pub(super) fn fill(
     let from = Image::open_snapshot(cluster, source, snapshot)?;
     let snap_id = from.snapshot_id(snapshot)?;
     let to = Image::open_existing(cluster, destination, Access::ReadOnly)?;
-    let Some(link) = to.parent()? else { return Ok(Moved::default()) };
-    if link.pool_id != from.io().pool_id() || link.parent.image_id != from.id()? || link.snap_id != snap_id {
+    let Some(mut link) = to.parent()? else { return Ok(Moved::default()) };
+    let is_source = |link: &ParentLink| -> Result<bool> {
+        Ok(link.pool_id == from.io().pool_id() && link.parent.image_id == from.id()? && link.snap_id == snap_id)
+    };
+    let mut overlap = to.overlap()?;
+    if !is_source(&link)? {
+        // Through an anchor. As long as that has a parent, its objects are copies of the parent's: the source has them all.
+        let anchor = Image::open_parent(cluster, &link)?;
+        let Some(above) = anchor.parent()? else { return unsupported("the destination is a clone of something else") };
+        overlap = overlap.min(anchor.overlap()?);
+        link = above;
+    }
+    if !is_source(&link)? {
         return unsupported("the destination is a clone of something else");
     }
     if from.features()?.has(Features::MIGRATING) {
         return unsupported("the source is being migrated");
     }
     let size = to.size()?;
-    if from.size()? != size || to.overlap()? != size {
+    if from.size()? != size || overlap != size {
         return unsupported("source and clone differ in size");
     }
     let layout = Layout::of(&to)?;

@@ -113,6 +113,9 @@ impl Features {
     /// What every published image has.
     pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);
 
+    /// What an anchor has: no object map, see [`Storage::make_anchor`].
+    pub const ANCHOR: Self = Self(1 | 32);
+
     pub fn has(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
@@ -130,6 +133,14 @@ pub struct Parent {
     pub overlap: u64,
     /// The parent image lies in the trash.
     pub in_trash: bool,
+}
+
+/// A snapshot that an image reads from, by ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub pool_id: i64,
+    pub image_id: String,
+    pub snapshot_id: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -259,12 +270,38 @@ pub trait Storage: Send + Sync + 'static {
 
     async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
+    /// [`create_snapshot`](Self::create_snapshot) and [`protect_snapshot`](Self::protect_snapshot), at once where that is
+    /// quicker.
+    async fn create_protected_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<()> {
+        self.create_snapshot(image, snapshot).await?;
+        self.protect_snapshot(image, snapshot).await.map(drop)
+    }
+
     /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was none,
     /// or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
     /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is taken.
     async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
+
+    /// Clones `source@snapshot` to `anchor`, replaces its metadata, and gives it a protected snapshot to clone from. An
+    /// anchor is flattened by others while clones of it are read, so it has no object map: every reader asks the cluster
+    /// for each of its objects. Otherwise as [`clone_image`](Self::clone_image); what it made stays when it fails.
+    async fn make_anchor(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        anchor: &ImageSpec,
+        anchor_snapshot: &str,
+        metadata: &[(String, String)],
+    ) -> Result<()> {
+        self.clone_image(source, snapshot, anchor).await?;
+        self.replace_metadata(anchor, metadata).await?;
+        self.create_protected_snapshot(anchor, anchor_snapshot).await
+    }
+
+    /// The snapshots that `image@snapshot` reads from below its own objects, the nearest first.
+    async fn chain(&self, image: &ImageSpec, snapshot: &str) -> Result<Vec<Link>>;
 
     /// Creates an empty image with the size, object size and striping of `source@snapshot` and [`Features::PUBLISHED`].
     /// [`ErrorKind::Exists`] when the name is taken.
@@ -312,6 +349,10 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Option<u64>>;
 
+    /// Gives the image exactly the features of a published one, as far as they can be changed, and rebuilds the object
+    /// maps of its head and of its snapshots.
+    async fn rebuild_maps(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<()>;
+
     /// At most `length` bytes from `offset` of the image's head, fewer at its end.
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>>;
 
@@ -323,6 +364,13 @@ pub trait Storage: Send + Sync + 'static {
     /// and where an earlier removal left it there. A name that a broken-off rename left beside another is removed alone.
     /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or somebody has the image open.
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
+
+    /// Whether an image, given by its id, lies in the trash.
+    async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
+
+    /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it has
+    /// no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while somebody has it open.
+    async fn purge(&self, image: &ImageSpec) -> Result<Change>;
 
     /// `None` when the key (or the image) is not there.
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>>;

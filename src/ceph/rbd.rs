@@ -265,6 +265,16 @@ impl Image {
         Ok(Some(ParentLink { parent: Parent { overlap, ..link.parent }, ..link }))
     }
 
+    /// Whether it has a snapshot of any kind.
+    pub fn has_snapshots(&self) -> Result<bool> {
+        for namespace in 0..=sys::SNAP_NAMESPACE_LAST {
+            if !self.listed_snapshots(namespace)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The user's snapshots: without those of mirroring, of groups, or kept for clones of format 2.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         let mut snapshots = Vec::new();
@@ -504,6 +514,26 @@ impl Image {
         self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
     }
 
+    /// Switches on what a published image has and this one lacks, switches off what it has beside that, and rebuilds the
+    /// object maps of head and snapshots. Leaves the handle at a snapshot, where there is one.
+    pub fn rebuild_as_published(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+        let layout = Features::STRIPINGV2.0 | Features::DATA_POOL.0 | Features::OPERATIONS.0;
+        let features = self.features()?;
+        for (change, on) in
+            [(features.0 & !(Features::PUBLISHED.0 | layout), false), (Features::PUBLISHED.0 & !features.0, true)]
+        {
+            if change != 0 {
+                self.set_features(Features(change), on)?;
+            }
+        }
+        self.rebuild_object_map(progress, cancel)?;
+        for snapshot in self.snapshots()? {
+            self.set_snapshot(&snapshot.name)?;
+            self.rebuild_object_map(progress, cancel)?;
+        }
+        Ok(())
+    }
+
     /// Makes the object map agree with the objects that there are.
     pub fn rebuild_object_map(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
         self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, &progress.beside(), cancel)
@@ -740,6 +770,10 @@ pub(super) struct Trashed {
     pub name: String,
     /// It lies there because librbd is removing it.
     pub removing: bool,
+    /// A user, or a service, moved it there.
+    pub by_user: bool,
+    /// Unix time in seconds before which librbd removes it only by force.
+    pub deferred_until: i64,
 }
 
 pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
@@ -769,6 +803,8 @@ pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
                     id: text(info.id),
                     name: text(info.name),
                     removing: info.source == sys::TRASH_SOURCE_REMOVING,
+                    by_user: info.source == sys::TRASH_SOURCE_USER,
+                    deferred_until: info.deferment_end_time,
                 }
             })
             .collect();

@@ -1,7 +1,7 @@
 //! [`Storage`] over librbd: each method is one blocking closure that opens what it needs and closes it again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -14,13 +14,16 @@ use super::layers::{shared_extents, total, union, without};
 use super::objects::{Object, omap_page};
 use super::rbd::{self, Access, Image, Options};
 use super::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Moved, OWNER_KEY, Progress, Result,
-    Storage, TransferLimits,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY, Progress,
+    Result, Storage, TransferLimits,
 };
 
 /// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
+
+/// A longer chain of parents is taken for a circle.
+const MAX_CHAIN: usize = 64;
 
 #[async_trait]
 impl Storage for Client {
@@ -76,6 +79,10 @@ impl Storage for Client {
         Ok(removed.unwrap_or(Change::AlreadyThere))
     }
 
+    async fn create_protected_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<()> {
+        self.with_image("create and protect snapshot", image, snapshot, create_protected_snapshot).await
+    }
+
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
         let (spec, snapshot) = (image.clone(), snapshot.to_owned());
         self.run(format!("remove snapshot {image}@{snapshot}"), move |cluster| {
@@ -104,23 +111,43 @@ impl Storage for Client {
         let operation = format!("clone {source}@{snapshot} to {destination}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run(operation.clone(), move |cluster| {
-            let parent = Image::open_snapshot(cluster, &source, &snapshot)?;
-            if parent.is_old_format()? || !parent.features()?.has(Features::LAYERING) {
-                return Err(Error::new(operation, ErrorKind::Unsupported, "the source has no layering"));
+            clone(cluster, &source, &snapshot, &destination, Features::PUBLISHED, &operation)
+        })
+        .await
+    }
+
+    async fn make_anchor(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        anchor: &ImageSpec,
+        anchor_snapshot: &str,
+        metadata: &[(String, String)],
+    ) -> Result<()> {
+        let operation = format!("clone {source}@{snapshot} to {anchor}");
+        let (source, snapshot, anchor) = (source.clone(), snapshot.to_owned(), anchor.clone());
+        let (anchor_snapshot, metadata) = (anchor_snapshot.to_owned(), metadata.to_vec());
+        self.run(operation.clone(), move |cluster| {
+            clone(cluster, &source, &snapshot, &anchor, Features::ANCHOR, &operation)?;
+            let image = Image::open_existing(cluster, &anchor, Access::ReadWrite)?;
+            image.replace_metadata(&metadata)?;
+            create_protected_snapshot(&image, &anchor_snapshot)
+        })
+        .await
+    }
+
+    async fn chain(&self, image: &ImageSpec, snapshot: &str) -> Result<Vec<Link>> {
+        let (spec, snapshot) = (image.clone(), snapshot.to_owned());
+        self.run(format!("walk the parents of {image}@{snapshot}"), move |cluster| {
+            // A parent may be cut off and removed between reading the link and following it.
+            let mut tries = 3;
+            loop {
+                let image = Image::open_snapshot(cluster, &spec, &snapshot)?;
+                match chain(cluster, &image) {
+                    Err(e) if e.kind() == ErrorKind::NotFound && tries > 0 => tries -= 1,
+                    result => return result,
+                }
             }
-            if parent.size()? == 0 {
-                return Err(Error::new(operation, ErrorKind::Unsupported, "librbd does not clone an image of 0 bytes"));
-            }
-            // librbd takes the parent by name only.
-            let name = parent.name()?;
-            if let ImageKey::Id(id) = &source.image
-                && rbd::trash(parent.io(), &operation)?.iter().any(|trashed| trashed.id == *id)
-            {
-                return Err(Error::new(operation, ErrorKind::Unsupported, "the source is in the trash"));
-            }
-            let options = Options::published(&parent)?;
-            let io = IoCtx::open(cluster, &destination.pool)?;
-            rbd::clone(parent.io(), &name, &snapshot, &io, &destination, &options, &operation)
         })
         .await
     }
@@ -191,6 +218,20 @@ impl Storage for Client {
         .await
     }
 
+    async fn rebuild_maps(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+        let spec = image.clone();
+        self.run_long(
+            format!("rebuild the object maps of {image}"),
+            progress,
+            cancel,
+            move |cluster, progress, cancel| {
+                let image = Image::open_existing(cluster, &spec, Access::ReadWrite)?;
+                image.rebuild_as_published(progress, cancel)
+            },
+        )
+        .await
+    }
+
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>> {
         let spec = image.clone();
         self.run(format!("read {image}"), move |cluster| {
@@ -216,6 +257,19 @@ impl Storage for Client {
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
         let spec = image.clone();
         self.run(format!("remove {image}"), move |cluster| remove_image(cluster, &spec)).await
+    }
+
+    async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
+        let spec = image.clone();
+        self.run(format!("look for {image} in the trash"), move |cluster| {
+            Ok(find_in_trash(&IoCtx::open(cluster, &spec.pool)?, &spec)?.is_some())
+        })
+        .await
+    }
+
+    async fn purge(&self, image: &ImageSpec) -> Result<Change> {
+        let spec = image.clone();
+        self.run(format!("purge {image}"), move |cluster| purge(cluster, &spec)).await
     }
 
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {
@@ -416,6 +470,78 @@ fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
         Err(e) => return Err(e),
     }
     made_unless(image.remove_snapshot(snapshot), ErrorKind::NotFound)
+}
+
+/// Clones `source@snapshot` to `destination` with these features.
+fn clone(
+    cluster: &Arc<Cluster>,
+    source: &ImageSpec,
+    snapshot: &str,
+    destination: &ImageSpec,
+    features: Features,
+    operation: &str,
+) -> Result<()> {
+    let parent = Image::open_snapshot(cluster, source, snapshot)?;
+    if parent.is_old_format()? || !parent.features()?.has(Features::LAYERING) {
+        return Err(Error::new(operation, ErrorKind::Unsupported, "the source has no layering"));
+    }
+    if parent.size()? == 0 {
+        return Err(Error::new(operation, ErrorKind::Unsupported, "librbd does not clone an image of 0 bytes"));
+    }
+    // librbd takes the parent by name only.
+    let name = parent.name()?;
+    if matches!(source.image, ImageKey::Id(_)) && find_in_trash(parent.io(), source)?.is_some() {
+        return Err(Error::new(operation, ErrorKind::Unsupported, "the source is in the trash"));
+    }
+    let options = Options::with_features(&parent, features)?;
+    let io = IoCtx::open(cluster, &destination.pool)?;
+    rbd::clone(parent.io(), &name, snapshot, &io, destination, &options, operation)
+}
+
+fn create_protected_snapshot(image: &Image, snapshot: &str) -> Result<()> {
+    made_unless(image.create_snapshot(snapshot), ErrorKind::Exists)?;
+    if !image.is_protected(snapshot)? {
+        made_unless(image.protect_snapshot(snapshot), ErrorKind::Busy)?;
+    }
+    Ok(())
+}
+
+fn chain(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Link>> {
+    let mut links = Vec::new();
+    let mut next = image.parent()?;
+    while let Some(link) = next {
+        if links.len() == MAX_CHAIN {
+            let operation = format!("walk the parents of {}", image.spec());
+            return Err(Error::new(operation, ErrorKind::Unsupported, "there are too many"));
+        }
+        next = Image::open_parent(cluster, &link)?.parent()?;
+        links.push(Link { pool_id: link.pool_id, image_id: link.parent.image_id, snapshot_id: link.snap_id });
+    }
+    Ok(links)
+}
+
+fn find_in_trash(io: &IoCtx, spec: &ImageSpec) -> Result<Option<rbd::Trashed>> {
+    let ImageKey::Id(id) = &spec.image else { return Ok(None) };
+    let trash = rbd::trash(io, &format!("look for {spec} in the trash"))?;
+    Ok(trash.into_iter().find(|trashed| trashed.id == *id))
+}
+
+/// Removes from the trash what nobody needs any more; librbd itself refuses a removal before the end of the deferment,
+/// and of an image with snapshots.
+fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
+    let io = IoCtx::open(cluster, &spec.pool)?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let Some(trashed) = find_in_trash(&io, spec)? else { return Ok(Change::AlreadyThere) };
+    if !trashed.by_user || trashed.deferred_until > i64::try_from(now).unwrap_or(i64::MAX) {
+        return Ok(Change::AlreadyThere);
+    }
+    if let Some(image) = Image::open(cluster, spec, Access::ReadOnly)?
+        && image.has_snapshots()?
+    {
+        return Ok(Change::AlreadyThere);
+    }
+    let operation = format!("purge {spec}");
+    patiently(|| made_unless(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
 }
 
 /// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died in

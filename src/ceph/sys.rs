@@ -26,6 +26,9 @@ pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 
 pub const SNAP_NAMESPACE_USER: c_int = 0;
 pub const SNAP_NAMESPACE_TRASH: c_int = 2;
+/// User, group, trash, mirror; a newer Ceph may have more.
+pub const SNAP_NAMESPACE_LAST: c_int = 7;
+pub const TRASH_SOURCE_USER: c_int = 0;
 pub const TRASH_SOURCE_REMOVING: c_int = 3;
 
 /// `rbd_image_spec_t`

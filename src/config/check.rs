@@ -233,6 +233,7 @@ impl Checker<'_> {
                     image_name: fragment.image_name,
                     dest_pool: fragment.dest_pool.unwrap_or_else(|| glance_pool.to_owned()),
                     method: fragment.method,
+                    anchor: fragment.anchor.0,
                 };
                 backends.insert(name, backend);
             }

@@ -108,6 +108,7 @@ pub struct Backend {
     pub image_name: String,
     pub dest_pool: Option<String>,
     pub method: Option<Method>,
+    pub anchor: Flag,
 }
 
 #[derive(serde::Deserialize)]

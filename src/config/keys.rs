@@ -395,6 +395,15 @@ const KEYS: &[Key] = &[
         "As [offload] method, for this backend alone. Not set: [offload] method.",
     )
     .reloads(),
+    key(
+        BACKEND,
+        "anchor",
+        "true",
+        Kind::Flag,
+        "Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during the \
+         copy. Never false for a pool that Cinder manages.",
+    )
+    .reloads(),
 ];
 
 impl Kind {

@@ -296,6 +296,8 @@ pub struct Backend {
     /// `[glance] pool` when not given.
     pub dest_pool: String,
     pub method: Option<Method>,
+    /// Clones are made from a clone in the backend's own pool, so that Cinder can delete the source meanwhile.
+    pub anchor: bool,
 }
 
 /// `[metrics]`

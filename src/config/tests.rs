@@ -129,7 +129,13 @@ fn the_least_configuration_gets_every_default() {
     assert_eq!(config.nova, Nova { integration: false, pool: "vms".into(), image_name: "{id}_disk".into() });
     assert_eq!(
         config.backends["ceph"],
-        Backend { pool: "volumes".into(), image_name: "volume-{id}".into(), dest_pool: "images".into(), method: None }
+        Backend {
+            pool: "volumes".into(),
+            image_name: "volume-{id}".into(),
+            dest_pool: "images".into(),
+            method: None,
+            anchor: true
+        }
     );
     assert_eq!(config.metrics.listen, Some("127.0.0.1:9469".parse().unwrap()));
     match config.keystone.credentials {
@@ -624,7 +630,7 @@ fn a_directory_of_credentials_that_cannot_be_read_is_an_error() {
 fn another(key: &Key) -> String {
     match key.kind {
         Kind::OneOf(names) => names.iter().rev().find(|name| **name != key.default).unwrap().to_string(),
-        Kind::Flag => "true".into(),
+        Kind::Flag => (key.default != "true").to_string(),
         Kind::Whole { max, .. } => max.to_string(),
         Kind::Span { max, .. } => format!("{max}s"),
         Kind::Size => "1MiB".into(),

@@ -20,7 +20,7 @@ use super::lease::Lease;
 use super::record::{PRIVATE_PREFIX, Private, State, parse_private};
 use super::run::Context;
 use super::store::Error;
-use crate::ceph::{self, ImageSpec, LockKey, Locked};
+use crate::ceph::{self, ImageKey, ImageSpec, LockKey, Locked};
 use crate::openstack;
 use crate::publish::record as tenant;
 use crate::publish::tag::{OwnershipTag, tag_of};
@@ -307,6 +307,16 @@ impl Reconciler {
                 }
             }
         }
+        // after the copies, which are clones of them
+        for pool in config.backends.values().map(|backend| &backend.pool).collect::<BTreeSet<_>>() {
+            for name in self.context().storage.images(pool, PRIVATE_PREFIX).await? {
+                let Some((Private::Anchor, image_id)) = parse_private(&name) else { continue };
+                let image = ImageSpec::named(pool, &name);
+                if is_ours(self.context(), image_id, &image).await? {
+                    suspects.push((image_id, image));
+                }
+            }
+        }
         self.remove_orphans(suspects, &mut findings.images, |context, image_id, image| async move {
             if !is_ours(&context, image_id, &image).await? {
                 tracing::debug!(%image, "bears our name, not our ownership tag: left alone");
@@ -343,6 +353,12 @@ impl Reconciler {
         for pool in pools {
             for (image, snapshot) in self.context().storage.snapshots(pool, PRIVATE_PREFIX, HEADERS_PER_SECOND).await? {
                 let Some((Private::Copy, image_id)) = parse_private(&snapshot) else { continue };
+                // an anchor's snapshot goes with the anchor, which has an ownership tag
+                if let ImageKey::Name(name) = &image.image
+                    && parse_private(name).is_some()
+                {
+                    continue;
+                }
                 if is_our_snapshot(self.context(), image_id, &image, &snapshot).await? {
                     suspects.push((image_id, image));
                 }

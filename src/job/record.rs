@@ -148,6 +148,8 @@ pub struct Publication {
 pub struct Made {
     /// The temporary snapshot of the source.
     pub snapshot: bool,
+    /// `rbd-offload.<image id>.anchor` in the source's pool.
+    pub anchor: bool,
     /// `rbd-offload.<image id>` in the destination pool.
     pub copy: bool,
     /// `<image id>` in the destination pool, by renaming the copy.

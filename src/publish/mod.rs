@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use self::tag::{OwnershipTag, is_tagged};
-use crate::ceph::{self, ErrorKind, ImageSpec, Progress, Storage};
+use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Progress, Storage};
 
 /// Name that Glance's driver gives to the protected snapshot which consumers clone from.
 pub const SNAPSHOT: &str = "snap";
@@ -31,11 +31,63 @@ pub async fn inspect(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Op
     Ok(header::container_format(&header))
 }
 
-/// Gives the copy the snapshot that consumers clone from.
-pub async fn seal(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<()> {
-    storage.create_snapshot(copy, SNAPSHOT).await?;
-    storage.protect_snapshot(copy, SNAPSHOT).await?;
-    Ok(())
+/// Gives the copy the snapshot that consumers clone from, if head and snapshot are as a published image must be. A
+/// missing or invalid object map is rebuilt once. `Some`: what is wrong all the same; the copy must not be published.
+pub async fn seal(
+    storage: &dyn Storage,
+    copy: &ImageSpec,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> ceph::Result<Option<String>> {
+    if let Some(fault) = repaired_shape(storage, copy, None, progress, cancel).await? {
+        return Ok(Some(fault));
+    }
+    storage.create_protected_snapshot(copy, SNAPSHOT).await?;
+    repaired_shape(storage, copy, Some(SNAPSHOT), progress, cancel).await
+}
+
+/// What is wrong with the image, after one try to repair it.
+async fn repaired_shape(
+    storage: &dyn Storage,
+    copy: &ImageSpec,
+    snapshot: Option<&str>,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> ceph::Result<Option<String>> {
+    let look = async || -> ceph::Result<(Option<String>, bool)> {
+        let Some(info) = storage.image(copy, snapshot).await? else { return Ok((Some("it is gone".into()), false)) };
+        Ok((shape_fault(&info), info.parent.is_none()))
+    };
+    let (Some(fault), is_whole) = look().await? else { return Ok(None) };
+    tracing::warn!(image = %copy, snapshot, fault, "the copy is not as a published image must be");
+    if !is_whole {
+        // without a parent's data no rebuilding helps
+        return Ok(Some(fault));
+    }
+    match storage.rebuild_maps(copy, progress, cancel).await {
+        Ok(()) => Ok(look().await?.0),
+        Err(error) if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::Fenced) => Err(error),
+        Err(error) => Ok(Some(format!("{fault}, and its object map could not be rebuilt: {error}"))),
+    }
+}
+
+/// In what an image, at its head or a snapshot, differs from what a published one must be: no parent, the five features
+/// and those of its layout, an object map that is valid.
+fn shape_fault(info: &ImageInfo) -> Option<String> {
+    if let Some(parent) = &info.parent {
+        return Some(format!("it still has the parent {}/{}@{}", parent.pool, parent.image, parent.snapshot));
+    }
+    let mut expected = Features::PUBLISHED.0;
+    if info.stripe_count > 1 || info.stripe_unit != info.object_size {
+        expected |= Features::STRIPINGV2.0;
+    }
+    if info.data_pool.is_some() {
+        expected |= Features::DATA_POOL.0;
+    }
+    if info.features.0 != expected {
+        return Some(format!("it has the features {:#x} instead of {expected:#x}", info.features.0));
+    }
+    (info.flags != 0).then(|| format!("its object map is invalid (flags {:#x})", info.flags))
 }
 
 /// SHA-512 of the copy's `size` bytes, holes included, in hexadecimal; reads the next chunk while it hashes one.
@@ -119,6 +171,54 @@ pub fn location(fsid: &str, pool: &str, image_id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_whole_image_with_valid_maps_is_fit_to_be_published() {
+        let right = ImageInfo {
+            id: "1".into(),
+            size: 1 << 30,
+            object_size: 4 << 20,
+            stripe_unit: 4 << 20,
+            stripe_count: 1,
+            features: Features::PUBLISHED,
+            flags: 0,
+            parent: None,
+            snapshots: Vec::new(),
+            data_pool: None,
+            old_format: false,
+        };
+        assert_eq!(shape_fault(&right), None);
+        let erasure_coded = ImageInfo {
+            data_pool: Some("ec".into()),
+            features: Features(Features::PUBLISHED.0 | Features::DATA_POOL.0),
+            ..right.clone()
+        };
+        assert_eq!(shape_fault(&erasure_coded), None);
+        let striped = ImageInfo {
+            stripe_count: 4,
+            features: Features(Features::PUBLISHED.0 | Features::STRIPINGV2.0),
+            ..right.clone()
+        };
+        assert_eq!(shape_fault(&striped), None);
+        let parent = ceph::Parent {
+            pool: "volumes".into(),
+            namespace: String::new(),
+            image: "v".into(),
+            image_id: "2".into(),
+            snapshot: "s".into(),
+            overlap: 0,
+            in_trash: false,
+        };
+        for wrong in [
+            ImageInfo { parent: Some(parent), ..right.clone() },
+            ImageInfo { features: Features(Features::PUBLISHED.0 & !Features::MAPS.0), ..right.clone() },
+            ImageInfo { features: Features(Features::PUBLISHED.0 | Features::JOURNALING.0), ..right.clone() },
+            ImageInfo { features: striped.features, ..right.clone() },
+            ImageInfo { flags: 1, ..right.clone() },
+        ] {
+            assert!(shape_fault(&wrong).is_some(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn every_part_of_a_location_is_encoded() {

@@ -62,6 +62,8 @@ impl fmt::Display for Method {
 pub struct Order {
     pub source: ImageSpec,
     pub snapshot: String,
+    /// The anchor's snapshot, a clone of `source@snapshot`, to clone from; `None`: `source@snapshot` itself.
+    pub anchor: Option<(ImageSpec, String)>,
     /// The private name, which must be free.
     pub destination: ImageSpec,
     /// Value of the ownership tag.
@@ -127,7 +129,9 @@ fn clone_obstacle(source: &ImageInfo) -> Option<String> {
 }
 
 async fn clone_marked(storage: &dyn Storage, order: &Order) -> ceph::Result<()> {
-    storage.clone_image(&order.source, &order.snapshot, &order.destination).await?;
+    let (parent, snapshot) =
+        order.anchor.as_ref().map_or((&order.source, &order.snapshot), |(image, snapshot)| (image, snapshot));
+    storage.clone_image(parent, snapshot, &order.destination).await?;
     storage.replace_metadata(&order.destination, &[(MARK.to_owned(), order.mark.clone())]).await
 }
 

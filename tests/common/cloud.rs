@@ -447,6 +447,28 @@ impl Account {
         id
     }
 
+    /// Deletes it and waits until Cinder has no such volume; a failed deletion is none.
+    pub async fn delete_volume(&self, volume: &Volume) {
+        self.delete_in_cinder("volume", &volume.id).await;
+    }
+
+    /// The same for a snapshot.
+    pub async fn delete_snapshot(&self, id: &str) {
+        self.delete_in_cinder("snapshot", id).await;
+    }
+
+    async fn delete_in_cinder(&self, kind: &str, id: &str) {
+        let url = self.cinder(&format!("{kind}s/{id}"));
+        let (status, body) = self.call(Method::DELETE, &url, None).await;
+        assert_eq!(status, 202, "{kind} {id}: {body}");
+        until(&format!("the end of {kind} {id}"), PATIENCE, || async {
+            let (status, body) = self.call(Method::GET, &url, None).await;
+            assert_ne!(body[kind]["status"], "error_deleting", "{kind} {id}");
+            (status == 404).then_some(())
+        })
+        .await;
+    }
+
     // ---- limits ----
 
     /// What the images take that this account sees.

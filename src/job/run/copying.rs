@@ -1,14 +1,27 @@
 //! From a request to a complete, inspected, sealed copy under its private name.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
 use super::{Job, Step, Stop, decline, end};
-use crate::ceph::{self, Compare, ErrorKind, ImageSpec, TransferLimits};
+use crate::ceph::{self, Change, Compare, ErrorKind, ImageSpec, Link, Moved, Storage, TransferLimits};
 use crate::config::{Config, Hash, Verify};
 use crate::decline::Decline;
 use crate::job::record::{self, Handover, Origin, Publication, State};
 use crate::plan::{self, Plan, Question};
 use crate::publish;
 use crate::publish::record::Status;
+use crate::request::Source;
 use crate::transfer::{self, Order};
+
+/// How often a copy or a comparison is begun when parents of the source are cut off meanwhile. An anchor that Cinder has
+/// flattened has none any more.
+const CHAIN_TRIES: usize = 4;
+
+/// How long Cinder usually takes to delete a volume once its disk is in the trash, and the pause between looks.
+const DELETED_WITHIN: Duration = Duration::from_secs(5);
+const DELETING_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Job {
     /// From a request to a complete, inspected, sealed copy under its private name.
@@ -54,6 +67,7 @@ impl Job {
             record.progress = 0;
             record.reason = None;
             record.made.snapshot = origin.temporary;
+            record.made.anchor = plan.anchor;
             record.made.copy = true;
             let _ = record.enter(State::Copying, now);
         })
@@ -68,7 +82,9 @@ impl Job {
         );
         snapped?;
         shown?;
-        self.stage("transfer", self.transfer(config, &methods, &source, &snapshot, &copy)).await?;
+        let mut from = CopySource { source, snapshot, anchor: None };
+        let anchored = plan.anchor.then(|| ImageSpec::named(&plan.origin.pool, record::anchor_name(self.id)));
+        self.stage("transfer", self.transfer(config, &methods, &mut from, anchored, &copy)).await?;
         if self.cancel.is_cancelled() {
             return Err(Stop::Interrupted);
         }
@@ -78,7 +94,7 @@ impl Job {
             Verify::Full => Some(Compare::Full),
         };
         if let Some(extent) = compared {
-            self.stage("verify", self.verify(&source, &snapshot, &copy, extent)).await?;
+            self.stage("verify", self.verify(&from, &copy, extent)).await?;
         }
         let (sealed, ()) = tokio::join!(
             self.stage("inspect", self.inspect_and_seal(&copy)),
@@ -116,11 +132,13 @@ impl Job {
                 "another image of that id is in Glance's pool already: somebody else writes it",
             );
         }
-        if storage.image(copy, None).await?.is_some() {
-            return end(
-                State::Failed,
-                format!("{copy} is in the way and is not this job's: look what it is, remove it, then retry"),
-            );
+        let anchor = ImageSpec::named(&plan.origin.pool, record::anchor_name(self.id));
+        let mut names = vec![copy];
+        names.extend(plan.anchor.then_some(&anchor));
+        for name in names {
+            if storage.image(name, None).await?.is_some() {
+                return in_the_way(name);
+            }
         }
         let private = record::private_name(self.id);
         if plan.snapshot.is_none() && plan.info.snapshots.iter().any(|snapshot| snapshot.name == private) {
@@ -140,8 +158,7 @@ impl Job {
             self.before_visible_step().await?;
             let tag = self.tag().await.to_string();
             self.context.storage.set_snapshot_tag(source, snapshot, &tag).await?;
-            self.context.storage.create_snapshot(source, snapshot).await?;
-            self.context.storage.protect_snapshot(source, snapshot).await?;
+            self.context.storage.create_protected_snapshot(source, snapshot).await?;
         }
         Ok(())
     }
@@ -150,20 +167,14 @@ impl Job {
         &self,
         config: &Config,
         methods: &[transfer::Method],
-        source: &ImageSpec,
-        snapshot: &str,
+        from: &mut CopySource,
+        anchored: Option<ImageSpec>,
         copy: &ImageSpec,
     ) -> Step<()> {
-        let order = Order {
-            source: source.clone(),
-            snapshot: snapshot.to_owned(),
-            destination: copy.clone(),
-            mark: self.tag().await.to_string(),
-            limits: TransferLimits {
-                concurrency: config.offload.concurrency,
-                bytes_per_second: config.offload.bandwidth_limit,
-                objects_per_second: config.offload.objects_per_second,
-            },
+        let limits = TransferLimits {
+            concurrency: config.offload.concurrency,
+            bytes_per_second: config.offload.bandwidth_limit,
+            objects_per_second: config.offload.objects_per_second,
         };
         let mut refused: Option<ceph::Error> = None;
         for method in methods {
@@ -181,9 +192,19 @@ impl Job {
                 .await?;
             }
             self.before_visible_step().await?;
-            let result =
-                method.transfer().run(self.context.storage.as_ref(), &order, &self.progress, &self.cancel).await;
-            match result {
+            if let (Some(anchor), None, false) = (&anchored, &from.anchor, *method == transfer::Method::Copy) {
+                match self.stage("anchor", self.make_anchor(from, anchor)).await? {
+                    Ok(()) => {
+                        from.anchor = Some((anchor.clone(), record::private_name(self.id)));
+                        self.before_visible_step().await?;
+                    }
+                    Err(error) => {
+                        refused = Some(error);
+                        continue;
+                    }
+                }
+            }
+            match self.run_method(*method, from, copy, limits).await {
                 Ok(moved) => {
                     metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str())
                         .increment(moved.bytes);
@@ -202,10 +223,7 @@ impl Job {
                 Err(error) if error.kind() == ErrorKind::Exists => {
                     // it came between our look and our making: not ours, so not to be taken down
                     self.update(|record| record.made.copy = false).await?;
-                    return end(
-                        State::Failed,
-                        format!("{copy} is in the way and is not this job's: look what it is, remove it, then retry"),
-                    );
+                    return in_the_way(copy);
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -216,23 +234,76 @@ impl Job {
         }
     }
 
-    /// A copy that differs from its source is never published.
-    pub(super) async fn verify(
+    /// Makes the anchor. The inner error is of a source that cannot be cloned now.
+    async fn make_anchor(&self, from: &CopySource, anchor: &ImageSpec) -> Step<ceph::Result<()>> {
+        let metadata = [(transfer::MARK.to_owned(), self.tag().await.to_string())];
+        let private = record::private_name(self.id);
+        let made = self.context.storage.make_anchor(&from.source, &from.snapshot, anchor, &private, &metadata).await;
+        match made {
+            Err(error) if transfer::is_for_another_method(&error) => {
+                // what there is of it would be in the way of the next method
+                self.context.storage.remove_image(anchor).await?;
+                Ok(Err(error))
+            }
+            Err(error) if error.kind() == ErrorKind::Exists => {
+                self.update(|record| record.made.anchor = false).await?;
+                in_the_way(anchor)
+            }
+            made => Ok(Ok(made?)),
+        }
+    }
+
+    /// Runs one method, and again where something that it read from was cut off meanwhile: what was read then is suspect.
+    async fn run_method(
         &self,
-        source: &ImageSpec,
-        snapshot: &str,
+        method: transfer::Method,
+        from: &CopySource,
         copy: &ImageSpec,
-        extent: Compare,
-    ) -> Step<()> {
-        let Some(offset) =
-            self.context.storage.compare(source, snapshot, copy, extent, &self.progress, &self.cancel).await?
-        else {
-            return Ok(());
-        };
+        limits: TransferLimits,
+    ) -> ceph::Result<Moved> {
+        let storage = self.context.storage.as_ref();
+        for _ in 0..CHAIN_TRIES {
+            let before = from.readable(storage).await?;
+            let order = Order {
+                source: before.source.clone(),
+                snapshot: before.snapshot.clone(),
+                anchor: from.anchor.clone(),
+                destination: copy.clone(),
+                mark: self.tag().await.to_string(),
+                limits,
+            };
+            let result = method.transfer().run(storage, &order, &self.progress, &self.cancel).await;
+            if result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) || from.readable(storage).await? == before {
+                return result;
+            }
+            tracing::warn!(image_id = %self.id, job_stage = "transfer", source = %order.source,
+                "a parent of the source was cut off during the copy; the copy is made again");
+            storage.remove_image(copy).await?;
+        }
+        Err(chain_changes(copy))
+    }
+
+    /// A copy that differs from its source is never published.
+    pub(super) async fn verify(&self, from: &CopySource, copy: &ImageSpec, extent: Compare) -> Step<()> {
+        let Some(offset) = self.compare(from, copy, extent).await? else { return Ok(()) };
         metrics::counter!("rbd_offload_verify_failures_total").increment(1);
         tracing::error!(image_id = %self.id, job_stage = "verify", offset, copy = %copy, "the copy differs from its source");
         self.context.storage.remove_image(copy).await?;
         Err(Stop::Retry(format!("the copy differed from its source at byte {offset}; it was removed and is made anew")))
+    }
+
+    /// Compares, and again where something that the source reads from was cut off meanwhile.
+    async fn compare(&self, from: &CopySource, copy: &ImageSpec, extent: Compare) -> ceph::Result<Option<u64>> {
+        let storage = self.context.storage.as_ref();
+        for _ in 0..CHAIN_TRIES {
+            let before = from.readable(storage).await?;
+            let (source, snapshot) = (&before.source, &before.snapshot);
+            let result = storage.compare(source, snapshot, copy, extent, &self.progress, &self.cancel).await;
+            if result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) || from.readable(storage).await? == before {
+                return result;
+            }
+        }
+        Err(chain_changes(copy))
     }
 
     pub(super) async fn inspect_and_seal(&self, copy: &ImageSpec) -> Step<()> {
@@ -245,7 +316,10 @@ impl Job {
                 ),
             );
         }
-        Ok(publish::seal(storage, copy).await?)
+        let Some(fault) = publish::seal(storage, copy, &self.progress, &self.cancel).await? else { return Ok(()) };
+        tracing::error!(image_id = %self.id, job_stage = "inspect", copy = %copy, fault, "the copy cannot be published");
+        storage.remove_image(copy).await?;
+        Err(Stop::Retry(format!("the copy cannot be published: {fault}; it was removed and is made again")))
     }
 
     pub(super) async fn hash(&self, copy: &ImageSpec, size: u64) -> Step<()> {
@@ -253,15 +327,110 @@ impl Job {
         self.update(|record| record.publication.sha512 = Some(hash.clone())).await
     }
 
-    pub(super) async fn remove_source_snapshot(&self) -> Step<()> {
+    /// Removes what holds the source: the anchor, then the temporary snapshot.
+    pub(super) async fn release_source(&self) -> Step<()> {
         let _one = self.removing.lock().await;
         let record = self.snapshot().await;
-        if let (true, Some(origin)) = (record.made.snapshot, &record.origin) {
+        let Some(origin) = &record.origin else { return Ok(()) };
+        if !record.made.anchor && !record.made.snapshot {
+            return Ok(());
+        }
+        let storage = self.context.storage.as_ref();
+        if record.made.anchor {
+            storage.remove_image(&ImageSpec::named(&origin.pool, record::anchor_name(self.id))).await?;
+        }
+        if record.made.snapshot {
             let source = ImageSpec::with_id(&origin.pool, &origin.image_id);
-            self.context.storage.remove_snapshot(&source, &origin.snapshot).await?;
-            self.context.storage.remove_snapshot_tag(&source, &origin.snapshot).await?;
-            self.update(|record| record.made.snapshot = false).await?;
+            storage.remove_snapshot(&source, &origin.snapshot).await?;
+            storage.remove_snapshot_tag(&source, &origin.snapshot).await?;
+        }
+        self.update(|record| (record.made.anchor, record.made.snapshot) = (false, false)).await
+    }
+
+    /// Cinder moves a volume that it deletes to the trash when a snapshot of ours is in its way, and leaves it there. Once
+    /// the snapshot is gone and Cinder has no such volume, it is removed; not before the end of a deferment that Cinder
+    /// gave it, and not while another snapshot needs it.
+    pub(super) async fn purge_source(&self) -> Step<()> {
+        let record = self.snapshot().await;
+        let (Some(Source::Volume(id)), Some(origin)) = (record.source, &record.origin) else { return Ok(()) };
+        let storage = self.context.storage.as_ref();
+        let source = ImageSpec::with_id(&origin.pool, &origin.image_id);
+        if !origin.temporary || !storage.in_trash(&source).await? {
+            return Ok(());
+        }
+        let started = Instant::now();
+        loop {
+            let status = self.context.cloud.volume(&id.to_string()).await?.map(|volume| volume.status);
+            match status.as_deref() {
+                None | Some("deleted") => break,
+                // between the move to the trash and the end of the volume
+                Some("deleting") if started.elapsed() < DELETED_WITHIN => sleep(DELETING_INTERVAL).await,
+                Some("deleting") if self.may_wait_for_others(&record) => {
+                    return Err(Stop::Retry(format!("Cinder is still deleting volume {id}")));
+                }
+                Some(status) => {
+                    tracing::warn!(image_id = %self.id, volume = %id, status, source = %source,
+                        "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
+                    return Ok(());
+                }
+            }
+        }
+        self.before_visible_step().await?;
+        if storage.purge(&source).await? == Change::Made {
+            tracing::info!(image_id = %self.id, volume = %id, source = %source,
+                "removed the deleted volume's disk from the trash");
         }
         Ok(())
     }
+}
+
+/// Where a transfer takes the bytes from.
+pub(super) struct CopySource {
+    source: ImageSpec,
+    snapshot: String,
+    /// The anchor and its snapshot.
+    anchor: Option<(ImageSpec, String)>,
+}
+
+/// The snapshot that holds the data now, and all that it reads from. As long as this stays the same, no snapshot in it
+/// can have been removed.
+#[derive(PartialEq)]
+struct Readable {
+    source: ImageSpec,
+    snapshot: String,
+    chain: Vec<Link>,
+}
+
+impl CopySource {
+    /// The source, while the anchor hangs on it. Once Cinder has flattened the anchor, the source may go, and the anchor
+    /// has all the data itself.
+    async fn readable(&self, storage: &dyn Storage) -> ceph::Result<Readable> {
+        let (source, snapshot) = (self.source.clone(), self.snapshot.clone());
+        let Some((anchor, own)) = &self.anchor else {
+            let chain = storage.chain(&source, &snapshot).await?;
+            return Ok(Readable { source, snapshot, chain });
+        };
+        let chain = storage.chain(anchor, own).await?;
+        if chain.is_empty() {
+            return Ok(Readable { source: anchor.clone(), snapshot: own.clone(), chain });
+        }
+        Ok(Readable { source, snapshot, chain })
+    }
+}
+
+/// Whether an error may be of a parent that went away, and not of our own doing or lot.
+fn may_come_of_a_cut_chain(error: &ceph::Error) -> bool {
+    !matches!(
+        error.kind(),
+        ErrorKind::Cancelled | ErrorKind::Fenced | ErrorKind::NotLocked | ErrorKind::Exists | ErrorKind::NoSpace
+    )
+}
+
+fn chain_changes(copy: &ImageSpec) -> ceph::Error {
+    let detail = "the parents of the source changed each time during the copy";
+    ceph::Error::new(format!("copy to {copy}"), ErrorKind::Conflict, detail)
+}
+
+fn in_the_way<T>(image: &ImageSpec) -> Step<T> {
+    end(State::Failed, format!("{image} is in the way and is not this job's: look what it is, remove it, then retry"))
 }

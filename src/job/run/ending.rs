@@ -31,8 +31,9 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Nova tries for a minute to remove the disk, and then gives up.
 const INSTANCE_PAUSE_MAX: Duration = Duration::from_secs(15);
 
-/// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still.
-const GLANCE_TASK_PAUSES: u32 = 20;
+/// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still, or
+/// to Cinder's deletion of the source.
+const SERVICE_PAUSES: u32 = 20;
 
 impl Job {
     /// Brings the record to its end state and gives the job out of hand.
@@ -191,6 +192,7 @@ impl Job {
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
             self.take_down().await?;
+            self.purge_source().await?;
             match image {
                 Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
                 // another writer's; while it uploads, Glance would bring back what is taken off
@@ -226,16 +228,21 @@ impl Job {
         }
         self.update(|record| record.ending = None).await?;
         self.finish(pool, image).await?;
-        self.remove_source_snapshot().await?;
+        self.release_source().await?;
+        self.purge_source().await?;
         self.conclude(&Ending::new(State::Done, "")).await?;
         Ok(true)
+    }
+
+    /// Whether the job has not waited for Glance or Cinder too long already.
+    pub(super) fn may_wait_for_others(&self, record: &Record) -> bool {
+        record.attempts < self.context.config.borrow().offload.retries.saturating_add(SERVICE_PAUSES)
     }
 
     /// While Glance works on a location, its image must not be taken away: it would become active without data.
     pub(super) async fn let_glance_finish(&self, image: Option<&Image>) -> Step<()> {
         let record = self.snapshot().await;
-        let patience = self.context.config.borrow().offload.retries.saturating_add(GLANCE_TASK_PAUSES);
-        if record.state == State::Publishing && record.attempts < patience && image.is_some_and(at_work) {
+        if record.state == State::Publishing && self.may_wait_for_others(&record) && image.is_some_and(at_work) {
             return Err(Stop::Retry("Glance still works on the image".into()));
         }
         Ok(())
@@ -253,7 +260,7 @@ impl Job {
                 storage.remove_image(&ImageSpec::named(pool, record.private_name())).await?;
             }
         }
-        self.remove_source_snapshot().await?;
+        self.release_source().await?;
         self.update(|record| record.made = record::Made::default()).await
     }
 }

@@ -388,9 +388,11 @@ impl Job {
             _ => self.copy(&config).await?,
         }
         // the source is free of our snapshot as soon as the copy no longer needs it
-        let (published, removed) = tokio::join!(self.publish(), self.remove_source_snapshot());
+        let (published, removed) = tokio::join!(self.publish(), self.release_source());
         published?;
         removed?;
+        // last, so that a deletion which met the snapshot has come as far as the trash
+        self.purge_source().await?;
         self.conclude(&Ending::new(State::Done, "")).await?;
         Ok(State::Done)
     }

@@ -21,6 +21,10 @@ pub fn jobs(world: &World) -> Vec<Record> {
 fn leftovers(world: &World) -> Vec<String> {
     let mut left = Vec::new();
     for image in &world.ceph.images {
+        let purged = |disk: &super::cloud::Disk| disk.rbd == image.id && disk.deleted.is_some() && !disk.instance;
+        if image.name.is_none() && image.snaps.is_empty() && world.cloud.disks.values().any(purged) {
+            left.push(format!("the deleted volume {}/{} in the trash", image.pool, image.id));
+        }
         let name = image.name.clone().unwrap_or_else(|| "(trash)".into());
         let serves = world.cloud.images.get(&name).is_some_and(|r| r.image.status == "active");
         if image.ours && !serves {

@@ -280,7 +280,8 @@ pub fn delete_image(world: &mut World, id: &str) -> bool {
     true
 }
 
-/// Cinder deletes the volume: what has snapshots or clones goes to the trash.
+/// Cinder deletes the volume: it flattens the clones, which it may do in the volume's own pool alone, and what has
+/// snapshots goes to the trash.
 pub fn delete_volume(world: &mut World, id: &str) {
     let used = world.cloud.snapshots.values().any(|(s, _)| s.volume_id == id);
     let Some(disk) = world.cloud.disks.get_mut(id) else { return };
@@ -290,6 +291,24 @@ pub fn delete_volume(world: &mut World, id: &str) {
     disk.deleted = Some(Instant::now());
     let rbd = disk.rbd.clone();
     world.log(|| format!("the tenant deletes volume {id}"));
+    let pool = world.ceph.by_id(&rbd).map(|i| i.pool.clone());
+    let clones: Vec<(String, u64)> = world
+        .ceph
+        .images
+        .iter()
+        .filter(|i| i.parent.as_ref().is_some_and(|(parent, _)| *parent == rbd))
+        .map(|i| (i.id.clone(), world.ceph.content(i)))
+        .collect();
+    for (clone, content) in clones {
+        let Some(image) = world.ceph.by_id_mut(&clone) else { continue };
+        if Some(&image.pool) == pool.as_ref() {
+            (image.content, image.parent) = (content, None);
+        } else {
+            let text =
+                format!("Cinder may not flatten {}/{:?}, and volume {id} is error_deleting", image.pool, image.name);
+            world.violated(text);
+        }
+    }
     let kept = world.ceph.by_id(&rbd).is_some_and(|i| !i.snaps.is_empty()) || world.ceph.has_clones(&rbd);
     if kept {
         if let Some(image) = world.ceph.by_id_mut(&rbd) {

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::node::{Handle, Kind};
 use super::world::World;
 use crate::ceph::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, LockKey, Locked, Moved, Objects,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, LockKey, Locked, Moved, Objects,
     Parent, Progress, Result, Snapshot, Storage, TransferLimits, Version,
 };
 
@@ -452,6 +452,9 @@ impl Storage for Handle {
                     return Err(missing("clone", source));
                 };
                 let metadata = found.metadata.clone();
+                if found.name.is_none() {
+                    return Err(Error::new("clone", ErrorKind::Unsupported, "the source is in the trash"));
+                }
                 if !snap.protected {
                     return Err(Error::new("clone", ErrorKind::Other, "the snapshot is not protected"));
                 }
@@ -464,6 +467,67 @@ impl Storage for Handle {
                 // a clone inherits it
                 made.metadata = metadata;
                 Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn chain(&self, image: &ImageSpec, snapshot: &str) -> Result<Vec<Link>> {
+        self.ceph(
+            Kind::Read,
+            || format!("chain of {image}@{snapshot}"),
+            |world| {
+                let id = world.ceph.find_id("open", image)?;
+                let found = world.ceph.by_id(&id).filter(|i| i.snaps.iter().any(|s| s.name == snapshot));
+                let mut next = found.ok_or_else(|| missing("open snapshot of", image))?.parent.clone();
+                let mut links = Vec::new();
+                while let Some((image_id, snapshot_id)) = next {
+                    next = world.ceph.by_id(&image_id).and_then(|parent| parent.parent.clone());
+                    links.push(Link { pool_id: 0, image_id, snapshot_id });
+                }
+                Ok(links)
+            },
+        )
+        .await
+    }
+
+    async fn rebuild_maps(&self, image: &ImageSpec, _progress: &Progress, _cancel: &CancellationToken) -> Result<()> {
+        self.ceph(
+            Kind::Write,
+            || format!("rebuild the maps of {image}"),
+            |world| {
+                let id = world.ceph.find_id("rebuild the maps of", image)?;
+                must_be_ours(world, "rebuilding", &id);
+                if let Some(found) = world.ceph.by_id_mut(&id) {
+                    found.features = Features::PUBLISHED.0;
+                }
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
+        self.ceph(
+            Kind::Read,
+            || format!("is {image} in the trash"),
+            |world| Ok(world.ceph.find(image).is_some_and(|found| found.name.is_none())),
+        )
+        .await
+    }
+
+    async fn purge(&self, image: &ImageSpec) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("purge {image}"),
+            |world| {
+                let found = world.ceph.find(image).filter(|found| found.name.is_none() && found.snaps.is_empty());
+                let Some(id) = found.map(|found| found.id.clone()) else { return Ok(Change::AlreadyThere) };
+                if !world.cloud.disks.values().any(|disk| disk.rbd == id && disk.deleted.is_some()) {
+                    world.violated(format!("purge of {image}, which Cinder has not deleted"));
+                }
+                world.ceph.drop_image(&id);
+                Ok(Change::Made)
             },
         )
         .await
