@@ -20,4 +20,5 @@ pub mod plan;
 pub mod publish;
 pub mod request;
 pub mod telemetry;
+pub mod text;
 pub mod transfer;

@@ -48,6 +48,7 @@ impl Lab {
             region_name: Some("RegionOne".into()),
             interface: Interface::Internal,
             cafile: None,
+            proxy: None,
             timeout: Duration::from_secs(30),
         }
     }
@@ -78,7 +79,7 @@ impl Lab {
                 "user": {"name": user, "domain": {"id": "default"}, "password": password}}},
             "scope": {"project": {"name": project, "domain": {"id": "default"}}},
         }});
-        let http = reqwest::Client::new();
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let answer = http
             .post(format!("{}/auth/tokens", self.keystone))
             .body(body.to_string())

@@ -6,6 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
 use super::Failure;
+use crate::text::is_unsafe;
 
 /// Between two columns.
 const GAP: &str = "  ";
@@ -44,12 +45,17 @@ pub fn width() -> Option<usize> {
     terminal_size::terminal_size().map(|(width, _)| usize::from(width.0))
 }
 
-/// Text from outside on one line: no control character of it reaches the terminal.
+/// Characters of a text from outside that are printed. Our own sentences are shorter.
+const LINE: usize = 2000;
+
+/// Text from outside on one line: nothing of it moves the cursor, and it has an end.
 pub fn line(text: &str) -> String {
-    text.split(|c: char| c.is_control() || c.is_whitespace())
+    let text = text
+        .split(|c: char| is_unsafe(c) || c.is_whitespace())
         .filter(|word| !word.is_empty())
         .collect::<Vec<_>>()
-        .join(" ")
+        .join(" ");
+    cut(&text, LINE)
 }
 
 /// At most `length` characters, the last an ellipsis where some were left out.
@@ -134,7 +140,8 @@ mod tests {
 
     #[test]
     fn text_from_outside_cannot_move_the_cursor() {
-        assert_eq!(line("a\n\u{1b}[2Jb\t c\r"), "a [2Jb c");
+        assert_eq!(line("a\n\u{1b}[2Jb\t c\r\u{202e}\u{2028}d"), "a [2Jb c d");
+        assert_eq!(line(&"x ".repeat(40_000)).chars().count(), LINE);
         assert_eq!(cut("größer", 4), "grö…");
         assert_eq!(cut("größer", 6), "größer");
     }

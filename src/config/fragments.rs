@@ -43,6 +43,7 @@ pub struct Keystone {
     pub region_name: Option<String>,
     pub interface: Interface,
     pub cafile: Option<PathBuf>,
+    pub proxy: Option<Secret>,
     pub timeout: Span,
 }
 

@@ -215,6 +215,14 @@ const KEYS: &[Key] = &[
     ),
     key(
         "keystone",
+        "proxy",
+        "",
+        Kind::HttpUrl,
+        "The HTTP proxy on the way to Keystone, Glance, Cinder and Nova. Not set: none; http_proxy and the like in the \
+         environment are ignored.",
+    ),
+    key(
+        "keystone",
         "timeout",
         "30s",
         Kind::Span { min: 1, max: 600 },

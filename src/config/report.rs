@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::text::Escaped;
+
 /// sysexits(3): a configuration that is wrong.
 const EX_CONFIG: u8 = 78;
 /// sysexits(3): a file that cannot be read.
@@ -148,17 +150,11 @@ impl fmt::Display for Origin {
     }
 }
 
-/// What others wrote, made fit for a terminal and a log: no control characters, not endless.
+/// Untrusted text, made safe for terminals and logs.
 pub struct Shown<'a>(pub &'a str);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (number, c) in self.0.chars().enumerate() {
-            if number == MAX_VALUE {
-                return f.write_str("…");
-            }
-            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
-        }
-        Ok(())
+        Escaped { text: self.0, limit: MAX_VALUE }.fmt(f)
     }
 }

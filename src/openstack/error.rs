@@ -152,7 +152,7 @@ pub(super) fn without_tags(html: &str) -> String {
         .replace("&#39;", "'")
         .replace("&nbsp;", " ")
         .replace("&amp;", "&");
-    text.split(|c: char| c.is_whitespace() || c.is_control())
+    text.split(|c: char| c.is_whitespace() || crate::text::is_unsafe(c))
         .filter(|word| !word.is_empty())
         .collect::<Vec<_>>()
         .join(" ")

@@ -84,6 +84,7 @@ pub(super) fn wire(auth_url: &str, timeout: Duration) -> Wire {
         interface: "internal".into(),
         cafile: None,
         insecure: false,
+        proxy: super::session::Proxy::None,
         timeout,
         image_override: None,
     })

@@ -82,6 +82,7 @@ impl Session {
             }
             .into(),
             cafile: keystone.cafile.clone(),
+            proxy: keystone.proxy.clone().map_or(Proxy::None, Proxy::Url),
             insecure: false,
             timeout: keystone.timeout,
             image_override: glance.endpoint_override.clone(),
@@ -264,6 +265,18 @@ impl Answer {
     }
 }
 
+/// What stands between us and the services.
+#[derive(Debug, Clone)]
+pub(super) enum Proxy {
+    /// Nothing, whatever the environment says: a controller's environment is written for package downloads, and a
+    /// proxy would see the token.
+    None,
+    /// `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`, as OpenStack's own clients read them.
+    Environment,
+    /// This URL.
+    Url(SecretString),
+}
+
 /// Whom to log in as, and how to reach the services.
 pub(super) struct Access {
     pub(super) config: CloudConfig,
@@ -272,6 +285,7 @@ pub(super) struct Access {
     pub(super) cafile: Option<std::path::PathBuf>,
     /// Do not verify certificates (a tenant's `verify: false`).
     pub(super) insecure: bool,
+    pub(super) proxy: Proxy,
     /// Of one request.
     pub(super) timeout: Duration,
     pub(super) image_override: Option<String>,
@@ -327,7 +341,7 @@ struct Endpoint {
 
 impl Wire {
     pub(super) fn new(access: Access) -> Result<Self> {
-        let Access { config, region, interface, cafile, insecure, timeout, image_override } = access;
+        let Access { config, region, interface, cafile, insecure, proxy, timeout, image_override } = access;
         let call = "Keystone: auth_url";
         let auth_url = config.auth.as_ref().and_then(|auth| auth.auth_url.clone());
         let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Refused, "it is missing"))?;
@@ -342,7 +356,7 @@ impl Wire {
             .transpose()?;
 
         Ok(Self {
-            http: http_client(cafile.as_deref(), insecure, timeout)?,
+            http: http_client(cafile.as_deref(), insecure, &proxy, timeout)?,
             config,
             identity,
             image_override,
@@ -659,7 +673,7 @@ pub(super) struct Page {
     pub(super) more: bool,
 }
 
-fn http_client(cafile: Option<&Path>, insecure: bool, timeout: Duration) -> Result<reqwest::Client> {
+fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Duration) -> Result<reqwest::Client> {
     let mut builder = reqwest::Client::builder()
         .timeout(timeout)
         .connect_timeout(timeout)
@@ -667,6 +681,14 @@ fn http_client(cafile: Option<&Path>, insecure: bool, timeout: Duration) -> Resu
         // A redirect would carry the token to another host.
         .redirect(reqwest::redirect::Policy::none())
         .tls_danger_accept_invalid_certs(insecure);
+    builder = match proxy {
+        Proxy::None => builder.no_proxy(),
+        Proxy::Environment => builder,
+        Proxy::Url(url) => {
+            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Refused, causes(&error));
+            builder.proxy(reqwest::Proxy::all(url.expose_secret()).map_err(refused)?)
+        }
+    };
     if let Some(path) = cafile {
         let call = "TLS: cafile";
         let pem = std::fs::read(path).map_err(|error| {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result, shorten};
 use super::image;
-use super::session::{Access, Request, Service, Wire};
+use super::session::{Access, Proxy, Request, Service, Wire};
 use super::{Image, is_reserved};
 
 /// Of one request.
@@ -47,6 +47,8 @@ impl Tenant {
             interface: plain_interface(config.interface.as_deref()),
             cafile: config.cacert.clone().map(PathBuf::from),
             insecure: config.verify == Some(false),
+            // a person's own machine, which may reach the cloud through nothing else
+            proxy: Proxy::Environment,
             timeout: TIMEOUT,
             image_override: config.options.get("image_endpoint_override").map(ToString::to_string),
             config,

@@ -19,11 +19,12 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::known;
 use crate::config::LogFormat;
+use crate::text::is_unsafe;
 
 /// Where journald takes records, in its own protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
-/// Bytes of one value in the journal. A record must fit into one datagram (about 200 KiB).
+/// Bytes of one value: some are what tenants wrote. A record of the journal must fit into one datagram (about 200 KiB).
 const MAX_VALUE: usize = 16 * 1024;
 
 /// A field of an event or a span.
@@ -90,12 +91,19 @@ impl Visit for Fields {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.set(field.name(), Value::Text(value.to_owned()));
+        self.set(field.name(), Value::Text(shorten(value).to_owned()));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.set(field.name(), Value::Shown(format!("{value:?}")));
+        let mut text = format!("{value:?}");
+        text.truncate(shorten(&text).len());
+        self.set(field.name(), Value::Shown(text));
     }
+}
+
+/// At most [`MAX_VALUE`] bytes.
+fn shorten(text: &str) -> &str {
+    text.get(..text.floor_char_boundary(MAX_VALUE)).unwrap_or(text)
 }
 
 /// An event, ready to be written.
@@ -220,7 +228,7 @@ fn text(entry: &Entry, colours: bool) -> String {
 /// Without line ends and what else a terminal would act on: one event stays one line, whatever others put into it.
 fn push_visibly(line: &mut String, text: &str) {
     for c in text.chars() {
-        if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+        if is_unsafe(c) { line.extend(c.escape_default()) } else { line.push(c) }
     }
 }
 
@@ -285,7 +293,7 @@ fn put(record: &mut Vec<u8>, name: &str, value: &str) {
     if name.is_empty() {
         return;
     }
-    let value = value.get(..value.floor_char_boundary(MAX_VALUE)).unwrap_or(value).as_bytes();
+    let value = shorten(value).as_bytes();
     record.extend_from_slice(name.as_bytes());
     record.push(b'\n');
     record.extend_from_slice(&(value.len() as u64).to_le_bytes());
@@ -390,7 +398,7 @@ mod tests {
 
     #[test]
     fn one_event_is_one_line_whatever_is_in_it() {
-        let hostile = "a\nb\r\x1b[2J\u{85}";
+        let hostile = "a\nb\r\x1b[2J\u{85}\u{202e}\u{2028}";
         let written = written(|| {
             tracing::error!(error = %hostile, quoted = hostile, "said: {hostile}");
         });
@@ -399,6 +407,7 @@ mod tests {
             assert!(!line.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\u{85}'), "{line:?}");
             assert_eq!(line.matches('\n').count(), 1);
         }
+        assert!(!text.trim_end_matches('\n').contains(is_unsafe), "{text:?}");
         assert_eq!(record["ERROR"], hostile);
     }
 
@@ -407,6 +416,7 @@ mod tests {
         let long = "ü".repeat(MAX_VALUE);
         let written = written(|| tracing::info!(long, "long"));
         assert_eq!(written[0].2["LONG"], "ü".repeat(MAX_VALUE / 2));
+        assert!(written[0].0.len() < MAX_VALUE + 100 && written[0].1.len() < MAX_VALUE + 200);
     }
 
     #[test]

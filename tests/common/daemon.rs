@@ -109,6 +109,8 @@ impl Setup {
         let log = dir.join("log");
         let child = command(&config)
             .arg("run")
+            // the daemon does not take its way from the environment
+            .envs(["http_proxy", "https_proxy", "all_proxy"].map(|name| (name, "http://127.0.0.1:1")))
             .stdin(Stdio::null())
             .stdout(File::create(dir.join("stdout")).unwrap())
             .stderr(File::create(&log).unwrap())
