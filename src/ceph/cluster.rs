@@ -238,6 +238,15 @@ pub fn leave(status: u8) -> ! {
     unsafe { libc::_exit(status.into()) }
 }
 
+/// Keeps what is in memory out of core dumps, and from other processes of the same user (prctl(2), PR_SET_DUMPABLE).
+pub fn make_undumpable() -> std::io::Result<()> {
+    // SAFETY: takes numbers only; the kernel wants those that are not used to be 0.
+    match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// A connected handle of librados, shut down when its last user is gone: every [`IoCtx`] holds one.
 pub(super) struct Cluster {
     raw: rados_t,

@@ -52,7 +52,7 @@ pub struct Cli {
 enum Command {
     /// Run the daemon.
     Run,
-    /// Dial everything with the configuration; exit 0 only if all holds.
+    /// Test every connection of the configuration; exit 0 only if every check passes.
     Check(check::Args),
     /// List the jobs of the whole cluster.
     Jobs(jobs::Args),
@@ -74,6 +74,7 @@ enum Command {
 
 impl Cli {
     pub fn run(self) -> Result<ExitCode, Failure> {
+        keep_memory_private()?;
         let config = self.config.as_path();
         match self.command {
             Command::Run => blocking(run::run(config)),
@@ -88,6 +89,13 @@ impl Cli {
             Command::Man(args) => man::man(args),
         }
     }
+}
+
+/// Memory holds passwords and tokens: no core is written of it, and no other process of the same user may read it or
+/// attach to it.
+fn keep_memory_private() -> Result<(), Failure> {
+    crate::ceph::make_undumpable()
+        .map_err(|e| Failure::new(Failure::OS, format!("core dumps cannot be switched off: {e}")))
 }
 
 /// Runs a command that needs the runtime.
