@@ -19,7 +19,9 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
 use rbd_offload::config::{Messaging, QueueType};
-use rbd_offload::notification::{Event, Listener, Meta, Pace, Sink, SinkError, Status, TransportUrl};
+use rbd_offload::notification::{
+    Binding, Bindings, BindingsError, Event, Listener, Meta, Pace, Permissions, Sink, SinkError, Status, TransportUrl,
+};
 use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -163,7 +165,11 @@ struct Running {
 
 impl Running {
     fn start(config: Messaging, sink: &Arc<Store>) -> Running {
-        let listener = Listener::new(config).unwrap().pace(Pace {
+        Running::with_bindings(config, sink, Arc::default())
+    }
+
+    fn with_bindings(config: Messaging, sink: &Arc<Store>, bindings: Arc<Remembered>) -> Running {
+        let listener = Listener::new(config).unwrap().bindings(bindings).pace(Pace {
             hold: Duration::from_secs(2),
             hold_again: Duration::from_secs(2),
             attempt: Duration::from_secs(30),
@@ -206,6 +212,7 @@ struct Store {
     stored: Mutex<Vec<(Event, Meta)>>,
     calls: AtomicUsize,
     fail: AtomicBool,
+    refuse: AtomicBool,
     hang: AtomicBool,
 }
 
@@ -232,8 +239,46 @@ impl Sink for Store {
         if self.fail.load(Ordering::SeqCst) {
             return Err(SinkError::new("the pool is away"));
         }
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err(SinkError::permanent("the record is too large"));
+        }
         self.stored.lock().unwrap().push((event, meta));
         Ok(())
+    }
+}
+
+/// Bindings in memory. Can be told to be away.
+#[derive(Debug, Default)]
+struct Remembered {
+    bindings: Mutex<BTreeSet<Binding>>,
+    away: AtomicBool,
+}
+
+impl Remembered {
+    fn open(&self) -> Result<std::sync::MutexGuard<'_, BTreeSet<Binding>>, BindingsError> {
+        match self.away.load(Ordering::SeqCst) {
+            true => Err(BindingsError::new("the pool is away")),
+            false => Ok(self.bindings.lock().unwrap()),
+        }
+    }
+
+    fn exchanges(&self) -> BTreeSet<String> {
+        self.bindings.lock().unwrap().iter().map(|binding| binding.exchange.clone()).collect()
+    }
+}
+
+#[async_trait]
+impl Bindings for Remembered {
+    async fn all(&self) -> Result<BTreeSet<Binding>, BindingsError> {
+        self.open().map(|bindings| bindings.clone())
+    }
+
+    async fn add(&self, new: &[Binding]) -> Result<(), BindingsError> {
+        self.open().map(|mut bindings| bindings.extend(new.iter().cloned()))
+    }
+
+    async fn remove(&self, binding: &Binding) -> Result<(), BindingsError> {
+        self.open().map(|mut bindings| drop(bindings.remove(binding)))
     }
 }
 
@@ -579,6 +624,139 @@ async fn unreadable_and_compressed_bodies() {
         assert_eq!(running.status.get().reconnects, 0);
         running.stop().await;
         assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+/// What the broker says: exchange and routing key of each binding of the queue but its own name.
+async fn bindings_of(queue: String) -> BTreeSet<(String, String)> {
+    let list = tokio::task::spawn_blocking(|| {
+        rabbitmqctl(&["-q", "list_bindings", "source_name", "destination_name", "routing_key", "--no-table-headers"])
+    });
+    let list = list.await.unwrap();
+    list.lines()
+        .filter_map(|line| {
+            let mut words = line.split('\t');
+            let (source, destination, key) = (words.next()?, words.next()?, words.next()?);
+            (destination == queue && !source.is_empty()).then(|| (source.to_owned(), key.to_owned()))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_binding_that_the_configuration_no_longer_names_is_removed() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let remembered = Arc::new(Remembered::default());
+        let key = format!("{}.info", broker.topic());
+        // amq.topic is always there; an exchange that never comes is remembered too, and nothing is made of it
+        let wide = Messaging {
+            exchanges: vec![broker.exchange(), "amq.topic".into(), format!("never-{}", broker.exchange())],
+            ..broker.config()
+        };
+        let running = Running::with_bindings(wide, &store, remembered.clone());
+        let both = BTreeSet::from([(broker.exchange(), key.clone()), ("amq.topic".to_owned(), key.clone())]);
+        eventually("both are bound", async || bindings_of(broker.queue()).await == both).await;
+        running.stop().await;
+
+        // the memory is away: nothing is lost of what is bound, and nothing is forgotten
+        remembered.away.store(true, Ordering::SeqCst);
+        let running = Running::with_bindings(broker.config(), &store, remembered.clone());
+        running.consuming().await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("it is stored", async || store.images().contains(&image)).await;
+        assert_eq!(bindings_of(broker.queue()).await, both);
+        running.stop().await;
+
+        remembered.away.store(false, Ordering::SeqCst);
+        let running = Running::with_bindings(broker.config(), &store, remembered.clone());
+        let one = BTreeSet::from([(broker.exchange(), key.clone())]);
+        eventually("one is bound", async || bindings_of(broker.queue()).await == one).await;
+        eventually("one is remembered", async || remembered.exchanges() == BTreeSet::from([broker.exchange()])).await;
+        assert!(running.status.get().connected());
+        running.stop().await;
+
+        // another topic is another binding
+        let other = Messaging { topics: vec![format!("{}-2", broker.topic())], ..broker.config() };
+        let running = Running::with_bindings(other, &store, remembered.clone());
+        let two = BTreeSet::from([(broker.exchange(), format!("{}-2.info", broker.topic()))]);
+        eventually("the other is bound", async || bindings_of(broker.queue()).await == two).await;
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_never_be_stored_is_dropped_and_not_redelivered() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        store.refuse.store(true, Ordering::SeqCst);
+        broker.publish(&deletion(Uuid::new_v4())).await;
+        eventually("it was tried", async || store.calls.load(Ordering::SeqCst) > 0).await;
+        // what comes after it is stored, and nothing waits in the queue or comes again
+        store.refuse.store(false, Ordering::SeqCst);
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("the next is stored", async || store.images().contains(&image)).await;
+        running.stop().await;
+        eventually("the queue is empty", async || broker.ready(&broker.queue()).await == Some(0)).await;
+        assert_eq!((store.calls.load(Ordering::SeqCst), store.images().len()), (2, 1));
+    })
+    .await;
+}
+
+/// A user with what `check` proposes, on names that would match others as unescaped expressions.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_least_permissions_suffice_and_allow_nothing_else() {
+    with_broker(|broker| async move {
+        let (user, queue) = (format!("least.{}", broker.id), format!("{}.q", broker.queue()));
+        let dotted = format!("{}.x", broker.exchange());
+        let declare = |name: String| {
+            let broker = broker.clone();
+            async move {
+                let (kind, options) = (ExchangeKind::Topic, ExchangeDeclareOptions::default());
+                let channel = broker.channel().await;
+                channel.exchange_declare(name.as_str().into(), kind, options, FieldTable::default()).await.unwrap();
+            }
+        };
+        declare(dotted.clone()).await;
+        let config = Messaging {
+            transport_url: {
+                let url = TransportUrl::parse(&lab("RBDLAB_OFFLOAD_AMQP")).unwrap();
+                format!("rabbit://{user}:least@{}:{}/", url.hosts[0].name, url.hosts[0].port).into()
+            },
+            queue: queue.clone(),
+            exchanges: vec![dotted.clone()],
+            ..broker.config()
+        };
+        let permissions = Permissions::of(&config);
+        rabbitmqctl(&["-q", "add_user", &user, "least"]);
+        let Permissions { configure, write, read } = &permissions;
+        rabbitmqctl(&["-q", "set_permissions", "-p", "/", &user, configure, write, read]);
+
+        let store = Arc::new(Store::default());
+        let running = Running::start(config.clone(), &store);
+        let bound = BTreeSet::from([(dotted.clone(), format!("{}.info", broker.topic()))]);
+        eventually("the queue is bound", async || bindings_of(queue.clone()).await == bound).await;
+        assert!(running.status.get().connected());
+        running.stop().await;
+
+        // a dot stands for a dot
+        let elsewhere = Messaging { queue: queue.replace('.', "-"), ..config.clone() };
+        let running = Running::start(elsewhere, &store);
+        eventually("refused", async || running.status.get().problem.is_some()).await;
+        let problem = running.status.get().problem.unwrap();
+        assert!(problem.contains("rabbitmqctl set_permissions -p / ") && problem.contains(r"\.q$"), "{problem}");
+        running.stop().await;
+
+        let channel = broker.channel().await;
+        let _ = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await;
+        let _ = channel.exchange_delete(dotted.as_str().into(), ExchangeDeleteOptions::default()).await;
+        rabbitmqctl(&["-q", "delete_user", &user]);
     })
     .await;
 }

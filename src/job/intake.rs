@@ -165,10 +165,7 @@ impl Intake {
         };
         match stored {
             // it would not become readable by delivering again
-            Err(error @ Error::Unreadable { .. }) => {
-                tracing::error!(%error, "a request could not be stored");
-                Ok(())
-            }
+            Err(error @ Error::Unreadable { .. }) => Err(SinkError::permanent(error)),
             other => other.map_err(SinkError::new),
         }
     }

@@ -4,6 +4,7 @@
 //! may move it on; every step may be run again by anybody after a crash at any point, and ends the same.
 //! `docs/jobs.md` draws the states.
 
+pub mod bindings;
 pub mod clock;
 pub mod deployment;
 pub mod engine;

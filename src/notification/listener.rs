@@ -4,12 +4,15 @@
 //! run      one host after the other, with growing pauses
 //! └ session     connect, declare the queue, consume; until the connection ends
 //!   ├ keep_bound    binds the queue to each exchange, to a missing one as soon as a service declares it
-//!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored | give back
+//!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored or never can be | give back
 //! ```
 //!
 //! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by `amqp_durable_queues` or
 //! `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind is refused with 406: tried with oslo.messaging
 //! 18 both ways round, every notification of that service is then lost. So an exchange of ours could silence the service whose it is.
+//!
+//! **AMQP cannot list bindings**, so each is remembered (see [`Bindings`]) before it is made, and one that is remembered but no longer in the
+//! configuration is removed.
 //!
 //! **Only the priority `info` is bound.** All events that matter are of it; error notifications are not, and those of Nova carry tokens.
 
@@ -35,8 +38,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::acks::Acks;
+use super::bindings::{Binding, Bindings, BindingsError, NoMemory};
 use super::envelope::Unreadable;
 use super::event::{Event, EventType, Notification};
+use super::permissions::Permissions;
 use super::sink::{Meta, Sink, SinkError};
 use super::status::Status;
 use super::transport_url::{self, FileError, Host, TransportUrl};
@@ -53,6 +58,8 @@ const SETTLED: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// For a declaration or a binding.
 const RPC_TIMEOUT: Duration = Duration::from_secs(30);
+/// For a call to what remembers the bindings.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For calls of the sink that still run when the session ends.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -63,6 +70,9 @@ const LOG_AGAIN: Duration = Duration::from_secs(600);
 const ACK_DELAY: Duration = Duration::from_millis(20);
 /// Every so many looks for missing exchanges, all are bound anew: somebody may have deleted and declared one again.
 const REBIND_ALL: u32 = 12;
+
+/// What stands for the memory of the bindings among the names of exchanges that were warned of.
+const UNREMEMBERED: &str = " bindings";
 
 /// Nova's and Cinder's routing keys are `<topic>.<priority>`.
 const PRIORITY: &str = "info";
@@ -105,9 +115,10 @@ pub struct Listener {
     url: TransportUrl,
     pace: Pace,
     status: Arc<Status>,
+    bindings: Arc<dyn Bindings>,
 }
 
-/// Why a session ended, with the mend where an operator has to do something.
+/// Why a session ended, with a remedy where the operator has to act.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
     #[error(
@@ -128,10 +139,10 @@ enum Ended {
     )]
     QueueDiffers { queue: String, wanted: &'static str, error: lapin::Error },
     #[error(
-        "not allowed to {what}: grant the user configure, write and read on {queue:?} and read on the exchanges, with `rabbitmqctl \
-         set_permissions` ({error})"
+        "not allowed to {what}: give the user what it needs ({}) with `{command}` ({error})",
+        Permissions::REPLACES
     )]
-    Denied { what: &'static str, queue: String, error: lapin::Error },
+    Denied { what: &'static str, command: String, error: lapin::Error },
     #[error("{what} failed: {error}")]
     Call { what: &'static str, error: lapin::Error },
     #[error("{what}: no answer within {} s", RPC_TIMEOUT.as_secs())]
@@ -146,11 +157,18 @@ impl Listener {
     /// Reads the transport_url; does not connect.
     pub fn new(config: Messaging) -> Result<Listener, transport_url::Error> {
         let url = TransportUrl::parse(config.transport_url.expose_secret())?;
-        Ok(Listener { config, url, pace: Pace::default(), status: Arc::default() })
+        Ok(Listener { config, url, pace: Pace::default(), status: Arc::default(), bindings: Arc::new(NoMemory) })
     }
 
     pub fn pace(mut self, pace: Pace) -> Listener {
         self.pace = pace;
+        self
+    }
+
+    /// Where it is remembered what the queue is bound to. Without one, a binding that the configuration no longer names
+    /// stays.
+    pub fn bindings(mut self, bindings: Arc<dyn Bindings>) -> Listener {
+        self.bindings = bindings;
         self
     }
 
@@ -262,8 +280,50 @@ impl Listener {
     fn denied(&self, ended: Ended) -> Ended {
         match ended {
             Ended::Call { what, error } if soft(&error, AMQPSoftError::ACCESSREFUSED) => {
-                Ended::Denied { what, queue: self.queue().to_owned(), error }
+                let user = self.url.hosts.first().map_or("USER", |host| &host.user);
+                let command = Permissions::of(&self.config).command(user, &self.url.vhost);
+                Ended::Denied { what, command, error }
             }
+            other => other,
+        }
+    }
+
+    fn binding(&self, exchange: &str, topic: &str) -> Binding {
+        Binding {
+            vhost: self.url.vhost.clone(),
+            queue: self.queue().to_owned(),
+            exchange: exchange.to_owned(),
+            routing_key: format!("{topic}.{PRIORITY}"),
+        }
+    }
+
+    /// Every binding that the configuration asks for.
+    fn wanted(&self) -> BTreeSet<Binding> {
+        let pairs = self
+            .config
+            .exchanges
+            .iter()
+            .flat_map(|exchange| self.config.topics.iter().map(move |topic| self.binding(exchange, topic)));
+        pairs.collect()
+    }
+
+    /// Those of our queue that are remembered, and that the configuration no longer asks for.
+    async fn unwanted(&self) -> Result<Vec<Binding>, BindingsError> {
+        let (queue, vhost, wanted) = (self.queue(), self.url.vhost.as_str(), self.wanted());
+        let ours = |binding: &Binding| binding.queue == queue && binding.vhost == vhost && !wanted.contains(binding);
+        Ok(remember(self.bindings.all()).await?.into_iter().filter(ours).collect())
+    }
+
+    /// Removes one binding; one that is not there, or whose exchange is gone, counts as removed.
+    async fn unbind(&self, channel: &Channel, binding: &Binding) -> Result<(), Ended> {
+        let unbound = channel.queue_unbind(
+            binding.queue.as_str().into(),
+            binding.exchange.as_str().into(),
+            binding.routing_key.as_str().into(),
+            FieldTable::default(),
+        );
+        match call("remove a binding of the queue", unbound).await {
+            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => Ok(()),
             other => other,
         }
     }
@@ -278,7 +338,7 @@ impl Listener {
             Err(ended) => return Err(ended),
         }
         for topic in &self.config.topics {
-            let key = format!("{topic}.{PRIORITY}");
+            let key = self.binding(exchange, topic).routing_key;
             let (queue, options) = (self.queue().into(), QueueBindOptions::default());
             let bound = channel.queue_bind(queue, exchange.into(), key.into(), options, FieldTable::default());
             match call("bind the queue to an exchange", bound).await {
@@ -392,14 +452,67 @@ impl Run<'_> {
     }
 }
 
+/// Removes the bindings that the configuration no longer names. What fails is tried again with the next connection.
+///
+/// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and removes
+/// them itself when it is restarted with the new one.
+async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result<(), Ended> {
+    let unwanted = match listener.unwanted().await {
+        Ok(unwanted) => unwanted,
+        Err(error) => {
+            warn!("bindings that the configuration no longer names stay until the next connection: {error}");
+            return Ok(());
+        }
+    };
+    let mut scratch = None;
+    for binding in unwanted {
+        let channel = still_open(scratch.take(), connection).await?;
+        let Binding { queue, exchange, routing_key, .. } = &binding;
+        match listener.unbind(&channel, &binding).await {
+            Ok(()) => {
+                scratch = Some(channel);
+                info!("queue {queue:?} is no longer bound to exchange {exchange:?} for {routing_key}");
+                if let Err(error) = remember(listener.bindings.remove(&binding)).await {
+                    debug!("a binding that is gone is still remembered: {error}");
+                }
+            }
+            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::ACCESSREFUSED) => warn!(
+                "queue {queue:?} stays bound to exchange {exchange:?}, which the configuration no longer names: the user may not read that \
+                 exchange any more. Allow it until the next connection, or delete the queue with `rabbitmqctl delete_queue` ({error})"
+            ),
+            Err(ended) => return Err(ended),
+        }
+    }
+    Ok(())
+}
+
 /// Binds the queue to all exchanges, then looks for the missing ones again and again. Ends with the connection only.
 async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connection: &Connection) -> Ended {
+    if let Err(ended) = remove_unwanted(listener, connection).await {
+        return ended;
+    }
     let mut scratch: Option<Channel> = None;
     let mut bound = BTreeSet::new();
+    let mut remembered = false;
     for round in 0u32.. {
         let all = round % REBIND_ALL == 0;
+        if all || !remembered {
+            let wanted: Vec<Binding> = listener.wanted().into_iter().collect();
+            remembered = match remember(listener.bindings.add(&wanted)).await {
+                Ok(()) => {
+                    warned.remove(UNREMEMBERED);
+                    true
+                }
+                Err(error) => {
+                    if warned.insert(UNREMEMBERED.to_owned()) {
+                        warn!("no new binding is made while it cannot be remembered; trying again: {error}");
+                    }
+                    false
+                }
+            };
+        }
         for exchange in &listener.config.exchanges {
-            if !all && bound.contains(exchange) {
+            if !remembered || (!all && bound.contains(exchange)) {
                 continue;
             }
             let channel = match still_open(scratch.take(), connection).await {
@@ -468,7 +581,7 @@ struct Pump<'a> {
     sink: Arc<dyn Sink>,
     /// Cuts retries short.
     stop: CancellationToken,
-    stores: JoinSet<(u64, EventType, bool)>,
+    stores: JoinSet<(u64, EventType, Outcome)>,
     acks: Acks,
     logged: &'a mut Logged,
     counters: &'a Counters,
@@ -558,16 +671,19 @@ impl Pump<'_> {
         self.stores.spawn(async move { (tag, event_type, store(sink, event, meta, hold, pace, stop).await) });
     }
 
-    async fn settle(&mut self, (tag, event_type, stored): (u64, EventType, bool)) -> lapin::Result<()> {
-        if stored {
-            self.counters.stored(event_type);
-            self.acks.done(tag);
-            return self.flush().await;
+    async fn settle(&mut self, (tag, event_type, outcome): (u64, EventType, Outcome)) -> lapin::Result<()> {
+        match outcome {
+            Outcome::Stored => self.counters.stored(event_type),
+            Outcome::Refused => self.counters.refused(event_type),
+            Outcome::GivenBack => {
+                self.counters.requeued(event_type);
+                self.acks.returned(tag);
+                let options = BasicNackOptions { requeue: true, multiple: false };
+                return self.channel.basic_nack(tag, options).await;
+            }
         }
-        self.counters.requeued(event_type);
-        self.acks.returned(tag);
-        let options = BasicNackOptions { requeue: true, multiple: false };
-        self.channel.basic_nack(tag, options).await
+        self.acks.done(tag);
+        self.flush().await
     }
 
     async fn flush(&mut self) -> lapin::Result<()> {
@@ -605,6 +721,16 @@ impl Pump<'_> {
     }
 }
 
+/// What became of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Stored,
+    /// It can never be stored.
+    Refused,
+    /// Not stored yet: for another attempt, by us or another controller.
+    GivenBack,
+}
+
 /// Hands an event to the sink until it is stored, `hold` is over or `stop` is called. Never panics, whatever the sink does.
 async fn store(
     sink: Arc<dyn Sink>,
@@ -613,14 +739,14 @@ async fn store(
     hold: Duration,
     pace: Pace,
     stop: CancellationToken,
-) -> bool {
+) -> Outcome {
     let until = Instant::now() + hold;
     let mut pause = pace.retry;
     for attempt in 1u32.. {
         let (sink, event, about) = (sink.clone(), event.clone(), meta.clone());
         let mut running = tokio::spawn(async move { sink.accept(event, about).await });
         let error = match timeout(pace.attempt, &mut running).await {
-            Ok(Ok(Ok(()))) => return true,
+            Ok(Ok(Ok(()))) => return Outcome::Stored,
             Ok(Ok(Err(error))) => error,
             Ok(Err(error)) => SinkError::new(error),
             Err(_) => {
@@ -629,6 +755,14 @@ async fn store(
             }
         };
         let id = meta_id(&meta);
+        if error.is_permanent() {
+            error!(
+                event_type = meta.event_type.as_str(),
+                exchange = meta.exchange.as_str(),
+                "notification {id} can never be stored and is dropped: {error}"
+            );
+            return Outcome::Refused;
+        }
         if stop.is_cancelled() {
             break;
         }
@@ -649,7 +783,7 @@ async fn store(
         }
         pause = (pause * 2).min(pace.retry * 8);
     }
-    false
+    Outcome::GivenBack
 }
 
 fn meta_id(meta: &Meta) -> &str {
@@ -674,6 +808,13 @@ fn rounds(delivery: &Delivery) -> i64 {
         Some(AMQPValue::LongLongInt(count)) => *count,
         Some(AMQPValue::LongInt(count)) => i64::from(*count),
         _ => 0,
+    }
+}
+
+async fn remember<T>(call: impl Future<Output = Result<T, BindingsError>>) -> Result<T, BindingsError> {
+    match timeout(MEMORY_TIMEOUT, call).await {
+        Ok(result) => result,
+        Err(_) => Err(BindingsError::new(format!("no answer within {} s", MEMORY_TIMEOUT.as_secs()))),
     }
 }
 
@@ -751,6 +892,10 @@ impl Counters {
 
     fn stored(&self, event_type: EventType) {
         notifications("stored", event_type).increment(1);
+    }
+
+    fn refused(&self, event_type: EventType) {
+        notifications("refused", event_type).increment(1);
     }
 
     fn requeued(&self, event_type: EventType) {

@@ -8,22 +8,26 @@
 //! hold live tokens, so no body, and nothing from one but ids and event types, reaches a log, an error or a record.
 
 mod acks;
+mod bindings;
 mod envelope;
 mod event;
 mod listener;
+mod permissions;
 mod replay;
 mod sink;
 mod status;
 mod transport_url;
 
+pub use bindings::{Binding, Bindings, BindingsError};
 pub use envelope::Unreadable;
 pub use event::{Event, EventType, Notification};
 pub use listener::{Listener, Pace};
+pub use permissions::Permissions;
 pub use replay::{LineError, ReplaySummary, replay};
 pub use sink::{Meta, Sink, SinkError};
 pub use status::{State, Status};
 pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 
 /// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an exchange that
-/// does not exist yet included. What matters is logged here, once and with its mend.
+/// does not exist yet included. What matters is logged here, once and with its remedy.
 pub const QUIET_TARGET: &str = "lapin";

@@ -22,8 +22,8 @@ pub struct Meta {
 /// Takes events over from the broker.
 #[async_trait]
 pub trait Sink: Send + Sync + 'static {
-    /// Returns when nothing of the event can be lost any more, since the delivery is acknowledged then: the job is in RADOS, or there is
-    /// nothing to do.
+    /// Returns once the event is durable (the job is in RADOS, or there is nothing to do). The delivery is acknowledged right after. It is
+    /// acknowledged after a [permanent](SinkError::permanent) error too; after any other it is tried again.
     ///
     /// Called several times at once, up to the prefetch, and more than once for the same event: after an error, a lost connection or a
     /// publisher's retry. Must be idempotent, and may be dropped half way.
@@ -37,13 +37,26 @@ impl<T: Sink + ?Sized> Sink for std::sync::Arc<T> {
     }
 }
 
-/// The event could not be stored now; it is tried again. Its text is logged.
+/// The event was not stored. Its text is logged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct SinkError(String);
+#[error("{text}")]
+pub struct SinkError {
+    text: String,
+    permanent: bool,
+}
 
 impl SinkError {
+    /// It could not be stored now: the delivery is tried again.
     pub fn new(error: impl fmt::Display) -> SinkError {
-        SinkError(error.to_string())
+        SinkError { text: error.to_string(), permanent: false }
+    }
+
+    /// It can never be stored: the delivery is dropped, since the broker would hand it out without end.
+    pub fn permanent(error: impl fmt::Display) -> SinkError {
+        SinkError { text: error.to_string(), permanent: true }
+    }
+
+    pub fn is_permanent(&self) -> bool {
+        self.permanent
     }
 }

@@ -23,7 +23,7 @@ pub struct State {
     pub queue_declared: bool,
     /// Exchanges that no service has declared yet.
     pub missing_exchanges: BTreeSet<String>,
-    /// Why there is no connection, and the mend.
+    /// Why there is no connection, and the remedy.
     pub problem: Option<String>,
 }
 
