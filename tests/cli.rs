@@ -185,7 +185,7 @@ impl Checked {
     fn row(&self, name: &str) -> (&str, &str, &str) {
         let mut rows = self.rows.iter().filter(|row| row["check"] == name);
         let row = rows.next().unwrap_or_else(|| panic!("no row {name:?}: {}", self.text));
-        (row["result"].as_str().unwrap(), row["detail"].as_str().unwrap(), row["mend"].as_str().unwrap_or_default())
+        (row["result"].as_str().unwrap(), row["detail"].as_str().unwrap(), row["remedy"].as_str().unwrap_or_default())
     }
 
     fn faults(&self) -> Vec<&str> {
@@ -193,13 +193,13 @@ impl Checked {
         faults.map(|row| row["check"].as_str().unwrap()).collect()
     }
 
-    /// The row is a fault whose reason and mend hold these words.
-    fn fault(&self, name: &str, reason: &str, mend: &str) {
+    /// The row is a fault whose reason and remedy hold these words.
+    fn fault(&self, name: &str, reason: &str, remedy: &str) {
         assert_eq!(self.code, Some(1), "{}", self.text);
         let (result, detail, says) = self.row(name);
         assert_eq!(result, "fault", "{name}: {}", self.text);
         assert!(detail.contains(reason), "{name}: {reason:?} is not in {detail:?}");
-        assert!(says.contains(mend), "{name}: {mend:?} is not in {says:?}");
+        assert!(says.contains(remedy), "{name}: {remedy:?} is not in {says:?}");
     }
 }
 
@@ -214,7 +214,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
     let before = block_on(leftovers());
     let ran = setup.run(&["check"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert!(ran.out.ends_with("all holds\n") && !ran.out.contains('\x1b'), "{ran:?}");
+    assert!(ran.out.ends_with("all checks passed\n") && !ran.out.contains('\x1b'), "{ran:?}");
     for row in [
         "configuration ",
         &broker(&lab("RBDLAB_AMQP_PORT")),
@@ -360,6 +360,98 @@ fn check_gives_up_on_silent_monitors_and_a_silent_keystone() {
     checked.fault("Keystone", "no answer within 10 s", "auth_url");
     assert_eq!(checked.row("Ceph pool volumes").0, "skipped");
     assert_eq!(checked.row("RabbitMQ exchange glance").0, "ok");
+}
+
+/// Answers 503 to the first requests, as a service whose worker starts, and passes on what follows.
+fn starts_late(target: &str, refusals: usize) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let target = target.strip_prefix("http://").unwrap().split('/').next().unwrap().to_owned();
+    std::thread::spawn(move || {
+        for (number, stream) in listener.incoming().enumerate() {
+            let (mut stream, target) = (stream.unwrap(), target.clone());
+            std::thread::spawn(move || {
+                use std::io::Read;
+                if number < refusals {
+                    let _ = stream.read(&mut [0; 65536]);
+                    let _ = stream.write_all(
+                        b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+                    );
+                    return;
+                }
+                let upstream = std::net::TcpStream::connect(target).unwrap();
+                let (mut from, mut to) = (stream.try_clone().unwrap(), upstream.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(std::net::Shutdown::Write);
+                });
+                let _ = std::io::copy(&mut &upstream, &mut stream);
+            });
+        }
+    });
+    format!("http://{address}")
+}
+
+#[test]
+fn check_waits_for_a_service_that_has_just_started_and_says_so() {
+    let keystone = lab("RBDLAB_KEYSTONE");
+    let path = keystone.strip_prefix("http://").and_then(|rest| rest.split_once('/')).map_or("", |(_, path)| path);
+    let late = format!("{}/{path}", starts_late(&keystone, 4));
+    let checked = check(&Setup::new().with(&keystone, &late));
+    assert_eq!(checked.code, Some(0), "{}", checked.text);
+    let (result, detail, _) = checked.row("Keystone");
+    assert!(result == "ok" && detail.contains("; attempt "), "{detail}");
+
+    let begun = Instant::now();
+    let checked = check(&Setup::new().with(&keystone, &format!("{}/{path}", starts_late(&keystone, usize::MAX))));
+    checked.fault("Keystone", "503 Service Unavailable; attempt ", "see whether");
+    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+}
+
+/// A proxy that is not there, in every variable that a client may read.
+const DEAD_PROXIES: [(&str, &str); 4] = [
+    ("http_proxy", "http://127.0.0.1:1"),
+    ("https_proxy", "http://127.0.0.1:1"),
+    ("all_proxy", "http://127.0.0.1:1"),
+    ("no_proxy", ""),
+];
+
+#[test]
+fn proxies_of_the_environment_are_ignored_unless_the_configuration_names_one() {
+    let setup = Setup::new();
+    let _one = one_at_a_time();
+    let ran = Ran::of(setup.command(&["check"]).envs(DEAD_PROXIES).output().unwrap());
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+
+    let setup = setup.with("region_name = RegionOne", "region_name = RegionOne\nproxy = http://127.0.0.1:1");
+    let ran = setup.run(&["check"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(ran.out.lines().any(|line| line.starts_with("Keystone ") && line.contains("FAULT")), "{ran:?}");
+    // with one that is there every request goes through it
+    let proxy = starts_late(&lab("RBDLAB_KEYSTONE"), 0);
+    let setup = setup.with("proxy = http://127.0.0.1:1", &format!("proxy = {proxy}"));
+    let ran = setup.run(&["check"]);
+    assert!(ran.out.lines().any(|line| line.starts_with("Keystone ") && line.contains("  ok")), "{ran:?}");
+}
+
+#[test]
+fn a_tenants_request_goes_through_the_proxy_of_the_environment_as_openstacks_own_client_does() {
+    let request = |proxies: &[(&str, &str)]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rbd-offload"));
+        command.args(["request", "--volume", &Uuid::new_v4().to_string(), "--name", "proxied"]);
+        command.envs([
+            ("OS_AUTH_URL", lab("RBDLAB_KEYSTONE").as_str()),
+            ("OS_USERNAME", "nobody"),
+            ("OS_PASSWORD", "secret"),
+            ("OS_PROJECT_NAME", "demo"),
+        ]);
+        Ran::of(command.envs(proxies.iter().copied()).output().unwrap())
+    };
+    request(&DEAD_PROXIES).failed(UNAVAILABLE, "127.0.0.1");
+    let mut without = DEAD_PROXIES;
+    without[3].1 = "127.0.0.1";
+    // Keystone answers, and does not know the user
+    request(&without).failed(77, "401");
 }
 
 /// Capabilities are taken away one by one.

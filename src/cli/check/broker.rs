@@ -11,7 +11,7 @@ use secrecy::ExposeSecret;
 use super::report::{Row, Verdict};
 use super::within;
 use crate::config::{Config, Messaging};
-use crate::notification::{Host, TransportUrl};
+use crate::notification::{Host, Permissions, TransportUrl};
 
 /// Between two looks at a queue that somebody consumes.
 const GROWTH: Duration = Duration::from_secs(1);
@@ -22,7 +22,7 @@ const MANY: u32 = 1000;
 pub async fn check(config: &Config) -> Vec<Row> {
     let url = match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
         Ok(url) => url,
-        Err(error) => return vec![Row::fault("RabbitMQ", error.to_string(), "mend transport_url in [messaging]")],
+        Err(error) => return vec![Row::fault("RabbitMQ", error.to_string(), "fix transport_url in [messaging]")],
     };
     let dialled = url.hosts.iter().map(|host| dial(&config.messaging, &url, host));
     let (mut rows, connections): (Vec<Row>, Vec<Option<Connection>>) =
@@ -59,14 +59,14 @@ fn exchange_name(exchange: &str) -> String {
 async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Option<Connection>) {
     let name = format!("RabbitMQ {host}");
     let mut connected = None;
-    let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async {
+    let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async || {
         let tls = match url.read_tls(config.ssl_ca_file.as_deref()).await {
             Ok(tls) => tls,
             Err(error) => {
                 return Row::fault(
                     &name,
                     error.to_string(),
-                    "mend ssl_ca_file in [messaging] or ssl_* in transport_url",
+                    "fix ssl_ca_file in [messaging] or ssl_* in transport_url",
                 );
             }
         };
@@ -82,21 +82,21 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Opti
                 connected = Some(connection);
                 Row::ok(&name, format!("user {}, virtual host {}", host.user, url.vhost))
             }
-            Ok(Err(error)) => refused(&name, url, host, &error),
-            Err(lost) => Row::fault(&name, lost.to_string(), "try again"),
+            Ok(Err(error)) => refused(&name, config, url, host, &error),
+            Err(lost) => Row::fault(&name, lost.to_string(), "try again").transient_if(true),
         }
     })
     .await;
     (row, connected)
 }
 
-fn refused(name: &str, url: &TransportUrl, host: &Host, error: &lapin::Error) -> Row {
+fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, error: &lapin::Error) -> Row {
     let (user, vhost) = (&host.user, &url.vhost);
     if soft(error, AMQPSoftError::ACCESSREFUSED) {
         return Row::fault(
             name,
             format!("wrong user or password: RabbitMQ refused user {user}"),
-            format!("mend transport_url in [messaging]; `rabbitmqctl authenticate_user {user}` tries a password"),
+            format!("fix transport_url in [messaging]; `rabbitmqctl authenticate_user {user}` tries a password"),
         );
     }
     if hard(error, AMQPHardError::NOTALLOWED) {
@@ -109,15 +109,15 @@ fn refused(name: &str, url: &TransportUrl, host: &Host, error: &lapin::Error) ->
             false => Row::fault(
                 name,
                 format!("user {user} may not use the virtual host {vhost}"),
-                format!("rabbitmqctl set_permissions -p {vhost} {user} '^rbd-offload' '^rbd-offload' '.*'"),
+                Permissions::of(config).command(user, vhost),
             ),
         };
     }
-    let mend = match url.tls {
+    let remedy = match url.tls {
         Some(_) => "see whether the broker runs and takes TLS on that port, and whether ssl_ca_file holds its CA",
         None => "see whether the broker runs there (port 5672, with ssl=1 in transport_url 5671)",
     };
-    Row::fault(name, format!("cannot be reached: {error}"), mend)
+    Row::fault(name, format!("cannot be reached: {error}"), remedy).transient_if(true)
 }
 
 /// What is known of the queue without touching it.
@@ -128,13 +128,16 @@ struct Depth {
 
 async fn queue(connection: &Connection, config: &Config) -> Row {
     let name = queue_name(config);
-    let row = within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async {
-        match look_at_queue(connection, config).await {
+    let row =
+        within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async || match look_at_queue(
+            connection, config,
+        )
+        .await
+        {
             Ok(row) => row,
             Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
-            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log"),
-        }
-    });
+            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
+        });
     row.await
 }
 
@@ -142,10 +145,15 @@ fn denied(name: &str, config: &Config, error: &lapin::Error) -> Row {
     Row::fault(
         name,
         format!("not allowed: {error}"),
-        format!(
-            "grant the user configure, write and read on {} and read on the exchanges, with `rabbitmqctl set_permissions`",
-            config.messaging.queue
-        ),
+        match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
+            Ok(url) => format!(
+                "give the user what it needs ({}): {}",
+                Permissions::REPLACES,
+                Permissions::of(&config.messaging)
+                    .command(url.hosts.first().map_or("USER", |host| &host.user), &url.vhost)
+            ),
+            Err(error) => format!("fix transport_url in [messaging]: {error}"),
+        },
     )
 }
 
@@ -211,7 +219,7 @@ async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Dep
 
 async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> Row {
     let name = exchange_name(exchange);
-    within(&name, "see the broker's log", async {
+    within(&name, "see the broker's log", async || {
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
         let declared = async {
             let channel = connection.create_channel().await?;
@@ -221,7 +229,7 @@ async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> R
             Ok(()) => Row::ok(&name, ""),
             Err(error) if soft(&error, AMQPSoftError::NOTFOUND) => missing(&name, exchange, config),
             Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
-            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log"),
+            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
         }
     })
     .await
@@ -235,13 +243,13 @@ fn missing(name: &str, exchange: &str, config: &Config) -> Row {
         "nova" => ("Nova", config.nova.integration),
         _ => ("the service with control_exchange = that name", true),
     };
-    let mend = format!(
+    let remedy = format!(
         "{service} creates it with its first notification: set driver = messagingv2 in its [oslo_messaging_notifications] \
          and restart it; if there is none of that name, take it out of exchanges in [messaging]"
     );
     match needed {
-        true => Row::fault(name, "does not exist: no notification of it can come", mend),
-        false => Row::warning(name, "does not exist; not needed now", mend),
+        true => Row::fault(name, "does not exist: no notification of it can come", remedy),
+        false => Row::warning(name, "does not exist; not needed now", remedy),
     }
 }
 

@@ -32,7 +32,7 @@ fn is_stuck(row: &Row) -> bool {
 pub async fn check(config: &Config) -> Findings {
     let mut client = None;
     let mut fsid = None;
-    let row = within("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async {
+    let row = within("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async || {
         match connect(config).await {
             Ok((connected, id)) => {
                 let row = Row::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
@@ -40,7 +40,8 @@ pub async fn check(config: &Config) -> Findings {
                 row
             }
             // its text names what to look at
-            Err(error) => Row::fault("Ceph", error.to_string(), "mend conf or user in [ceph], or the keyring"),
+            Err(error) => Row::fault("Ceph", error.to_string(), "fix conf or user in [ceph], or the keyring")
+                .transient_if(may_pass(error.kind())),
         }
     })
     .await;
@@ -101,23 +102,25 @@ fn caps(config: &Config) -> String {
     format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))
 }
 
-fn mend(config: &Config, error: &Error, pool_key: &str) -> String {
+fn may_pass(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::TimedOut | ErrorKind::Busy | ErrorKind::Conflict)
+}
+
+fn remedy(config: &Config, error: &Error, pool_key: &str) -> String {
     match error.kind() {
         ErrorKind::PermissionDenied => caps(config),
         ErrorKind::NotFound => format!("name the right pool with {pool_key}, or create it and `rbd pool init` it"),
         ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
-        ErrorKind::Fenced => "this client was shut out: see `ceph osd blocklist ls`".to_owned(),
+        ErrorKind::Fenced => "this client was fenced: see `ceph osd blocklist ls`".to_owned(),
         _ => "see `ceph status`".to_owned(),
     }
 }
 
 async fn release(client: &Client) -> Row {
     const NAME: &str = "Ceph release";
-    within(NAME, "see `ceph status`", async {
-        match client.osd_versions().await {
-            Ok(versions) => judge_release(NAME, versions),
-            Err(error) => Row::fault(NAME, error.to_string(), "see `ceph versions`"),
-        }
+    within(NAME, "see `ceph status`", async || match client.osd_versions().await {
+        Ok(versions) => judge_release(NAME, versions),
+        Err(error) => Row::fault(NAME, error.to_string(), "see `ceph versions`"),
     })
     .await
 }
@@ -142,15 +145,13 @@ fn judge_release(name: &str, mut versions: Vec<String>) -> Row {
     }
 }
 
-/// Whoever takes over a job shuts out the daemon that had it.
+/// A daemon that takes over a job fences the one that had it.
 async fn fencing(config: &Config, client: &Client) -> Row {
     const NAME: &str = "Ceph fencing";
-    within(NAME, "see `ceph status`", async {
-        match client.may_fence().await {
-            Ok(true) => Row::ok(NAME, "may shut out a daemon that lost its lease"),
-            Ok(false) => Row::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
-            Err(error) => Row::fault(NAME, error.to_string(), "see `ceph status`"),
-        }
+    within(NAME, "see `ceph status`", async || match client.may_fence().await {
+        Ok(true) => Row::ok(NAME, "may fence a daemon that lost its lease"),
+        Ok(false) => Row::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
+        Err(error) => Row::fault(NAME, error.to_string(), "see `ceph status`"),
     })
     .await
 }
@@ -158,29 +159,39 @@ async fn fencing(config: &Config, client: &Client) -> Row {
 /// Tries everything that the daemon does to images with a tiny one.
 async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
     let name = pool_name(pool);
-    let row = within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async {
-        let findings = match client.capabilities(pool, false).await {
-            Ok(findings) => findings,
-            Err(error) => return Row::fault(&name, error.to_string(), mend(config, &error, "pool or dest_pool")),
-        };
-        match findings.into_iter().next() {
-            None => Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
-            Some(finding) => Row::fault(
-                &name,
-                match finding.kind {
-                    ErrorKind::PermissionDenied => {
-                        format!("missing: osd 'profile rbd pool={pool}': cannot {} ({})", finding.what, finding.error)
-                    }
-                    _ => format!("cannot {}: {}", finding.what, finding.error),
-                },
-                match finding.kind {
-                    ErrorKind::PermissionDenied => caps(config),
-                    ErrorKind::NotFound => format!("name the right pool in {}, or create it", used_by(config, pool)),
-                    _ => finding.mend,
-                },
-            ),
-        }
-    });
+    let row =
+        within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async || {
+            let findings = match client.capabilities(pool, false).await {
+                Ok(findings) => findings,
+                Err(error) => {
+                    return Row::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
+                        .transient_if(may_pass(error.kind()));
+                }
+            };
+            match findings.into_iter().next() {
+                None => Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
+                Some(finding) => Row::fault(
+                    &name,
+                    match finding.kind {
+                        ErrorKind::PermissionDenied => {
+                            format!(
+                                "missing: osd 'profile rbd pool={pool}': cannot {} ({})",
+                                finding.what, finding.error
+                            )
+                        }
+                        _ => format!("cannot {}: {}", finding.what, finding.error),
+                    },
+                    match finding.kind {
+                        ErrorKind::PermissionDenied => caps(config),
+                        ErrorKind::NotFound => {
+                            format!("name the right pool in {}, or create it", used_by(config, pool))
+                        }
+                        _ => finding.mend,
+                    },
+                )
+                .transient_if(may_pass(finding.kind)),
+            }
+        });
     row.await
 }
 
@@ -192,8 +203,10 @@ async fn instances(config: &Config, client: &Client) -> Option<Row> {
     }
     let row = capabilities(config, client, pool).await;
     match row {
-        Row { verdict: Verdict::Fault, check, detail, mend: Some(mend) } if !detail.starts_with(super::NO_ANSWER) => {
-            Some(Row::warning(check, format!("instances cannot be a source: {detail}"), mend))
+        Row { verdict: Verdict::Fault, check, detail, remedy: Some(remedy), .. }
+            if !detail.starts_with(super::NO_ANSWER) =>
+        {
+            Some(Row::warning(check, format!("instances cannot be a source: {detail}"), remedy))
         }
         row => Some(row),
     }
@@ -222,29 +235,31 @@ fn used_by(config: &Config, pool: &str) -> String {
 /// Tries everything that the daemon does to job records with an object of its own.
 async fn jobs(config: &Config, client: &Client) -> Row {
     let name = jobs_name(config);
-    let row = within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async {
-        let objects = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
-            Ok(objects) => objects,
-            Err(error) => return Row::fault(&name, error.to_string(), "mend pool or namespace in [jobs]"),
-        };
-        let object = format!("check.{}", Uuid::new_v4());
-        let probed = probe(&objects, &object).await;
-        let removed = remove(&objects, &object).await.map_err(|error| ("remove an object", error));
-        match probed.and(removed) {
-            Ok(()) => Row::ok(&name, "write, lock, omap, remove"),
-            Err((what, error)) if error.kind() == ErrorKind::PermissionDenied => {
-                let pool = &config.jobs.pool;
-                Row::fault(
-                    &name,
-                    format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})"),
-                    caps(config),
-                )
+    let row =
+        within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async || {
+            let objects = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
+                Ok(objects) => objects,
+                Err(error) => return Row::fault(&name, error.to_string(), "fix pool or namespace in [jobs]"),
+            };
+            let object = format!("check.{}", Uuid::new_v4());
+            let probed = probe(&objects, &object).await;
+            let removed = remove(&objects, &object).await.map_err(|error| ("remove an object", error));
+            match probed.and(removed) {
+                Ok(()) => Row::ok(&name, "write, lock, omap, remove"),
+                Err((what, error)) if error.kind() == ErrorKind::PermissionDenied => {
+                    let pool = &config.jobs.pool;
+                    Row::fault(
+                        &name,
+                        format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})"),
+                        caps(config),
+                    )
+                }
+                Err((what, error)) => {
+                    Row::fault(&name, format!("cannot {what}: {error}"), remedy(config, &error, "pool in [jobs]"))
+                        .transient_if(may_pass(error.kind()))
+                }
             }
-            Err((what, error)) => {
-                Row::fault(&name, format!("cannot {what}: {error}"), mend(config, &error, "pool in [jobs]"))
-            }
-        }
-    });
+        });
     row.await
 }
 

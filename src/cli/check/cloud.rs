@@ -29,10 +29,10 @@ pub struct Findings {
 pub async fn check(config: &Config) -> Findings {
     let session = match Session::connect(&config.keystone, &config.glance) {
         Ok(session) => session,
-        Err(error) => return without_login(config, Row::fault("Keystone", error.to_string(), "mend [keystone]")),
+        Err(error) => return without_login(config, Row::fault("Keystone", error.to_string(), "fix [keystone]")),
     };
     let (login, clock) = tokio::join!(login(config, &session), clock(&session));
-    if !login.holds() {
+    if !login.passed() {
         let mut findings = without_login(config, login);
         findings.rows.insert(1, clock);
         return findings;
@@ -76,16 +76,14 @@ async fn login(config: &Config, session: &Session) -> Row {
     let keystone = &config.keystone;
     let unreachable =
         format!("see whether auth_url in [keystone] is right ({}) and the service runs", keystone.auth_url);
-    within(NAME, &unreachable, async {
-        match session.login().await {
-            Ok(()) => Row::ok(NAME, format!("{}, {}", keystone.auth_url, user(keystone))),
-            Err(error) if error.kind() == ErrorKind::Unauthorized => Row::fault(
-                NAME,
-                format!("{} was refused: wrong password, user, project or domain ({error})", user(keystone)),
-                "mend [keystone]; `openstack token issue` with the same values tries them",
-            ),
-            Err(error) => Row::fault(NAME, error.to_string(), &unreachable),
-        }
+    within(NAME, &unreachable, async || match session.login().await {
+        Ok(()) => Row::ok(NAME, format!("{}, {}", keystone.auth_url, user(keystone))),
+        Err(error) if error.kind() == ErrorKind::Unauthorized => Row::fault(
+            NAME,
+            format!("{} was refused: wrong password, user, project or domain ({error})", user(keystone)),
+            "fix [keystone]; `openstack token issue` with the same values tries them",
+        ),
+        Err(error) => Row::fault(NAME, error.to_string(), &unreachable).transient_if(may_pass(&error)),
     })
     .await
 }
@@ -93,21 +91,24 @@ async fn login(config: &Config, session: &Session) -> Row {
 /// By Keystone's host, which is one of the controllers.
 async fn clock(session: &Session) -> Row {
     const NAME: &str = "clock";
-    let time = async {
+    let time = async || {
         let before = Timestamp::now();
         let theirs = match session.identity_time().await {
             Ok(Some(theirs)) => theirs,
             Ok(None) => return Row::ok(NAME, "Keystone does not tell the time"),
-            Err(error) => return Row::skipped(NAME, format!("Keystone was not asked: {error}")),
+            Err(error) => {
+                return Row::skipped(NAME, format!("Keystone was not asked: {error}")).transient_if(may_pass(&error));
+            }
         };
         // Their header has whole seconds, and the answer took a while.
         let skew =
             if theirs < before { theirs.duration_since(before) } else { theirs.duration_since(Timestamp::now()) };
         judge_clock(NAME, skew)
     };
-    match tokio::time::timeout(super::LIMIT, time).await {
-        Ok(row) => row,
-        Err(_) => Row::skipped(NAME, "Keystone did not answer"),
+    match within(NAME, "", time).await {
+        // the row of Keystone has the fault
+        row if row.detail.starts_with(super::NO_ANSWER) => Row::skipped(NAME, "Keystone did not answer"),
+        row => row,
     }
 }
 
@@ -126,11 +127,9 @@ fn judge_clock(name: &str, skew: SignedDuration) -> Row {
 
 async fn roles(config: &Config, session: &Session) -> Row {
     const NAME: &str = "Keystone roles";
-    within(NAME, "try again", async {
-        match session.roles().await {
-            Ok(roles) => judge_roles(NAME, &config.keystone, &roles),
-            Err(error) => Row::fault(NAME, error.to_string(), "try again"),
-        }
+    within(NAME, "try again", async || match session.roles().await {
+        Ok(roles) => judge_roles(NAME, &config.keystone, &roles),
+        Err(error) => Row::fault(NAME, error.to_string(), "try again").transient_if(may_pass(&error)),
     })
     .await
 }
@@ -143,7 +142,7 @@ fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> Row {
     }
     let reasons: Vec<String> = missing.iter().map(|(role, why)| format!("{role} ({why})")).collect();
     let names: Vec<&str> = missing.iter().map(|(role, _)| *role).collect();
-    let mend = match &keystone.credentials {
+    let remedy = match &keystone.credentials {
         Credentials::Password { username, project_name, user_domain_name, project_domain_name, .. } => {
             let commands: Vec<String> = names
                 .iter()
@@ -157,18 +156,18 @@ fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> Row {
             commands.join("; ")
         }
         Credentials::Application { .. } => format!(
-            "give the credential's user the roles with `openstack role add … {}`, then create the application credential anew \
+            "give the credential's user the roles with `openstack role add … {}`, then create the application credential again \
              with --role service --role admin",
             names.join(" and ")
         ),
     };
     let roles = if names.len() == 1 { "role" } else { "roles" };
-    Row::fault(name, format!("{} lacks the {roles} {}", user(keystone), reasons.join(" and ")), mend)
+    Row::fault(name, format!("{} lacks the {roles} {}", user(keystone), reasons.join(" and ")), remedy)
 }
 
 /// A service's refusal, with what an operator can do about it.
 fn failed(name: &str, service: &str, error: &openstack::Error) -> Row {
-    let mend = match error.kind() {
+    let remedy = match error.kind() {
         ErrorKind::Forbidden | ErrorKind::Unauthorized => format!("see the roles above, and {service}'s policy"),
         ErrorKind::NoService => format!(
             "see `openstack catalog list`: region_name and interface in [keystone] must name an endpoint of {service}"
@@ -176,27 +175,29 @@ fn failed(name: &str, service: &str, error: &openstack::Error) -> Row {
         ErrorKind::Unavailable => format!("see whether {service} runs, and its log"),
         _ => format!("see {service}'s log"),
     };
-    Row::fault(name, error.to_string(), mend)
+    Row::fault(name, error.to_string(), remedy).transient_if(may_pass(error))
+}
+
+/// 5xx, 429, a refused connection, a timeout: the service may have just started. Credentials, roles and the catalog do
+/// not change by waiting.
+fn may_pass(error: &openstack::Error) -> bool {
+    error.kind() == ErrorKind::Unavailable
 }
 
 async fn glance(session: &Session) -> Row {
     const NAME: &str = "Glance";
-    within(NAME, "see whether Glance runs, and its log", async {
-        match session.probe_image().await {
-            Ok(()) => Row::ok(NAME, "answers"),
-            Err(error) => failed(NAME, "Glance", &error),
-        }
+    within(NAME, "see whether Glance runs, and its log", async || match session.probe_image().await {
+        Ok(()) => Row::ok(NAME, "answers"),
+        Err(error) => failed(NAME, "Glance", &error),
     })
     .await
 }
 
 async fn location_api(config: &Config, session: &Session) -> Row {
     const NAME: &str = "Glance location API";
-    within(NAME, "see whether Glance runs, and its log", async {
-        match session.has_location_api().await {
-            Ok(there) => judge_location_api(NAME, config.glance.register, there),
-            Err(error) => failed(NAME, "Glance", &error),
-        }
+    within(NAME, "see whether Glance runs, and its log", async || match session.has_location_api().await {
+        Ok(there) => judge_location_api(NAME, config.glance.register, there),
+        Err(error) => failed(NAME, "Glance", &error),
     })
     .await
 }
@@ -225,27 +226,30 @@ fn judge_location_api(name: &str, register: Register, there: bool) -> Row {
 /// A row only where Glance did not answer; what it says is judged with Ceph's fsid.
 async fn stores(session: &Session) -> (Option<Row>, Option<Vec<openstack::Store>>) {
     const NAME: &str = "Glance stores asked";
-    match tokio::time::timeout(super::LIMIT, session.stores()).await {
-        Ok(Ok(stores)) => (None, Some(stores)),
-        Ok(Err(error)) => (Some(failed(NAME, "Glance", &error)), None),
-        Err(_) => (Some(Row::fault(NAME, "no answer", "see whether Glance runs, and its log")), None),
-    }
+    let mut stores = None;
+    let row = within(NAME, "see whether Glance runs, and its log", async || match session.stores().await {
+        Ok(found) => {
+            stores = Some(found);
+            Row::ok(NAME, "")
+        }
+        Err(error) => failed(NAME, "Glance", &error),
+    })
+    .await;
+    (stores.is_none().then_some(row), stores)
 }
 
 async fn cinder(session: &Session) -> Row {
     const NAME: &str = "Cinder";
-    within(NAME, "see whether cinder-api runs, and its log", async {
-        match session.probe_volume().await {
-            Ok(()) => Row::ok(NAME, "answers"),
-            Err(error) => failed(NAME, "Cinder", &error),
-        }
+    within(NAME, "see whether cinder-api runs, and its log", async || match session.probe_volume().await {
+        Ok(()) => Row::ok(NAME, "answers"),
+        Err(error) => failed(NAME, "Cinder", &error),
     })
     .await
 }
 
 async fn backends(config: &Config, session: &Session) -> Row {
     const NAME: &str = "Cinder backends";
-    within(NAME, "see whether cinder-api runs, and its log", async {
+    within(NAME, "see whether cinder-api runs, and its log", async || {
         match tokio::try_join!(session.volume_backends(), session.other_backends()) {
             // what is not on Ceph is not our business
             Ok((mut hosts, others)) => {
@@ -265,15 +269,15 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
     let listed = |names: Vec<&str>| names.join(", ");
     let unknown: Vec<&str> = configured.difference(&running).copied().collect();
     let unserved: Vec<&str> = running.difference(&configured).copied().collect();
-    let (mut reasons, mut mends) = (Vec::new(), Vec::new());
+    let (mut reasons, mut remedies) = (Vec::new(), Vec::new());
     if !unserved.is_empty() {
         reasons.push(format!("Cinder has backends without a section: {}", listed(unserved.clone())));
         let sections: Vec<String> = unserved.iter().map(|name| format!("[backend:{name}]")).collect();
-        mends.push(format!("add {} with its pool (rbd_pool in cinder.conf)", sections.join(", ")));
+        remedies.push(format!("add {} with its pool (rbd_pool in cinder.conf)", sections.join(", ")));
     }
     if !unknown.is_empty() {
         reasons.push(format!("Cinder has no backend {}", listed(unknown)));
-        mends.push(match running.is_empty() {
+        remedies.push(match running.is_empty() {
             true => "see `openstack volume service list`".to_owned(),
             false => format!(
                 "name the sections like enabled_backends in cinder.conf; it has {}",
@@ -284,7 +288,7 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
     if reasons.is_empty() {
         return Row::ok(name, listed(configured.into_iter().collect()));
     }
-    Row::fault(name, reasons.join("; "), mends.join("; "))
+    Row::fault(name, reasons.join("; "), remedies.join("; "))
 }
 
 /// Only asked where something depends on it.
@@ -293,11 +297,9 @@ async fn nova(config: &Config, session: &Session) -> Option<Row> {
     if !config.nova.integration {
         return None;
     }
-    let row = within(NAME, "see whether nova-api runs, and its log", async {
-        match session.server(NO_ID).await {
-            Ok(_) => Row::ok(NAME, "answers"),
-            Err(error) => failed(NAME, "Nova", &error),
-        }
+    let row = within(NAME, "see whether nova-api runs, and its log", async || match session.server(NO_ID).await {
+        Ok(_) => Row::ok(NAME, "answers"),
+        Err(error) => failed(NAME, "Nova", &error),
     });
     Some(row.await)
 }
@@ -323,7 +325,7 @@ mod tests {
         let row = judge(&["admin"]);
         assert!(row.detail.starts_with("user offload lacks the role service ("), "{row:?}");
         assert_eq!(
-            row.mend.as_deref(),
+            row.remedy.as_deref(),
             Some(
                 "openstack role add --user offload --user-domain Default --project service --project-domain Default service"
             )
@@ -339,7 +341,7 @@ mod tests {
         assert_eq!(judge(&["n1@a", "n1@b", "n2@a"]).verdict, Verdict::Ok);
         let row = judge(&["n1@a", "n1@b", "n1@lvm"]);
         assert_eq!(row.detail, "Cinder has backends without a section: lvm");
-        assert!(row.mend.unwrap().contains("[backend:lvm]"));
+        assert!(row.remedy.unwrap().contains("[backend:lvm]"));
         assert_eq!(judge(&["n1@a"]).detail, "Cinder has no backend b");
     }
 

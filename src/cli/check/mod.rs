@@ -1,4 +1,4 @@
-//! `check`: dials everything with the configuration, and names what does not hold and its mend.
+//! `check`: tests every connection and right that the configuration needs, and says how to fix what fails.
 //!
 //! Nothing is changed, except that a tiny image and a tiny object come and go in the pools that the daemon writes to.
 //! One failing check does not stop the others; what depends on it is skipped.
@@ -12,6 +12,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use tokio::time::{Instant, sleep, timeout};
+
 use super::{Failure, load, output, store_problems};
 use crate::config::Config;
 use report::Row;
@@ -19,11 +21,16 @@ use report::Row;
 /// For each check.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a transient fault is tried again: about what a service's worker takes to start on a busy host.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_secs(1);
+
 const NO_ANSWER: &str = "no answer within";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An array of objects with check, result (ok, warning, fault, skipped), detail and mend.
+    /// An array of objects with check, result (ok, warning, fault, skipped), detail and remedy.
     #[arg(long)]
     json: bool,
 }
@@ -43,7 +50,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
         tokio::time::sleep(super::WIND_UP).await;
         crate::ceph::leave(1);
     }
-    Ok(if rows.iter().all(Row::holds) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if rows.iter().all(Row::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn configuration(path: &Path, config: &Config) -> Row {
@@ -79,10 +86,64 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Opt
     }
 }
 
-/// A check that is given up when its time is over.
-async fn within(name: &str, mend: &str, check: impl Future<Output = Row>) -> Row {
-    match tokio::time::timeout(LIMIT, check).await {
-        Ok(row) => row,
-        Err(_) => Row::fault(name, format!("{NO_ANSWER} {} s", LIMIT.as_secs()), mend),
+/// One check. A transient fault is tried again for [`PATIENCE`], and the row says so: a service that has just started,
+/// or a busy one, is not what an operator looks for here. A check without an answer is given up after [`LIMIT`].
+async fn within(name: &str, remedy: &str, mut check: impl AsyncFnMut() -> Row) -> Row {
+    let begun = Instant::now();
+    let mut attempts = 1;
+    let mut row = loop {
+        let Ok(row) = timeout(LIMIT, check()).await else {
+            return Row::fault(name, format!("{NO_ANSWER} {} s", LIMIT.as_secs()), remedy);
+        };
+        if !row.transient || begun.elapsed() + PAUSE > PATIENCE {
+            break row;
+        }
+        sleep(PAUSE).await;
+        attempts += 1;
+    };
+    if attempts > 1 {
+        let separator = if row.detail.is_empty() { "" } else { "; " };
+        row.detail.push_str(&format!("{separator}attempt {attempts}, after {} s", begun.elapsed().as_secs()));
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::report::Verdict;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_transient_fault_is_tried_again_and_the_row_says_so() {
+        let mut left = 3;
+        let row = within("Cinder", "", async || {
+            left -= 1;
+            match left {
+                0 => Row::ok("Cinder", "answers"),
+                _ => Row::fault("Cinder", "503", "wait").transient_if(true),
+            }
+        })
+        .await;
+        assert_eq!((row.verdict, row.detail.as_str()), (Verdict::Ok, "answers; attempt 3, after 2 s"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_transient_fault_that_stays_is_a_fault_after_a_few_seconds() {
+        let begun = Instant::now();
+        let row = within("Cinder", "", async || Row::fault("Cinder", "503", "wait").transient_if(true)).await;
+        assert_eq!(row.verdict, Verdict::Fault);
+        assert!(row.detail.starts_with("503; attempt ") && begun.elapsed() <= PATIENCE, "{row:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_certain_fault_is_told_at_once() {
+        let begun = Instant::now();
+        let mut attempts = 0;
+        let row = within("Keystone", "", async || {
+            attempts += 1;
+            Row::fault("Keystone", "401", "fix the password")
+        })
+        .await;
+        assert_eq!((row.detail.as_str(), attempts, begun.elapsed()), ("401", 1, Duration::ZERO));
     }
 }

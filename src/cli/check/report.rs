@@ -46,7 +46,10 @@ pub struct Row {
     /// What was found; the reason of a fault.
     pub detail: String,
     /// What to do, where something is to be done.
-    pub mend: Option<String>,
+    pub remedy: Option<String>,
+    /// A fault that may be gone in a few seconds: a service that starts, a connection that was refused.
+    #[serde(skip)]
+    pub transient: bool,
 }
 
 impl Row {
@@ -54,24 +57,30 @@ impl Row {
         Self::new(check.into(), Verdict::Ok, detail.into(), None)
     }
 
-    pub fn warning(check: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self::new(check.into(), Verdict::Warning, detail.into(), Some(mend.into()))
+    pub fn warning(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Warning, detail.into(), Some(remedy.into()))
     }
 
-    pub fn fault(check: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self::new(check.into(), Verdict::Fault, detail.into(), Some(mend.into()))
+    pub fn fault(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(check.into(), Verdict::Fault, detail.into(), Some(remedy.into()))
     }
 
     pub fn skipped(check: impl Into<String>, why: impl Into<String>) -> Self {
         Self::new(check.into(), Verdict::Skipped, why.into(), None)
     }
 
-    fn new(check: String, verdict: Verdict, detail: String, mend: Option<String>) -> Self {
+    fn new(check: String, verdict: Verdict, detail: String, remedy: Option<String>) -> Self {
         // services' own words end up here
-        Self { check, verdict, detail: output::line(&detail), mend }
+        Self { check, verdict, detail: output::line(&detail), remedy, transient: false }
     }
 
-    pub fn holds(&self) -> bool {
+    /// Says of a fault whether it is worth another attempt.
+    pub fn transient_if(mut self, transient: bool) -> Self {
+        self.transient = transient;
+        self
+    }
+
+    pub fn passed(&self) -> bool {
         matches!(self.verdict, Verdict::Ok | Verdict::Warning)
     }
 }
@@ -81,7 +90,7 @@ pub fn colours() -> bool {
     stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// A line a check, and one more for its mend. Lines are not broken: commands are copied from them.
+/// A line a check, and one more for its remedy. Lines are not broken: commands are copied from them.
 pub fn table(rows: &[Row], colours: bool) -> String {
     const VERDICT: usize = 7;
     let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
@@ -91,14 +100,14 @@ pub fn table(rows: &[Row], colours: bool) -> String {
         let verdict = if colours { format!("{}{verdict}\x1b[0m", row.verdict.colour()) } else { verdict };
         text.push_str(format!("{:name$}  {verdict}  {}", row.check, row.detail).trim_end());
         text.push('\n');
-        if let Some(mend) = &row.mend {
-            text.push_str(&format!("{:name$}  {:VERDICT$}  → {mend}\n", "", ""));
+        if let Some(remedy) = &row.remedy {
+            text.push_str(&format!("{:name$}  {:VERDICT$}  → {remedy}\n", "", ""));
         }
     }
     let faults = rows.iter().filter(|row| row.verdict == Verdict::Fault).count();
     let skipped = rows.iter().filter(|row| row.verdict == Verdict::Skipped).count();
     text.push_str(&match (faults, skipped) {
-        (0, 0) => "all holds\n".to_owned(),
+        (0, 0) => "all checks passed\n".to_owned(),
         (_, 0) => format!("{faults} of {} checks failed\n", rows.len()),
         _ => format!("{faults} of {} checks failed, {skipped} skipped\n", rows.len()),
     });
@@ -110,22 +119,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mend_stands_below_its_reason() {
+    fn the_remedy_is_below_the_reason() {
         let rows = [Row::ok("Ceph", ""), Row::fault("pool a", "no\nsnapshots", "ceph auth caps …")];
         assert_eq!(
             table(&rows, false),
             "Ceph    ok\npool a  FAULT    no snapshots\n                 → ceph auth caps …\n1 of 2 checks failed\n"
         );
         assert!(table(&rows, true).contains("\x1b[1;31mFAULT  \x1b[0m"));
-        assert_eq!(table(&rows[..1], false), "Ceph  ok\nall holds\n");
+        assert_eq!(table(&rows[..1], false), "Ceph  ok\nall checks passed\n");
     }
 
     #[test]
     fn json_has_the_four_fields() {
         assert_eq!(
             serde_json::to_value(Row::ok("Nova", "answers")).unwrap(),
-            serde_json::json!({"check": "Nova", "result": "ok", "detail": "answers", "mend": null})
+            serde_json::json!({"check": "Nova", "result": "ok", "detail": "answers", "remedy": null})
         );
-        assert!(!Row::skipped("x", "y").holds() && Row::warning("x", "y", "z").holds());
+        assert!(!Row::skipped("x", "y").passed() && Row::warning("x", "y", "z").passed());
     }
 }
