@@ -8,6 +8,10 @@ import requests
 
 TIMEOUT = 60
 
+#: Seconds for which a service that has just started may answer 503 (it cannot reach Keystone yet, say), or refuse the
+#: connection.
+STARTING = 90
+
 
 def fail(service, text):
     """lab/up shows the log of the service that the message starts with."""
@@ -28,10 +32,20 @@ class Api:
 
     def call(self, method, path, **kwargs):
         where = '%s %s%s' % (method, self.url, path)
-        try:
-            answer = self.session.request(method, self.url + path, timeout=TIMEOUT, **kwargs)
-        except requests.RequestException as error:
-            fail(self.service, '%s: %s' % (where, error))
+        end = time.monotonic() + STARTING
+        while True:
+            late = time.monotonic() > end
+            try:
+                answer = self.session.request(method, self.url + path, timeout=TIMEOUT, **kwargs)
+            except requests.ConnectionError as error:
+                if late:
+                    fail(self.service, '%s: %s' % (where, error))
+            except requests.RequestException as error:
+                fail(self.service, '%s: %s' % (where, error))
+            else:
+                if answer.status_code != 503 or late:
+                    break
+            time.sleep(1)
         if not answer.ok:
             fail(self.service, '%s answers %s: %s' % (where, answer.status_code, answer.text[:500]))
         return answer
@@ -150,6 +164,8 @@ def main():
     make_volume_types(cinder)
     set_quotas(cinder, (projects['demo'], projects['demo2']))
     await_cinder(cinder)
+    # what `rbd-offload check` asks, which goes through cinder-api and the scheduler
+    cinder.get('/scheduler-stats/get_pools', detail='true')
 
     # Glance answers a bare GET / without its database. It declares its exchange with its first notification, and a
     # cloud that is in use has sent one.

@@ -61,7 +61,7 @@ manage() { # NAME COMMAND…
 # Projects, users, catalog, volume types. What fails says so on stderr, with the service in front.
 setup_accounts() {
   local message
-  message=$(timeout 180 "$VENV/bin/python" "$LAB_HERE/accounts.py" --password "$OFFLOAD_PASSWORD" \
+  message=$(timeout 400 "$VENV/bin/python" "$LAB_HERE/accounts.py" --password "$OFFLOAD_PASSWORD" \
     --keystone "http://127.0.0.1:$PORT_KEYSTONE" \
     --glance "http://127.0.0.1:$PORT_GLANCE" \
     --cinder "http://127.0.0.1:$PORT_CINDER" 2>&1) && return

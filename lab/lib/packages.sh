@@ -18,11 +18,17 @@ install_packages() {
     shift
   done
   shift
-  without_package_services as_root apt-get "${options[@]}" update -qq >"$log" 2>&1 ||
-    fail_with_log "apt-get update failed" "$log"
+  # Another apt-get may be at work: its locks are waited for. `update` has no option for that.
+  within 300 update_package_lists "$log" "${options[@]}" || fail_with_log "apt-get update failed" "$log"
   without_package_services as_root env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
-    timeout 1200 apt-get "${options[@]}" install -y -qq --no-install-recommends "$@" >>"$log" 2>&1 </dev/null ||
+    timeout 1200 apt-get "${options[@]}" -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >>"$log" 2>&1 </dev/null ||
     fail_with_log "apt-get install failed" "$log"
+}
+
+update_package_lists() { # LOG [OPTION…]
+  local log=$1
+  shift
+  without_package_services as_root apt-get "$@" update -qq >"$log" 2>&1 || { sleep 5; return 1; }
 }
 
 missing_debian_packages() { # LIST
