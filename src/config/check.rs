@@ -79,7 +79,7 @@ pub fn check(
             verify: offload.verify,
             objects_per_second: offload.objects_per_second.0,
             max_jobs_per_pool: offload.max_jobs_per_pool.0,
-            observe: offload.observe.0,
+            dry_run: offload.dry_run.0,
         },
         jobs: Jobs { pool: jobs.pool, namespace: jobs.namespace, lease: jobs.lease.0, retention: jobs.retention.0 },
         cinder: Cinder { integration: cinder.integration.0 },

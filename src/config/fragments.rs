@@ -76,7 +76,7 @@ pub struct Offload {
     pub hash: Hash,
     pub verify: Verify,
     pub reconcile_interval: Span,
-    pub observe: Flag,
+    pub dry_run: Flag,
 }
 
 #[derive(serde::Deserialize)]

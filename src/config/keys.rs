@@ -324,10 +324,10 @@ const KEYS: &[Key] = &[
     .reloads(),
     key(
         "offload",
-        "observe",
+        "dry_run",
         "false",
         Kind::Flag,
-        "Only look: requests are planned, counted and logged, and nothing is written.",
+        "Dry run: requests are planned, counted and logged, and nothing is written.",
     )
     .reloads(),
     key("jobs", "pool", "images", Kind::Pool, "The pool that keeps the jobs' records."),

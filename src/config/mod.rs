@@ -231,7 +231,7 @@ pub struct Offload {
     /// Jobs that run at a time into one destination pool; 0: only `max_jobs` counts.
     pub max_jobs_per_pool: usize,
     /// Only look: requests are planned, counted and logged, nothing is written.
-    pub observe: bool,
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -113,7 +113,7 @@ fn the_least_configuration_gets_every_default() {
             verify: Verify::Sample,
             objects_per_second: 0,
             max_jobs_per_pool: 0,
-            observe: false,
+            dry_run: false,
         }
     );
     assert_eq!(

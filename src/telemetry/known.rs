@@ -39,7 +39,7 @@ pub const KNOWN: &[Known] = &[
     known("0441005ab5e740488dd5a6c801b0dd42", "the copy differs from its source"),
     known("67e697d18c8349a7afe3273d154cd3d4", "the configuration stays as it was"),
     known("46a11d7250dc4730ae537d7f5a829d91", "a job record cannot be worked on"),
-    known("13cbeb4a4bfc4d8e941f3d7a4639fb42", "only observed"),
+    known("13cbeb4a4bfc4d8e941f3d7a4639fb42", "dry run"),
 ];
 
 /// The id of an event, if it has one.

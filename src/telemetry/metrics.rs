@@ -45,7 +45,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
         "rbd_offload_offers_observed_total",
         "Work that a service offered while its integration is off in the configuration, by trigger.",
     ),
-    (Kind::Plain, "rbd_offload_jobs_observed_total", "Jobs that were planned and, with observe, not done."),
+    (Kind::Plain, "rbd_offload_jobs_dry_run_total", "Jobs that were planned and, with dry_run, not done."),
     (Kind::Gauge, "rbd_offload_jobs_running", "Jobs that this daemon works on."),
     (Kind::Gauge, "rbd_offload_jobs_waiting", "Jobs of the whole cluster that wait for a daemon with room."),
     (

@@ -374,8 +374,8 @@ impl Job {
             return Ok(self.snapshot().await.state);
         }
         let config = self.context.config.borrow().clone();
-        if config.offload.observe && self.snapshot().await.state == State::Accepted {
-            return self.observe(&config).await;
+        if config.offload.dry_run && self.snapshot().await.state == State::Accepted {
+            return self.dry_run(&config).await;
         }
         match self.snapshot().await.state {
             State::Publishing => {}
@@ -407,7 +407,7 @@ impl Job {
         };
         let now = self.context.clock.now();
         let may =
-            !self.context.config.borrow().offload.observe && self.snapshot().await.state.may_become(State::Accepted);
+            !self.context.config.borrow().offload.dry_run && self.snapshot().await.state.may_become(State::Accepted);
         if let (Some(source), true) = (asked, may) {
             self.update(|record| {
                 if record.restart(false, now).is_ok() {
@@ -429,17 +429,17 @@ impl Job {
         Ok(false)
     }
 
-    /// Makes the plan, says what it is, and touches nothing. The request stays as it is, for the day on which the
-    /// daemon does more than observe.
-    async fn observe(&self, config: &Config) -> Step<State> {
+    /// Dry run: builds the plan and reports it without changing anything. The request stays in place and is executed once
+    /// `dry_run` is off.
+    async fn dry_run(&self, config: &Config) -> Step<State> {
         let finding = match self.stage("plan", self.plan(config)).await {
             Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
             Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
             Err(stop) => return Err(stop),
         };
-        tracing::info!(image_id = %self.id, job_stage = "observed", finding, "only observed");
-        metrics::counter!("rbd_offload_jobs_observed_total").increment(1);
-        let reason = format!("only observed ([offload] observe = true): {finding}");
+        tracing::info!(image_id = %self.id, job_stage = "dry_run", finding, "dry run");
+        metrics::counter!("rbd_offload_jobs_dry_run_total").increment(1);
+        let reason = format!("dry run ([offload] dry_run = true): {finding}");
         self.conclude(&Ending::new(State::Cancelled, reason)).await?;
         Ok(State::Cancelled)
     }

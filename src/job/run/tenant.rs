@@ -62,7 +62,7 @@ impl Job {
 
     async fn tell_turn(&self, waited_for: bool) -> Step<()> {
         let record = self.snapshot().await;
-        let observe = self.context.config.borrow().offload.observe;
+        let dry_run = self.context.config.borrow().offload.dry_run;
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
@@ -72,7 +72,7 @@ impl Job {
         // another daemon may have told just now
         let silent = || self.context.clock.now().duration_since(record.updated_at).abs() >= SILENCE;
         let tells = !record.acknowledged || (waited_for && silent());
-        if observe || !waits || record.ending.is_some() || !tells {
+        if dry_run || !waits || record.ending.is_some() || !tells {
             return Ok(());
         }
         let offered = |image: &Image| request::offered_by(&image.tags).is_some();
