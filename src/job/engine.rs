@@ -171,7 +171,7 @@ impl Engine {
             match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
                 Ok(Ok(())) => {
                     lock(&self.status).last_look = Instant::now();
-                    metrics::gauge!("rbd_offload_last_look_timestamp_seconds").set(unix_time());
+                    metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
                 }
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.come_back().await,
                 Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),

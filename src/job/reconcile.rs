@@ -142,7 +142,7 @@ impl Reconciler {
         for (kind, count) in [
             ("request", findings.requests),
             ("record", findings.records),
-            ("mended", findings.mended),
+            ("repaired", findings.mended),
             ("image", findings.images),
             ("snapshot", findings.snapshots),
             ("expired", findings.expired),

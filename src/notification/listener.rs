@@ -866,7 +866,7 @@ impl Logged {
     }
 }
 
-/// `rbd_offload_notifications_total{fate, event_type}` and `rbd_offload_unreadable_total{reason}`.
+/// `rbd_offload_notifications_total{outcome, event_type}` and `rbd_offload_notifications_rejected_total{reason}`.
 struct Counters {
     /// Nearly all that comes, so looked up once.
     others_dropped: Counter,
@@ -874,12 +874,23 @@ struct Counters {
 
 impl Default for Counters {
     fn default() -> Self {
+        // There from the start: an alert sees a counter grow from 0, not one that appears with 1.
+        for event_type in [
+            EventType::ImageCreate,
+            EventType::ImageUpdate,
+            EventType::ImageActivate,
+            EventType::ImageDelete,
+            EventType::VolumeUploadStart,
+            EventType::InstanceSnapshotStart,
+        ] {
+            notifications("refused", event_type).increment(0);
+        }
         Counters { others_dropped: notifications("dropped", EventType::Other) }
     }
 }
 
-fn notifications(fate: &'static str, event_type: EventType) -> Counter {
-    counter!("rbd_offload_notifications_total", "fate" => fate, "event_type" => event_type.as_str())
+fn notifications(outcome: &'static str, event_type: EventType) -> Counter {
+    counter!("rbd_offload_notifications_total", "outcome" => outcome, "event_type" => event_type.as_str())
 }
 
 impl Counters {
@@ -904,6 +915,6 @@ impl Counters {
 
     fn unreadable(&self, reason: Unreadable) {
         notifications("unreadable", EventType::Other).increment(1);
-        counter!("rbd_offload_unreadable_total", "reason" => reason.label()).increment(1);
+        counter!("rbd_offload_notifications_rejected_total", "reason" => reason.label()).increment(1);
     }
 }

@@ -23,10 +23,10 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_notifications_total",
-        "Notifications by what they tell of (event_type) and what became of them (fate: stored, dropped, requeued, \
-         unreadable).",
+        "Notifications by what they tell of (event_type) and what became of them (outcome: stored, dropped, requeued, \
+         refused, unreadable).",
     ),
-    (Kind::Counter, "rbd_offload_unreadable_total", "Notifications that could not be read, by reason."),
+    (Kind::Counter, "rbd_offload_notifications_rejected_total", "Notifications that could not be read, by reason."),
     (Kind::Plain, "rbd_offload_broker_reconnects_total", "Connections to the broker that were lost or refused."),
     (Kind::Gauge, "rbd_offload_broker_connected", "1 while the queue is consumed, else 0."),
     (
@@ -51,11 +51,11 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Gauge,
         "rbd_offload_last_progress_timestamp_seconds",
-        "When a job of this daemon last got on, in Unix time: it was begun, bytes were copied, or a stage ended well.",
+        "When a job of this daemon last made progress, in Unix time: it was begun, bytes were copied, or a stage ended well.",
     ),
     (
         Kind::Gauge,
-        "rbd_offload_last_look_timestamp_seconds",
+        "rbd_offload_last_poll_timestamp_seconds",
         "When this daemon last looked for jobs and got an answer from Ceph, in Unix time.",
     ),
     (
@@ -67,7 +67,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (Kind::Counter, "rbd_offload_copied_bytes_total", "Bytes that were copied into images, by method."),
     (
         Kind::Counter,
-        "rbd_offload_host_bytes_total",
+        "rbd_offload_local_bytes_total",
         "Bytes that went through this host for them, in and out, by method.",
     ),
     (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
@@ -77,7 +77,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_reconciler_findings_total",
-        "What the reconciler found and put right, by kind: request (its notification was lost), record, mended, image, \
+        "What the reconciler found and put right, by kind: request (its notification was lost), record, repaired, image, \
          snapshot, expired.",
     ),
 ];
@@ -105,7 +105,7 @@ pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
     metrics::gauge!("rbd_offload_broker_connected").set(0.0);
     // nothing has stood still yet
     metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
-    metrics::gauge!("rbd_offload_last_look_timestamp_seconds").set(unix_time());
+    metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
     // a rate of the first failure needs the zero before it
     let ends = ["done", "failed", "cancelled"].map(|state| (state, "none"));
     let declines = Decline::ALL.map(|why| ("declined", why.as_str()));

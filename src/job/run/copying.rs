@@ -208,7 +208,7 @@ impl Job {
                 Ok(moved) => {
                     metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str())
                         .increment(moved.bytes);
-                    metrics::counter!("rbd_offload_host_bytes_total", "method" => method.as_str())
+                    metrics::counter!("rbd_offload_local_bytes_total", "method" => method.as_str())
                         .increment(moved.through_host);
                     let method = *method;
                     return self
