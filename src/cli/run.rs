@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, load};
-use crate::ceph::{Client, Objects, Storage};
+use crate::ceph::{Client, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -56,7 +56,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
 
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
-    let objects: Arc<dyn Objects> = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
+    let objects = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
     let deployment = deployment::id(objects.as_ref()).await?;
     tracing::info!(%deployment, pool = config.jobs.pool, namespace = config.jobs.namespace, "the jobs' namespace");
     let storage: Arc<dyn Storage> = Arc::new(client);
@@ -69,7 +69,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let engine = Engine::new(Context {
         storage: Arc::clone(&storage),
         cloud,
-        store: Store::new(Arc::clone(&objects), clock),
+        store: Store::new(objects, clock),
         config: follow_config,
         identity: Identity::of_this_process(),
         deployment,
@@ -77,7 +77,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     });
     let listener = Listener::new(config.messaging.clone())
         .map_err(|e| Failure::new(Failure::CONFIG, format!("[messaging] transport_url: {e}")))?
-        .bindings(Arc::new(RememberedBindings::new(objects)));
+        .bindings(Arc::new(RememberedBindings::new(Arc::clone(engine.context().store.objects()))));
     let (stop, drain) = (CancellationToken::new(), CancellationToken::new());
     let daemon = Arc::new(Daemon { engine: Arc::clone(&engine), broker: listener.status(), storage, session });
     if let Some(listen) = config.metrics.listen {
