@@ -278,7 +278,9 @@ impl Bindings for Remembered {
     }
 
     async fn remove(&self, binding: &Binding) -> Result<(), BindingsError> {
-        self.open().map(|mut bindings| drop(bindings.remove(binding)))
+        self.open().map(|mut bindings| {
+            bindings.remove(binding);
+        })
     }
 }
 
