@@ -162,7 +162,7 @@ impl Checker<'_> {
             region_name: fragment.region_name,
             interface: fragment.interface,
             cafile: fragment.cafile,
-            proxy: fragment.proxy.map(|proxy| proxy.0),
+            proxy: fragment.proxy,
             timeout: fragment.timeout.0,
         })
     }

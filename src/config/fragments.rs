@@ -43,7 +43,7 @@ pub struct Keystone {
     pub region_name: Option<String>,
     pub interface: Interface,
     pub cafile: Option<PathBuf>,
-    pub proxy: Option<Secret>,
+    pub proxy: Option<String>,
     pub timeout: Span,
 }
 

@@ -153,8 +153,8 @@ pub struct Keystone {
     pub region_name: Option<String>,
     pub interface: Interface,
     pub cafile: Option<PathBuf>,
-    /// A URL, which may hold a password.
-    pub proxy: Option<SecretString>,
+    /// A URL.
+    pub proxy: Option<String>,
     /// Of one request.
     pub timeout: Duration,
 }

@@ -33,14 +33,7 @@ impl Config {
         look("keystone", "region_name", a.region_name == b.region_name);
         look("keystone", "interface", a.interface == b.interface);
         look("keystone", "cafile", a.cafile == b.cafile);
-        look(
-            "keystone",
-            "proxy",
-            match (&a.proxy, &b.proxy) {
-                (Some(a), Some(b)) => is_same(a, b),
-                (a, b) => a.is_none() && b.is_none(),
-            },
-        );
+        look("keystone", "proxy", a.proxy == b.proxy);
         look("keystone", "timeout", a.timeout == b.timeout);
 
         let (a, b) = (&self.glance, &new.glance);

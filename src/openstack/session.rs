@@ -274,7 +274,7 @@ pub(super) enum Proxy {
     /// `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`, as OpenStack's own clients read them.
     Environment,
     /// This URL.
-    Url(SecretString),
+    Url(String),
 }
 
 /// Whom to log in as, and how to reach the services.
@@ -686,7 +686,7 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
         Proxy::Environment => builder,
         Proxy::Url(url) => {
             let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Refused, causes(&error));
-            builder.proxy(reqwest::Proxy::all(url.expose_secret()).map_err(refused)?)
+            builder.proxy(reqwest::Proxy::all(url).map_err(refused)?)
         }
     };
     if let Some(path) = cafile {
