@@ -1,4 +1,4 @@
-"""fake_neutron.py PORT: the least Neutron that Nova needs for servers without networks: empty lists, no extensions."""
+"""fake_neutron.py PORT: the least Neutron that Nova needs for servers without networks: empty lists, no extensions, no limits."""
 
 import json
 import sys
@@ -15,9 +15,18 @@ def answer_to(path):
         return 200, {'versions': [{'id': 'v2.0', 'status': 'CURRENT', 'links': [link]}]}
     if parts == ['v2.0']:
         return 200, {'resources': []}
-    if len(parts) == 2 or parts[1] == 'quotas':
+    if len(parts) == 2:
         return 200, {parts[1].replace('-', '_'): []}
-    return 404, {'NeutronError': {'type': 'NotFound', 'message': path, 'detail': ''}}
+    if parts[1] == 'quotas':
+        # no limit: Nova asks before it looks for networks
+        return 200, {'quota': {'network': -1, 'port': -1}}
+    if parts[1] == 'auto-allocated-topology':
+        return 409, error('Conflict', 'there is no network to allocate')
+    return 404, error('NotFound', path)
+
+
+def error(kind, message):
+    return {'NeutronError': {'type': kind, 'message': message, 'detail': ''}}
 
 
 class Neutron(BaseHTTPRequestHandler):
@@ -35,7 +44,7 @@ class Neutron(BaseHTTPRequestHandler):
         self.give(*answer_to(self.path))
 
     def do_DELETE(self):
-        self.give(404, {'NeutronError': {'type': 'NotFound', 'message': self.path, 'detail': ''}})
+        self.give(404, error('NotFound', self.path))
 
     def log_message(self, *args):
         pass
