@@ -31,9 +31,10 @@ SHOWN = 500
 STATES = ('accepted', 'copying', 'publishing', 'declined', 'failed')
 PERCENTS = frozenset(str(percent) for percent in range(101))
 
-#: Seconds: until a daemon must have taken the offer; without any change of the record; in all; after `go`.
-Limits = collections.namedtuple('Limits', 'claim stall total doubt')
-Limits.__new__.__defaults__ = (10, 120, 21600, 300)
+#: Seconds: until a daemon must have taken the offer; without any change of the record; in all; after `go`; until the
+#: copy must have started.
+Limits = collections.namedtuple('Limits', 'claim stall total doubt start')
+Limits.__new__.__defaults__ = (10, 120, 21600, 300, 30)
 
 ACTIVE = 'active'
 PREPARED = 'prepared'
@@ -84,6 +85,11 @@ class _Look:
     @property
     def declined(self):
         return self.says in ('declined', 'failed')
+
+    @property
+    def started(self):
+        """Not while the job waits for its turn."""
+        return self.says in ('copying', 'publishing')
 
     @property
     def glance_works(self):
@@ -158,7 +164,8 @@ class Handover:
             LOG.warning('%s: the notification was not sent: %s', self._offer, printable(error))
 
     def _await_prepared(self):
-        offered = changed = self._clock()
+        # waiting: since when no copy runs; a job that was started may have to wait for its turn again
+        offered = changed = waiting = self._clock()
         face, lost = None, 0
         while True:
             look = self._look()
@@ -177,6 +184,10 @@ class Handover:
                     raise TheStockWay('the offer was taken off the image')
                 if look.says == 'publishing' and not lost:
                     return PREPARED
+                if look.started:
+                    waiting = now
+                elif now - waiting >= self._limits.start:
+                    raise TheStockWay('the copy has not started for %s s' % self._limits.start)
                 if look.face() != face:
                     face, changed = look.face(), now
             if now - changed >= self._limits.stall:

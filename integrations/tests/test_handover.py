@@ -348,6 +348,41 @@ class Waiter(unittest.TestCase):
         self.world.at(4.9, lambda: self.world.tag(OFFER))
         self.assert_active()
 
+    def test_a_job_that_does_not_start_is_taken_back_whatever_its_signs_of_life(self):
+        self.world.at(1, lambda: self.world.change(status='accepted', progress='0'))
+        for second in range(5, 200, 5):
+            self.world.at(second, lambda: self.world.change(message='at work at %s' % self.world.now))
+        self.assert_stock(at=30)
+        self.assertEqual([], self.world.goes)
+
+    def test_the_time_to_start_is_an_option(self):
+        self.world.at(1, lambda: self.world.change(status='accepted', progress='0'))
+        self.assert_stock(at=60, start=60)
+
+    def test_a_copy_that_started_in_time_may_take_long(self):
+        self.world.at(2, lambda: self.world.change(status='accepted'))
+        self.world.copies(begin=28, end=100)
+        self.world.publishes()
+        self.assert_active()
+
+    def test_a_started_job_that_waits_for_its_turn_again_is_given_the_time_to_start_again(self):
+        self.world.copies(begin=1, end=100)
+        self.world.publishes()
+        self.world.at(40, lambda: self.world.change(status='accepted'))
+        self.world.at(65, lambda: self.world.change(status='copying'))
+        self.assert_active()
+        self.world = World()
+        self.world.copies(begin=1, end=100)
+        self.world.at(40, lambda: self.world.change(status='accepted'))
+        self.assert_stock(at=40 + 30)
+
+    def test_the_start_is_not_judged_by_looks_that_failed(self):
+        self.world.copies(begin=25, end=60)
+        self.world.publishes()
+        self.world.at(2, lambda: self.world.change(status='accepted'))
+        self.world.away = lambda call: 20 < self.world.now < 50
+        self.assert_active()
+
     def test_stall(self):
         self.world.copies(end=1000)
         self.assert_stock(at=2 + 120)

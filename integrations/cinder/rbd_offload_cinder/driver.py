@@ -15,6 +15,8 @@ LOG = logging.getLogger(__name__)
 OFFLOAD_OPTS = [
     cfg.IntOpt('rbd_offload_claim_timeout', default=10, min=1,
                help='Seconds for an rbd-offload daemon to take an upload; then Cinder does it itself.'),
+    cfg.IntOpt('rbd_offload_start_timeout', default=30, min=1,
+               help='Seconds for the copy to start, after which Cinder does the upload itself.'),
     cfg.IntOpt('rbd_offload_stall_timeout', default=120, min=1,
                help='Seconds without any sign of progress, after which Cinder does the upload itself.'),
     cfg.IntOpt('rbd_offload_timeout', default=21600, min=1,
@@ -73,5 +75,6 @@ class RBDOffloadDriver(rbd.RBDDriver):
         limits = handover.Limits(claim=self.configuration.rbd_offload_claim_timeout,
                                  stall=self.configuration.rbd_offload_stall_timeout,
                                  total=self.configuration.rbd_offload_timeout,
-                                 doubt=self.configuration.rbd_offload_doubt_timeout)
+                                 doubt=self.configuration.rbd_offload_doubt_timeout,
+                                 start=self.configuration.rbd_offload_start_timeout)
         return handover.Handover(image, handover.volume_offer(volume.id, fsid), limits).run(announce)

@@ -19,6 +19,8 @@ GROUP = 'rbd_offload'
 OPTIONS = [
     cfg.IntOpt('claim_timeout', default=10, min=1,
                help='Seconds for an rbd-offload daemon to take a snapshot; then Nova does it itself.'),
+    cfg.IntOpt('start_timeout', default=30, min=1,
+               help='Seconds for the copy to start, after which Nova does the snapshot itself.'),
     cfg.IntOpt('stall_timeout', default=120, min=1,
                help='Seconds without any sign of progress, after which Nova does the snapshot itself.'),
     cfg.IntOpt('timeout', default=3600, min=1,
@@ -31,11 +33,18 @@ OPTIONS = [
 MODULE = 'nova.virt.libvirt.imagebackend'
 SIGNATURE = ('self', 'context', 'snapshot_name', 'image_format', 'image_id', 'base_image_id')
 
+#: The driver that suspends the guest for a cold snapshot, before it calls direct_snapshot in the same thread.
+DRIVER_MODULE = 'nova.virt.libvirt.driver'
+DRIVER_METHODS = ('snapshot', 'suspend')
+
 #: The name of an instance's root disk.
 ROOT_DISK = re.compile(r'([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_disk')
 
 _LOCK = threading.Lock()
 _refused = False
+
+#: Whether the guest was suspended in the snapshot that this thread makes.
+_THIS_SNAPSHOT = threading.local()
 
 
 def register_options(conf):
@@ -59,8 +68,36 @@ def install(conf):
             LOG.error('rbd-offload: this Nova is not known: %s.Rbd.direct_snapshot takes %s, not %s. It is left as it is, '
                       'and Nova does its snapshots itself.', MODULE, ', '.join(found), ', '.join(SIGNATURE))
             return
+        driver = getattr(sys.modules.get(DRIVER_MODULE), 'LibvirtDriver', None)
+        missing = [name for name in DRIVER_METHODS if not callable(getattr(driver, name, None))]
+        if missing:
+            _refused = True
+            LOG.error('rbd-offload: this Nova is not known: %s.LibvirtDriver has no %s. It is left as it is, and Nova '
+                      'does its snapshots itself.', DRIVER_MODULE, ', '.join(missing))
+            return
+        _watch_for_suspension(driver)
         rbd.direct_snapshot = _with_offer(stock, conf)
         LOG.info('rbd-offload: snapshots of RBD disks are offered to it')
+
+
+def _watch_for_suspension(driver):
+    """Nova tells direct_snapshot nothing of the guest, so what the driver does in the same snapshot is noted."""
+    snapshot, suspend = driver.snapshot, driver.suspend
+
+    @functools.wraps(snapshot)
+    def noting_snapshot(self, *args, **kwargs):
+        _THIS_SNAPSHOT.suspended = False
+        try:
+            return snapshot(self, *args, **kwargs)
+        finally:
+            _THIS_SNAPSHOT.suspended = False
+
+    @functools.wraps(suspend)
+    def noting_suspend(self, *args, **kwargs):
+        _THIS_SNAPSHOT.suspended = True
+        return suspend(self, *args, **kwargs)
+
+    driver.snapshot, driver.suspend = noting_snapshot, noting_suspend
 
 
 def _with_offer(stock, conf):
@@ -87,6 +124,9 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
     if not name or image_format != 'raw':
         return False
     instance_id = name.group(1)
+    if getattr(_THIS_SNAPSHOT, 'suspended', False):
+        LOG.info('instance:%s: the stock way: the guest is suspended for this snapshot', instance_id)
+        return False
     image = record.ImageRecord(context, image_id)
     try:
         instance = objects.Instance.get_by_uuid(context, instance_id, expected_attrs=['system_metadata'])
@@ -105,7 +145,7 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
 
     options = conf[GROUP]
     limits = handover.Limits(claim=options.claim_timeout, stall=options.stall_timeout, total=options.timeout,
-                             doubt=options.doubt_timeout)
+                             doubt=options.doubt_timeout, start=options.start_timeout)
     offer = handover.instance_offer(instance_id, fsid)
     try:
         # Nova has announced the snapshot already
