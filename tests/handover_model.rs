@@ -322,6 +322,7 @@ impl World {
                 if read.said == Said::Prepared && !read.go {
                     worlds.push(go_to(Service::SayGo));
                 }
+                // by any of its limits: nobody took it, the copy did not start, nothing moved, it took too long
                 if !self.said_go || fault == Fault::FallsBackAfterGo {
                     worlds.push(go_to(Service::TakeOff));
                 } else {

@@ -12,6 +12,7 @@ use crate::openstack::Image;
 use crate::request::{self, GO_TAG};
 
 const CLAIM: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_secs(30);
 const STALL: Duration = Duration::from_secs(120);
 const DOUBT: Duration = Duration::from_secs(300);
 
@@ -61,6 +62,7 @@ impl Stage {
         let begun = Instant::now();
         let dies = self.dice(|dice| dice.percent(15).then(|| dice.millis(0, 60_000)));
         let (mut last, mut moved, mut said_go): (Seen, Instant, Option<Instant>) = ([None, None, None], begun, None);
+        let mut waiting = begun;
         loop {
             let pause = self.dice(|dice| if dice.percent(2) { dice.millis(0, 200_000) } else { dice.millis(300, 700) });
             sleep(pause).await;
@@ -83,6 +85,9 @@ impl Stage {
             if seen(&image) != last {
                 (last, moved) = (seen(&image), Instant::now());
             }
+            if matches!(status.as_deref(), Some("copying" | "publishing")) {
+                waiting = Instant::now();
+            }
             match said_go {
                 Some(when) if when.elapsed() > DOUBT && !image.properties.contains_key(cloud::TASK) => {
                     if let Some(service) = self.world.lock().cloud.services.get_mut(id) {
@@ -90,7 +95,10 @@ impl Stage {
                     }
                     return self.do_it_itself(id).await;
                 }
-                None if status.is_none() && begun.elapsed() > CLAIM || said_go.is_none() && moved.elapsed() > STALL => {
+                None if status.is_none() && begun.elapsed() > CLAIM
+                    || waiting.elapsed() > START
+                    || moved.elapsed() > STALL =>
+                {
                     return self.do_it_itself(id).await;
                 }
                 _ => {}
