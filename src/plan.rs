@@ -34,6 +34,9 @@ const ENCRYPTION_KEY: &str = "cinder_encryption_key_id";
 const NOT_FOR_SNAPSHOTS: [&str; 6] =
     ["bittorrent", "block_device_mapping", "cache_in_nova", "img_block_device_mapping", "img_mappings", "mappings"];
 
+/// Properties of an instance's image that tell of the instance which that image is a snapshot of.
+const OF_ANOTHER_INSTANCE: [&str; 4] = ["boot_roles", "owner_project_name", "owner_user_name", "user_id"];
+
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -343,21 +346,32 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
     };
     // Nova has filled in the record of its own snapshot
     if trigger != Trigger::InstanceSnapshot {
-        let base = match &server.image_id {
-            Some(id) => cloud.image(id).await?,
-            None => None,
+        let base = async {
+            match &server.image_id {
+                Some(id) => cloud.image(id).await,
+                None => Ok(None),
+            }
         };
+        let user_name = async {
+            match &server.user_id {
+                Some(id) => cloud.user_name(id).await,
+                None => Ok(None),
+            }
+        };
+        let (base, user_name, project_name) = tokio::join!(base, user_name, cloud.project_name(owner));
+        let (base, names) = (base?, OwnerNames { user: user_name?, project: project_name? });
         found.min_disk = server.root_disk.unwrap_or(0).max(base.as_ref().map_or(0, |base| base.min_disk));
         found.min_ram = base.as_ref().map_or(0, |base| base.min_ram);
-        found.image_metadata = of_snapshot_image(&server, base);
+        found.image_metadata = of_snapshot_image(&server, base, &names);
     }
     Ok(found)
 }
 
 /// Whether a copy of the instance's disk makes sense now.
 fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<()> {
-    if server.is_going() {
-        return declined(Decline::Busy, format!("{source} is being deleted"));
+    if let Some(change) = server.disk_change() {
+        let what = change.as_str();
+        return declined(Decline::Busy, format!("{source} is being {what}: Nova may remove or replace its disk"));
     }
     if server.encrypted {
         return declined(
@@ -401,12 +415,30 @@ fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<(
     }
 }
 
+/// How Keystone calls the instance's user and project.
+#[derive(Debug, Default)]
+struct OwnerNames {
+    user: Option<String>,
+    project: Option<String>,
+}
+
 /// The properties that Nova would give a snapshot of the instance. What its image was like when the instance was made
 /// counts more than what the image is like today, or whether it is still there.
-fn of_snapshot_image(server: &Server, base: Option<Image>) -> BTreeMap<String, String> {
+///
+/// Nova's `user_id` is who asks for the snapshot; a tag does not tell who set it, so it is the instance's user here. Nova's
+/// `boot_roles`, the roles that this user had when the instance was made, are known to Nova alone.
+fn of_snapshot_image(server: &Server, base: Option<Image>, names: &OwnerNames) -> BTreeMap<String, String> {
     let mut properties = base.map(|base| base.properties).unwrap_or_default();
     properties.extend(server.image_properties.clone());
-    properties.retain(|name, _| !NOT_FOR_SNAPSHOTS.contains(&name.as_str()));
+    properties
+        .retain(|name, _| !NOT_FOR_SNAPSHOTS.contains(&name.as_str()) && !OF_ANOTHER_INSTANCE.contains(&name.as_str()));
+    for (name, value) in
+        [("user_id", &server.user_id), ("owner_user_name", &names.user), ("owner_project_name", &names.project)]
+    {
+        if let Some(value) = value {
+            properties.insert(name.to_owned(), value.clone());
+        }
+    }
     for (name, value) in [
         ("base_image_ref", server.image_id.as_deref().unwrap_or_default()),
         ("image_location", "snapshot"),
@@ -417,8 +449,6 @@ fn of_snapshot_image(server: &Server, base: Option<Image>) -> BTreeMap<String, S
     ] {
         properties.insert(name.to_owned(), value.to_owned());
     }
-    // whoever made the image that the instance was made from
-    properties.remove("user_id");
     properties
 }
 
@@ -612,6 +642,7 @@ mod tests {
         Server {
             id: "s".into(),
             project_id: "p".into(),
+            user_id: Some("u".into()),
             status: status.into(),
             task_state: task.map(str::to_owned),
             host: None,
@@ -635,7 +666,7 @@ mod tests {
         for status in ["ACTIVE", "SHUTOFF", "PAUSED", "SUSPENDED"] {
             assert_eq!(asked(&server(status, None)), "taken");
             assert_eq!(asked(&server(status, Some("image_uploading"))), "taken");
-            for task in ["rebuilding", "resize_prep", "deleting", "soft-deleting"] {
+            for task in ["rebuilding", "resize_prep", "deleting", "soft-deleting", "shelving"] {
                 assert_eq!(asked(&server(status, Some(task))), "declined", "{task}");
             }
         }
@@ -644,7 +675,8 @@ mod tests {
         }
         assert_eq!(asked(&server("UNKNOWN", None)), "later");
         assert_eq!(handed_over(&server("SHELVED", Some("shelving_image_uploading"))), "taken");
-        for going in [server("DELETED", None), server("ACTIVE", Some("deleting"))] {
+        let rebuilt = server("REBUILD", Some("rebuild_spawning"));
+        for going in [server("DELETED", None), server("ACTIVE", Some("deleting")), rebuilt] {
             assert_eq!(handed_over(&going), "declined");
         }
         let from_volume = Server { image_id: None, ..server("ACTIVE", None) };
@@ -662,11 +694,14 @@ mod tests {
             ("cache_in_nova", "True"),
             ("instance_uuid", "another"),
             ("user_id", "somebody"),
+            ("owner_user_name", "somebody"),
+            ("boot_roles", "member"),
             ("img_signature", "x"),
         ] {
             base.properties.insert(name.into(), value.into());
         }
-        let given = inherited(&of_snapshot_image(&server("ACTIVE", None), Some(base)), &image("queued", &[]));
+        let names = OwnerNames { user: Some("ada".into()), project: None };
+        let given = inherited(&of_snapshot_image(&server("ACTIVE", None), Some(base), &names), &image("queued", &[]));
         let expected = [
             ("base_image_ref", "base"),
             ("hw_disk_bus", "scsi"),
@@ -676,6 +711,8 @@ mod tests {
             ("instance_uuid", "s"),
             ("os_type", "linux"),
             ("owner_id", "p"),
+            ("owner_user_name", "ada"),
+            ("user_id", "u"),
         ];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(given, BTreeMap::from(expected));

@@ -60,6 +60,9 @@ mod requests {
         is_right(&image, &expected).await;
         for (property, value) in [
             ("base_image_ref", base.as_str()),
+            ("owner_project_name", "demo"),
+            ("owner_user_name", "demo"),
+            ("user_id", &demo.user_id),
             ("hw_disk_bus", "scsi"),
             ("hw_scsi_model", "virtio-scsi"),
             ("image_type", "snapshot"),
@@ -133,6 +136,133 @@ mod requests {
     }
 }
 
+/// Nova cannot remove a disk that has a snapshot of ours: it tries for a minute, and then goes on without a word.
+mod disks_that_nova_takes {
+    use super::*;
+
+    /// How a copy is made so slowly that Nova has time. The OSDs copy into a clone, which must go before the snapshot
+    /// that it was made from.
+    const METHODS: [(&str, &str, &str); 2] =
+        [("copy", "bandwidth_limit", "4MiB"), ("server-copy", "objects_per_second", "2")];
+
+    fn slowly((method, key, value): (&str, &str, &str)) -> Setup {
+        Setup::default().set("offload", "method", method).set("offload", key, value)
+    }
+
+    /// A stopped instance with half a minute's data and more, whose disk is being copied; the image's id.
+    async fn being_copied(demo: &Account, daemon: &Daemon, base: &str) -> (Instance, String) {
+        let instance = demo.resting_instance(base, Rest::Stopped, 3).await;
+        instance.disk.write(4, &[(64 * MIB, 150 * MIB), (300 * MIB, 100 * MIB)]).await;
+        let id = demo.create_image(&[instance_tag(&instance.id)], json!({})).await;
+        daemon.await_job(&id, "copying").await;
+        until("the snapshot for the copy", seconds(20), || async {
+            (!instance.disk.facts().await.unwrap().snapshots.is_empty()).then_some(())
+        })
+        .await;
+        (instance, id)
+    }
+
+    async fn act(demo: &Account, instance: &Instance, action: Value) {
+        let (status, body) = demo.instance_action(&instance.id, action).await;
+        assert_eq!(status, 202, "{body}");
+    }
+
+    async fn ends_the_copy(demo: &Account, image: &str, word: &str, began: Instant) {
+        let sentence = demo.await_declined(image).await;
+        eprintln!("after {:?}: {sentence}", began.elapsed());
+        assert!(sentence.contains(word), "{sentence}");
+        assert!(began.elapsed() < seconds(45), "Nova gives up after a minute");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_rebuilt_instance_boots_the_new_image() {
+        let _stage = alone().await;
+        let demo = Account::demo().await;
+        let (base, other) = (demo.base_image().await, demo.base_image().await);
+        let fresh = demo.create_instance("d1", json!({"imageRef": other})).await;
+        let expected = fresh.disk.digest(None).await;
+        for method in METHODS {
+            let daemon = slowly(method).start().await;
+            let (instance, id) = being_copied(&demo, &daemon, &base).await;
+            let began = Instant::now();
+            act(&demo, &instance, json!({"rebuild": {"imageRef": other}})).await;
+            ends_the_copy(&demo, &id, "rebuilt", began).await;
+            demo.await_instance(&instance.id, "SHUTOFF").await;
+            eprintln!("{}: rebuilt after {:?}", method.0, began.elapsed());
+            assert_eq!(instance.disk.digest(None).await, expected, "{}: the old disk", method.0);
+            let parent = instance.disk.facts().await.unwrap().parent;
+            assert!(parent.as_ref().is_some_and(|parent| parent.to_string().contains(&other)), "{parent:?}");
+            daemon.stop();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_shelved_and_a_resized_and_a_deleted_instance_get_their_disk_back() {
+        let _stage = alone().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let daemon = slowly(METHODS[1]).start().await;
+
+        let (instance, id) = being_copied(&demo, &daemon, &base).await;
+        let began = Instant::now();
+        act(&demo, &instance, json!({"resize": {"flavorRef": demo.flavor("d4").await}})).await;
+        ends_the_copy(&demo, &id, "resized", began).await;
+        demo.await_instance(&instance.id, "VERIFY_RESIZE").await;
+        assert_eq!(demo.instance_action(&instance.id, json!({"confirmResize": null})).await.0, 204);
+        demo.await_instance(&instance.id, "SHUTOFF").await;
+        disk_is_free(&instance).await;
+
+        let (instance, id) = being_copied(&demo, &daemon, &base).await;
+        let began = Instant::now();
+        assert_eq!(demo.delete_instance(&instance.id).await, 204);
+        ends_the_copy(&demo, &id, "deleted", began).await;
+        demo.await_instance_gone(&instance).await;
+
+        // Nova's own snapshot comes first, beside the copy
+        let (instance, id) = being_copied(&demo, &daemon, &base).await;
+        let name = format!("{}-shelved", demo.instance(&instance.id).await["name"].as_str().unwrap());
+        act(&demo, &instance, json!({"shelve": null})).await;
+        let shelved = until("Nova's image", seconds(60), || demo.image_named(&name)).await;
+        demo.adopt_image(&shelved);
+        let sentence = demo.await_declined(&id).await;
+        assert!(sentence.contains("shelved"), "{sentence}");
+        demo.await_instance(&instance.id, "SHELVED_OFFLOADED").await;
+        assert!(instance.disk.facts().await.is_none(), "the old disk would be the unshelved instance's");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_daemon_that_stops_and_one_that_nova_does_not_answer_leave_the_disk() {
+        let _stage = alone().await;
+        let demo = Account::demo().await;
+        let base = demo.base_image().await;
+        let setup = slowly(METHODS[1]);
+
+        let daemon = setup.start().await;
+        let (instance, id) = being_copied(&demo, &daemon, &base).await;
+        daemon.stop();
+        disk_is_free(&instance).await;
+
+        let daemon = setup.start().await;
+        daemon.await_job(&id, "copying").await;
+        until("the snapshot for the copy", seconds(20), || async {
+            (!instance.disk.facts().await.unwrap().snapshots.is_empty()).then_some(())
+        })
+        .await;
+        lab().service("stop", &["nova-api"]).await;
+        let began = Instant::now();
+        until("the disk is free", seconds(50), || async {
+            instance.disk.facts().await.unwrap().snapshots.is_empty().then_some(())
+        })
+        .await;
+        eprintln!("without Nova for {:?}", began.elapsed());
+        lab().service("start", &["nova-api"]).await;
+        daemon.command(&["cancel", &id]).await;
+        demo.await_end(&id, "failed").await;
+        nothing_is_left_of(&id).await;
+        disk_is_free(&instance).await;
+    }
+}
+
 /// `openstack server image create` with the integration in nova-compute.
 mod handed_over {
     use super::*;
@@ -144,12 +274,18 @@ mod handed_over {
     enum Compute {
         Stock,
         Integrated,
+        /// Suspends a guest that runs for its snapshot.
+        Cold,
     }
 
     impl Compute {
         fn text(&self) -> &'static str {
             match self {
                 Self::Stock => "",
+                Self::Cold => {
+                    "[oslo_messaging_notifications]\ndriver = rbd_offload\n\
+                     [workarounds]\ndisable_libvirt_livesnapshot = true\n"
+                }
                 Self::Integrated => {
                     "[oslo_messaging_notifications]\ndriver = rbd_offload\n\
                      [rbd_offload]\nclaim_timeout = 15\nstall_timeout = 45\ndoubt_timeout = 30\n"
@@ -236,7 +372,7 @@ mod handed_over {
 
     /// Nova made an image of the instance itself, for this reason.
     fn went_the_stock_way(instance: &Instance, reason: &str) {
-        let (log, about) = (compute_log(), format!("instance:{}@", instance.id));
+        let (log, about) = (compute_log(), format!("instance:{}", instance.id));
         let lines: Vec<_> = log.lines().filter(|line| line.contains(&about)).collect();
         let told = lines.iter().any(|line| line.contains("the stock way") && line.contains(reason));
         assert!(told, "no {reason:?}: {lines:#?}");
@@ -263,11 +399,27 @@ mod handed_over {
         is_ours(&daemon, &id).await;
         disk_is_free(&instance).await;
 
-        let fields = |record: &Value| record.as_object().unwrap().clone();
-        let names: BTreeSet<String> = fields(&ours).into_iter().chain(fields(&stock)).map(|(name, _)| name).collect();
-        let differing: Vec<_> = names.iter().filter(|name| ours[name.as_str()] != stock[name.as_str()]).collect();
-        assert_eq!(differing, ["created_at", "file", "id", "name", "self", "updated_at"], "{ours:#} {stock:#}");
+        assert_eq!(differing(&ours, &stock), ["created_at", "file", "id", "name", "self", "updated_at"]);
         boots(&demo, &id).await;
+
+        // asked for by a tag, which stays; boot_roles is what nobody but Nova knows
+        let id = demo.create_image(&[instance_tag(&instance.id)], json!({})).await;
+        demo.await_image(&id, "active").await;
+        let asked = until("Glance has hashed the image", PATIENCE, || async {
+            let image = demo.image(&id).await;
+            (!image["os_hash_value"].is_null() && image["os_glance_import_task"].is_null()).then_some(image)
+        })
+        .await;
+        let expected = ["boot_roles", "created_at", "file", "id", "name", "self", "tags", "updated_at"];
+        assert_eq!(differing(&asked, &stock), expected, "{asked:#} {stock:#}");
+        assert_eq!((&asked["boot_roles"], stock["boot_roles"].is_string()), (&Value::Null, true));
+    }
+
+    /// Names of the fields in which two records differ.
+    fn differing(one: &Value, other: &Value) -> Vec<String> {
+        let names = |record: &Value| record.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+        let all = names(one).into_iter().chain(names(other)).collect::<BTreeSet<_>>();
+        all.into_iter().filter(|name| one[name] != other[name]).collect()
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -306,6 +458,46 @@ mod handed_over {
         let job = daemon.await_job(&id, "declined").await;
         assert!(job["reason"].as_str().unwrap().contains("no disk"), "{job:#}");
         disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_snapshot_that_waits_too_long_for_its_turn_is_made_by_nova() {
+        let (_stage, demo, other) = much().await;
+        let instance = demo.resting_instance(&demo.base_image().await, Rest::Paused, 4).await;
+        let expected = instance.disk.digest(None).await;
+        // so slow that the only place is taken
+        let daemon = setup().set("offload", "method", "copy").set("offload", "bandwidth_limit", "128KiB");
+        let daemon = daemon.set("offload", "max_jobs", "1").start().await;
+        let first = demo.create_image(&[instance_tag(&other.id)], json!({})).await;
+        daemon.await_job(&first, "copying").await;
+        let began = Instant::now();
+        let id = demo.snapshot_instance(&instance.id).await;
+        let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
+        eprintln!("over after {:?}", began.elapsed());
+        went_the_stock_way(&instance, "the copy has not started for 30 s");
+        is_right(&image, &expected).await;
+        assert_eq!(demo.delete_image(&first).await, 204);
+        daemon.await_job(&first, "cancelled").await;
+        daemon.await_job(&id, "declined").await;
+        is_right(&demo.image(&id).await, &expected).await;
+        disk_is_free(&instance).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_snapshot_for_which_the_guest_is_suspended_is_not_offered() {
+        let (_stage, demo, base) = begin(Compute::Cold).await;
+        let daemon = setup().start().await;
+        let stopped = demo.resting_instance(&base, Rest::Stopped, 1).await;
+        let running = demo.create_instance("d1", json!({"imageRef": base})).await;
+        let id = demo.snapshot_instance(&running.id).await;
+        await_snapshot(&demo, &id, &running, "ACTIVE").await;
+        went_the_stock_way(&running, "the guest is suspended");
+        assert!(daemon.job(&id).await.is_none(), "it was offered");
+
+        // nobody waits for a guest that does not run: it is offered as ever
+        let id = demo.snapshot_instance(&stopped.id).await;
+        await_snapshot(&demo, &id, &stopped, "SHUTOFF").await;
+        is_ours(&daemon, &id).await;
     }
 
     #[tokio::test(flavor = "multi_thread")]

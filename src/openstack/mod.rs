@@ -9,6 +9,7 @@ mod fake;
 mod image;
 mod json;
 mod limits;
+mod names;
 mod server;
 mod session;
 mod tenant;
@@ -145,6 +146,8 @@ pub struct Server {
     pub id: String,
     /// `tenant_id`.
     pub project_id: String,
+    /// Who made it.
+    pub user_id: Option<String>,
     pub status: String,
     /// `OS-EXT-STS:task_state`: what Nova is doing with it.
     pub task_state: Option<String>,
@@ -161,11 +164,89 @@ pub struct Server {
     pub encrypted: bool,
 }
 
+/// What Nova does to an instance that may remove or replace its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskChange {
+    Deleted,
+    /// Also evacuated, which is a rebuild on another host.
+    Rebuilt,
+    /// Its disk goes, and a new one is made of the image that Nova keeps of it.
+    Offloaded,
+    Resized,
+    Migrated,
+    Built,
+    /// A task that this program does not know.
+    Other,
+}
+
+impl DiskChange {
+    /// As a participle: "the instance was rebuilt".
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deleted => "deleted",
+            Self::Rebuilt => "rebuilt",
+            Self::Offloaded => "shelved",
+            Self::Resized => "resized",
+            Self::Migrated => "migrated",
+            Self::Built => "built",
+            Self::Other => "changed by Nova",
+        }
+    }
+}
+
 impl Server {
-    /// Whether it is deleted or being deleted: its disk goes as soon as nobody has a snapshot of it.
-    pub fn is_going(&self) -> bool {
-        matches!(self.status.as_str(), "DELETED" | "SOFT_DELETED")
-            || self.task_state.as_deref().is_some_and(|task| matches!(task, "deleting" | "soft-deleting"))
+    /// Whether Nova may be about to remove or replace the instance's disk, or has done it. Nova cannot remove a disk
+    /// that has a snapshot: it tries for a minute, then goes on without a word, and a rebuild boots the old disk as
+    /// the new image.
+    ///
+    /// The states are those of Nova 34 (`nova/compute/task_states.py`). A task that is not known to leave the disk
+    /// alone counts as one that does not. A resize or a migration on the same Ceph cluster keeps the disk, one to
+    /// another cell does not, and Nova does not tell which it is.
+    pub fn disk_change(&self) -> Option<DiskChange> {
+        match self.task_state.as_deref().unwrap_or_default() {
+            "deleting" | "soft-deleting" => return Some(DiskChange::Deleted),
+            "rebuilding" | "rebuild_block_device_mapping" | "rebuild_spawning" => return Some(DiskChange::Rebuilt),
+            "shelving_offloading" | "unshelving" => return Some(DiskChange::Offloaded),
+            "resize_prep" | "resize_migrating" | "resize_migrated" | "resize_finish" | "resize_reverting"
+            | "resize_confirming" => return Some(DiskChange::Resized),
+            "migrating" => return Some(DiskChange::Migrated),
+            "scheduling" | "block_device_mapping" | "networking" | "spawning" => return Some(DiskChange::Built),
+            // a shelved instance keeps its disk until it is offloaded
+            "shelving" | "shelving_image_pending_upload" | "shelving_image_uploading" => {}
+            ""
+            | "pausing"
+            | "unpausing"
+            | "suspending"
+            | "resuming"
+            | "powering-off"
+            | "powering-on"
+            | "rebooting"
+            | "reboot_pending"
+            | "reboot_started"
+            | "rebooting_hard"
+            | "reboot_pending_hard"
+            | "reboot_started_hard"
+            | "rescuing"
+            | "unrescuing"
+            | "updating_password"
+            | "restoring" => {}
+            task if task.starts_with("image_") => {}
+            _ => return Some(DiskChange::Other),
+        }
+        match self.status.as_str() {
+            "DELETED" | "SOFT_DELETED" => Some(DiskChange::Deleted),
+            "REBUILD" => Some(DiskChange::Rebuilt),
+            "SHELVED_OFFLOADED" => Some(DiskChange::Offloaded),
+            "RESIZE" | "VERIFY_RESIZE" | "REVERT_RESIZE" => Some(DiskChange::Resized),
+            "MIGRATING" => Some(DiskChange::Migrated),
+            "BUILD" => Some(DiskChange::Built),
+            _ => None,
+        }
+    }
+
+    /// Nova does not know how the instance is, since the cell that it is in does not answer.
+    pub fn is_out_of_reach(&self) -> bool {
+        self.status == "UNKNOWN"
     }
 }
 
@@ -205,6 +286,12 @@ pub trait Cloud: Send + Sync + 'static {
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>>;
 
     async fn server(&self, id: &str) -> Result<Option<Server>>;
+
+    /// The user's name; `None` also where Keystone does not tell us.
+    async fn user_name(&self, id: &str) -> Result<Option<String>>;
+
+    /// The project's name; `None` also where Keystone does not tell us.
+    async fn project_name(&self, id: &str) -> Result<Option<String>>;
 }
 
 #[async_trait]
@@ -256,6 +343,14 @@ impl Cloud for Session {
 
     async fn server(&self, id: &str) -> Result<Option<Server>> {
         self.get_server(id).await
+    }
+
+    async fn user_name(&self, id: &str) -> Result<Option<String>> {
+        self.read_name("user", "users", id).await
+    }
+
+    async fn project_name(&self, id: &str) -> Result<Option<String>> {
+        self.read_name("project", "projects", id).await
     }
 }
 

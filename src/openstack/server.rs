@@ -56,6 +56,7 @@ fn server(call: &str, body: &Value) -> Result<Server> {
     Ok(Server {
         id: fields.text("id")?,
         project_id: fields.text("tenant_id")?,
+        user_id: fields.text_or_none("user_id")?,
         status: fields.text("status")?,
         task_state: fields.text_or_none("OS-EXT-STS:task_state")?,
         host: fields.text_or_none("OS-EXT-SRV-ATTR:host")?,
@@ -79,13 +80,14 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    use super::super::ErrorKind;
     use super::super::json::hostile;
+    use super::super::{DiskChange, ErrorKind};
     use super::*;
 
     const NAMES: &[&str] = &[
         "id",
         "tenant_id",
+        "user_id",
         "status",
         "OS-EXT-STS:task_state",
         "OS-EXT-SRV-ATTR:host",
@@ -120,11 +122,57 @@ mod tests {
         let read = server("x", &body).unwrap();
         assert_eq!(read.task_state.as_deref(), Some("image_uploading"));
         assert_eq!(read.image_properties, BTreeMap::from([("hw_disk_bus".into(), "scsi".into())]));
-        assert!(read.encrypted && !read.is_going());
+        assert!(read.encrypted && read.disk_change().is_none());
         body["server"]["OS-EXT-STS:task_state"] = json!("deleting");
         body["server"]["flavor"]["extra_specs"] = json!({});
         let read = server("x", &body).unwrap();
-        assert!(!read.encrypted && read.is_going());
+        assert!(!read.encrypted && read.disk_change() == Some(DiskChange::Deleted));
+    }
+
+    /// Every task state of Nova 34 beside a status that says nothing, and every status without a task.
+    #[test]
+    fn what_may_remove_or_replace_the_disk_is_told_from_what_does_not() {
+        use DiskChange::{Built, Deleted, Migrated, Offloaded, Other, Rebuilt, Resized};
+        let change = |status: &str, task: Option<&str>| {
+            let body =
+                json!({"server": {"id": "s", "tenant_id": "p", "status": status, "OS-EXT-STS:task_state": task}});
+            server("x", &body).unwrap().disk_change()
+        };
+        let tasks = [
+            (Some(Deleted), "deleting soft-deleting"),
+            (Some(Rebuilt), "rebuilding rebuild_block_device_mapping rebuild_spawning"),
+            (Some(Offloaded), "shelving_offloading unshelving"),
+            (
+                Some(Resized),
+                "resize_prep resize_migrating resize_migrated resize_finish resize_reverting resize_confirming",
+            ),
+            (Some(Migrated), "migrating"),
+            (Some(Built), "scheduling block_device_mapping networking spawning"),
+            (Some(Other), "a_task_of_a_later_nova"),
+            (None, "image_snapshot image_snapshot_pending image_pending_upload image_uploading image_backup"),
+            (None, "updating_password pausing unpausing suspending resuming powering-off powering-on restoring"),
+            (None, "rebooting reboot_pending reboot_started rebooting_hard reboot_pending_hard reboot_started_hard"),
+            (None, "rescuing unrescuing shelving shelving_image_pending_upload shelving_image_uploading"),
+        ];
+        for (expected, names) in tasks {
+            for task in names.split(' ') {
+                assert_eq!(change("ACTIVE", Some(task)), expected, "{task}");
+            }
+        }
+        let statuses = [
+            (Some(Deleted), "DELETED SOFT_DELETED"),
+            (Some(Rebuilt), "REBUILD"),
+            (Some(Offloaded), "SHELVED_OFFLOADED"),
+            (Some(Resized), "RESIZE VERIFY_RESIZE REVERT_RESIZE"),
+            (Some(Migrated), "MIGRATING"),
+            (Some(Built), "BUILD"),
+            (None, "ACTIVE SHUTOFF PAUSED SUSPENDED RESCUE SHELVED ERROR REBOOT HARD_REBOOT PASSWORD UNKNOWN"),
+        ];
+        for (expected, names) in statuses {
+            for status in names.split(' ') {
+                assert_eq!(change(status, None), expected, "{status}");
+            }
+        }
     }
 
     proptest! {

@@ -517,7 +517,7 @@ impl Account {
         id
     }
 
-    async fn flavor(&self, name: &str) -> String {
+    pub async fn flavor(&self, name: &str) -> String {
         let (status, body) = self.call(Method::GET, &self.nova("flavors"), None).await;
         assert_eq!(status, 200, "{body}");
         let flavor = body["flavors"].as_array().unwrap().iter().find(|flavor| flavor["name"] == name);

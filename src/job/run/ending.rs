@@ -11,6 +11,7 @@ use jiff::SignedDuration;
 use uuid::Uuid;
 
 use super::publishing::at_work;
+use super::source::holds_instance;
 use super::{Job, Outcome, Step, Stop};
 use crate::ceph::ImageSpec;
 use crate::decline::Decline;
@@ -18,7 +19,6 @@ use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
 use crate::publish;
-use crate::request::Source;
 use crate::transfer;
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -27,8 +27,8 @@ const BACKOFF_FIRST: Duration = Duration::from_secs(2);
 /// Longest pause between attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
-/// The longest while an instance's disk has our snapshot, which the next attempt removes: when the instance is deleted,
-/// Nova tries for a minute to remove the disk, and then gives up.
+/// The longest while an instance's disk still has our snapshot, which the next attempt removes: Nova tries for a minute
+/// to remove the disk of an instance that it deletes or rebuilds, and then gives up.
 const INSTANCE_PAUSE_MAX: Duration = Duration::from_secs(15);
 
 /// Pauses (of at most [`BACKOFF_MAX`]) that a job which failed leaves to a Glance task that seems to be at work still, or
@@ -96,13 +96,18 @@ impl Job {
             // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
             Stop::End(Ending { reason, .. }) | Stop::Retry(reason) if ended => self.pause(&reason, true).await,
             Stop::End(ending) => self.wind_up(ending).await,
-            Stop::Retry(reason) => self.pause_or_fail(reason).await,
+            Stop::Retry(reason) => {
+                self.try_release_instance().await;
+                self.pause_or_fail(reason).await
+            }
             // the index tells the engine not to take it before there is room
             Stop::NoRoom { pool } => match self.let_go(|record| record.dest_pool = Some(pool.clone())).await {
                 Ok(()) => Outcome::Waiting(Duration::ZERO),
                 Err(_) => Outcome::Abandoned,
             },
             Stop::Drained => {
+                // there may be no other daemon for a while
+                self.try_release_instance().await;
                 tracing::info!(image_id = %self.id, "released: this daemon stops, another goes on");
                 match self.let_go(|_| {}).await {
                     Ok(()) => Outcome::Released,
@@ -181,6 +186,8 @@ impl Job {
                 self.update(|record| record.ending = Some(ending.clone())).await?;
             }
             *self.tenant.lock().await = None;
+            // Nova may be waiting for the disk; Glance, which is asked next, may be away
+            self.release_instance().await?;
             let image = match plan::read_image(self.context.cloud.as_ref(), self.id).await {
                 Ok(image) => Some(image),
                 Err(NoPlan::Gone) => None,
@@ -268,8 +275,7 @@ impl Job {
 /// The pause before the job's next attempt.
 fn pause_of(record: &Record) -> Duration {
     let pause = backoff(record.image_id, record.attempts);
-    let holds_instance = record.made.snapshot && matches!(record.source, Some(Source::Instance(_)));
-    if holds_instance { pause.min(INSTANCE_PAUSE_MAX) } else { pause }
+    if holds_instance(record) { pause.min(INSTANCE_PAUSE_MAX) } else { pause }
 }
 
 /// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
@@ -287,7 +293,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::request::Trigger;
+    use crate::request::{Source, Trigger};
 
     #[test]
     fn a_snapshot_on_an_instances_disk_is_gone_before_nova_gives_its_deletion_up() {

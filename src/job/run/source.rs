@@ -1,38 +1,80 @@
-//! The watcher of an instance whose disk is being copied. Nova removes the disk with the instance: it tries for a minute
-//! (twelve times, five seconds apart), in vain while there is a snapshot of ours, and then gives up for good. Volumes need
-//! no such care, since Cinder moves theirs to the trash.
+//! The watcher of an instance whose disk is being copied.
+//!
+//! When Nova deletes, rebuilds or offloads an instance, it removes the disk. It tries for a minute (twelve times, five
+//! seconds apart), in vain while our snapshot is on the disk, and then goes on without a word: the disk of a deleted
+//! instance stays behind, and a rebuilt instance boots its old disk as the new image. So the copy ends as soon as Nova
+//! begins, and the snapshot goes before the minute is over. A removal that our snapshot hinders takes Nova that minute,
+//! so none begins and ends between two looks. Volumes need no such care: Cinder moves theirs to the trash.
+//!
+//! The time that there is, in seconds: 3 until the next look, 5 at most for Nova's answer, and what is left for ending
+//! the transfer and for removing the unfinished copy, which goes before the anchor and the snapshot.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout};
 
-use super::{Job, Stop};
+use super::{Job, Step, Stop};
 use crate::decline::Decline;
-use crate::job::record::{Ending, State};
+use crate::job::record::{Ending, Record, State};
+use crate::openstack::DiskChange;
 use crate::request::Source;
+use crate::transfer::Method;
 
-/// How often Nova is asked. The snapshot is gone well before Nova's second try.
+/// How often Nova is asked. The snapshot is gone well before Nova's last try.
 const SERVER_INTERVAL: Duration = Duration::from_secs(3);
 
+/// How long one answer of Nova may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long the copy goes on while Nova does not tell how the instance is. In all that time Nova may be at work on the
+/// instance, so this and the removal of the snapshot must take less than Nova's minute.
+const UNKNOWN_MAX: Duration = Duration::from_secs(25);
+
 impl Job {
-    /// Returns when the instance whose disk is being copied is deleted. A copy that is sealed needs its source no longer.
+    /// Returns when Nova may be about to remove or replace the disk that is being copied. A copy that is sealed needs
+    /// its source no longer.
     pub(super) async fn keep_source(&self) -> Stop {
+        let mut known = Instant::now();
         loop {
             sleep(SERVER_INTERVAL).await;
-            let Some(instance) = self.instance_in_use().await else { continue };
-            let going = match self.context.cloud.server(&instance.id().to_string()).await {
-                Ok(server) => server.is_none_or(|server| server.is_going()),
-                Err(error) => {
-                    tracing::debug!(image_id = %self.id, %error, "the watcher could not ask for the instance");
-                    false
+            let Some(instance) = self.instance_in_use().await else {
+                known = Instant::now();
+                continue;
+            };
+            let asked = Instant::now();
+            let change = match self.change_of(&instance).await {
+                Ok(change) => {
+                    known = asked;
+                    change
+                }
+                Err(reason) => {
+                    tracing::debug!(image_id = %self.id, reason, "Nova did not tell how the instance is");
+                    if known.elapsed() >= UNKNOWN_MAX && self.instance_in_use().await.is_some() {
+                        return Stop::Retry(format!("Nova does not tell how {instance} is: {reason}"));
+                    }
+                    continue;
                 }
             };
             // the copy may have been sealed while Nova answered
-            if going && self.instance_in_use().await.is_some() {
-                let reason = format!("{instance} was deleted while its disk was being copied");
+            if let Some(change) = change
+                && self.instance_in_use().await.is_some()
+            {
+                let reason = format!("{instance} was {} while its disk was being copied", change.as_str());
                 return Stop::End(Ending::declined(Decline::Busy, reason));
             }
+        }
+    }
+
+    /// What Nova does to the instance's disk; an error says why that is not known.
+    async fn change_of(&self, instance: &Source) -> Result<Option<DiskChange>, String> {
+        let id = instance.id().to_string();
+        match timeout(ANSWER_WITHIN, self.context.cloud.server(&id)).await {
+            Ok(Ok(Some(server))) if server.is_out_of_reach() => Err("its cell does not answer".into()),
+            Ok(Ok(Some(server))) => Ok(server.disk_change()),
+            Ok(Ok(None)) => Ok(Some(DiskChange::Deleted)),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", ANSWER_WITHIN.as_secs())),
         }
     }
 
@@ -42,4 +84,31 @@ impl Job {
         let copying = record.state == State::Copying && !self.finishing.load(Ordering::SeqCst);
         record.source.filter(|source| copying && matches!(source, Source::Instance(_)))
     }
+
+    /// Ends the hold on an instance's disk between two attempts, and before anything that may have to wait for a
+    /// service. The next attempt begins from scratch in any case.
+    pub(super) async fn release_instance(&self) -> Step<()> {
+        let record = self.snapshot().await;
+        if record.state != State::Copying || !holds_instance(&record) {
+            return Ok(());
+        }
+        self.lease.renew(self.context.store.objects().as_ref()).await?;
+        // nothing is cloned from the snapshot: the disk first, since a large copy takes its time to go
+        if record.method == Some(Method::Copy) {
+            self.release_source().await?;
+        }
+        self.take_down().await
+    }
+
+    /// Like [`release_instance`](Self::release_instance), where the next attempt does it if this fails.
+    pub(super) async fn try_release_instance(&self) {
+        if let Err(stop) = self.release_instance().await {
+            tracing::warn!(image_id = %self.id, ?stop, "the snapshot on the instance's disk is not removed yet");
+        }
+    }
+}
+
+/// Whether our snapshot may be on an instance's disk.
+pub(super) fn holds_instance(record: &Record) -> bool {
+    record.made.snapshot && matches!(record.source, Some(Source::Instance(_)))
 }

@@ -579,6 +579,7 @@ impl Cloud for Handle {
                 Ok(disk.map(|disk| Server {
                     id: id.to_owned(),
                     project_id: disk.volume.project_id.clone(),
+                    user_id: None,
                     status: "ACTIVE".into(),
                     task_state: disk.deleted.map(|_| "deleting".into()),
                     host: Some("node".into()),
@@ -590,5 +591,13 @@ impl Cloud for Handle {
             },
         )
         .await
+    }
+
+    async fn user_name(&self, _id: &str) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    async fn project_name(&self, _id: &str) -> Result<Option<String>> {
+        Ok(None)
     }
 }
