@@ -32,6 +32,8 @@ pub enum Decline {
     Unsupported,
     /// The project's limit for its images.
     Quota,
+    /// The image would inherit more properties than it may have.
+    Properties,
     /// The copy begins like a file of a container format.
     ContainerHeader,
     /// Decided by another version of this program.
@@ -40,7 +42,7 @@ pub enum Decline {
 }
 
 impl Decline {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Request,
         Self::OtherWriter,
         Self::Handover,
@@ -54,6 +56,7 @@ impl Decline {
         Self::OtherCluster,
         Self::Unsupported,
         Self::Quota,
+        Self::Properties,
         Self::ContainerHeader,
         Self::Other,
     ];
@@ -74,6 +77,7 @@ impl Decline {
             Self::OtherCluster => "other_cluster",
             Self::Unsupported => "unsupported",
             Self::Quota => "quota",
+            Self::Properties => "properties",
             Self::ContainerHeader => "container_header",
             Self::Other => "other",
         }

@@ -37,6 +37,12 @@ const NOT_FOR_SNAPSHOTS: [&str; 6] =
 /// Properties of an instance's image that tell of the instance which that image is a snapshot of.
 const OF_ANOTHER_INSTANCE: [&str; 4] = ["boot_roles", "owner_project_name", "owner_user_name", "user_id"];
 
+/// Most properties that an image inherits from its source; Glance's own default limit for an image.
+const INHERITED_MAX: usize = 128;
+
+/// Most bytes of names and values, as the job's record holds them.
+const INHERITED_BYTES_MAX: usize = 256 << 10;
+
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -200,11 +206,11 @@ pub async fn make(
 
     // a service that hands over has made the record as it wants it
     let (min_disk, min_ram, properties) = match question.trigger {
-        Trigger::Request => (
-            found.min_disk.max(image.min_disk),
-            found.min_ram.max(image.min_ram),
-            inherited(&found.image_metadata, &image),
-        ),
+        Trigger::Request => {
+            let properties = inherited(&found.image_metadata, &image);
+            check_inherited(&properties, source)?;
+            (found.min_disk.max(image.min_disk), found.min_ram.max(image.min_ram), properties)
+        }
         Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
     };
     Ok(Plan {
@@ -224,8 +230,32 @@ pub async fn make(
     })
 }
 
+/// Reads the source again once its snapshot exists: owner, status and place must be those of the plan. Somebody else
+/// may own the source since, and what the snapshot holds is theirs then.
+///
+/// # Errors
+/// [`NoPlan::Declined`] where the plan would be declined now.
+pub async fn confirm(cloud: &dyn Cloud, config: &Config, trigger: Trigger, plan: &Plan) -> Result<()> {
+    let owner = &plan.project_id;
+    let found = match plan.source {
+        Source::Volume(id) => of_volume(cloud, config, trigger, &plan.image, owner, id).await?,
+        Source::Snapshot(id) => of_snapshot(cloud, config, owner, id).await?,
+        Source::Instance(id) => {
+            return check_instance(&owned_server(cloud, owner, id).await?, trigger, plan.source);
+        }
+    };
+    if ImageSpec::named(&found.pool, &found.image) != plan.origin || found.snapshot != plan.snapshot {
+        let reason = format!("the disk of {} was moved while its snapshot was made: ask again", plan.source);
+        return declined(Decline::Busy, reason);
+    }
+    Ok(())
+}
+
 /// What the image record itself rules out.
-fn check_record(image: &Image) -> Result<()> {
+///
+/// # Errors
+/// [`NoPlan::Declined`] where the daemon does not publish under such a record.
+pub fn check_record(image: &Image) -> Result<()> {
     if image.disk_format.as_deref().is_some_and(|format| format != "raw") {
         return declined(
             Decline::Format,
@@ -320,17 +350,7 @@ fn encrypted<T>(source: Source) -> Result<T> {
 
 async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
     let source = Source::Instance(id);
-    let server = match cloud.server(&id.to_string()).await {
-        Ok(Some(server)) if server.project_id == owner => server,
-        Ok(_) => return no_such_source(source),
-        Err(error) if error.kind() == openstack::ErrorKind::NoService => {
-            return declined(
-                Decline::Unsupported,
-                "the catalog of this cloud has no Nova: instances cannot be a source",
-            );
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let server = owned_server(cloud, owner, id).await?;
     check_instance(&server, trigger, source)?;
     let mut found = Found {
         pool: config.nova.pool.clone(),
@@ -365,6 +385,18 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         found.image_metadata = of_snapshot_image(&server, base, &names);
     }
     Ok(found)
+}
+
+/// The instance, if the project owns it.
+async fn owned_server(cloud: &dyn Cloud, owner: &str, id: Uuid) -> Result<Server> {
+    match cloud.server(&id.to_string()).await {
+        Ok(Some(server)) if server.project_id == owner => Ok(server),
+        Ok(_) => no_such_source(Source::Instance(id)),
+        Err(error) if error.kind() == openstack::ErrorKind::NoService => {
+            declined(Decline::Unsupported, "the catalog of this cloud has no Nova: instances cannot be a source")
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Whether a copy of the instance's disk makes sense now.
@@ -464,7 +496,10 @@ fn no_disk(source: Source) -> String {
 }
 
 /// The same sentence whether it is not there or somebody else's.
-fn no_such_source<T>(source: Source) -> Result<T> {
+///
+/// # Errors
+/// Always: [`NoPlan::Declined`].
+pub fn no_such_source<T>(source: Source) -> Result<T> {
     declined(Decline::NoSource, format!("there is no {source} in the project that owns the image"))
 }
 
@@ -551,6 +586,24 @@ fn inherited(metadata: &BTreeMap<String, String>, image: &Image) -> BTreeMap<Str
         .filter(|(name, _)| !image.properties.contains_key(*name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect()
+}
+
+/// An image record may be of several MB, and the job's record holds what is inherited.
+fn check_inherited(properties: &BTreeMap<String, String>, source: Source) -> Result<()> {
+    let bytes = serde_json::to_string(properties).map_or(usize::MAX, |text| text.len());
+    if properties.len() <= INHERITED_MAX && bytes <= INHERITED_BYTES_MAX {
+        return Ok(());
+    }
+    declined(
+        Decline::Properties,
+        format!(
+            "{source} would hand on {} properties of {} KiB to the image: {INHERITED_MAX} properties and {} KiB are the \
+             limit, so take some off its image metadata",
+            properties.len(),
+            bytes.div_ceil(1024),
+            INHERITED_BYTES_MAX / 1024,
+        ),
+    )
 }
 
 #[cfg(test)]
@@ -716,6 +769,19 @@ mod tests {
         ];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(given, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn more_properties_than_an_image_takes_are_declined() {
+        let source = Source::Volume(Uuid::nil());
+        let of = |count: usize, bytes: usize| -> BTreeMap<String, String> {
+            (0..count).map(|n| (format!("pad{n}"), "x".repeat(bytes))).collect()
+        };
+        assert!(check_inherited(&of(128, 1000), source).is_ok());
+        for fat in [of(129, 1), of(20, 60_000), BTreeMap::from([("a".to_owned(), "\u{1}".repeat(60_000))])] {
+            let declined = check_inherited(&fat, source);
+            assert!(matches!(declined, Err(NoPlan::Declined(Decline::Properties, _))), "{}", fat.len());
+        }
     }
 
     #[test]

@@ -23,6 +23,11 @@ pub fn is_ours(tag: &str) -> bool {
     tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX)
 }
 
+/// Whether a tag is a request, well-formed or not.
+pub fn is_request(tag: &str) -> bool {
+    tag.starts_with(TAG_PREFIX)
+}
+
 /// What an image is to be made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "id", rename_all = "lowercase")]

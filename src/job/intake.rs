@@ -1,6 +1,7 @@
 //! The intake: turns what a notification says into a stored job, after which the delivery may be acked.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -8,11 +9,14 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::record::{Record, State};
+use super::record::Record;
 use super::store::{Error, NewJob, Result, Store, Submitted};
 use crate::config::Config;
 use crate::notification::{Event, Meta, Sink, SinkError};
-use crate::request::{self, Asked, Source, Trigger};
+use crate::request::{self, Asked, Trigger};
+
+/// How long Glance may take to show a record that a service announced.
+const OFFER_READ_WITHIN: Duration = Duration::from_secs(5);
 
 /// Takes requests.
 #[derive(Clone)]
@@ -54,10 +58,10 @@ impl Intake {
                     return Ok(());
                 };
                 let source = Some(offer.source);
-                return self.offered(NewJob { image_id, trigger, handover: true, source, project_id: owner }).await;
+                return self.offered(NewJob { image_id, trigger, source, project_id: owner }).await;
             }
         };
-        self.submit(NewJob { image_id, trigger: Trigger::Request, handover: false, source, project_id: owner }).await
+        self.submit(NewJob { image_id, trigger: Trigger::Request, source, project_id: owner }).await
     }
 
     /// Whether these tags ask for something, or offer something that this daemon is to do.
@@ -77,6 +81,33 @@ impl Intake {
             return Ok(());
         }
         self.submit(new).await
+    }
+
+    /// A service says that it works on an image. Anybody who can publish may have said so, so only the offer on the record
+    /// counts, which Glance tells of too; the service may announce its work a moment before the offer is there.
+    async fn announced(&self, image_id: Uuid, trigger: Trigger) -> Result<()> {
+        if !self.integrates(trigger) {
+            tracing::info!(%image_id, trigger = trigger.as_str(), "observed, not acted on");
+            metrics::counter!("rbd_offload_offers_observed_total", "trigger" => trigger.as_str()).increment(1);
+            return Ok(());
+        }
+        let Some(engine) = &self.engine else { return Ok(()) };
+        if self.store.load(image_id).await?.is_some() {
+            return Ok(());
+        }
+        let id = image_id.to_string();
+        match tokio::time::timeout(OFFER_READ_WITHIN, engine.context().cloud.image(&id)).await {
+            Ok(Ok(Some(image))) if image.status == "queued" => {
+                self.image_queued(image_id, image.owner, &image.tags).await
+            }
+            Ok(Ok(_)) => Ok(()),
+            // Glance's notification of the offer, or the reconciler, comes to it
+            Ok(Err(error)) => {
+                tracing::debug!(%image_id, %error, "the offer could not be read");
+                Ok(())
+            }
+            Err(_) => Ok(()),
+        }
     }
 
     fn integrates(&self, trigger: Trigger) -> bool {
@@ -103,14 +134,12 @@ impl Intake {
         Ok(())
     }
 
-    /// An image became active that still bears what an ended job of it left for its owner to read. Properties are
-    /// inherited by later images, so the reconciler takes them off.
+    /// An image is active and bears what its job showed while it was queued: an end without an image that its owner has
+    /// uploaded to since, or a change that reached Glance late. Properties are inherited by later images, so the
+    /// reconciler takes them off.
     pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
-        let ended = |record: &Record| record.state.is_ended() && record.state != State::Done;
-        self.store
-            .change(image_id, |record| ended(record) && !std::mem::replace(&mut record.mend, true))
-            .await
-            .map(drop)
+        let mark = |record: &mut Record| record.state.is_ended() && !std::mem::replace(&mut record.mend, true);
+        self.store.change(image_id, mark).await.map(drop)
     }
 
     /// An image was deleted, says a notification. A live job of it asks Glance and ends if that is so.
@@ -147,16 +176,8 @@ impl Intake {
             Event::ImageChanged { image_id, owner, tags, .. } => self.image_queued(image_id, owner, &tags).await,
             Event::ImageDeleted { image_id } => self.image_deleted(image_id).await,
             Event::ImageActive { image_id } => self.image_active(image_id).await,
-            Event::VolumeUpload { image_id, volume_id, tenant_id, handover, .. } => {
-                let source = Some(Source::Volume(volume_id));
-                let (trigger, project_id) = (Trigger::VolumeUpload, Some(tenant_id));
-                self.offered(NewJob { image_id, trigger, handover, source, project_id }).await
-            }
-            Event::InstanceSnapshot { image_id, instance_id } => {
-                let source = Some(Source::Instance(instance_id));
-                let trigger = Trigger::InstanceSnapshot;
-                self.offered(NewJob { image_id, trigger, handover: true, source, project_id: None }).await
-            }
+            Event::VolumeUpload { image_id, .. } => self.announced(image_id, Trigger::VolumeUpload).await,
+            Event::InstanceSnapshot { image_id, .. } => self.announced(image_id, Trigger::InstanceSnapshot).await,
             // does not tell the image; where an integration waits, Glance's notification of its offer does
             Event::LegacyInstanceSnapshot { instance_id } => {
                 tracing::debug!(%instance_id, event = %meta.event_type, "observed, not acted on");

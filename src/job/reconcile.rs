@@ -246,10 +246,14 @@ impl Reconciler {
             let id = image_id.to_string();
             let Some(image) = self.context().cloud.image(&id).await? else { continue };
             let changes = match image.status.as_str() {
-                "active" | "deactivated" => tenant::clear(&image),
+                "active" | "deactivated" => {
+                    let ours = record.state == State::Done && record.trigger == Trigger::Request;
+                    tenant::finished(&image, record.source.filter(|_| ours))
+                }
                 // what was handed over is about to be written by the service that did
                 "queued"
                     if record.trigger == Trigger::Request
+                        && record.told
                         && record.state != State::Done
                         && request::asked_by(&image.tags) == Asked::Nothing =>
                 {

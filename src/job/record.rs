@@ -154,8 +154,16 @@ pub struct Made {
     pub copy: bool,
     /// `<image id>` in the destination pool, by renaming the copy.
     pub published: bool,
+    /// Our location was posted, or is about to be: a Glance task at work on the image may be ours. A record of an older
+    /// version does not say, so it may have been.
+    #[serde(default = "may_be")]
+    pub posted: bool,
     /// Glance has made the image active with what we published; our mark is coming off.
     pub active: bool,
+}
+
+fn may_be() -> bool {
+    true
 }
 
 /// How far a service that handed its work over, and waits for the image, has bound itself (`docs/handover.md`).
@@ -212,6 +220,10 @@ pub struct Record {
     pub publication: Publication,
     #[serde(default)]
     pub made: Made,
+    /// Methods whose copy differed from its source. None of them is used again for this job, `retry` included, and each
+    /// later copy is compared in full.
+    #[serde(default)]
+    pub mismatched: Vec<Method>,
     #[serde(default)]
     pub ending: Option<Ending>,
     /// `None`: nobody waits who could do the work instead.
@@ -295,6 +307,7 @@ impl Record {
             dest_pool: None,
             publication: Publication::default(),
             made: Made::default(),
+            mismatched: Vec::new(),
             ending: None,
             handover: None,
             not_before: None,
@@ -354,6 +367,7 @@ impl Record {
             owner: self.owner.take(),
             owner_address: self.owner_address.take(),
             mend: self.mend,
+            mismatched: if retried { std::mem::take(&mut self.mismatched) } else { Vec::new() },
             ..fresh
         };
         Ok(())
@@ -460,6 +474,28 @@ mod tests {
         ] {
             assert!(value.get(name).is_some(), "{name} is missing");
         }
+    }
+
+    #[test]
+    fn a_record_of_an_older_version_may_have_posted_its_location() {
+        let mut value: serde_json::Value = serde_json::from_slice(&record().to_bytes()).unwrap();
+        value["made"] = serde_json::json!({"snapshot": false, "copy": true, "published": true, "active": false});
+        value.as_object_mut().unwrap().remove("mismatched");
+        let old = Record::parse(value.to_string().as_bytes()).unwrap();
+        assert!(old.made.posted && old.mismatched.is_empty());
+        assert!(!record().made.posted);
+    }
+
+    #[test]
+    fn a_method_that_made_a_wrong_copy_is_remembered_by_retry() {
+        let mut job = record();
+        job.mismatched.push(Method::Clone);
+        job.enter(State::Failed, Timestamp::now()).unwrap();
+        job.restart(true, Timestamp::now()).unwrap();
+        assert_eq!(job.mismatched, [Method::Clone]);
+        job.enter(State::Failed, Timestamp::now()).unwrap();
+        job.restart(false, Timestamp::now()).unwrap();
+        assert_eq!(job.mismatched, [], "a new request is a new job");
     }
 
     #[test]

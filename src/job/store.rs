@@ -51,8 +51,6 @@ pub struct Stored {
 pub struct NewJob {
     pub image_id: Uuid,
     pub trigger: Trigger,
-    /// Somebody waits who says when to publish.
-    pub handover: bool,
     pub source: Option<Source>,
     /// What the notification said; the plan reads it again.
     pub project_id: Option<String>,
@@ -66,7 +64,7 @@ pub enum Submitted {
     },
     /// A live job for that image is there: the same request, heard again.
     Running,
-    /// An ended (or ending) job is there; it is marked to be looked at again.
+    /// An ended (or ending) job is there, or one for another source; it is marked to be looked at again.
     AskedAgain,
 }
 
@@ -128,7 +126,8 @@ impl Store {
             return Ok(submitted);
         }
         let mut record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
-        record.handover = new.handover.then_some(Handover::Offered);
+        // a service that hands its work over waits for the image, and says when to publish
+        record.handover = (new.trigger != Trigger::Request).then_some(Handover::Offered);
         // The index before, since this may be given up once the record is there; and after, since an entry without a
         // record is dropped after a while.
         self.index_live(&record).await?;
@@ -157,6 +156,12 @@ impl Store {
                 } else if record.state.is_ended() || record.ending.is_some() {
                     submitted = Submitted::AskedAgain;
                     !std::mem::replace(&mut record.again, true)
+                } else if record.trigger == Trigger::Request && record.source != new.source {
+                    // another request than the one that runs: that ends, and the record is looked at again
+                    submitted = Submitted::AskedAgain;
+                    let before = (record.again, record.check, record.not_before);
+                    (record.again, record.check, record.not_before) = (true, true, None);
+                    before != (true, true, None)
                 } else {
                     submitted = Submitted::Running;
                     false
@@ -313,14 +318,15 @@ impl Store {
         let mut outcome = Cancelled::Asked;
         let changed = self
             .change(image_id, |record| {
-                if record.state.is_ended() {
+                if record.is_settled() || record.state == State::Done {
                     outcome = Cancelled::Ended(record.state);
-                    // nor is it looked at again
-                    return std::mem::take(&mut record.again);
+                    return false;
                 }
                 outcome = Cancelled::Asked;
                 let waited = record.not_before.take().is_some();
-                !std::mem::replace(&mut record.cancel, true) || waited
+                // a request that was made again after the end is looked for, and taken off
+                let again = !record.state.is_ended() && std::mem::take(&mut record.again);
+                !std::mem::replace(&mut record.cancel, true) || waited || again
             })
             .await?;
         let Some(record) = changed else { return Ok(None) };

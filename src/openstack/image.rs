@@ -148,6 +148,41 @@ impl Session {
         }
     }
 
+    /// Glance 29 (2024.2) and later show the locations to a service. An older one shows them in the record, where it is
+    /// configured so.
+    pub(super) async fn list_locations(&self, id: &str) -> Result<Option<Vec<String>>> {
+        let what = || format!("locations of image {id}");
+        let path = ["images", id, "locations"];
+        let answer = self.wire.send(Request::get(Service::Image, what(), &path)).await?;
+        match answer.status {
+            StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
+                let path = ["images", id];
+                let answer = self.wire.send(Request::get(Service::Image, what(), &path)).await?;
+                let call = answer.call.clone();
+                match answer.json_if_found()? {
+                    None => Ok(None),
+                    Some(record) => shown_locations(&call, &record),
+                }
+            }
+            _ => {
+                let call = answer.call.clone();
+                let body = answer.json()?;
+                let items = body.as_array().ok_or_else(|| Error::protocol(&call, "expected an array"))?;
+                urls(&call, items).map(Some)
+            }
+        }
+    }
+
+    pub(super) async fn deactivate(&self, id: &str) -> Result<bool> {
+        let path = ["images", id, "actions", "deactivate"];
+        let request = Request::send(Method::POST, Service::Image, format!("deactivate image {id}"), &path);
+        let answer = self.wire.send(request).await?;
+        if answer.status == StatusCode::NOT_FOUND {
+            return Ok(false);
+        }
+        answer.success().map(|_| true)
+    }
+
     pub(super) async fn list_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
         let path = ["images", id, "tasks"];
         let answer = self.wire.send(Request::get(Service::Image, format!("tasks of image {id}"), &path)).await?;
@@ -359,6 +394,19 @@ fn stored(fields: &Fields<'_>) -> Result<u64> {
     Ok(size.saturating_mul(copies as u64))
 }
 
+/// The locations that an image record shows: `locations`, or `direct_url`, which is the first of them.
+fn shown_locations(call: &str, record: &Value) -> Result<Option<Vec<String>>> {
+    let fields = Fields::new(call, record)?;
+    if fields.optional("locations").is_some() {
+        return urls(call, fields.array("locations")?).map(Some);
+    }
+    Ok(fields.text_or_none("direct_url")?.map(|url| vec![url]))
+}
+
+fn urls(call: &str, locations: &[Value]) -> Result<Vec<String>> {
+    locations.iter().map(|location| Fields::new(call, location)?.text("url")).collect()
+}
+
 fn tasks(call: &str, body: &Value) -> Result<Vec<ImageTask>> {
     let mut tasks = Vec::new();
     for item in Fields::new(call, body)?.array("tasks")? {
@@ -512,6 +560,17 @@ mod tests {
     }
 
     #[test]
+    fn a_record_shows_its_locations_or_not() {
+        let shown = |record: Value| shown_locations("x", &record).unwrap();
+        let url = || Some(vec!["rbd://f/p/i/snap".to_owned()]);
+        assert_eq!(shown(json!({"locations": [{"url": "rbd://f/p/i/snap", "metadata": {}}]})), url());
+        assert_eq!(shown(json!({"direct_url": "rbd://f/p/i/snap"})), url());
+        assert_eq!(shown(json!({"locations": [], "direct_url": "rbd://f/p/i/snap"})), Some(Vec::new()));
+        assert_eq!(shown(json!({"status": "active"})), None);
+        assert!(shown_locations("x", &json!({"locations": [{"url": 5}]})).is_err());
+    }
+
+    #[test]
     fn stores_tell_pool_and_cluster() {
         let body = json!({"stores": [
             {"id": "ceph", "type": "rbd", "default": "true", "properties": {"pool": "images", "fsid": "f"}},
@@ -580,6 +639,7 @@ mod tests {
             for outcome in [
                 image("x", &value).map(drop), tasks("x", &value).map(drop), stores("x", &value).map(drop),
                 Fields::new("x", &value).and_then(|fields| stored(&fields)).map(drop),
+                shown_locations("x", &value).map(drop),
             ] {
                 if let Err(error) = outcome {
                     prop_assert_eq!(error.kind(), ErrorKind::Protocol);

@@ -267,6 +267,13 @@ pub trait Cloud: Send + Sync + 'static {
         validation: Option<&Validation>,
     ) -> Result<Option<LocationAnswer>>;
 
+    /// URLs of the image's locations; `None` where Glance does not show them to this user.
+    async fn image_locations(&self, id: &str) -> Result<Option<Vec<String>>>;
+
+    /// Nobody but an administrator can read the image's data from then on. `false` when the image is gone. An image that
+    /// is deactivated already stays so.
+    async fn deactivate_image(&self, id: &str) -> Result<bool>;
+
     /// The image's tasks, newest first; empty where Glance does not know the call.
     async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>>;
 
@@ -311,6 +318,14 @@ impl Cloud for Session {
         validation: Option<&Validation>,
     ) -> Result<Option<LocationAnswer>> {
         self.register_location(id, url, validation).await
+    }
+
+    async fn image_locations(&self, id: &str) -> Result<Option<Vec<String>>> {
+        self.list_locations(id).await
+    }
+
+    async fn deactivate_image(&self, id: &str) -> Result<bool> {
+        self.deactivate(id).await
     }
 
     async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {

@@ -11,7 +11,7 @@ pub mod tag;
 use sha2::{Digest, Sha512};
 use tokio_util::sync::CancellationToken;
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use self::tag::{OwnershipTag, is_tagged};
 use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Progress, Storage};
@@ -168,6 +168,14 @@ pub fn location(fsid: &str, pool: &str, image_id: &str) -> String {
     format!("rbd://{}/{}/{}/{}", part(fsid), part(pool), part(image_id), SNAPSHOT)
 }
 
+/// Whether `url` is the location `ours`. Glance may encode its parts in another way.
+pub fn is_location(url: &str, ours: &str) -> bool {
+    fn decoded(url: &str) -> Vec<Vec<u8>> {
+        url.split('/').map(|part| percent_decode_str(part).collect()).collect()
+    }
+    decoded(url) == decoded(ours)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,6 +226,15 @@ mod tests {
         ] {
             assert!(shape_fault(&wrong).is_some(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn a_location_is_known_however_it_is_encoded() {
+        let ours = location("f-1", "glance~images 1", "a-b");
+        assert!(is_location("rbd://f-1/glance%7eimages%201/a-b/snap", &ours));
+        assert!(!is_location("rbd://f-1/glance~images%201/a-c/snap", &ours));
+        assert!(!is_location("rbd://f-1/glance~images 1%2fa-b/snap", &ours));
+        assert!(!is_location("file:///var/lib/glance/a-b", &ours));
     }
 
     #[test]

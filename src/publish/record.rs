@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::openstack::{Image, ImageChange};
 use crate::plan::PROPERTY_PREFIX;
-use crate::request;
+use crate::request::{self, Asked, Source};
 
 const STATUS: &str = "rbd_offload_status";
 const PROGRESS: &str = "rbd_offload_progress";
@@ -110,6 +110,33 @@ pub fn clear(image: &Image) -> Vec<ImageChange> {
         .collect()
 }
 
+/// What an image that was made from `source` is to keep: nothing of ours but the tag that names the source. `None`: the
+/// image's tags are not the daemon's business.
+pub fn finished(image: &Image, source: Option<Source>) -> Vec<ImageChange> {
+    let mut changes = clear(image);
+    let asked = request::asked_by(&image.tags);
+    if let Some(source) = source
+        && asked != Asked::Nothing
+        && asked != Asked::For(source)
+    {
+        let mut tags: Vec<String> = image.tags.iter().filter(|tag| !request::is_request(tag)).cloned().collect();
+        tags.push(source.tag());
+        changes.push(ImageChange::Tags(tags));
+    }
+    changes
+}
+
+/// Whether the record is what the daemon publishes. The header of the copy was inspected for these formats alone.
+pub fn is_raw_and_bare(image: &Image) -> bool {
+    image.disk_format.as_deref() == Some("raw") && image.container_format.as_deref() == Some("bare")
+}
+
+/// Whether the record shows a job that has not ended.
+pub fn shows_work(image: &Image) -> bool {
+    let running = [Status::Accepted, Status::Copying, Status::Publishing];
+    image.properties.get(STATUS).is_some_and(|status| running.iter().any(|running| running.as_str() == status))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +185,23 @@ mod tests {
         let only_theirs = ImageChange::Tags(vec!["blue".into()]);
         assert!(end(&offered, Status::Declined, "no").contains(&only_theirs));
         assert!(prepare(&offered, 0, 0, &BTreeMap::new()).contains(&only_theirs));
+    }
+
+    #[test]
+    fn a_finished_image_names_its_source() {
+        let (source, other) = (Source::Volume(uuid::Uuid::from_u128(1)), Source::Volume(uuid::Uuid::from_u128(2)));
+        let tagged = |tags: &[String]| {
+            let mut image = image();
+            image.tags = tags.to_vec();
+            image.properties.clear();
+            finished(&image, Some(source))
+        };
+        let right = vec![ImageChange::Tags(vec!["blue".into(), source.tag()])];
+        assert_eq!(tagged(&["blue".into(), source.tag()]), []);
+        assert_eq!(tagged(&["blue".into()]), [], "taken off by its owner");
+        assert_eq!(tagged(&[other.tag(), "blue".into()]), right);
+        assert_eq!(tagged(&[source.tag(), "blue".into(), other.tag()]), right);
+        assert_eq!(finished(&image(), None), [ImageChange::Remove { property: STATUS.into() }]);
     }
 
     #[test]

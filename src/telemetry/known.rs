@@ -40,6 +40,10 @@ pub const KNOWN: &[Known] = &[
     known("67e697d18c8349a7afe3273d154cd3d4", "the configuration stays as it was"),
     known("46a11d7250dc4730ae537d7f5a829d91", "a job record cannot be worked on"),
     known("13cbeb4a4bfc4d8e941f3d7a4639fb42", "dry run"),
+    known(
+        "5b1d9c8e0f6a4c27b6f3d2a9471e80c5",
+        "the image was deactivated: its format was changed while it was published",
+    ),
 ];
 
 /// The id of an event, if it has one.

@@ -73,7 +73,12 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
     (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
     (Kind::Plain, "rbd_offload_fenced_total", "Times that another daemon shut this one out of Ceph."),
-    (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were made anew."),
+    (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were removed."),
+    (
+        Kind::Plain,
+        "rbd_offload_images_deactivated_total",
+        "Images that were deactivated because their format was changed while they were published.",
+    ),
     (
         Kind::Counter,
         "rbd_offload_reconciler_findings_total",

@@ -12,8 +12,8 @@ use crate::job::record::{self, Handover, Origin, Publication, State};
 use crate::plan::{self, Plan, Question};
 use crate::publish;
 use crate::publish::record::Status;
-use crate::request::Source;
-use crate::transfer::{self, Order};
+use crate::request::{Source, Trigger};
+use crate::transfer::{self, Method, Order};
 
 /// How often a copy or a comparison is begun when parents of the source are cut off meanwhile. An anchor that Cinder has
 /// flattened has none any more.
@@ -43,7 +43,12 @@ impl Job {
             snapshot: snapshot.clone(),
             temporary: plan.snapshot.is_none(),
         };
-        let (methods, reasons) = transfer::candidates(plan.method, &plan.info);
+        let (mut methods, mut reasons) = transfer::candidates(plan.method, &plan.info);
+        let before = self.snapshot().await;
+        for method in before.mismatched {
+            methods.retain(|other| *other != method);
+            reasons.push(format!("{method}: its copy differed from the source"));
+        }
         if !reasons.is_empty() {
             tracing::info!(image_id = %self.id, job_stage = "plan", reasons = reasons.join("; "), "some methods cannot do this source");
         }
@@ -78,23 +83,31 @@ impl Job {
         let source = ImageSpec::with_id(&plan.origin.pool, &plan.origin_id);
         let (shown, snapped) = tokio::join!(
             self.show(plan.image.clone(), Status::Copying, "the disk is being copied inside the storage cluster"),
-            self.stage("snapshot", self.ensure_snapshot(&source, &snapshot, origin.temporary))
+            self.stage("snapshot", async {
+                self.ensure_snapshot(&source, &snapshot, origin.temporary).await?;
+                // what was read for the plan may be minutes old, and somebody else may own the source by now
+                Ok(plan::confirm(self.context.cloud.as_ref(), config, before.trigger, &plan).await?)
+            })
         );
         snapped?;
         shown?;
         let mut from = CopySource { source, snapshot, anchor: None };
         let anchored = plan.anchor.then(|| ImageSpec::named(&plan.origin.pool, record::anchor_name(self.id)));
-        self.stage("transfer", self.transfer(config, &methods, &mut from, anchored, &copy)).await?;
-        if self.cancel.is_cancelled() {
-            return Err(Stop::Interrupted);
-        }
-        let compared = match config.offload.verify {
-            Verify::None => None,
-            Verify::Sample => Some(Compare::Sample),
-            Verify::Full => Some(Compare::Full),
-        };
-        if let Some(extent) = compared {
-            self.stage("verify", self.verify(&from, &copy, extent)).await?;
+        loop {
+            self.stage("transfer", self.transfer(config, &methods, &mut from, anchored.clone(), &copy)).await?;
+            if self.cancel.is_cancelled() {
+                return Err(Stop::Interrupted);
+            }
+            let extent = match config.offload.verify {
+                _ if !self.snapshot().await.mismatched.is_empty() => Compare::Full,
+                Verify::None => break,
+                Verify::Sample => Compare::Sample,
+                Verify::Full => Compare::Full,
+            };
+            let Some(wrong) = self.stage("verify", self.verify(&from, &copy, extent)).await? else {
+                break;
+            };
+            methods.retain(|method| *method != wrong);
         }
         let (sealed, ()) = tokio::join!(
             self.stage("inspect", self.inspect_and_seal(&copy)),
@@ -112,11 +125,18 @@ impl Job {
         let offered = record.handover == Some(Handover::Offered);
         let (image_id, trigger, source, retried) = (self.id, record.trigger, record.source, record.retried);
         let question = Question { image_id, trigger, source, retried, offered };
-        let image = if offered { self.await_offer().await? } else { self.read_image().await? };
+        if trigger != Trigger::Request && record.handover.is_none() {
+            return decline(Decline::Handover, "no service offered this image");
+        }
+        let image = self.read_image().await?;
         let source = plan::read_request(&image, &question)?;
         if record.source != Some(source) {
             // also where the plan then refuses it: `retry` goes by the latest request, not by one before
-            self.update(|record| record.source = Some(source)).await?;
+            self.update(|record| {
+                record.source = Some(source);
+                record.mismatched.clear();
+            })
+            .await?;
         }
         Ok(plan::make(self.context.cloud.as_ref(), self.context.storage.as_ref(), config, &question, image, source)
             .await?)
@@ -230,7 +250,16 @@ impl Job {
         }
         match refused {
             Some(error) => Err(error.into()),
-            None => end(State::Failed, "no method of transfer can do this source"),
+            None => match self.snapshot().await.mismatched.first() {
+                Some(method) => end(
+                    State::Failed,
+                    format!(
+                        "the copy by {method} differed from its source and was removed, and no other method can do this \
+                         source: check the health of the Ceph cluster and report this"
+                    ),
+                ),
+                None => end(State::Failed, "no method of transfer can do this source"),
+            },
         }
     }
 
@@ -283,13 +312,36 @@ impl Job {
         Err(chain_changes(copy))
     }
 
-    /// A copy that differs from its source is never published.
-    pub(super) async fn verify(&self, from: &CopySource, copy: &ImageSpec, extent: Compare) -> Step<()> {
-        let Some(offset) = self.compare(from, copy, extent).await? else { return Ok(()) };
+    /// Compares the copy with its source. One that differs is removed and never published: `Some` is the method that made
+    /// it, and another one is to be tried. After a second one the job fails.
+    pub(super) async fn verify(&self, from: &CopySource, copy: &ImageSpec, extent: Compare) -> Step<Option<Method>> {
+        let Some(offset) = self.compare(from, copy, extent).await? else { return Ok(None) };
+        let before = self.snapshot().await;
+        let Some(method) = before.method else { return Err(Stop::Abandon("its record names no method".into())) };
         metrics::counter!("rbd_offload_verify_failures_total").increment(1);
-        tracing::error!(image_id = %self.id, job_stage = "verify", offset, copy = %copy, "the copy differs from its source");
+        tracing::error!(image_id = %self.id, job_stage = "verify", offset, copy = %copy, method = method.as_str(),
+            "the copy differs from its source");
+        // before the copy is removed: another daemon that takes over must not trust this method either
+        self.update(|record| {
+            if !record.mismatched.contains(&method) {
+                record.mismatched.push(method);
+            }
+            let note = format!("{method}: its copy differed from the source at byte {offset}");
+            record.fallback = Some(record.fallback.iter().chain([&note]).cloned().collect::<Vec<_>>().join("; "));
+        })
+        .await?;
+        if let Some(first) = before.mismatched.first() {
+            return end(
+                State::Failed,
+                format!(
+                    "two copies differed from their source, by {first} and by {method} (at byte {offset}), and were \
+                     removed: check the health of the Ceph cluster (ceph health detail, a deep scrub of both pools) and \
+                     report this before you retry"
+                ),
+            );
+        }
         self.context.storage.remove_image(copy).await?;
-        Err(Stop::Retry(format!("the copy differed from its source at byte {offset}; it was removed and is made anew")))
+        Ok(Some(method))
     }
 
     /// Compares, and again where something that the source reads from was cut off meanwhile.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use uuid::Uuid;
 
-use super::publishing::at_work;
+use super::publishing::{HASHED_PER_SECOND, at_work};
 use super::source::holds_instance;
 use super::{Job, Outcome, Step, Stop};
 use crate::ceph::ImageSpec;
@@ -19,6 +19,7 @@ use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
 use crate::publish;
+use crate::publish::record as image_record;
 use crate::transfer;
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -54,7 +55,10 @@ impl Job {
             record.check = false;
         })
         .await?;
-        self.index().await?;
+        // the job has ended; the daemon that looks at a stale entry next puts it right
+        if let Err(error) = self.index().await {
+            tracing::debug!(image_id = %self.id, ?error, "the index does not say yet that the job ended");
+        }
         let record = self.snapshot().await;
         let why = match (ending.state, ending.decline) {
             (State::Declined, why) => why.unwrap_or(Decline::Other).as_str(),
@@ -161,7 +165,10 @@ impl Job {
         tracing::warn!(image_id = %self.id, reason, attempts, pause_seconds = pause.as_secs_f64(), "tried again later");
         let left = self
             .let_go(|record| {
-                record.reason = Some(reason.to_owned());
+                // why a job ended stays what it is
+                if !record.state.is_ended() {
+                    record.reason = Some(reason.to_owned());
+                }
                 record.not_before = not_before;
                 // also when winding up, where it only makes the pauses longer
                 if counts || record.ending.is_some() {
@@ -193,8 +200,8 @@ impl Job {
                 Err(NoPlan::Gone) => None,
                 Err(error) => return Err(error.into()),
             };
-            if self.turned_active(image.as_ref()).await? {
-                return Ok(State::Done);
+            if let Some(state) = self.turned_active(image.as_ref()).await? {
+                return Ok(state);
             }
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
@@ -223,22 +230,29 @@ impl Job {
         }
     }
 
-    /// A registration that seemed to have failed went through after all: then the image stays, and the job is done.
-    pub(super) async fn turned_active(&self, image: Option<&Image>) -> Step<bool> {
+    /// A registration that seemed to have failed went through after all: then the image stays, and the job is done. An
+    /// image that is active under another format than the inspected one is deactivated, and the job failed.
+    pub(super) async fn turned_active(&self, image: Option<&Image>) -> Step<Option<State>> {
         let record = self.snapshot().await;
         let (Some(image), Some(pool), State::Publishing) = (image, &record.dest_pool, record.state) else {
-            return Ok(false);
+            return Ok(None);
         };
-        let copy = ImageSpec::named(pool, record.private_name());
-        if image.status != "active" || !self.is_our_image(&copy).await? {
-            return Ok(false);
+        if !matches!(image.status.as_str(), "active" | "deactivated") || !self.is_our_image(image).await? {
+            return Ok(None);
         }
-        self.update(|record| record.ending = None).await?;
-        self.finish(pool, image).await?;
+        let ending = if image_record::is_raw_and_bare(image) {
+            self.update(|record| record.ending = None).await?;
+            self.finish(pool, image).await?;
+            Ending::new(State::Done, "")
+        } else {
+            self.deactivate(pool, image).await?
+        };
         self.release_source().await?;
-        self.purge_source().await?;
-        self.conclude(&Ending::new(State::Done, "")).await?;
-        Ok(true)
+        if ending.state == State::Done {
+            self.purge_source().await?;
+        }
+        self.conclude(&ending).await?;
+        Ok(Some(ending.state))
     }
 
     /// Whether the job has not waited for Glance or Cinder too long already.
@@ -246,13 +260,22 @@ impl Job {
         record.attempts < self.context.config.borrow().offload.retries.saturating_add(SERVICE_PAUSES)
     }
 
-    /// While Glance works on a location, its image must not be taken away: it would become active without data.
+    /// While Glance works on our location, its image must not be taken away: it would become active without data.
     pub(super) async fn let_glance_finish(&self, image: Option<&Image>) -> Step<()> {
         let record = self.snapshot().await;
-        if record.state == State::Publishing && self.may_wait_for_others(&record) && image.is_some_and(at_work) {
+        let waits = record.state == State::Publishing && record.made.posted;
+        if waits && record.attempts < self.glance_patience(&record) && image.is_some_and(at_work) {
             return Err(Stop::Retry("Glance still works on the image".into()));
         }
         Ok(())
+    }
+
+    /// Attempts, with pauses of at most [`BACKOFF_MAX`] between them, in which a Glance task has ended, also one that
+    /// hashes the image.
+    pub(super) fn glance_patience(&self, record: &Record) -> u32 {
+        let hashes = record.bytes_total / HASHED_PER_SECOND / BACKOFF_MAX.as_secs();
+        let hashes = u32::try_from(hashes).unwrap_or(u32::MAX);
+        self.context.config.borrow().offload.retries.saturating_add(SERVICE_PAUSES).saturating_add(hashes)
     }
 
     /// Removes everything that the record says we made or were about to make.

@@ -13,9 +13,6 @@ use crate::plan;
 use crate::publish::record::{self as image_record, Status};
 use crate::request;
 
-/// How long an offer may come after the notification that speaks of it: the service sends both at once.
-const OFFER_WITHIN: Duration = Duration::from_secs(5);
-
 /// How long the service that waits may take to say go. It looks twice a second.
 const GO_WITHIN: Duration = Duration::from_secs(120);
 
@@ -26,18 +23,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 const PREPARED: &str = "the copy is complete and waits for the service that asked for it";
 
 impl Job {
-    /// Reads the image, and again until the offer is on it or the time is up.
-    pub(super) async fn await_offer(&self) -> Step<Image> {
-        let started = Instant::now();
-        loop {
-            let image = self.read_image().await?;
-            if image.status != "queued" || plan::read_offer(&image).is_ok() || started.elapsed() > OFFER_WITHIN {
-                return Ok(image);
-            }
-            sleep(LOOK_INTERVAL).await;
-        }
-    }
-
     /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the
     /// image itself.
     pub(super) async fn check_offer(&self, image: &Image) -> Step<()> {

@@ -399,8 +399,12 @@ impl Job {
 
     /// An ended job was asked for again, perhaps by a notification that came late: the image record knows.
     async fn asked_again(&self) -> Step<bool> {
-        let image = self.context.cloud.image(&self.id.to_string()).await?;
-        let asked = match image.filter(|image| image.status == "queued").map(|image| request::asked_by(&image.tags)) {
+        let image = self.context.cloud.image(&self.id.to_string()).await?.filter(|image| image.status == "queued");
+        if self.snapshot().await.cancel {
+            self.withdraw_request(image).await?;
+            return Ok(false);
+        }
+        let asked = match image.map(|image| request::asked_by(&image.tags)) {
             None | Some(Asked::Nothing) => None,
             Some(Asked::For(source)) => Some(Some(source)),
             Some(Asked::Unclear(_)) => Some(None),
@@ -410,11 +414,14 @@ impl Job {
             !self.context.config.borrow().offload.dry_run && self.snapshot().await.state.may_become(State::Accepted);
         if let (Some(source), true) = (asked, may) {
             self.update(|record| {
-                if record.restart(false, now).is_ok() {
+                if !record.cancel && record.restart(false, now).is_ok() {
                     record.source = source;
                 }
             })
             .await?;
+            if self.snapshot().await.state.is_ended() {
+                return Err(Stop::Retry("the request that was made again is cancelled".into()));
+            }
             // a new request, which has an id of its own
             self.span.record("request_id", tracing::field::display(self.snapshot().await.request_id));
             return Ok(true);
@@ -427,6 +434,22 @@ impl Job {
         .await?;
         self.index().await?;
         Ok(false)
+    }
+
+    /// The operator cancelled a request that was made after the job's end, before the job began again.
+    async fn withdraw_request(&self, image: Option<Image>) -> Step<()> {
+        if let Some(image) = image.filter(|image| request::asked_by(&image.tags) != Asked::Nothing) {
+            let ending = Ending::new(State::Cancelled, "cancelled by the operator");
+            self.tell_end(image, &ending).await?;
+        }
+        self.update(|record| {
+            record.again = false;
+            record.cancel = false;
+            record.owner = None;
+            record.owner_address = None;
+        })
+        .await?;
+        self.index().await
     }
 
     /// Dry run: builds the plan and reports it without changing anything. The request stays in place and is executed once

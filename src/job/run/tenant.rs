@@ -5,11 +5,13 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::publishing::RECORD_TRIES;
-use super::{Job, Step, Stop, image_gone, other_writer};
+use super::{Job, Step, Stop, decline, end, image_gone, other_writer};
+use crate::decline::Decline;
 use crate::job::record::{Ending, Handover, State};
 use crate::openstack::{self, Image};
+use crate::plan;
 use crate::publish::record::{self as image_record, Status};
-use crate::request::{self, Asked};
+use crate::request::{self, Asked, Trigger};
 
 const TURN: &str = "the request waits for its turn";
 
@@ -138,15 +140,50 @@ impl Job {
         }
     }
 
+    /// Whether the record asks for this job as it did when the plan was made. It is asked when the record is read during
+    /// the copy, before the copy takes its name, and last right before the location is posted (`docs/jobs.md`).
+    pub(super) async fn check_request(&self, image: &Image) -> Step<()> {
+        let record = self.snapshot().await;
+        let Some(source) = record.source else { return Ok(()) };
+        if record.project_id != image.owner {
+            // the same sentence as for a source that was another project's from the beginning
+            return Ok(plan::no_such_source(source)?);
+        }
+        if record.trigger != Trigger::Request {
+            return self.check_offer(image).await;
+        }
+        match request::asked_by(&image.tags) {
+            Asked::For(asked) if asked == source => Ok(()),
+            Asked::For(_) => end(State::Cancelled, "the request tag was changed: the new one is a request of its own"),
+            Asked::Unclear(reason) => decline(Decline::Request, reason),
+            // `retry` needs no tag
+            Asked::Nothing if record.retried => Ok(()),
+            Asked::Nothing => end(State::Cancelled, "the request tag was taken off"),
+        }
+    }
+
     pub(super) async fn tell_end(&self, mut image: Image, ending: &Ending) -> Step<()> {
         let record = self.snapshot().await;
         if self.check_offer(&image).await.is_err() {
             // nobody waits for a word, and somebody else may be writing the image
             return Ok(());
         }
+        // `cancel` is for every request of this image that there was
+        let cancelled = self.context.store.load(self.id).await?.is_some_and(|now| now.record.cancel);
+        if record.trigger == Trigger::Request && !cancelled {
+            match request::asked_by(&image.tags) {
+                // not what this job was for, so its end is not that request's
+                Asked::For(source) if Some(source) != record.source => {
+                    return self.update(|record| record.again = true).await;
+                }
+                // a notification said so, and the record does not: it is not the daemon's to write on
+                Asked::Nothing if !record.retried && !image_record::shows_work(&image) => return Ok(()),
+                _ => {}
+            }
+        }
         let (status, message) = last_word(ending.state, &ending.reason, record.request_id);
         let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
-        if record.told && asks && image_record::show(&image, status, 0, &message).is_empty() {
+        if record.told && asks && !cancelled && image_record::show(&image, status, 0, &message).is_empty() {
             // told already, which took the tag off: the tenant has asked again since
             return self.update(|record| record.again = true).await;
         }

@@ -90,8 +90,11 @@ impl Job {
             return end(State::Cancelled, "cancelled by the operator");
         }
         if now.record.check {
-            self.read_image().await?;
+            let image = self.read_image().await?;
             self.update(|record| record.check = false).await?;
+            if self.snapshot().await.state == State::Copying {
+                self.check_request(&image).await?;
+            }
         }
         if self.snapshot().await.state != State::Copying {
             return Ok(());
@@ -116,7 +119,7 @@ impl Job {
             };
             match found {
                 Ok(found) if found.status == "queued" => {
-                    self.check_offer(&found).await?;
+                    self.check_request(&found).await?;
                     *tenant = Some(found);
                 }
                 Ok(_) => return other_writer(),

@@ -496,6 +496,31 @@ impl Cloud for Handle {
         .await
     }
 
+    async fn image_locations(&self, id: &str) -> Result<Option<Vec<String>>> {
+        self.glance(
+            Kind::Read,
+            || format!("glance locations {id}"),
+            |world| Ok(world.cloud.images.get(id).map(|r| r.locations.clone())),
+        )
+        .await
+    }
+
+    async fn deactivate_image(&self, id: &str) -> Result<bool> {
+        self.glance(
+            Kind::Write,
+            || format!("glance deactivate {id}"),
+            |world| {
+                let Some(record) = world.cloud.images.get_mut(id) else { return Ok(false) };
+                if !matches!(record.image.status.as_str(), "active" | "deactivated") {
+                    return Err(Error::new(format!("deactivate {id}"), ErrorKind::Forbidden, "not active"));
+                }
+                record.image.status = "deactivated".into();
+                Ok(true)
+            },
+        )
+        .await
+    }
+
     async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
         self.glance(
             Kind::Read,

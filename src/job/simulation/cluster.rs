@@ -179,7 +179,8 @@ fn must_be_ours(world: &mut World, what: &str, id: &str) {
 fn must_not_be_active(world: &mut World, what: &str, id: &str) {
     let Some(image) = world.ceph.by_id(id) else { return };
     let Some(name) = image.name.clone() else { return };
-    if world.cloud.images.get(&name).is_some_and(|i| i.image.status == "active") {
+    let location = format!("rbd://{FSID}/{}/{name}/snap", image.pool);
+    if world.cloud.images.get(&name).is_some_and(|i| i.image.status == "active" && i.locations.contains(&location)) {
         world.violated(format!("{what} of the data of the active image {name}"));
     }
 }
@@ -632,13 +633,13 @@ impl Storage for Handle {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        _extent: Compare,
+        extent: Compare,
         _progress: &Progress,
         _cancel: &CancellationToken,
     ) -> Result<Option<u64>> {
         self.ceph(
             Kind::Read,
-            || format!("compare {source}@{snapshot} with {destination}"),
+            || format!("compare {extent:?} {source}@{snapshot} with {destination}"),
             |world| {
                 let Some(from) = world.ceph.find(source) else { return Err(missing("compare", source)) };
                 let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot) else {

@@ -10,6 +10,7 @@ mod cloud;
 mod cluster;
 mod node;
 mod scenario;
+mod scripted;
 mod service;
 mod world;
 

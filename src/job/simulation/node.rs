@@ -315,6 +315,10 @@ impl Handle {
         effect: impl FnOnce(&mut World) -> Result<T, E>,
     ) -> Result<T, E> {
         let mut world = self.node.world.lock();
+        if let Some(mut script) = world.script.take() {
+            script(&mut world, &what());
+            world.script = Some(script);
+        }
         let result = effect(&mut world);
         if world.trace.is_some() {
             let answer = match &result {

@@ -508,6 +508,7 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
         ceph: Cluster::default(),
         cloud: CloudState::default(),
         ceph_slow_until: None,
+        script: None,
     };
     let images = images_of(&mut dice, &mut state);
     let foreign: Vec<_> = state.ceph.images.iter().filter(|i| i.pool == "images").cloned().collect();

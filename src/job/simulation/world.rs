@@ -112,7 +112,12 @@ pub struct World {
     pub cloud: CloudState,
     /// Until then every operation of the cluster takes long.
     pub ceph_slow_until: Option<Instant>,
+    /// What happens right before a call of a daemon is done.
+    pub script: Option<Script>,
 }
+
+/// Gets the call's description.
+pub type Script = Box<dyn FnMut(&mut World, &str) + Send>;
 
 impl World {
     pub fn log(&mut self, text: impl FnOnce() -> String) {
