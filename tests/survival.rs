@@ -599,3 +599,27 @@ async fn leftovers_with_our_mark_go_and_everything_else_stays() {
     }
     tenant.gets(&daemon, &live).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notify_socket_that_nobody_reads_holds_nothing_up() {
+    let _stage = stage::alone().await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    // more than the socket holds, whose queue is `net.unix.max_dgram_qlen` long
+    let setup = Setup::default().with_variable("NOTIFY_SOCKET", &path);
+    let daemon = setup.start().await;
+    for reload in 0..40 {
+        daemon.signal("HUP");
+        let read = |log: &str| log.matches("configuration read again").count();
+        until("the signal is acted on", seconds(20), || async { (read(&daemon.log()) > reload).then_some(()) }).await;
+    }
+    assert_eq!(daemon.health().await.map(|(status, _)| status), Some(200));
+    // it had been told that the daemon is ready, before anything else
+    let mut message = [0; 256];
+    let length = socket.recv(&mut message).unwrap();
+    assert_eq!(&message[..length], b"READY=1\n");
+    let (status, took) = daemon.terminate();
+    assert!(status.success(), "{status}");
+    assert!(took < seconds(20), "{took:?}");
+}

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -28,6 +27,7 @@ use crate::job::store::Store;
 use crate::notification::{self, Listener};
 use crate::openstack::{Cloud, Session};
 use crate::telemetry::http::{Health, serve};
+use crate::telemetry::systemd::{Phase, Systemd};
 use crate::telemetry::{LogHandle, start_logging, start_metrics};
 
 /// How long running jobs may go on after SIGTERM before they are given back to the other daemons. The unit's
@@ -40,9 +40,6 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the connection to the broker is looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
-/// An engine that has not turned for so long does not move: systemd's watchdog is no longer fed.
-const STANDSTILL: Duration = Duration::from_secs(90);
-
 /// Within this time each part must have answered for `/healthz` to be well.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -53,6 +50,9 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let metrics = start_metrics().map_err(|e| Failure::new(Failure::SOFTWARE, format!("metrics do not start: {e}")))?;
     // before anything can take time, so that no signal is lost
     let mut signals = Signals::new()?;
+    let systemd =
+        Systemd::start().map_err(|e| Failure::new(Failure::OS, format!("a thread cannot be started: {e}")))?;
+    let systemd = Arc::new(systemd);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
 
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
@@ -95,16 +95,17 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let reconciling = tokio::spawn(reconciler.run(stop.clone()));
     let mut working = tokio::spawn(Arc::clone(&engine).run(stop.clone(), drain.clone()));
     let telling = tokio::spawn({
-        let (daemon, metrics) = (Arc::clone(&daemon), metrics);
+        let (daemon, metrics, systemd) = (Arc::clone(&daemon), metrics, Arc::clone(&systemd));
         async move {
-            daemon.tell_systemd(metrics).await;
+            daemon.report_to(&systemd, metrics).await;
         }
     });
 
-    let ended = serve_signals(&mut signals, path, &log, &publish_config, &mut working).await;
+    let ended = serve_signals(&mut signals, path, &log, &publish_config, &systemd, &mut working).await;
     telling.abort();
     following.abort();
-    notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+    systemd.phase(Phase::Stopping);
+    systemd.status("draining");
     stop.cancel();
     if ended {
         return Err(Failure::new(Failure::SOFTWARE, "the engine ended by itself"));
@@ -177,6 +178,7 @@ async fn serve_signals(
     path: &Path,
     log: &LogHandle,
     config: &watch::Sender<Arc<Config>>,
+    systemd: &Systemd,
     engine: &mut JoinHandle<()>,
 ) -> bool {
     loop {
@@ -184,14 +186,14 @@ async fn serve_signals(
             _ = signals.terminate.recv() => return false,
             _ = signals.interrupt.recv() => return false,
             _ = &mut *engine => return true,
-            _ = signals.reload.recv() => reload(path.to_owned(), log, config),
+            _ = signals.reload.recv() => reload(path.to_owned(), log, config, systemd),
         }
     }
 }
 
 /// Reads the configuration again and applies what may change while the daemon runs.
-fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>) {
-    notify(&[NotifyState::Reloading]);
+fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>, systemd: &Systemd) {
+    systemd.phase(Phase::Reloading);
     match load(&path) {
         Ok(new) => {
             let old = config.borrow().clone();
@@ -205,13 +207,7 @@ fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>) {
         }
         Err(error) => tracing::error!(%error, "the configuration stays as it was"),
     }
-    notify(&[NotifyState::Ready]);
-}
-
-fn notify(states: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
-    }
+    systemd.phase(Phase::Ready);
 }
 
 /// What is asked for the daemon's health.
@@ -223,20 +219,22 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// READY once the daemon can take requests, then a line of status, and the watchdog while the engine moves.
-    async fn tell_systemd(&self, metrics: metrics_exporter_prometheus::PrometheusHandle) {
+    /// READY once the daemon can take requests, then a line of status, and the watchdog.
+    async fn report_to(&self, systemd: &Systemd, metrics: metrics_exporter_prometheus::PrometheusHandle) {
         let interval = sd_notify::watchdog_enabled().map_or(STATUS_INTERVAL, |w| STATUS_INTERVAL.min(w / 2));
-        notify(&[NotifyState::Ready]);
-        let mut told = String::new();
+        systemd.phase(Phase::Ready);
+        let mut shown = String::new();
+        let mut turn = None;
         loop {
             let engine = self.engine.status();
             let status = format!("{} running, {} waiting; {}", engine.running, engine.waiting, self.broker.get());
-            if status != told {
-                notify(&[NotifyState::Status(&status)]);
-                told = status;
+            if status != shown {
+                systemd.status(&status);
+                shown = status;
             }
-            if engine.last_turn.elapsed() < STANDSTILL {
-                notify(&[NotifyState::Watchdog]);
+            // each turn of the engine is one ping: while it does not turn, systemd hears nothing
+            if turn.replace(engine.last_turn) != Some(engine.last_turn) {
+                systemd.watchdog();
             }
             metrics.run_upkeep();
             sleep(interval).await;

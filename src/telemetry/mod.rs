@@ -9,6 +9,7 @@ mod log;
 mod metrics;
 #[cfg(test)]
 mod sources;
+pub mod systemd;
 
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};

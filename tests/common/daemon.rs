@@ -25,6 +25,7 @@ pub struct Setup {
     /// Names the queue and the namespace of the jobs: two daemons of one name work together.
     pub name: String,
     keys: Vec<(String, String, String)>,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Default for Setup {
@@ -32,7 +33,7 @@ impl Default for Setup {
         let lab = lab();
         let name = format!("test-{}", unique());
         super::stage::note(&name);
-        let mut setup = Self { keys: Vec::new(), name: name.clone() };
+        let mut setup = Self { keys: Vec::new(), environment: Vec::new(), name: name.clone() };
         for (section, key, value) in [
             ("messaging", "transport_url", lab.offload_amqp.as_str()),
             ("messaging", "queue", &name),
@@ -65,6 +66,12 @@ impl Setup {
     /// With the queue and the jobs of another daemon: the two work together.
     pub fn named(self, name: &str) -> Self {
         Self { name: name.to_owned(), ..self.set("messaging", "queue", name).set("jobs", "namespace", name) }
+    }
+
+    /// With a variable in its environment.
+    pub fn with_variable(mut self, name: &'static str, value: &Path) -> Self {
+        self.environment.push((name, value.to_owned()));
+        self
     }
 
     pub fn without(mut self, section: &str) -> Self {
@@ -111,6 +118,7 @@ impl Setup {
             .arg("run")
             // the daemon does not take its way from the environment
             .envs(["http_proxy", "https_proxy", "all_proxy"].map(|name| (name, "http://127.0.0.1:1")))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(File::create(dir.join("stdout")).unwrap())
             .stderr(File::create(&log).unwrap())
