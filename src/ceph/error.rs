@@ -32,6 +32,8 @@ pub enum ErrorKind {
     Cancelled,
     /// This image or cluster cannot do it.
     Unsupported,
+    /// The object is larger than what is read or written.
+    TooLarge,
     TimedOut,
     Other,
 }

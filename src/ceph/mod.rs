@@ -27,7 +27,7 @@ pub use cluster::{Client, leave, make_undumpable};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
-pub use objects::Namespace;
+pub use objects::{MAX_OBJECT, Namespace};
 pub use storage::Finding;
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
@@ -428,7 +428,7 @@ pub enum Locked {
 /// What the job store needs of RADOS: small objects with guarded writes in one pool and namespace.
 #[async_trait]
 pub trait Objects: Send + Sync + 'static {
-    /// The whole object (1 MiB at most; larger is an error) and its version. `None` when it is not there.
+    /// The whole object and its version. [`ErrorKind::TooLarge`] beyond [`MAX_OBJECT`] bytes. `None` when it is not there.
     async fn read(&self, object: &str) -> Result<Option<(Vec<u8>, Version)>>;
 
     /// [`ErrorKind::Exists`] when it is there.

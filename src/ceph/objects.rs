@@ -23,8 +23,8 @@ use super::cluster::{Client, Cluster, IoCtx, c_string, check};
 use super::{Change, Error, ErrorKind, LockKey, Locked, Objects, Result, Version, sys};
 use std::sync::Arc;
 
-/// The largest object that is read.
-const MAX_OBJECT: usize = 1 << 20;
+/// The largest object that is read, in bytes. Nothing larger may be written.
+pub const MAX_OBJECT: usize = 1 << 20;
 
 /// The longest attribute that is read: an ownership tag has 110 bytes.
 const MAX_XATTR: usize = 4096;
@@ -155,7 +155,7 @@ impl Objects for Namespace {
             }
             let length = check(&object.operation, r)? as usize;
             if length > MAX_OBJECT {
-                return Err(Error::new(&object.operation, ErrorKind::Unsupported, "it is larger than 1 MiB"));
+                return Err(Error::new(&object.operation, ErrorKind::TooLarge, "it is larger than 1 MiB"));
             }
             data.truncate(length);
             data.shrink_to_fit();

@@ -68,7 +68,9 @@ impl From<store::Error> for Failure {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::Ceph(error) => error.into(),
-            error @ store::Error::Unreadable { .. } => Self::new(Self::DATA, error.to_string()),
+            error @ (store::Error::Unreadable { .. } | store::Error::TooLarge { .. }) => {
+                Self::new(Self::DATA, error.to_string())
+            }
             error => Self::new(Self::UNAVAILABLE, error.to_string()),
         }
     }

@@ -43,6 +43,10 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// Within this time each part must have answered for `/healthz` to be well.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 
+/// How long an answer of Ceph's holds for `/healthz`, and how long it is waited for.
+const PROBE_HOLDS: Duration = Duration::from_secs(1);
+const PROBE_WITHIN: Duration = Duration::from_secs(10);
+
 pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let config = Arc::new(load(path)?);
     let log =
@@ -66,10 +70,11 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let (publish_config, follow_config) = watch::channel(Arc::clone(&config));
     let clock = Clock::System;
     let cloud: Arc<dyn Cloud> = session.clone();
+    let store = Store::new(objects, clock);
     let engine = Engine::new(Context {
-        storage: Arc::clone(&storage),
+        storage,
         cloud,
-        store: Store::new(objects, clock),
+        store: store.clone(),
         config: follow_config,
         identity: Identity::of_this_process(),
         deployment,
@@ -79,7 +84,13 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         .map_err(|e| Failure::new(Failure::CONFIG, format!("[messaging] transport_url: {e}")))?
         .bindings(Arc::new(RememberedBindings::new(Arc::clone(engine.context().store.objects()))));
     let (stop, drain) = (CancellationToken::new(), CancellationToken::new());
-    let daemon = Arc::new(Daemon { engine: Arc::clone(&engine), broker: listener.status(), storage, session });
+    let daemon = Arc::new(Daemon {
+        engine: Arc::clone(&engine),
+        broker: listener.status(),
+        store,
+        probed: tokio::sync::Mutex::new(None),
+        session,
+    });
     if let Some(listen) = config.metrics.listen {
         serve(listen, metrics.clone(), Arc::clone(&daemon) as Arc<dyn Health>, stop.clone()).await.map_err(|e| {
             Failure::new(
@@ -214,11 +225,29 @@ fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>, s
 struct Daemon {
     engine: Arc<Engine>,
     broker: Arc<notification::Status>,
-    storage: Arc<dyn Storage>,
+    store: Store,
+    /// When Ceph was asked last, and what came of it.
+    probed: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,
     session: Arc<Session>,
 }
 
 impl Daemon {
+    /// Asks Ceph, one at a time: whoever asks meanwhile gets the same answer.
+    async fn probe_ceph(&self) -> Result<(), String> {
+        let mut probed = self.probed.lock().await;
+        if let Some((at, answer)) = &*probed
+            && at.elapsed() < PROBE_HOLDS
+        {
+            return answer.clone();
+        }
+        let answer = match timeout(PROBE_WITHIN, self.store.probe()).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err(format!("no answer within {} s", PROBE_WITHIN.as_secs())),
+        };
+        *probed = Some((Instant::now(), answer.clone()));
+        answer
+    }
+
     /// READY once the daemon can take requests, then a line of status, and the watchdog.
     async fn report_to(&self, systemd: &Systemd, metrics: metrics_exporter_prometheus::PrometheusHandle) {
         let interval = sd_notify::watchdog_enabled().map_or(STATUS_INTERVAL, |w| STATUS_INTERVAL.min(w / 2));
@@ -247,10 +276,7 @@ impl Health for Daemon {
     async fn health(&self) -> (bool, serde_json::Value) {
         let engine = self.engine.status();
         let broker = self.broker.get();
-        let (ceph, keystone) = tokio::join!(
-            timeout(ANSWERED_WITHIN, self.storage.fsid()),
-            timeout(ANSWERED_WITHIN, self.session.probe_identity())
-        );
+        let (ceph, keystone) = tokio::join!(self.probe_ceph(), timeout(ANSWERED_WITHIN, self.session.probe_identity()));
         let said = |answer: Result<Result<(), String>, tokio::time::error::Elapsed>| match answer {
             Ok(Ok(())) => "ok".to_owned(),
             Ok(Err(error)) => error,
@@ -258,7 +284,7 @@ impl Health for Daemon {
         };
         let parts = [
             ("broker", if broker.connected() { "ok".to_owned() } else { broker.to_string() }),
-            ("ceph", said(ceph.map(|answer| answer.map(drop).map_err(|e| e.to_string())))),
+            ("ceph", ceph.err().unwrap_or_else(|| "ok".to_owned())),
             ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
             ("engine", moving(engine.last_look)),
         ];

@@ -68,6 +68,8 @@ pub struct Offload {
     pub method: Method,
     pub max_jobs: Whole<usize>,
     pub max_jobs_per_pool: Whole<usize>,
+    pub max_jobs_per_project: Whole<usize>,
+    pub max_takeovers: Whole<u32>,
     pub allow_in_use: Flag,
     pub concurrency: Whole<usize>,
     pub bandwidth_limit: Size,

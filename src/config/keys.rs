@@ -267,6 +267,23 @@ const KEYS: &[Key] = &[
     .reloads(),
     key(
         "offload",
+        "max_jobs_per_project",
+        "0",
+        Kind::Whole { min: 0, max: 256 },
+        "Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.",
+    )
+    .reloads(),
+    key(
+        "offload",
+        "max_takeovers",
+        "3",
+        Kind::Whole { min: 0, max: 100 },
+        "How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that got \
+         further than before is not counted. 0: no limit.",
+    )
+    .reloads(),
+    key(
+        "offload",
         "allow_in_use",
         "false",
         Kind::Flag,

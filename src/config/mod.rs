@@ -230,6 +230,10 @@ pub struct Offload {
     pub objects_per_second: u64,
     /// Jobs that run at a time into one destination pool; 0: only `max_jobs` counts.
     pub max_jobs_per_pool: usize,
+    /// Jobs of one project that run at a time here; 0: only `max_jobs` counts.
+    pub max_jobs_per_project: usize,
+    /// Take-overs in a row from owners that did not release the job; 0: no limit.
+    pub max_takeovers: u32,
     /// Only look: requests are planned, counted and logged, nothing is written.
     pub dry_run: bool,
 }

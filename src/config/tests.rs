@@ -113,6 +113,8 @@ fn the_least_configuration_gets_every_default() {
             verify: Verify::Sample,
             objects_per_second: 0,
             max_jobs_per_pool: 0,
+            max_jobs_per_project: 0,
+            max_takeovers: 3,
             dry_run: false,
         }
     );
@@ -338,6 +340,8 @@ fn limits_hold_at_both_ends() {
     for (section, key, inside, outside) in [
         ("offload", "max_jobs", ["1", "256"], ["0", "257"]),
         ("offload", "max_jobs_per_pool", ["0", "256"], ["-1", "257"]),
+        ("offload", "max_jobs_per_project", ["0", "256"], ["-1", "257"]),
+        ("offload", "max_takeovers", ["0", "100"], ["-1", "101"]),
         ("offload", "concurrency", ["1", "256"], ["0", "257"]),
         ("offload", "retries", ["0", "100"], ["+1", "101"]),
         ("offload", "reconcile_interval", ["1s", "1d"], ["999ms", "25h"]),

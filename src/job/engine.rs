@@ -4,6 +4,7 @@
 //! that has the fewest jobs running here, so that one tenant's five hundred requests do not starve another's one.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +30,10 @@ const LOOK_WITHIN: Duration = Duration::from_secs(30);
 
 /// How many times a daemon that was shut out waits for its jobs to notice, [`LOOK_INTERVAL`] each.
 const COME_BACK_TRIES: u32 = 15;
+
+/// How long the claim of one job may take, and how long that job is left alone after a claim that failed.
+const CLAIM_WITHIN: Duration = Duration::from_secs(10);
+const CLAIM_PAUSE: Duration = Duration::from_secs(30);
 
 /// How long a job whose record cannot be read is left alone.
 const UNREADABLE_PAUSE: Duration = Duration::from_secs(600);
@@ -98,6 +103,47 @@ impl Drop for PoolSlot {
 struct Running {
     project: String,
     progress: Arc<Progress>,
+    /// It waits for a service: it takes none of the `max_jobs`.
+    waits: Arc<AtomicBool>,
+    /// Its owner before died or stalled with it.
+    suspect: bool,
+}
+
+/// What the jobs that run here take up.
+#[derive(Debug, Default)]
+struct Load {
+    /// All of them.
+    jobs: usize,
+    /// Those that wait for no service.
+    copying: usize,
+    /// The same by project.
+    by_project: HashMap<String, usize>,
+    /// A job runs whose owner before died or stalled with it.
+    suspect: bool,
+}
+
+impl Load {
+    /// Jobs that wait for a service come on top of `max_jobs`, as many again at most.
+    fn has_room(&self, max_jobs: usize) -> bool {
+        self.copying < max_jobs && self.jobs < max_jobs.saturating_mul(2)
+    }
+
+    /// Takes out the next job, if one may start: one that a service handed over and waits for goes first, then the
+    /// oldest of the project that has the fewest jobs running here. One suspect runs at a time: when the daemon dies, it
+    /// is known with which.
+    fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>, per_project: usize) -> Option<(Uuid, Summary)> {
+        let busy = |summary: &Summary| {
+            self.by_project.get(summary.project.as_deref().unwrap_or_default()).copied().unwrap_or(0)
+        };
+        let fairest = waiting
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, summary))| per_project == 0 || busy(summary) < per_project)
+            .filter(|(_, (_, summary))| !(self.suspect && summary.suspect))
+            .min_by_key(|(_, (id, summary))| (!summary.handover, busy(summary), summary.created, *id))
+            .map(|(index, _)| index)?;
+        Some(waiting.swap_remove(fairest))
+    }
 }
 
 /// Whether the jobs here get anything done.
@@ -217,10 +263,15 @@ impl Engine {
         let (mut waiting, without_room): (Vec<_>, Vec<_>) = self.due(live).into_iter().partition(has_room);
         lock(&self.status).waiting = waiting.len();
         metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
-        while lock(&self.running).len() < max_jobs {
-            let Some((image_id, summary)) = self.take_fairest(&mut waiting) else { break };
-            if let Some(job) = self.claim(image_id).await? {
-                self.start(image_id, summary.project.unwrap_or_default(), job, drain.clone());
+        let per_project = self.context.config.borrow().offload.max_jobs_per_project;
+        loop {
+            let load = self.load();
+            if !load.has_room(max_jobs) {
+                break;
+            }
+            let Some((image_id, summary)) = load.take_fairest(&mut waiting, per_project) else { break };
+            if let Some(job) = self.try_claim(image_id).await? {
+                self.start(image_id, summary, job, drain.clone());
             }
         }
         metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
@@ -240,21 +291,33 @@ impl Engine {
             .collect()
     }
 
-    /// Takes out the oldest job of the project that has the fewest jobs running here.
-    fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>) -> Option<(Uuid, Summary)> {
-        let mut busy: HashMap<String, usize> = HashMap::new();
+    fn load(&self) -> Load {
+        let mut load = Load::default();
         for job in lock(&self.running).values() {
-            *busy.entry(job.project.clone()).or_default() += 1;
+            load.jobs += 1;
+            load.suspect |= job.suspect;
+            if !job.waits.load(Ordering::SeqCst) {
+                load.copying += 1;
+                *load.by_project.entry(job.project.clone()).or_default() += 1;
+            }
         }
-        let fairest = waiting
-            .iter()
-            .enumerate()
-            .min_by_key(|(_, (id, summary))| {
-                let project = summary.project.as_deref().unwrap_or_default();
-                (busy.get(project).copied().unwrap_or(0), summary.created, *id)
-            })
-            .map(|(index, _)| index)?;
-        Some(waiting.swap_remove(fairest))
+        load
+    }
+
+    /// Claims a job. What goes wrong with one job holds that job alone.
+    ///
+    /// # Errors
+    /// Those of the connection, which are the same for every job.
+    async fn try_claim(&self, image_id: Uuid) -> Result<Option<Job>, Error> {
+        let error = match tokio::time::timeout(CLAIM_WITHIN, self.claim(image_id)).await {
+            Ok(Ok(claimed)) => return Ok(claimed),
+            Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", CLAIM_WITHIN.as_secs()),
+        };
+        tracing::warn!(%image_id, error, "a job could not be claimed; the others go on");
+        self.hold(image_id, CLAIM_PAUSE);
+        Ok(None)
     }
 
     /// Takes the lease and reads the record. `None`: not ours to run now.
@@ -314,8 +377,11 @@ impl Engine {
         lock(&self.held).insert(image_id, Instant::now() + pause);
     }
 
-    fn start(self: &Arc<Self>, image_id: Uuid, project: String, job: Job, drain: CancellationToken) {
-        lock(&self.running).insert(image_id, Running { project, progress: job.progress() });
+    fn start(self: &Arc<Self>, image_id: Uuid, summary: Summary, job: Job, drain: CancellationToken) {
+        let Summary { project, suspect, .. } = summary;
+        let (progress, waits) = (job.progress(), job.waits());
+        let running = Running { project: project.unwrap_or_default(), progress, waits, suspect };
+        lock(&self.running).insert(image_id, running);
         let engine = Arc::clone(self);
         let span = job.span();
         let work = async move {
@@ -362,7 +428,7 @@ impl Engine {
             });
             let Some(image_id) = next else { break };
             lock(&self.acknowledged).insert(image_id, Some(Instant::now() + SIGN_INTERVAL));
-            let Some(job) = self.claim(image_id).await? else {
+            let Some(job) = self.try_claim(image_id).await? else {
                 // its record may be about to be written
                 lock(&self.acknowledged).remove(&image_id);
                 continue;
@@ -416,6 +482,53 @@ mod tests {
         assert!(pools.take("images", 0).is_some());
         drop(first);
         assert!(pools.take("images", 1).is_some());
+    }
+
+    fn waiting(project: &str, second: i64) -> (Uuid, Summary) {
+        let created = Some(Timestamp::UNIX_EPOCH + SignedDuration::from_secs(second));
+        (Uuid::new_v4(), Summary { project: Some(project.into()), created, ..Summary::default() })
+    }
+
+    #[test]
+    fn a_project_runs_no_more_jobs_than_its_limit_and_the_others_go_on() {
+        let mut queue = vec![waiting("a", 1), waiting("a", 2), waiting("b", 3)];
+        let (first, third) = (queue[0].0, queue[2].0);
+        let mut load = Load::default();
+        assert_eq!(load.take_fairest(&mut queue, 1).map(|(id, _)| id), Some(first));
+        load.by_project.insert("a".into(), 1);
+        assert_eq!(load.take_fairest(&mut queue, 1).map(|(id, _)| id), Some(third));
+        load.by_project.insert("b".into(), 1);
+        assert_eq!(load.take_fairest(&mut queue, 1), None);
+        assert!(load.take_fairest(&mut queue, 0).is_some());
+    }
+
+    #[test]
+    fn a_service_that_waits_goes_before_plain_requests() {
+        let mut queue = vec![waiting("a", 1), waiting("b", 2)];
+        queue[1].1.handover = true;
+        let handed_over = queue[1].0;
+        let load = Load { by_project: HashMap::from([("b".to_owned(), 3)]), ..Load::default() };
+        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(handed_over));
+    }
+
+    #[test]
+    fn one_suspect_runs_at_a_time() {
+        let mut queue = vec![waiting("a", 1), waiting("a", 2)];
+        queue[0].1.suspect = true;
+        let (suspect, other) = (queue[0].0, queue[1].0);
+        let mut load = Load { suspect: true, ..Load::default() };
+        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(other));
+        assert_eq!(load.take_fairest(&mut queue, 0), None);
+        load.suspect = false;
+        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(suspect));
+    }
+
+    #[test]
+    fn what_waits_for_a_service_takes_no_place_and_is_bounded() {
+        let load = |jobs, copying| Load { jobs, copying, ..Load::default() };
+        assert!(load(7, 3).has_room(4));
+        assert!(!load(4, 4).has_room(4));
+        assert!(!load(8, 0).has_room(4));
     }
 
     #[test]

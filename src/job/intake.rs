@@ -185,8 +185,8 @@ impl Intake {
             }
         };
         match stored {
-            // it would not become readable by delivering again
-            Err(error @ Error::Unreadable { .. }) => Err(SinkError::permanent(error)),
+            // another delivery would meet the same
+            Err(error @ (Error::Unreadable { .. } | Error::TooLarge { .. })) => Err(SinkError::permanent(error)),
             other => other.map_err(SinkError::new),
         }
     }

@@ -254,6 +254,26 @@ pub struct Record {
     /// there. The reconciler puts it right, after the end too.
     #[serde(default)]
     pub mend: bool,
+    /// Owners in a row that neither released the job nor took it further.
+    #[serde(default)]
+    pub takeovers: u32,
+    /// The furthest that `progress` was at a take-over while copying.
+    #[serde(default)]
+    pub takeover_progress: u8,
+}
+
+/// Text of a record that others wrote is cut to this length, in bytes.
+const TEXT_MAX: usize = 4096;
+
+/// Per cent that a copy must have gained since the last take-over to show that the job itself did not end its owner.
+const TAKEOVER_GAIN: u8 = 5;
+
+fn shorten(text: &mut String) {
+    if text.len() > TEXT_MAX {
+        let cut = (0..=TEXT_MAX - 3).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(cut);
+        text.push('…');
+    }
 }
 
 /// A way that the states do not allow.
@@ -272,6 +292,8 @@ pub enum Unreadable {
     Newer(u64),
     #[error("is not a job record: {0}")]
     Broken(String),
+    #[error("is larger than a job record can be; left alone")]
+    TooLarge,
 }
 
 impl Record {
@@ -318,6 +340,25 @@ impl Record {
             acknowledged: false,
             told: false,
             mend: false,
+            takeovers: 0,
+            takeover_progress: 0,
+        }
+    }
+
+    /// Cuts the texts that a record can do with less of.
+    pub fn shorten(&mut self) {
+        let ending = self.ending.as_mut().map(|ending| &mut ending.reason);
+        self.reason.iter_mut().chain(self.fallback.as_mut()).chain(ending).for_each(shorten);
+    }
+
+    /// Counts an owner that did not release the job. One that had copied more than every owner before it begins the
+    /// count again: what ended it was more likely something else than this job.
+    pub fn count_takeover(&mut self) {
+        let gained =
+            self.state == State::Copying && self.progress >= self.takeover_progress.saturating_add(TAKEOVER_GAIN);
+        self.takeovers = if gained { 1 } else { self.takeovers.saturating_add(1) };
+        if self.state == State::Copying {
+            self.takeover_progress = self.takeover_progress.max(self.progress);
         }
     }
 
@@ -349,6 +390,10 @@ impl Record {
             return Err(IllegalTransition { image_id: self.image_id, from: self.state, to: next });
         }
         self.state = next;
+        if next == State::Publishing {
+            // the copy is complete, and stays
+            (self.takeovers, self.takeover_progress) = (0, 0);
+        }
         if next.is_ended() {
             self.ended_at = Some(now);
             self.not_before = None;
@@ -504,6 +549,45 @@ mod tests {
         assert!(matches!(Record::parse(b""), Err(Unreadable::Broken(_))));
         assert!(matches!(Record::parse(b"[]"), Err(Unreadable::Broken(_))));
         assert!(matches!(Record::parse(br#"{"version":1}"#), Err(Unreadable::Broken(_))));
+    }
+
+    #[test]
+    fn texts_of_a_record_are_cut_and_stay_texts() {
+        let mut record = record();
+        record.reason = Some("ü".repeat(1 << 20));
+        record.ending = Some(Ending::new(State::Failed, "x".repeat(1 << 20)));
+        record.fallback = Some("short".into());
+        record.shorten();
+        assert!(record.to_bytes().len() < 10_000, "{}", record.to_bytes().len());
+        assert_eq!(record.fallback.as_deref(), Some("short"));
+    }
+
+    #[test]
+    fn owners_that_die_are_counted_until_one_gets_further() {
+        let now = Timestamp::now();
+        let mut record = record();
+        record.enter(State::Copying, now).unwrap();
+        for count in 1..=3 {
+            record.count_takeover();
+            assert_eq!(record.takeovers, count);
+        }
+        // a copy of ten hours, and daemons that die every now and then
+        record.progress = 40;
+        record.count_takeover();
+        assert_eq!(record.takeovers, 1);
+        // where one before was as far, it is no gain
+        for (progress, count) in [(3, 2), (42, 3), (41, 4)] {
+            record.progress = progress;
+            record.count_takeover();
+            assert_eq!(record.takeovers, count, "at {progress} %");
+        }
+        record.enter(State::Publishing, now).unwrap();
+        assert_eq!(record.takeovers, 0);
+        record.progress = 95;
+        for count in 1..=5 {
+            record.count_takeover();
+            assert_eq!(record.takeovers, count, "while publishing");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::clock::Clock;
 use super::record::{Handover, IllegalTransition, Record, State, Unreadable};
-use crate::ceph::{self, ErrorKind, LockKey, Objects, Version};
+use crate::ceph::{self, ErrorKind, LockKey, MAX_OBJECT, Objects, Version};
 use crate::request::{Source, Trigger};
 
 const LIVE: &str = "index.live";
@@ -33,6 +33,8 @@ pub enum Error {
     Unreadable { image_id: Uuid, reason: Unreadable },
     #[error(transparent)]
     Illegal(#[from] IllegalTransition),
+    #[error("the record of job {image_id} would be {bytes} bytes, more than can be read back; it was not written")]
+    TooLarge { image_id: Uuid, bytes: usize },
     #[error("job {0}: its record changed {CHANGE_TRIES} times while this was tried; try again")]
     Contended(Uuid),
 }
@@ -77,6 +79,10 @@ pub struct Summary {
     pub not_before: Option<Timestamp>,
     /// Destination pool, once a plan has found it.
     pub pool: Option<String>,
+    /// A service handed it over and waits.
+    pub handover: bool,
+    /// Its last owner did not release it.
+    pub suspect: bool,
 }
 
 impl From<&Record> for Summary {
@@ -86,6 +92,8 @@ impl From<&Record> for Summary {
             created: Some(record.created_at),
             not_before: record.not_before,
             pool: record.dest_pool.clone(),
+            handover: record.handover.is_some(),
+            suspect: record.takeovers > 0,
         }
     }
 }
@@ -111,7 +119,14 @@ impl Store {
     }
 
     pub async fn load(&self, image_id: Uuid) -> Result<Option<Stored>> {
-        let Some((bytes, version)) = self.objects.read(&Self::object(image_id)).await? else { return Ok(None) };
+        let (bytes, version) = match self.objects.read(&Self::object(image_id)).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::TooLarge => {
+                return Err(Error::Unreadable { image_id, reason: Unreadable::TooLarge });
+            }
+            Err(error) => return Err(error.into()),
+        };
         let record = Record::parse(&bytes).map_err(|reason| Error::Unreadable { image_id, reason })?;
         if record.image_id != image_id {
             let reason = Unreadable::Broken(format!("it speaks of image {}", record.image_id));
@@ -128,10 +143,11 @@ impl Store {
         let mut record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
         // a service that hands its work over waits for the image, and says when to publish
         record.handover = (new.trigger != Trigger::Request).then_some(Handover::Offered);
+        let bytes = encode(&record)?;
         // The index before, since this may be given up once the record is there; and after, since an entry without a
         // record is dropped after a while.
         self.index_live(&record).await?;
-        match self.objects.create(&Self::object(new.image_id), &record.to_bytes()).await {
+        match self.objects.create(&Self::object(new.image_id), &bytes).await {
             Ok(_) => {
                 self.index_live(&record).await?;
                 Ok(Submitted::Created { request_id: record.request_id })
@@ -196,9 +212,18 @@ impl Store {
     }
 
     /// Writes the record over the version it was read at; with `lock`, only while that lock is held.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for a record that could not be read back: nothing is written.
     pub async fn write(&self, stored: &Stored, lock: Option<&LockKey>) -> Result<Version> {
         let object = Self::object(stored.record.image_id);
-        Ok(self.objects.replace(&object, &stored.record.to_bytes(), stored.version, lock).await?)
+        Ok(self.objects.replace(&object, &encode(&stored.record)?, stored.version, lock).await?)
+    }
+
+    /// Asks the cluster for next to nothing: whether it answers.
+    pub async fn probe(&self) -> Result<()> {
+        self.objects.omap(LIVE, "", 1).await?;
+        Ok(())
     }
 
     /// Brings the indexes in line with the record.
@@ -332,6 +357,14 @@ impl Store {
         let Some(record) = changed else { return Ok(None) };
         self.index(&record).await?;
         Ok(Some(outcome))
+    }
+}
+
+fn encode(record: &Record) -> Result<Vec<u8>> {
+    let bytes = record.to_bytes();
+    match bytes.len() {
+        length if length > MAX_OBJECT => Err(Error::TooLarge { image_id: record.image_id, bytes: length }),
+        _ => Ok(bytes),
     }
 }
 

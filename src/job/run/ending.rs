@@ -81,13 +81,9 @@ impl Job {
         Ok(self.context.store.index(&self.snapshot().await).await?)
     }
 
-    /// Ends the attempt. What is to be removed may take longer than the lease lasts, so it is kept meanwhile.
+    /// Ends the attempt, and gives the lease back.
     pub(super) async fn settle(&self, stop: Stop) -> Outcome {
-        let outcome = tokio::select! {
-            biased;
-            outcome = self.settle_now(stop) => outcome,
-            lost = self.keep_lease() => self.settle_now(lost).await,
-        };
+        let outcome = self.settle_now(stop).await;
         if outcome != Outcome::Abandoned {
             self.lease.release(self.context.store.objects().as_ref()).await;
         }
@@ -190,7 +186,12 @@ impl Job {
         let ending = stored.clone().unwrap_or(ending);
         let work = async {
             if stored.is_none() {
-                self.update(|record| record.ending = Some(ending.clone())).await?;
+                self.update(|record| {
+                    record.ending = Some(ending.clone());
+                    // there will be no image for it, and it may be what makes the record too large
+                    record.publication = record::Publication::default();
+                })
+                .await?;
             }
             *self.tenant.lock().await = None;
             // Nova may be waiting for the disk; Glance, which is asked next, may be away
@@ -205,8 +206,12 @@ impl Job {
             }
             self.let_glance_finish(image.as_ref()).await?;
             self.before_visible_step().await?;
-            self.take_down().await?;
-            self.purge_source().await?;
+            if self.is_beyond_cleanup().await {
+                tracing::error!(image_id = %self.id, "daemons died while they removed what this job made; it stays");
+            } else {
+                self.take_down().await?;
+                self.purge_source().await?;
+            }
             match image {
                 Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
                 // another writer's; while it uploads, Glance would bring back what is taken off
@@ -228,6 +233,12 @@ impl Job {
                 self.pause("stopped while it was winding up", false).await
             }
         }
+    }
+
+    /// Whether as many daemons died removing what the job made as had died making it.
+    async fn is_beyond_cleanup(&self) -> bool {
+        let limit = self.context.config.borrow().offload.max_takeovers;
+        limit > 0 && self.snapshot().await.takeovers > limit.saturating_mul(2).saturating_add(1)
     }
 
     /// A registration that seemed to have failed went through after all: then the image stays, and the job is done. An

@@ -39,6 +39,12 @@ use crate::publish::tag::OwnershipTag;
 use crate::request::{self, Asked};
 use crate::telemetry::unix_time;
 
+/// How long a job may take to notice that the daemon stops now.
+const DRAIN_GRACE: Duration = Duration::from_secs(6);
+
+/// How long a job may take to notice that its lease is lost.
+const LOST_GRACE: Duration = Duration::from_secs(10);
+
 /// What every job needs.
 #[derive(Clone)]
 pub struct Context {
@@ -108,9 +114,11 @@ impl From<ceph::Error> for Stop {
         match error.kind() {
             ErrorKind::NotLocked | ErrorKind::Fenced => Self::LeaseLost,
             ErrorKind::Cancelled => Self::Interrupted,
-            ErrorKind::NoSpace | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Exists => {
-                Self::End(Ending::new(State::Failed, error.to_string()))
-            }
+            ErrorKind::NoSpace
+            | ErrorKind::PermissionDenied
+            | ErrorKind::Unsupported
+            | ErrorKind::TooLarge
+            | ErrorKind::Exists => Self::End(Ending::new(State::Failed, error.to_string())),
             ErrorKind::NotFound | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other => {
                 Self::Retry(error.to_string())
             }
@@ -135,6 +143,7 @@ impl From<store::Error> for Stop {
         match error {
             store::Error::Ceph(error) => error.into(),
             store::Error::Contended(_) => Self::Retry(error.to_string()),
+            store::Error::TooLarge { .. } => Self::End(Ending::new(State::Failed, error.to_string())),
             store::Error::Unreadable { .. } | store::Error::Illegal(_) => Self::Abandon(error.to_string()),
         }
     }
@@ -168,6 +177,8 @@ pub struct Job {
     slot: Mutex<Option<PoolSlot>>,
     /// Held while the source's snapshot is being removed.
     removing: Mutex<()>,
+    /// It waits for a service, and copies nothing.
+    waits: Arc<AtomicBool>,
     id: Uuid,
     span: Span,
 }
@@ -189,6 +200,7 @@ impl Job {
             pools,
             slot: Mutex::new(None),
             removing: Mutex::new(()),
+            waits: Arc::default(),
             id,
             // at the highest level, so that it is there whatever is logged
             span: tracing::error_span!("job", image_id = %id, %request_id),
@@ -200,13 +212,53 @@ impl Job {
         Arc::clone(&self.progress)
     }
 
+    /// Whether the job waits for a service, and copies nothing.
+    pub fn waits(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.waits)
+    }
+
     /// What is done for the job is done in here: each line of the log then bears the image's id and the request's.
     pub fn span(&self) -> Span {
         self.span.clone()
     }
 
-    /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
+    /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now. The
+    /// lease is renewed until the work has really ended: a call that takes long does not get this daemon fenced.
     pub async fn run(self, drain: CancellationToken) -> Outcome {
+        let ended = {
+            let work = self.work(&drain);
+            let lease = self.keep_lease();
+            let overdue = async {
+                drain.cancelled().await;
+                tokio::time::sleep(DRAIN_GRACE).await;
+            };
+            tokio::pin!(work, lease, overdue);
+            tokio::select! {
+                biased;
+                outcome = &mut work => Some(outcome),
+                _ = &mut lease => {
+                    self.cancel.cancel();
+                    // what it does next is refused; a call that hangs does not keep it here
+                    tokio::time::timeout(LOST_GRACE, &mut work).await.ok()
+                }
+                () = &mut overdue => None,
+            }
+        };
+        match ended {
+            Some(outcome) => outcome,
+            None => self.give_up().await,
+        }
+    }
+
+    /// Leaves the job while a call of it has not returned. The record keeps its owner, which the next one fences: what
+    /// the call still does, it does before that.
+    async fn give_up(&self) -> Outcome {
+        tracing::warn!(image_id = %self.id, "the job did not stop in time; its next owner fences this one");
+        self.lease.release(self.context.store.objects().as_ref()).await;
+        Outcome::Abandoned
+    }
+
+    async fn work(&self, drain: &CancellationToken) -> Outcome {
         match self.take_over().await {
             Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
             // the owner before may still be at work: nothing may be made or taken down, and its address must stay
@@ -219,9 +271,12 @@ impl Job {
             }
             Err(stop) => return self.settle(stop).await,
         }
+        if let Some(ending) = self.ends_its_owners().await {
+            return self.settle(Stop::End(ending)).await;
+        }
         let (attempt, watched) = {
             let watcher = async {
-                let stop = self.watch(&drain).await;
+                let stop = self.watch(drain).await;
                 self.cancel.cancel();
                 stop
             };
@@ -240,11 +295,32 @@ impl Job {
                 return Outcome::Ended(state);
             }
             // what the attempt decided by itself stands, unless it only felt that it was stopped
+            (Err(Stop::Interrupted), _) if self.lease.is_lost() => Stop::LeaseLost,
             (Err(Stop::Interrupted), Some(stop)) => stop,
             (Err(Stop::Interrupted), None) => Stop::Retry("the transfer was stopped".into()),
             (Err(stop), _) => stop,
         };
         self.settle(stop).await
+    }
+
+    /// Whether too many owners in a row have died or stalled with this job.
+    async fn ends_its_owners(&self) -> Option<Ending> {
+        let record = self.snapshot().await;
+        let limit = self.context.config.borrow().offload.max_takeovers;
+        if limit == 0 || record.takeovers <= limit || record.ending.is_some() || record.state.is_ended() {
+            return None;
+        }
+        metrics::counter!("rbd_offload_takeover_failures_total").increment(1);
+        tracing::error!(image_id = %self.id, takeovers = record.takeovers, job_state = record.state.as_str(),
+            "each daemon that worked on this job died or stalled");
+        Some(Ending::new(
+            State::Failed,
+            format!(
+                "{} daemons in a row died or stalled while they worked on this job ({}); look into their logs before \
+                 you retry it",
+                record.takeovers, record.state
+            ),
+        ))
     }
 
     /// Shuts out the owner that did not let go, and becomes the owner.
@@ -273,8 +349,17 @@ impl Job {
             record.check = false;
             // the fence keeps the owner before out of Ceph, not out of Glance
             record.mend |= taken;
+            if taken {
+                record.count_takeover();
+            }
         })
-        .await
+        .await?;
+        if taken {
+            metrics::counter!("rbd_offload_takeovers_total").increment(1);
+            // the index tells every engine that this job is a suspect
+            self.index().await?;
+        }
+        Ok(())
     }
 
     async fn snapshot(&self) -> Record {
@@ -293,6 +378,7 @@ impl Job {
             let mut next = stored.clone();
             next.record.stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
             change(&mut next.record);
+            next.record.shorten();
             next.record.updated_at = self.context.clock.now();
             match self.context.store.write(&next, Some(self.lease.key())).await {
                 Ok(version) => {

@@ -34,6 +34,8 @@ impl Job {
     pub(super) async fn publish(&self) -> Step<()> {
         // from here on the watcher leaves the tenant's record alone
         *self.tenant.lock().await = None;
+        // nothing more is copied into the pool
+        self.slot.lock().await.take();
         let record = self.snapshot().await;
         let Some(pool) = record.dest_pool.clone() else {
             return Err(Stop::Abandon("its record names no destination pool".into()));
@@ -50,7 +52,9 @@ impl Job {
             _ => return other_writer(),
         }
         if record.handover == Some(Handover::Offered) {
+            self.waits.store(true, Ordering::SeqCst);
             image = self.stage("handover", self.await_go(image)).await?;
+            self.waits.store(false, Ordering::SeqCst);
         }
         if image.status == "queued" && !at_work(&image) {
             self.check_request(&image).await?;
@@ -69,7 +73,9 @@ impl Job {
             }
             self.await_active(&known, foreign, &pool, record.bytes_total).await
         };
+        self.waits.store(true, Ordering::SeqCst);
         let image = self.stage("register", registered).await?;
+        self.waits.store(false, Ordering::SeqCst);
         if !self.is_our_image(&image).await? {
             return other_writer();
         }
@@ -188,7 +194,11 @@ impl Job {
         let started = Instant::now();
         let mut pause = POLL_FIRST;
         loop {
-            sleep(pause).await;
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.cancel.cancelled() => {}
+            }
+            self.check_cancelled()?;
             pause = (pause * 2).min(POLL_MAX);
             let image = self.read_image().await?;
             let at_work = at_work(&image);

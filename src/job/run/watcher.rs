@@ -1,4 +1,4 @@
-//! The watcher beside a running job: keeps the lease, shows progress, hears of a cancellation or another writer.
+//! What runs beside a job: the renewal of its lease, and the watcher, which shows progress, hears of a cancellation or another writer.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -34,12 +34,11 @@ struct Seen {
 }
 
 impl Job {
-    /// Keeps the lease and looks around until there is a reason to stop.
+    /// Looks around until there is a reason to stop.
     pub(super) async fn watch(&self, drain: &CancellationToken) -> Stop {
         tokio::select! {
             biased;
             () = drain.cancelled() => Stop::Drained,
-            stop = self.keep_lease() => stop,
             stop = self.keep_looking() => stop,
             stop = self.keep_source() => stop,
         }
