@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rbd_offload::ceph::{
-    Change, Client, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects, Progress,
-    Storage, TransferLimits, Version,
+    Change, Client, ClientPool, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects,
+    Progress, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, Name};
@@ -1638,4 +1638,46 @@ for n in (52, 56, 60): write('volumes', v, n * M, M, n); write('volumes', v, (n 
     }
     let health = lab.command("ceph", &["health", "detail"]);
     assert!(!health.contains("PG_DAMAGED") && !health.contains("OSD_SCRUB_ERRORS"), "{health}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
+    let lab = Lab::new();
+    let control = lab.client().await;
+    let records = Client::connect_limited(&lab.conf(), "rbd-offload", Duration::from_secs(5)).await.unwrap();
+    let pool = ClientPool::new(control.clone(), records.clone());
+    let (hung, well) = (pool.take().await.unwrap(), pool.take().await.unwrap());
+    let (storage, other) = (hung.storage(), well.storage());
+    let addresses =
+        [storage.address().await.unwrap(), other.address().await.unwrap(), control.address().await.unwrap()];
+    assert_eq!(addresses.iter().collect::<std::collections::BTreeSet<_>>().len(), 3, "{addresses:?}");
+    assert!(!hung.is_busy());
+    lab.python("create('volumes', NAME, 40*M)");
+    let image = ImageSpec::named("volumes", lab.name.clone());
+    // a call is always on its way
+    let running = tokio::spawn({
+        let (storage, image) = (storage.clone(), image.clone());
+        async move {
+            loop {
+                if let Err(error) = storage.image(&image, None).await {
+                    return error.kind();
+                }
+            }
+        }
+    });
+    while !hung.is_busy() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    hung.give_up().await.unwrap();
+    assert_eq!(running.await.unwrap(), ErrorKind::Fenced);
+    assert_eq!(storage.create_snapshot(&image, "s").await.unwrap_err().kind(), ErrorKind::Fenced);
+    // the others go on, and the next job gets another client
+    other.create_snapshot(&image, "s").await.unwrap();
+    control.remove_snapshot(&image, "s").await.unwrap();
+    records.objects("images", &lab.name).unwrap().omap("none", "", 1).await.unwrap();
+    assert!(!pool.is_fenced());
+    well.give_back();
+    let next = pool.take().await.unwrap();
+    assert_eq!(next.storage().address().await.unwrap(), addresses[1], "an idle client is used again");
+    assert_ne!(pool.take().await.unwrap().storage().address().await.unwrap(), addresses[0]);
 }

@@ -22,6 +22,9 @@ use futures::{StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
+use rbd_offload::ceph::{Client, Objects};
+use rbd_offload::job::clock::Clock;
+use rbd_offload::job::store::{Error, Store};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -366,7 +369,7 @@ async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
         other.await_job(&requests[0].id, "done").await;
         let image = Disk::of_image(&requests[0].id).facts().await.unwrap();
         frozen.signal("CONT");
-        frozen.await_log(&["connecting anew"], seconds(60)).await;
+        frozen.await_log(&["the lease was lost"], seconds(60)).await;
         frozen.await_health(200).await;
         assert_eq!(Disk::of_image(&requests[0].id).facts().await.unwrap().id, image.id);
         assert_eq!(ended_by(&other).await, 1.0);
@@ -622,4 +625,94 @@ async fn a_notify_socket_that_nobody_reads_holds_nothing_up() {
     let (status, took) = daemon.terminate();
     assert!(status.success(), "{status}");
     assert!(took < seconds(20), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_is_too_large_holds_up_no_other_job() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(1).await;
+    let setup = Setup::default();
+    let client = Client::connect(&lab().ceph_conf(), "rbd-offload").await.unwrap();
+    let objects = client.objects("images", &setup.name).unwrap();
+    // it is the first to be looked at: nothing is known of its age
+    let planted = uuid::Uuid::new_v4();
+    let mut record = br#"{"version": 1, "state": "declined"}"#.to_vec();
+    record.resize(2 << 20, b' ');
+    objects.create(&format!("job.{planted}"), &record).await.unwrap();
+    objects.set_omap("index.live", &[(planted.to_string(), b"{}".to_vec())]).await.unwrap();
+    let daemon = setup.start().await;
+    let requests = tenant.request(2).await;
+    tenant.await_active(&requests).await;
+    daemon.await_log(&["a job record cannot be worked on", &planted.to_string()], seconds(30)).await;
+
+    // nor is one written that could not be read
+    daemon.await_idle().await;
+    let store = Store::new(std::sync::Arc::new(objects.clone()), Clock::System);
+    let image = requests[0].id.parse().unwrap();
+    let mut stored = store.load(image).await.unwrap().unwrap();
+    let before = stored.clone();
+    stored.record.publication.properties.insert("os_type".into(), "x".repeat(2 << 20));
+    let refused = store.write(&stored, None).await;
+    assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
+    assert_eq!(store.load(image).await.unwrap(), Some(before));
+    tenant.gets(&daemon, &requests).await;
+}
+
+/// A daemon that reaches Glance through the gate.
+fn through(gate: &Gate, setup: Setup) -> Setup {
+    setup.set("glance", "endpoint_override", &format!("http://127.0.0.1:{}", gate.port))
+}
+
+async fn gate_to_glance() -> Gate {
+    let port = lab().glance.trim_end_matches('/').rsplit(':').next().unwrap();
+    Gate::to(port.parse().unwrap()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_ends_a_daemon_that_waits_for_a_glance_that_says_nothing() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(1).await;
+    let gate = gate_to_glance().await;
+    let setup = through(&gate, telling("clone"));
+    let daemon = setup.start().await;
+    let requests = tenant.request(1).await;
+    daemon.await_stage(&requests[0].id, "inspect").await;
+    gate.freeze();
+    let (status, took) = daemon.terminate();
+    assert!(status.success(), "{status}");
+    eprintln!("ended after {took:?}");
+    let next = telling("clone").named(&setup.name).start().await;
+    tenant.gets(&next, &requests).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(2).await;
+    let gate = gate_to_glance().await;
+    // a request to Glance takes longer than the lease holds
+    let setup = through(&gate, telling("clone")).set("keystone", "timeout", "20s");
+    let daemon = setup.start().await;
+    let requests = tenant.request(1).await;
+    daemon.await_stage(&requests[0].id, "inspect").await;
+    gate.freeze();
+    let neighbour = telling("clone").named(&setup.name).start().await;
+    daemon.command(&["cancel", &requests[0].id]).await;
+    // four times the lease
+    pause(seconds(20)).await;
+    gate.open();
+    daemon.await_idle().await;
+    for log in [daemon.log(), neighbour.log()] {
+        assert!(!log.contains("fenced"), "{log}");
+    }
+    assert_eq!(
+        daemon.metric("rbd_offload_fenced_total").await + neighbour.metric("rbd_offload_fenced_total").await,
+        0.0
+    );
+    neighbour.stop();
+    let more = tenant.request(1).await;
+    let ended = daemon.job(&requests[0].id).await.unwrap();
+    assert!(["cancelled", "done"].contains(&ended["state"].as_str().unwrap()), "{ended:#}");
+    tenant.demo.delete_images(&[requests[0].id.clone()]).await;
+    tenant.gets(&daemon, &more).await;
 }

@@ -20,6 +20,7 @@ use ceph::rados::{
     rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list, rados_pool_reverse_lookup,
     rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
 };
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{Change, Error, ErrorKind, Progress, Result, sys};
@@ -30,8 +31,8 @@ const OPTIONS: &[(&str, &str)] = &[
     ("client_mount_timeout", "30"),
     // Seconds for a monitor's answer (pools, blocklist, snapshot ids): an error is better than a call that never ends.
     ("rados_mon_op_timeout", "60"),
-    // None, whatever ceph.conf says: an operation that timed out may still be carried out when its OSD comes back, so
-    // its outcome would be unknown. Waiting through the restart of an OSD is what librbd is made for; who waits can stop
+    // None, whatever ceph.conf says, unless the client was given one: an operation that timed out may still be carried
+    // out when its OSD comes back, so its outcome would be unknown. Waiting through the restart of an OSD is what librbd is made for; who waits can stop
     // waiting.
     ("rados_osd_op_timeout", "0"),
     // Images are written once, from buffers that the copy holds itself: a write-back cache would only double them.
@@ -50,13 +51,20 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a cancelled transfer may take to stop by itself before its caller is let go. It then ends unattended.
 const CANCEL_GRACE: Duration = Duration::from_secs(4);
 
+/// Calls of one client that run at a time. A job has a few; the store's come from all jobs at once.
+const CALLS_MAX: u32 = 64;
+
+/// How long a call waits for others of its client to return.
+const CALL_PATIENCE: Duration = Duration::from_secs(20);
+
 /// A client of one cluster. Cheap to clone; all clones share one connection.
 ///
 /// Drop all clones, and let running calls end, before the process exits: an exit cleans up OpenSSL under librados'
 /// threads, and they abort the process then. Dropping the last clone shuts the connection down, which takes milliseconds.
 ///
-/// Calls have no time limit while OSDs are down (see `OPTIONS`): who cannot wait drops the future, and the call ends on
-/// its own thread once the OSDs are back.
+/// Calls have no time limit while OSDs are down (see `OPTIONS`), unless [`connect_limited`](Self::connect_limited) gave
+/// one: a caller that cannot wait drops the future, and the call ends on its own thread once the OSDs are back. A client
+/// has a bounded number of such threads.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -69,13 +77,32 @@ struct Shared {
     reconnecting: tokio::sync::Mutex<()>,
     /// Addresses that this client has fenced.
     fenced: Mutex<HashSet<String>>,
+    /// A time limit of operations on OSDs.
+    limit: Option<Duration>,
+    /// One permit for each call that has not returned.
+    calls: Arc<Semaphore>,
 }
 
 impl Client {
     /// Connects as `client.<user>` with the monitors, keyring and options of the file `conf`. Gives up after 30 s.
     /// The error names what to mend: the file, the keyring, the user or the monitors.
     pub async fn connect(conf: &Path, user: &str) -> Result<Self> {
-        let cluster = dial(conf.to_owned(), user.to_owned()).await?;
+        Self::open(conf, user, None).await
+    }
+
+    /// Like [`connect`](Self::connect), with a time limit of operations on OSDs. One that timed out may still be carried
+    /// out: only for guarded writes, whose version tells.
+    pub async fn connect_limited(conf: &Path, user: &str, limit: Duration) -> Result<Self> {
+        Self::open(conf, user, Some(limit)).await
+    }
+
+    /// A connection of its own to the same cluster, as the same user.
+    pub(super) async fn another(&self) -> Result<Self> {
+        Self::open(&self.shared.conf, &self.shared.user, self.shared.limit).await
+    }
+
+    async fn open(conf: &Path, user: &str, limit: Option<Duration>) -> Result<Self> {
+        let cluster = dial(conf.to_owned(), user.to_owned(), limit).await?;
         Ok(Self {
             shared: Arc::new(Shared {
                 conf: conf.to_owned(),
@@ -83,8 +110,26 @@ impl Client {
                 current: Mutex::new(cluster),
                 reconnecting: tokio::sync::Mutex::new(()),
                 fenced: Mutex::new(HashSet::new()),
+                limit,
+                calls: Arc::new(Semaphore::new(CALLS_MAX as usize)),
             }),
         })
+    }
+
+    /// Whether a call has not returned.
+    pub(super) fn is_busy(&self) -> bool {
+        self.shared.calls.available_permits() < CALLS_MAX as usize
+    }
+
+    /// Returns when no call runs.
+    pub(super) async fn quiet(&self) {
+        // it is never closed
+        drop(self.shared.calls.acquire_many(CALLS_MAX).await);
+    }
+
+    /// This client's address, also when it was fenced.
+    pub(super) fn own_address(&self) -> Result<String> {
+        self.cluster().addresses()
     }
 
     /// Whether this client was found to be shut out of the cluster.
@@ -99,7 +144,7 @@ impl Client {
         if !self.is_fenced() {
             return Ok(Change::AlreadyThere);
         }
-        let cluster = dial(self.shared.conf.clone(), self.shared.user.clone()).await?;
+        let cluster = dial(self.shared.conf.clone(), self.shared.user.clone(), self.shared.limit).await?;
         // The old handle is shut down when the last call over it has ended.
         *lock(&self.shared.current) = cluster;
         Ok(Change::Made)
@@ -120,7 +165,18 @@ impl Client {
         if cluster.is_fenced() {
             return Err(fenced(operation));
         }
-        let task = tokio::task::spawn_blocking(move || cluster.watch_for_fence(work));
+        let call = match tokio::time::timeout(CALL_PATIENCE, self.shared.calls.clone().acquire_owned()).await {
+            Ok(Ok(call)) => call,
+            Ok(Err(_)) | Err(_) => {
+                let detail = format!("{CALLS_MAX} calls of this client have not returned");
+                return Err(Error::new(operation, ErrorKind::TimedOut, detail));
+            }
+        };
+        let task = tokio::task::spawn_blocking(move || {
+            let result = cluster.watch_for_fence(work);
+            drop(call);
+            result
+        });
         task.await.unwrap_or_else(|lost| Err(Error::new(operation, ErrorKind::Other, lost.to_string())))
     }
 
@@ -222,9 +278,9 @@ impl Client {
     }
 }
 
-async fn dial(conf: PathBuf, user: String) -> Result<Arc<Cluster>> {
+async fn dial(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Arc<Cluster>> {
     let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
-    let task = tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user));
+    let task = tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user, limit));
     match task.await {
         Ok(result) => result.map(Arc::new),
         Err(lost) => Err(Error::new(operation, ErrorKind::Other, lost.to_string())),
@@ -261,7 +317,7 @@ unsafe impl Send for Cluster {}
 unsafe impl Sync for Cluster {}
 
 impl Cluster {
-    fn connect(conf: &Path, user: &str) -> Result<Self> {
+    fn connect(conf: &Path, user: &str, limit: Option<Duration>) -> Result<Self> {
         let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
         if let Err(e) = std::fs::File::open(conf) {
             let kind = match e.kind() {
@@ -284,7 +340,9 @@ impl Cluster {
             let detail = format!("{} is not a valid Ceph configuration", conf.display());
             return Err(Error::new(operation, Error::from_errno("", r).kind(), detail));
         }
-        for (name, value) in OPTIONS {
+        let limit = limit.map(|limit| limit.as_secs().max(1).to_string());
+        let limited = limit.iter().map(|seconds| ("rados_osd_op_timeout", seconds.as_str()));
+        for (name, value) in OPTIONS.iter().copied().chain(limited) {
             let (name, value) = (c_string(&operation, name)?, c_string(&operation, value)?);
             // SAFETY: the handle is open, both strings end in NUL. An option that this librados lacks is no loss.
             unsafe { rados_conf_set(raw, name.as_ptr(), value.as_ptr()) };

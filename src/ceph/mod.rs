@@ -11,6 +11,7 @@ mod error;
 mod fill;
 mod layers;
 mod objects;
+mod pool;
 mod rbd;
 mod storage;
 mod sys;
@@ -28,6 +29,7 @@ pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
 pub use objects::{MAX_OBJECT, Namespace};
+pub use pool::ClientPool;
 pub use storage::Finding;
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
@@ -400,6 +402,37 @@ pub trait Storage: Send + Sync + 'static {
     /// Comes back after having been shut out ([`ErrorKind::Fenced`]), under a new address. Only once all work over the
     /// old connection was given up. `AlreadyThere` when this client is not shut out.
     async fn reconnect(&self) -> Result<Change>;
+}
+
+/// Clients for jobs, one each: what hangs or is fenced is one job's client, and no other job's.
+#[async_trait]
+pub trait StoragePool: Send + Sync + 'static {
+    /// A client that nobody else uses until it is given back.
+    async fn take(&self) -> Result<Box<dyn Lent>>;
+
+    /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).
+    fn is_fenced(&self) -> bool;
+
+    /// Connects those of the shared clients again that were fenced. Only once all work over them was given up.
+    async fn reconnect(&self) -> Result<Change>;
+}
+
+/// A client of a [`StoragePool`]. One that is dropped is used no more, and closes when its last call has returned.
+#[async_trait]
+pub trait Lent: Send + Sync {
+    fn storage(&self) -> Arc<dyn Storage>;
+
+    /// Whether a call has not returned yet, though perhaps nobody waits for it.
+    fn is_busy(&self) -> bool;
+
+    /// Whether this client was found to be fenced.
+    fn is_fenced(&self) -> bool;
+
+    /// Another job may use it. Only when no record names it as an owner any more.
+    fn give_back(self: Box<Self>);
+
+    /// Fences this client, by another one: its calls that have not returned can do nothing any more.
+    async fn give_up(self: Box<Self>) -> Result<()>;
 }
 
 /// A version of an object, as RADOS counts them.

@@ -98,10 +98,14 @@ fn keep_memory_private() -> Result<(), Failure> {
         .map_err(|e| Failure::new(Failure::OS, format!("core dumps cannot be switched off: {e}")))
 }
 
+/// More than all Ceph clients of a daemon can have calls that do not return: each has a limit of its own.
+const BLOCKING_THREADS: usize = 4096;
+
 /// Runs a command that needs the runtime.
 fn blocking(command: impl Future<Output = Result<ExitCode, Failure>>) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()
         .map_err(|e| Failure::new(Failure::OS, format!("the runtime does not start: {e}")))?;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, load};
-use crate::ceph::{Client, Storage};
+use crate::ceph::{Client, ClientPool, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -43,6 +43,10 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// Within this time each part must have answered for `/healthz` to be well.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 
+/// Time limit of an operation on the jobs' records.
+const STORE_LIMIT_MIN: Duration = Duration::from_secs(5);
+const STORE_LIMIT_MAX: Duration = Duration::from_secs(15);
+
 /// How long an answer of Ceph's holds for `/healthz`, and how long it is waited for.
 const PROBE_HOLDS: Duration = Duration::from_secs(1);
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
@@ -60,7 +64,11 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
 
     let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
-    let objects = Arc::new(client.objects(&config.jobs.pool, &config.jobs.namespace)?);
+    // a call on the records that hangs must not outlast the leases that it is to keep
+    let limit = (config.jobs.lease / 2).clamp(STORE_LIMIT_MIN, STORE_LIMIT_MAX);
+    let records = Client::connect_limited(&config.ceph.conf, &config.ceph.user, limit).await?;
+    let objects = Arc::new(records.objects(&config.jobs.pool, &config.jobs.namespace)?);
+    let clients = Arc::new(ClientPool::new(client.clone(), records));
     let deployment = deployment::id(objects.as_ref()).await?;
     tracing::info!(%deployment, pool = config.jobs.pool, namespace = config.jobs.namespace, "the jobs' namespace");
     let storage: Arc<dyn Storage> = Arc::new(client);
@@ -73,6 +81,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let store = Store::new(objects, clock);
     let engine = Engine::new(Context {
         storage,
+        clients,
         cloud,
         store: store.clone(),
         config: follow_config,

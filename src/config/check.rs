@@ -81,6 +81,7 @@ pub fn check(
             max_jobs_per_pool: offload.max_jobs_per_pool.0,
             max_jobs_per_project: offload.max_jobs_per_project.0,
             max_takeovers: offload.max_takeovers.0,
+            hang_limit: offload.hang_limit.0,
             dry_run: offload.dry_run.0,
         },
         jobs: Jobs { pool: jobs.pool, namespace: jobs.namespace, lease: jobs.lease.0, retention: jobs.retention.0 },

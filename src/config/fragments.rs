@@ -70,6 +70,7 @@ pub struct Offload {
     pub max_jobs_per_pool: Whole<usize>,
     pub max_jobs_per_project: Whole<usize>,
     pub max_takeovers: Whole<u32>,
+    pub hang_limit: Span,
     pub allow_in_use: Flag,
     pub concurrency: Whole<usize>,
     pub bandwidth_limit: Size,

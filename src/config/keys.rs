@@ -284,6 +284,14 @@ const KEYS: &[Key] = &[
     .reloads(),
     key(
         "offload",
+        "hang_limit",
+        "30m",
+        Kind::Span { min: 60, max: DAY },
+        "How long a job may make no progress before it is given up and tried again. Its Ceph client is fenced first.",
+    )
+    .reloads(),
+    key(
+        "offload",
         "allow_in_use",
         "false",
         Kind::Flag,

@@ -234,6 +234,8 @@ pub struct Offload {
     pub max_jobs_per_project: usize,
     /// Take-overs in a row from owners that did not release the job; 0: no limit.
     pub max_takeovers: u32,
+    /// How long a job may make no progress before it is given up and tried again.
+    pub hang_limit: Duration,
     /// Only look: requests are planned, counted and logged, nothing is written.
     pub dry_run: bool,
 }

@@ -115,6 +115,7 @@ fn the_least_configuration_gets_every_default() {
             max_jobs_per_pool: 0,
             max_jobs_per_project: 0,
             max_takeovers: 3,
+            hang_limit: Duration::from_secs(1800),
             dry_run: false,
         }
     );
@@ -342,6 +343,7 @@ fn limits_hold_at_both_ends() {
         ("offload", "max_jobs_per_pool", ["0", "256"], ["-1", "257"]),
         ("offload", "max_jobs_per_project", ["0", "256"], ["-1", "257"]),
         ("offload", "max_takeovers", ["0", "100"], ["-1", "101"]),
+        ("offload", "hang_limit", ["1m", "1d"], ["59s", "25h"]),
         ("offload", "concurrency", ["1", "256"], ["0", "257"]),
         ("offload", "retries", ["0", "100"], ["+1", "101"]),
         ("offload", "reconcile_interval", ["1s", "1d"], ["999ms", "25h"]),

@@ -215,11 +215,13 @@ impl Engine {
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
-                Ok(Ok(())) => {
+                Ok(Ok(())) if !self.context.clients.is_fenced() => {
                     lock(&self.status).last_look = Instant::now();
                     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
                 }
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.come_back().await,
+                _ if self.context.clients.is_fenced() => self.come_back().await,
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
                 Err(_) => tracing::warn!(seconds = LOOK_WITHIN.as_secs(), "Ceph does not answer; tried again"),
             }
@@ -245,7 +247,7 @@ impl Engine {
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
-        if let Err(error) = self.context.storage.reconnect().await {
+        if let Err(error) = self.context.clients.reconnect().await {
             tracing::warn!(%error, "could not connect anew; tried again");
         }
     }

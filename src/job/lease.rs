@@ -139,6 +139,11 @@ impl Lease {
         self.lost.load(Ordering::SeqCst)
     }
 
+    /// Whether it was lost, or its time is over.
+    pub fn is_over(&self) -> bool {
+        self.is_lost() || self.remaining().is_zero()
+    }
+
     fn remaining(&self) -> Duration {
         let until = *self.until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         until.saturating_duration_since(Instant::now())

@@ -72,12 +72,21 @@ const METRICS: &[(Kind, &str, &str)] = &[
     ),
     (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
     (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
-    (Kind::Plain, "rbd_offload_fenced_total", "Times that another daemon shut this one out of Ceph."),
+    (
+        Kind::Plain,
+        "rbd_offload_fenced_total",
+        "Ceph clients of this daemon, each of one job, that another daemon fenced.",
+    ),
     (Kind::Plain, "rbd_offload_takeovers_total", "Jobs that were taken over from a daemon that did not release them."),
     (
         Kind::Plain,
         "rbd_offload_takeover_failures_total",
         "Jobs that failed because each daemon that worked on them died or stalled.",
+    ),
+    (
+        Kind::Plain,
+        "rbd_offload_jobs_given_up_total",
+        "Jobs that were left because a call did not return; their Ceph client was fenced.",
     ),
     (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were removed."),
     (

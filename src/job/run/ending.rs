@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
 use super::publishing::{HASHED_PER_SECOND, at_work};
@@ -151,12 +151,17 @@ impl Job {
         self.pause(&reason, true).await
     }
 
+    /// When the next attempt is due.
+    pub(super) fn next_attempt(&self, record: &Record) -> Option<Timestamp> {
+        let pause = SignedDuration::try_from(pause_of(record)).unwrap_or(SignedDuration::ZERO);
+        self.context.clock.now().checked_add(pause).ok()
+    }
+
     /// Leaves the job for a while. `counts`: this attempt counts for the limit of retries.
     pub(super) async fn pause(&self, reason: &str, counts: bool) -> Outcome {
         let record = self.snapshot().await;
         let (attempts, pause) = (record.attempts, pause_of(&record));
-        let not_before =
-            self.context.clock.now().checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO)).ok();
+        let not_before = self.next_attempt(&record);
         metrics::counter!("rbd_offload_retries_total").increment(1);
         tracing::warn!(image_id = %self.id, reason, attempts, pause_seconds = pause.as_secs_f64(), "tried again later");
         let left = self
@@ -324,8 +329,6 @@ fn backoff(id: Uuid, attempts: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
     use crate::request::{Source, Trigger};
 

@@ -4,8 +4,8 @@
 //! knows what may be there. While the job runs, a watcher beside it keeps the lease, shows the progress and hears of a
 //! cancellation.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, watch};
@@ -30,7 +30,7 @@ use super::engine::{PoolSlot, PoolSlots};
 use super::lease::{Identity, Lease};
 use super::record::{Ending, Record, Stage, State};
 use super::store::{self, Store, Stored};
-use crate::ceph::{self, ErrorKind, Progress, Storage};
+use crate::ceph::{self, ErrorKind, Lent, Progress, Storage, StoragePool};
 use crate::config::Config;
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, ImageChange};
@@ -45,10 +45,25 @@ const DRAIN_GRACE: Duration = Duration::from_secs(6);
 /// How long a job may take to notice that its lease is lost.
 const LOST_GRACE: Duration = Duration::from_secs(10);
 
+/// How long a job may take to stop after it was cancelled, or its lease was lost: more than a request to a service.
+const CANCEL_GRACE: Duration = Duration::from_secs(45);
+
+/// How long a call on Ceph is given to return after its attempt has ended.
+const CALL_GRACE: Duration = Duration::from_secs(3);
+
+/// How often it is looked whether a job moves.
+const HANG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Pause before a change of the record is tried again whose outcome is unknown.
+const UPDATE_PAUSE: Duration = Duration::from_secs(1);
+
 /// What every job needs.
 #[derive(Clone)]
 pub struct Context {
+    /// Shared by all; while a job runs, its own client.
     pub storage: Arc<dyn Storage>,
+    /// Where jobs get a client of their own.
+    pub clients: Arc<dyn StoragePool>,
     pub cloud: Arc<dyn Cloud>,
     pub store: Store,
     pub config: watch::Receiver<Arc<Config>>,
@@ -91,6 +106,17 @@ enum Stop {
 }
 
 type Step<T> = Result<T, Stop>;
+
+/// Why a job is left though its work has not returned.
+#[derive(Debug)]
+enum GivenUp {
+    LeaseLost,
+    Drained,
+    /// It makes no progress, or does not stop.
+    Hung(String),
+    /// The attempt ended with this, and a call of it has not returned.
+    Ended(Stop),
+}
 
 fn end<T>(state: State, reason: impl Into<String>) -> Step<T> {
     Err(Stop::End(Ending::new(state, reason)))
@@ -179,6 +205,10 @@ pub struct Job {
     removing: Mutex<()>,
     /// It waits for a service, and copies nothing.
     waits: Arc<AtomicBool>,
+    /// The attempt is over, and what it made is being removed.
+    settling: AtomicBool,
+    /// Address of this job's Ceph client, once the record names it as the owner's.
+    address: OnceLock<String>,
     id: Uuid,
     span: Span,
 }
@@ -201,6 +231,8 @@ impl Job {
             slot: Mutex::new(None),
             removing: Mutex::new(()),
             waits: Arc::default(),
+            settling: AtomicBool::new(false),
+            address: OnceLock::new(),
             id,
             // at the highest level, so that it is there whatever is logged
             span: tracing::error_span!("job", image_id = %id, %request_id),
@@ -222,57 +254,160 @@ impl Job {
         self.span.clone()
     }
 
-    /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now. The
-    /// lease is renewed until the work has really ended: a call that takes long does not get this daemon fenced.
-    pub async fn run(self, drain: CancellationToken) -> Outcome {
+    /// Works on the job until it ends, must wait, or is taken away. `drain` fires when the daemon has to stop now.
+    ///
+    /// The lease is renewed until the work has really ended, so that a call that takes long gets nobody fenced. The job
+    /// has a Ceph client of its own: a call that never returns is left with that client, which is fenced.
+    pub async fn run(mut self, drain: CancellationToken) -> Outcome {
+        let client = match self.take_client(&drain).await {
+            Ok(client) => client,
+            Err(stop) => return self.not_begun(stop).await,
+        };
         let ended = {
-            let work = self.work(&drain);
+            let work = self.work(&drain, client.as_ref());
             let lease = self.keep_lease();
-            let overdue = async {
-                drain.cancelled().await;
-                tokio::time::sleep(DRAIN_GRACE).await;
-            };
-            tokio::pin!(work, lease, overdue);
+            let hung = self.until_hung(&drain);
+            tokio::pin!(work, lease, hung);
             tokio::select! {
                 biased;
-                outcome = &mut work => Some(outcome),
+                ended = &mut work => ended,
                 _ = &mut lease => {
                     self.cancel.cancel();
                     // what it does next is refused; a call that hangs does not keep it here
-                    tokio::time::timeout(LOST_GRACE, &mut work).await.ok()
+                    let ended = tokio::time::timeout(LOST_GRACE, &mut work).await;
+                    ended.unwrap_or(Err(GivenUp::LeaseLost))
                 }
-                () = &mut overdue => None,
+                why = &mut hung => Err(why),
             }
         };
+        if client.is_fenced() {
+            metrics::counter!("rbd_offload_fenced_total").increment(1);
+            tracing::warn!(image_id = %self.id, "another daemon took the job over and fenced its Ceph client");
+        }
         match ended {
-            Some(outcome) => outcome,
-            None => self.give_up().await,
+            // the record may name it still, and then its next owner fences it
+            Ok(Outcome::Abandoned) => Outcome::Abandoned,
+            Ok(outcome) => {
+                client.give_back();
+                outcome
+            }
+            Err(why) => self.give_up(client, why).await,
         }
     }
 
-    /// Leaves the job while a call of it has not returned. The record keeps its owner, which the next one fences: what
-    /// the call still does, it does before that.
-    async fn give_up(&self) -> Outcome {
-        tracing::warn!(image_id = %self.id, "the job did not stop in time; its next owner fences this one");
-        self.lease.release(self.context.store.objects().as_ref()).await;
-        Outcome::Abandoned
+    /// Takes a client for this job, and makes it the one that the job's steps use.
+    async fn take_client(&mut self, drain: &CancellationToken) -> Step<Box<dyn Lent>> {
+        let clients = Arc::clone(&self.context.clients);
+        let client = tokio::select! {
+            biased;
+            client = clients.take() => client?,
+            stop = self.keep_lease() => return Err(stop),
+            () = drain.cancelled() => return Err(Stop::Drained),
+        };
+        self.context.storage = client.storage();
+        Ok(client)
     }
 
-    async fn work(&self, drain: &CancellationToken) -> Outcome {
+    /// Returns when the job makes no progress for too long, or does not stop when it should.
+    async fn until_hung(&self, drain: &CancellationToken) -> GivenUp {
+        let mut moved = (self.progress.steps(), Instant::now());
+        let (mut drained, mut cancelled): (Option<Instant>, Option<Instant>) = (None, None);
+        let over = |since: Option<Instant>, grace| since.is_some_and(|since| since.elapsed() >= grace);
+        loop {
+            tokio::time::sleep(HANG_INTERVAL).await;
+            let steps = self.progress.steps();
+            if steps != moved.0 {
+                moved = (steps, Instant::now());
+            }
+            if drain.is_cancelled() {
+                drained.get_or_insert_with(Instant::now);
+            }
+            if self.cancel.is_cancelled() && !self.settling.load(Ordering::SeqCst) {
+                cancelled.get_or_insert_with(Instant::now);
+            } else {
+                cancelled = None;
+            }
+            let limit = self.context.config.borrow().offload.hang_limit;
+            if over(drained, DRAIN_GRACE) {
+                return GivenUp::Drained;
+            }
+            if over(cancelled, CANCEL_GRACE) {
+                return GivenUp::Hung(format!("it did not stop within {} s", CANCEL_GRACE.as_secs()));
+            }
+            if moved.1.elapsed() >= limit {
+                return GivenUp::Hung(format!("it made no progress for {} s", limit.as_secs()));
+            }
+        }
+    }
+
+    /// Leaves the job, whose work was dropped. Calls on Ceph that have not returned go on until their client is fenced.
+    async fn give_up(&self, client: Box<dyn Lent>, why: GivenUp) -> Outcome {
+        metrics::counter!("rbd_offload_jobs_given_up_total").increment(1);
+        tracing::error!(image_id = %self.id, ?why, "the job was given up: a call of it has not returned");
+        let (reason, ending) = match why {
+            // the record still names this client, which the next owner fences
+            GivenUp::LeaseLost => {
+                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
+                return Outcome::Abandoned;
+            }
+            GivenUp::Drained => {
+                self.lease.release(self.context.store.objects().as_ref()).await;
+                return Outcome::Abandoned;
+            }
+            GivenUp::Hung(reason) => (Some(reason), None),
+            GivenUp::Ended(Stop::End(ending)) => (None, Some(ending)),
+            GivenUp::Ended(Stop::Retry(reason)) => (Some(reason), None),
+            GivenUp::Ended(_) => (None, None),
+        };
+        // nobody renews the lease any more: what follows must be over before it ends
+        let fenced = self.lease.renew(self.context.store.objects().as_ref()).await.is_ok()
+            && (!client.is_busy()
+                || matches!(tokio::time::timeout(self.lease.renewal_interval(), client.give_up()).await, Ok(Ok(()))));
+        let outcome = if fenced && self.release_given_up(reason, ending).await.is_ok() {
+            Outcome::Waiting(Duration::ZERO)
+        } else {
+            Outcome::Abandoned
+        };
+        self.lease.release(self.context.store.objects().as_ref()).await;
+        outcome
+    }
+
+    /// Releases a job whose client can do nothing any more. With `reason`, the attempt counts.
+    async fn release_given_up(&self, reason: Option<String>, ending: Option<Ending>) -> Step<()> {
+        let retries = self.context.config.borrow().offload.retries;
+        let record = self.snapshot().await;
+        let spent = reason.as_ref().filter(|_| record.attempts >= retries && !record.state.is_ended()).map(|reason| {
+            let attempts = record.attempts.saturating_add(1);
+            Ending::new(State::Failed, format!("given up after {attempts} attempts: {reason}"))
+        });
+        let ending = ending.or(spent).filter(|_| !record.state.is_ended());
+        let not_before = reason.as_ref().and_then(|_| self.next_attempt(&record));
+        self.update(|record| {
+            // another's stays: it has not been fenced yet
+            if record.owner_address.as_ref() == self.address.get() {
+                record.owner = None;
+                record.owner_address = None;
+            }
+            // a request to Glance may have been on its way
+            record.mend = true;
+            record.ending = record.ending.take().or_else(|| ending.clone());
+            if let Some(reason) = &reason {
+                record.reason = Some(reason.clone());
+                record.attempts = record.attempts.saturating_add(1);
+                record.not_before = not_before;
+            }
+        })
+        .await?;
+        self.index().await
+    }
+
+    async fn work(&self, drain: &CancellationToken, client: &dyn Lent) -> Result<Outcome, GivenUp> {
         match self.take_over().await {
             Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
-            // the owner before may still be at work: nothing may be made or taken down, and its address must stay
-            Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => {
-                let outcome = self.pause(&reason, false).await;
-                if outcome != Outcome::Abandoned {
-                    self.lease.release(self.context.store.objects().as_ref()).await;
-                }
-                return outcome;
-            }
-            Err(stop) => return self.settle(stop).await,
+            Err(stop) => return Ok(self.not_begun(stop).await),
         }
         if let Some(ending) = self.ends_its_owners().await {
-            return self.settle(Stop::End(ending)).await;
+            return Ok(self.settle(Stop::End(ending)).await);
         }
         let (attempt, watched) = {
             let watcher = async {
@@ -292,7 +427,7 @@ impl Job {
         let stop = match (attempt, watched) {
             (Ok(state), _) => {
                 self.lease.release(self.context.store.objects().as_ref()).await;
-                return Outcome::Ended(state);
+                return Ok(Outcome::Ended(state));
             }
             // what the attempt decided by itself stands, unless it only felt that it was stopped
             (Err(Stop::Interrupted), _) if self.lease.is_lost() => Stop::LeaseLost,
@@ -300,7 +435,38 @@ impl Job {
             (Err(Stop::Interrupted), None) => Stop::Retry("the transfer was stopped".into()),
             (Err(stop), _) => stop,
         };
-        self.settle(stop).await
+        if !self.calls_returned(client).await {
+            return Err(if self.lease.is_lost() { GivenUp::LeaseLost } else { GivenUp::Ended(stop) });
+        }
+        self.settling.store(true, Ordering::SeqCst);
+        Ok(self.settle(stop).await)
+    }
+
+    /// Whether every call on Ceph has returned, now or in a moment: what one still does would meet what comes next.
+    async fn calls_returned(&self, client: &dyn Lent) -> bool {
+        let until = Instant::now() + CALL_GRACE;
+        while client.is_busy() {
+            if Instant::now() >= until {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        true
+    }
+
+    /// Leaves a job that this daemon is not the owner of yet. The owner before may still be at work: nothing may be made
+    /// or taken down, and its address must stay.
+    async fn not_begun(&self, stop: Stop) -> Outcome {
+        match stop {
+            Stop::Retry(reason) | Stop::End(Ending { reason, .. }) => {
+                let outcome = self.pause(&reason, false).await;
+                if outcome != Outcome::Abandoned {
+                    self.lease.release(self.context.store.objects().as_ref()).await;
+                }
+                outcome
+            }
+            stop => self.settle(stop).await,
+        }
     }
 
     /// Whether too many owners in a row have died or stalled with this job.
@@ -343,17 +509,19 @@ impl Job {
         }
         let owner = self.context.identity.owner();
         self.update(|record| {
+            // not twice, where the outcome of the first try was unknown
+            if taken && record.owner_address.as_ref() != Some(&address) {
+                record.count_takeover();
+            }
             record.owner = Some(owner.clone());
             record.owner_address = Some(address.clone());
             // the attempt reads the image first of all
             record.check = false;
             // the fence keeps the owner before out of Ceph, not out of Glance
             record.mend |= taken;
-            if taken {
-                record.count_takeover();
-            }
         })
         .await?;
+        let _ = self.address.set(address);
         if taken {
             metrics::counter!("rbd_offload_takeovers_total").increment(1);
             // the index tells every engine that this job is a suspect
@@ -390,6 +558,15 @@ impl Job {
                     match self.context.store.load(self.id).await? {
                         Some(now) => *stored = now,
                         None => return Err(Stop::Abandon("its record is gone".into())),
+                    }
+                }
+                // carried out or not: the version of the record tells
+                Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::TimedOut && !self.lease.is_over() => {
+                    tokio::time::sleep(UPDATE_PAUSE).await;
+                    match self.context.store.load(self.id).await {
+                        Ok(Some(now)) => *stored = now,
+                        Ok(None) => return Err(Stop::Abandon("its record is gone".into())),
+                        Err(_) => {}
                     }
                 }
                 Err(error) => return Err(error.into()),
@@ -439,6 +616,7 @@ impl Job {
         tracing::debug!(image_id = %self.id, job_stage = name, seconds, ok = result.is_ok(), "stage over");
         if result.is_ok() {
             metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
+            self.progress.step();
         }
         // goes into the record with its next change
         let mut stages = self.stages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -33,8 +33,16 @@ pub enum Told {
 impl Job {
     /// Tells whoever waits for a job that waits for its turn: once that the request is known, and a service that handed
     /// its work over from time to time that its turn will come, as long as the daemon moves.
-    pub async fn acknowledge(self, drain: CancellationToken) -> Told {
+    pub async fn acknowledge(mut self, drain: CancellationToken) -> Told {
         let waited_for = self.is_waited_for().await;
+        let client = match self.take_client(&drain).await {
+            Ok(client) => client,
+            Err(stop) => {
+                tracing::debug!(image_id = %self.id, ?stop, "the request was not acknowledged; its run tells");
+                self.lease.release(self.context.store.objects().as_ref()).await;
+                return if waited_for { Told::Nobody } else { Told::Tenant };
+            }
+        };
         let stopped = async {
             tokio::select! {
                 biased;
@@ -55,6 +63,7 @@ impl Job {
             }
         }
         self.lease.release(self.context.store.objects().as_ref()).await;
+        client.give_back();
         match waited_for {
             false => Told::Tenant,
             true if self.snapshot().await.acknowledged => Told::Service,

@@ -1,17 +1,18 @@
 //! The simulated Ceph cluster: images whose bytes are one number, objects with versions and locks, the blocklist.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::node::{Handle, Kind};
+use super::node::{Handle, Kind, Node};
 use super::world::World;
 use crate::ceph::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, LockKey, Locked, Moved, Objects,
-    Parent, Progress, Result, Snapshot, Storage, TransferLimits, Version,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Lent, Link, LockKey, Locked, Moved,
+    Objects, Parent, Progress, Result, Snapshot, Storage, StoragePool, TransferLimits, Version,
 };
 
 pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
@@ -846,6 +847,51 @@ impl Storage for Handle {
     async fn reconnect(&self) -> Result<Change> {
         self.node.pass().await;
         Ok(if self.node.reconnect() { Change::Made } else { Change::AlreadyThere })
+    }
+}
+
+#[async_trait]
+impl StoragePool for Handle {
+    async fn take(&self) -> Result<Box<dyn Lent>> {
+        self.node.pass().await;
+        Ok(Box::new(LentHandle { handle: Handle { node: Node::of_job(&self.node) }, control: self.clone() }))
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.node.is_fenced()
+    }
+
+    async fn reconnect(&self) -> Result<Change> {
+        Storage::reconnect(self).await
+    }
+}
+
+/// A client that one job uses.
+struct LentHandle {
+    handle: Handle,
+    control: Handle,
+}
+
+#[async_trait]
+impl Lent for LentHandle {
+    fn storage(&self) -> Arc<dyn Storage> {
+        Arc::new(self.handle.clone())
+    }
+
+    fn is_busy(&self) -> bool {
+        false
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.handle.node.is_fenced()
+    }
+
+    fn give_back(self: Box<Self>) {
+        self.handle.node.give_back();
+    }
+
+    async fn give_up(self: Box<Self>) -> Result<()> {
+        self.control.fence(&self.handle.node.address()).await.map(drop)
     }
 }
 

@@ -45,6 +45,10 @@ pub struct Node {
     pub died: CancellationToken,
     /// A person's command line has no accidents.
     steady: bool,
+    /// The daemon that this client of one job belongs to.
+    host: Option<Arc<Node>>,
+    /// Clients of jobs that none uses.
+    idle: Mutex<Vec<Arc<Node>>>,
 }
 
 /// What both error types of the traits can say.
@@ -103,7 +107,42 @@ impl Node {
             body: Mutex::new(Body { address, fenced: false, frozen_until: None, dead: false, cut_until: None }),
             died: CancellationToken::new(),
             steady,
+            host: None,
+            idle: Mutex::default(),
         })
+    }
+
+    /// A client for one job: with an address of its own, it lives and dies with its daemon.
+    pub fn of_job(host: &Arc<Self>) -> Arc<Self> {
+        let idle = host.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.unwrap_or_else(|| {
+            let number = host.world.lock().ceph.next();
+            let address = format!("{}:0/{number}", host.name);
+            Arc::new(Self {
+                name: host.name.clone(),
+                world: host.world.clone(),
+                body: Mutex::new(Body { address, fenced: false, frozen_until: None, dead: false, cut_until: None }),
+                died: host.died.clone(),
+                steady: host.steady,
+                host: Some(Arc::clone(host)),
+                idle: Mutex::default(),
+            })
+        })
+    }
+
+    /// A job is over, and another may use its client.
+    pub fn give_back(self: Arc<Self>) {
+        if let Some(host) = self.host.clone().filter(|_| !self.is_fenced()) {
+            host.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+        }
+    }
+
+    pub fn is_fenced(&self) -> bool {
+        self.body().fenced
+    }
+
+    fn host(&self) -> &Self {
+        self.host.as_deref().unwrap_or(self)
     }
 
     fn body(&self) -> std::sync::MutexGuard<'_, Body> {
@@ -135,29 +174,29 @@ impl Node {
 
     pub fn freeze(&self, time: Duration) {
         self.world.lock().log(|| format!("{} FROZEN for {time:?}", self.name));
-        self.body().frozen_until = Some(Instant::now() + time);
+        self.host().body().frozen_until = Some(Instant::now() + time);
     }
 
     pub fn cut(&self, time: Duration) {
         self.world.lock().log(|| format!("{} CUT OFF for {time:?}", self.name));
-        self.body().cut_until = Some(Instant::now() + time);
+        self.host().body().cut_until = Some(Instant::now() + time);
     }
 
     pub fn kill(&self) {
         self.world.lock().log(|| format!("{} DIED", self.name));
-        self.body().dead = true;
+        self.host().body().dead = true;
         self.died.cancel();
     }
 
     pub fn is_dead(&self) -> bool {
-        self.body().dead
+        self.host().body().dead
     }
 
     /// Waits while the daemon is frozen, and for ever when it is dead.
     pub async fn pass(&self) {
         loop {
             let until = {
-                let body = self.body();
+                let body = self.host().body();
                 if body.dead { None } else { Some(body.frozen_until) }
             };
             match until {
@@ -262,7 +301,7 @@ impl Handle {
             node.pass().await;
         }
         let patience = Duration::from_secs(30);
-        let cut = node.body().cut_until.filter(|until| *until > Instant::now());
+        let cut = node.host().body().cut_until.filter(|until| *until > Instant::now());
         if let Some(until) = cut {
             let longest = Instant::now() + patience;
             let gave_up = until > longest;
@@ -359,6 +398,7 @@ impl Daemon {
         let (_, config) = watch::channel(Arc::new(config));
         let engine = Engine::new(Context {
             storage: Arc::new(handle.clone()),
+            clients: Arc::new(handle.clone()),
             cloud: Arc::new(handle),
             store,
             config,
