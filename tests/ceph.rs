@@ -1,23 +1,35 @@
 //! The promises of `rbd_offload::ceph`, against a real cluster: the lab that `make test` starts.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rbd_offload::ceph::{
     Change, Client, ClientPool, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects,
-    Progress, Storage, StoragePool, TransferLimits, Version,
+    Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, Name};
 use rbd_offload::transfer::{self, MARK};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
 const METHODS: [Method; 3] = [Method::Copy, Method::Clone, Method::Fill];
-const LIMITS: TransferLimits = TransferLimits { concurrency: 8, bytes_per_second: 0, objects_per_second: 0 };
+
+/// Limits with rates of their own: bytes and objects a second; 0: none.
+fn limits(concurrency: usize, bytes: u64, objects: u64) -> TransferLimits {
+    TransferLimits { concurrency, rates: Arc::new(Rates::new(bytes, objects)) }
+}
+
+fn no_limits() -> TransferLimits {
+    limits(8, 0, 0)
+}
 
 /// What the Python that prepares sources may use.
 const PRELUDE: &str = r#"
@@ -140,8 +152,9 @@ impl Lab {
     }
 }
 
-impl Drop for Lab {
-    fn drop(&mut self) {
+impl Lab {
+    /// Removes all that the test made.
+    fn clean(&self) {
         let output = Command::new("/usr/bin/python3")
             .args(["-c", &format!("{PRELUDE}\nclean()\n{LEAVE}")])
             .args([self.conf(), self.keyring(), self.name.clone().into()])
@@ -151,6 +164,12 @@ impl Drop for Lab {
         {
             eprintln!("cleaning up: {}", String::from_utf8_lossy(&output.stderr));
         }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.clean();
     }
 }
 
@@ -166,14 +185,14 @@ async fn transfer(client: &Client, method: Method, source: &ImageSpec, destinati
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     if method == Method::Copy {
         client.create_like(source, "s", destination).await.unwrap();
-        let moved = client.copy(source, "s", destination, LIMITS, &progress, &cancel).await.unwrap();
+        let moved = client.copy(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
         assert_eq!(progress.done(), progress.total());
         return moved;
     }
     client.clone_image(source, "s", destination).await.unwrap();
     let mut filled = Moved::default();
     if method == Method::Fill {
-        filled = client.fill(source, "s", destination, LIMITS, &progress, &cancel).await.unwrap();
+        filled = client.fill(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
         assert_eq!((progress.done(), filled.through_host), (progress.total(), 0));
     }
     let flattened = client.flatten(destination, &Progress::default(), &cancel).await.unwrap();
@@ -307,6 +326,59 @@ write('volumes', v, 13 * M, 2 * M, 2); write('volumes', v, M, 10, 2)",
     .await;
 }
 
+/// A parent full of data, and a clone of which two whole objects are discarded: it holds them at zero bytes.
+async fn discards_in_a_clone(clone: &str) {
+    every_method_is_right(&format!(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 48 * M); write('images', NAME + '-a', 0, 48 * M, 1)
+snap('images', NAME + '-a', 'x')
+{clone}
+discard('volumes', v, 4 * M, 4 * M); discard('volumes', v, 20 * M, 4 * M)"
+    ))
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn discards_in_a_clone_with_layering_only() {
+    discards_in_a_clone("clone('images', NAME + '-a', 'x', 'volumes', v, features=1)").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn discards_in_a_clone_with_exclusive_lock() {
+    discards_in_a_clone("clone('images', NAME + '-a', 'x', 'volumes', v, features=1 | 4)").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn discards_in_a_clone_whose_maps_were_never_built() {
+    discards_in_a_clone(
+        "clone('images', NAME + '-a', 'x', 'volumes', v, features=1)
+with rbd.Image(io('volumes'), v) as image:
+    image.update_features(4, True); image.update_features(8 | 16, True)
+    assert image.flags() == 3, image.flags()",
+    )
+    .await;
+}
+
+/// The map of the head is valid, that of the clone's snapshot in the middle of the chain is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn discards_in_the_middle_of_a_chain() {
+    every_method_is_right(
+        "
+v = NAME + '-volume'
+create('images', NAME + '-a', 32 * M); write('images', NAME + '-a', 0, 32 * M, 1)
+snap('images', NAME + '-a', 'x')
+clone('images', NAME + '-a', 'x', 'volumes2', NAME + '-b', features=1)
+discard('volumes2', NAME + '-b', 4 * M, 8 * M); write('volumes2', NAME + '-b', 8 * M, 4096, 2)
+snap('volumes2', NAME + '-b', 'y')
+with rbd.Image(io('volumes2'), NAME + '-b') as image:
+    image.update_features(4, True); image.update_features(8 | 16, True); image.rebuild_object_map()
+clone('volumes2', NAME + '-b', 'y', 'volumes', v)
+discard('volumes', v, 16 * M, 4 * M); discard('volumes', v, 21 * M, M)",
+    )
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_sizes() {
     every_method_is_right(
@@ -415,7 +487,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     transfer(&client, Method::Copy, &by_id, &lab.image()).await;
     assert_eq!(lab.data(&lab.image(), None), expected);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
-    client.fill(&by_id, "s", &cloned, LIMITS, &progress, &cancel).await.unwrap();
+    client.fill(&by_id, "s", &cloned, &no_limits(), &progress, &cancel).await.unwrap();
     client.flatten(&cloned, &progress, &cancel).await.unwrap();
     assert_eq!(lab.data(&cloned, None), expected);
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
@@ -438,10 +510,10 @@ async fn a_copy_during_writes_equals_the_snapshot() {
     let expected = lab.data(&source, Some("s"));
     client.create_like(&source, "s", &lab.image()).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
-    let slow = TransferLimits { bytes_per_second: 16 * MIB, ..LIMITS };
+    let slow = limits(8, 16 * MIB, 0);
     let began = Instant::now();
     let image = lab.image();
-    let copy = client.copy(&source, "s", &image, slow, &progress, &cancel);
+    let copy = client.copy(&source, "s", &image, &slow, &progress, &cancel);
     let writer = async {
         tokio::task::block_in_place(|| {
             lab.python("for n in range(8): write('volumes', NAME + '-volume', n * 8 * M + 4096, 3 * M, n)")
@@ -464,14 +536,14 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
     let (source, image) = (lab.volume(), lab.image());
     client.create_snapshot(&source, "s").await.unwrap();
     client.create_like(&source, "s", &image).await.unwrap();
-    let slow = TransferLimits { bytes_per_second: 8 * MIB, ..LIMITS };
+    let slow = limits(8, 8 * MIB, 0);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let stopper = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
         cancel.cancel();
         Instant::now()
     };
-    let (stopped, at) = tokio::join!(client.copy(&source, "s", &image, slow, &progress, &cancel), stopper);
+    let (stopped, at) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     assert!(at.elapsed() < Duration::from_secs(2));
     assert!(progress.done() > 0 && progress.done() < progress.total());
@@ -479,7 +551,7 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
 
     client.create_like(&source, "s", &image).await.unwrap();
     let never = CancellationToken::new();
-    let copy = client.copy(&source, "s", &image, slow, &progress, &never);
+    let copy = client.copy(&source, "s", &image, &slow, &progress, &never);
     tokio::time::timeout(Duration::from_secs(1), copy).await.unwrap_err();
     // The dropped copy lets go of the image by itself.
     assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
@@ -539,7 +611,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     client.protect_snapshot(&source, "s").await.unwrap();
     client.clone_image(&source, "s", &image).await.unwrap();
     let id = client.image(&image, None).await.unwrap().unwrap().id;
-    let slow = TransferLimits { objects_per_second: 20, ..LIMITS };
+    let slow = limits(8, 0, 20);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let stopper = async {
         while progress.done() < 8 * 4 * MIB {
@@ -547,7 +619,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
         }
         cancel.cancel();
     };
-    let (stopped, ()) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &cancel), stopper);
+    let (stopped, ()) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     let objects = |lab: &Lab| lab.command("rados", &["-p", "images", "ls"]).lines().filter(|o| o.contains(&id)).count();
     assert!(objects(&lab) > 8);
@@ -558,8 +630,8 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     client.clone_image(&source, "s", &image).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
-    client.fill(&source, "s", &image, LIMITS, &progress, &cancel).await.unwrap_err();
-    client.fill(&source, "s", &image, LIMITS, &progress, &CancellationToken::new()).await.unwrap();
+    client.fill(&source, "s", &image, &no_limits(), &progress, &cancel).await.unwrap_err();
+    client.fill(&source, "s", &image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
     client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
     let info = client.image(&image, None).await.unwrap().unwrap();
     assert!(info.features.has(Features::PUBLISHED) && info.flags == 0 && info.parent.is_none());
@@ -739,7 +811,7 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image:
             anchor: None,
             destination: lab.image(),
             mark: lab.name.clone(),
-            limits: LIMITS,
+            limits: no_limits(),
         };
         let (progress, never) = (Progress::default(), CancellationToken::new());
         method.transfer().run(&client, &order, &progress, &never).await.unwrap();
@@ -885,7 +957,7 @@ write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '
         }
         let (from, snapshot) = if flattened { (&anchor, "a") } else { (&source, "s") };
         client.clone_image(&anchor, "a", &image).await.unwrap();
-        let filled = client.fill(from, snapshot, &image, LIMITS, &progress, &never).await.unwrap();
+        let filled = client.fill(from, snapshot, &image, &no_limits(), &progress, &never).await.unwrap();
         eprintln!("{filled:?}");
         assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
         client.flatten(&image, &progress, &never).await.unwrap();
@@ -1139,7 +1211,7 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
 
     // It is shut out in the middle of a copy.
     let (progress, never) = (Progress::default(), CancellationToken::new());
-    let slow = TransferLimits { bytes_per_second: 8 * MIB, ..LIMITS };
+    let slow = limits(8, 8 * MIB, 0);
     let fence = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
         let began = Instant::now();
@@ -1147,7 +1219,7 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
         eprintln!("fenced in {:?}", began.elapsed());
         assert_eq!(one.fence(&address).await.unwrap(), Change::AlreadyThere);
     };
-    let (copied, ()) = tokio::join!(two.copy(&source, "s", &image, slow, &progress, &never), fence);
+    let (copied, ()) = tokio::join!(two.copy(&source, "s", &image, &slow, &progress, &never), fence);
     let shut_out = copied.unwrap_err();
     assert_eq!(shut_out.kind(), ErrorKind::Fenced, "{shut_out}");
     assert!(two.is_fenced());
@@ -1281,25 +1353,25 @@ write('volumes', v, 9 * M, 2 * M, 2)",
     client.clone_image(&source, "s", &image).await.unwrap();
     client.create_snapshot(&image, "snap").await.unwrap();
 
-    let slow = TransferLimits { objects_per_second: 4, concurrency: 1, ..LIMITS };
+    let slow = limits(1, 0, 4);
     let cancel = CancellationToken::new();
     let stopper = async {
         tokio::time::sleep(Duration::from_secs(1)).await;
         cancel.cancel();
         Instant::now()
     };
-    let (stopped, at) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &cancel), stopper);
+    let (stopped, at) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     assert!(at.elapsed() < Duration::from_secs(2));
     assert!(progress.done() > 0 && progress.done() < progress.total());
     assert!(lab.data(&image, None) == expected, "half filled");
 
     for _ in 0..2 {
-        let moved = client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap();
+        let moved = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap();
         assert_eq!((moved.objects, moved.through_host), (8, 0));
     }
     client.flatten(&image, &progress, &never).await.unwrap();
-    assert_eq!(client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap(), Moved::default());
+    assert_eq!(client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap(), Moved::default());
     client.remove_snapshot(&source, "s").await.unwrap();
     client.remove_image(&source).await.unwrap();
     assert!(lab.data(&image, None) == expected);
@@ -1322,7 +1394,7 @@ async fn only_a_clone_of_that_snapshot_is_filled() {
     }
     client.clone_image(&source, "t", &image).await.unwrap();
     let (progress, never) = (Progress::default(), CancellationToken::new());
-    let refused = client.fill(&source, "s", &image, LIMITS, &progress, &never).await.unwrap_err();
+    let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
 }
 
@@ -1370,7 +1442,7 @@ write('volumes', v, 9 * M, 2 * M, 2); write('volumes', v, 56 * M, 100, 3)",
     for fault in [FillFault::SkipEveryThird, FillFault::FailAfter(7), FillFault::StopAfter(7)] {
         let (progress, never) = (Progress::default(), CancellationToken::new());
         client.clone_image(&source, "s", &image).await.unwrap();
-        let filled = client.fill_with_fault(&source, "s", &image, LIMITS, &progress, &never, Some(fault)).await;
+        let filled = client.fill_with_fault(&source, "s", &image, &no_limits(), &progress, &never, Some(fault)).await;
         match filled {
             Ok(moved) => assert!(moved.objects > 0 && moved.objects < 13, "{fault:?}: {moved:?}"),
             Err(error) => assert_eq!((fault, error.kind()), (FillFault::FailAfter(7), ErrorKind::Other), "{error}"),
@@ -1397,7 +1469,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
     let client = lab.client().await;
     let (source, image) = (lab.volume(), lab.image());
-    let slow = TransferLimits { concurrency: 1, objects_per_second: 4, bytes_per_second: 16 * MIB };
+    let slow = limits(1, 16 * MIB, 4);
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let removal = async {
         tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -1405,7 +1477,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     };
     snapshotted(&client, &source).await;
     client.clone_image(&source, "s", &image).await.unwrap();
-    let (filled, ()) = tokio::join!(client.fill(&source, "s", &image, slow, &progress, &never), removal);
+    let (filled, ()) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &never), removal);
     let error = filled.unwrap_err();
     eprintln!("fill: {error}");
     assert!(!rbd_offload::transfer::is_for_another_method(&error), "{error}");
@@ -1418,7 +1490,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     };
     snapshotted(&client, &source).await;
     client.create_like(&source, "s", &image).await.unwrap();
-    let (copied, ()) = tokio::join!(client.copy(&source, "s", &image, slow, &progress, &never), removal);
+    let (copied, ()) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &never), removal);
     eprintln!("copy: {}", copied.unwrap_err());
     assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::AlreadyThere);
@@ -1579,6 +1651,19 @@ for n in range(32): write(SOURCE, 'ballast', n * 4 * M, M // 2, n)",
     .await;
 }
 
+/// Objects of which every part was discarded have nothing stored, and those cut short store no zeros beyond the cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_discarded_in_parts_stay_thin() {
+    stays_thin(
+        "
+create('images', NAME + '-a', 128 * M); write('images', NAME + '-a', 0, 128 * M, 1); snap('images', NAME + '-a', 'x')
+clone('images', NAME + '-a', 'x', SOURCE, v); write(SOURCE, v, 0, 128 * M, 2)
+for n in range(1, 32, 2): discard(SOURCE, v, n * 4 * M, 2 * M); discard(SOURCE, v, n * 4 * M + 2 * M, 2 * M)
+for n in range(0, 32, 8): discard(SOURCE, v, n * 4 * M + M, 2 * M); discard(SOURCE, v, n * 4 * M + 3 * M, M)",
+    )
+    .await;
+}
+
 /// What the transfers wrote is right to the OSDs too: a deep scrub compares data, sizes and statistics.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deep_scrub_finds_nothing() {
@@ -1638,6 +1723,269 @@ for n in (52, 56, 60): write('volumes', v, n * M, M, n); write('volumes', v, (n 
     }
     let health = lab.command("ceph", &["health", "detail"]);
     assert!(!health.contains("PG_DAMAGED") && !health.contains("OSD_SCRUB_ERRORS"), "{health}");
+}
+
+/// A pool for images under migration: the bindings cannot list a trash with such an image. The clean-up of its clones
+/// comes first.
+struct MigrationPool<'a> {
+    client: Client,
+    name: String,
+    lab: &'a Lab,
+    _pools: Pools<'a>,
+}
+
+impl<'a> MigrationPool<'a> {
+    async fn new(lab: &'a Lab) -> Self {
+        let pools = Pools::new(lab, &["migration"]);
+        // The daemon's user has no business in this pool.
+        let client = Client::connect(&lab.conf(), "admin").await.unwrap();
+        Self { client, name: pools.names[0].clone(), lab, _pools: pools }
+    }
+
+    fn python(&self, code: &str) {
+        self.lab.python(&format!("P = '{}'\nv = NAME + '-volume'\n{code}", self.name));
+    }
+}
+
+impl Drop for MigrationPool<'_> {
+    fn drop(&mut self) {
+        self.lab.clean();
+    }
+}
+
+/// `rbd migration prepare` moves the clones of an image to a new one, which is empty at first and shows no parent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_under_live_migration_is_read_through_librbd() {
+    let lab = Lab::new();
+    let pool = MigrationPool::new(&lab).await;
+    pool.python(
+        "
+create(P, NAME + '-a', 32 * M); write(P, NAME + '-a', 0, 20 * M, 1); snap(P, NAME + '-a', 'x')
+clone(P, NAME + '-a', 'x', P, NAME + '-b'); write(P, NAME + '-b', 8 * M, M, 2)
+snap(P, NAME + '-b', 'y'); clone(P, NAME + '-b', 'y', 'volumes', v)
+discard('volumes', v, 4 * M, 4 * M); write('volumes', v, 25 * M, M, 2)
+snap('volumes', v, 's')",
+    );
+    let client = &pool.client;
+    let (source, image) = (lab.volume(), lab.image());
+    let expected = lab.data(&source, Some("s"));
+    for parent in ["b", "a"] {
+        pool.python(&format!("rbd.RBD().migration_prepare(io(P), NAME + '-{parent}', io(P), NAME + '-new')"));
+        for method in [Method::Copy, Method::Clone] {
+            transfer(client, method, &source, &image).await;
+            assert!(lab.data(&image, None) == expected, "{parent}, {method:?}");
+            is_published_shape(&lab, client, &source, &image).await;
+            for extent in [Compare::Sample, Compare::Full] {
+                assert_eq!(compared(client, &source, &image, extent).await, None);
+            }
+            client.remove_image(&image).await.unwrap();
+        }
+        client.clone_image(&source, "s", &image).await.unwrap();
+        let (progress, never) = (Progress::default(), CancellationToken::new());
+        let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        client.remove_image(&image).await.unwrap();
+        pool.python("rbd.RBD().migration_abort(io(P), NAME + '-new')");
+    }
+    assert!(lab.data(&source, Some("s")) == expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_under_live_migration_is_copied_right() {
+    let lab = Lab::new();
+    let pool = MigrationPool::new(&lab).await;
+    pool.python(
+        "
+create('images', NAME + '-a', 24 * M); write('images', NAME + '-a', 0, 24 * M, 1); snap('images', NAME + '-a', 'x')
+clone('images', NAME + '-a', 'x', P, NAME + '-old'); discard(P, NAME + '-old', 4 * M, 4 * M)
+write(P, NAME + '-old', 13 * M, M, 2)
+rbd.RBD().migration_prepare(io(P), NAME + '-old', io('volumes'), v)
+write('volumes', v, 9 * M, M, 3); discard('volumes', v, 16 * M, 4 * M)",
+    );
+    let client = &pool.client;
+    let (source, image) = (lab.volume(), lab.image());
+    client.create_snapshot(&source, "s").await.unwrap();
+    let expected = lab.data(&source, Some("s"));
+    pool.python("write('volumes', v, 20 * M, M, 99)");
+    let info = client.image(&source, Some("s")).await.unwrap().unwrap();
+    let (methods, _) = rbd_offload::transfer::candidates(rbd_offload::config::Method::Auto, &info);
+    assert_eq!(methods, [rbd_offload::transfer::Method::Copy]);
+    transfer(client, Method::Copy, &source, &image).await;
+    assert!(lab.data(&image, None) == expected);
+    for extent in [Compare::Sample, Compare::Full] {
+        assert_eq!(compared(client, &source, &image, extent).await, None);
+    }
+    client.remove_snapshot(&source, "s").await.unwrap();
+    pool.python("rbd.RBD().migration_execute(io('volumes'), v); rbd.RBD().migration_commit(io('volumes'), v)");
+}
+
+/// A client that has an image open does not see that its parents change. What it read after that may be zeros.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_is_migrated_while_it_is_read_fails_the_copy() {
+    let lab = Lab::new();
+    let pool = MigrationPool::new(&lab).await;
+    pool.python(
+        "
+create(P, NAME + '-a', 64 * M); write(P, NAME + '-a', 0, 64 * M, 1); snap(P, NAME + '-a', 'x')
+clone(P, NAME + '-a', 'x', 'volumes', v); snap('volumes', v, 's')",
+    );
+    let (client, source, image) = (&pool.client, lab.volume(), lab.image());
+    client.create_like(&source, "s", &image).await.unwrap();
+    let (progress, never, slow) = (Progress::default(), CancellationToken::new(), limits(1, 4 * MIB, 0));
+    let migration = async {
+        while progress.done() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        slow.rates.set(1, 0);
+        tokio::task::block_in_place(|| {
+            pool.python(
+                "rbd.RBD().migration_prepare(io(P), NAME + '-a', io(P), NAME + '-b')
+rbd.RBD().migration_execute(io(P), NAME + '-b'); rbd.RBD().migration_commit(io(P), NAME + '-b')",
+            )
+        });
+        slow.rates.set(0, 0);
+    };
+    let (copied, _) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &never), migration);
+    assert_eq!(copied.unwrap_err().kind(), ErrorKind::Conflict);
+}
+
+/// The rate belongs to all transfers together, and a new one holds for those that run.
+#[tokio::test(flavor = "multi_thread")]
+async fn transfers_share_a_rate() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 96 * M); write('volumes', NAME + '-volume', 0, 96 * M, 1)");
+    let client = lab.client().await;
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let images = ["one", "two"].map(|name| ImageSpec::named("images", format!("{}-{name}", lab.name)));
+    for image in &images {
+        client.clone_image(&source, "s", image).await.unwrap();
+    }
+    let shared = limits(8, 0, 16);
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let began = Instant::now();
+    let fill = |image| client.fill(&source, "s", image, &shared, &progress, &never);
+    let (one, two) = tokio::join!(fill(&images[0]), fill(&images[1]));
+    assert_eq!((one.unwrap().objects, two.unwrap().objects), (24, 24));
+    // 48 objects at 16 a second; each fill alone would have taken half the time.
+    assert!(began.elapsed() > Duration::from_millis(2700), "{:?}", began.elapsed());
+
+    // One chunk in 49 days, until the rate is another one.
+    let (crawling, began) = (limits(8, 1, 0), Instant::now());
+    let image = lab.image();
+    client.create_like(&source, "s", &image).await.unwrap();
+    let copy = client.copy(&source, "s", &image, &crawling, &progress, &never);
+    let reload = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(progress.done() < 96 * MIB);
+        crawling.rates.set(0, 0);
+    };
+    let (copied, ()) = tokio::join!(copy, reload);
+    assert_eq!(copied.unwrap().objects, 24);
+    assert!(began.elapsed() < Duration::from_secs(300));
+}
+
+/// Random chains of images (tests/common/chain.py), made and judged by Debian's librbd bindings in a process of their own.
+struct Chains {
+    process: std::process::Child,
+    answers: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl Chains {
+    fn new(lab: &Lab) -> Self {
+        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/common/chain.py");
+        let mut process = Command::new("/usr/bin/python3")
+            .args([script, lab.conf(), lab.keyring()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { process, answers }
+    }
+
+    /// The answer, and what was done to make the chain.
+    fn ask(&mut self, question: &serde_json::Value) -> (serde_json::Value, serde_json::Value) {
+        tokio::task::block_in_place(|| {
+            writeln!(self.process.stdin.as_ref().unwrap(), "{question}").unwrap();
+            let answer = self.answers.next().unwrap_or_else(|| panic!("{question}: chain.py has died")).unwrap();
+            let mut answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+            (answer["answer"].take(), answer["log"].take())
+        })
+    }
+}
+
+impl Drop for Chains {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+/// Makes the chain of the seed, transfers it by every method, and returns what is wrong with the results.
+async fn judge_chain(client: &Client, chains: &mut Chains, lab: &Lab, seed: u64) -> Vec<String> {
+    let name = format!("{}-chain{seed}", lab.name);
+    let (made, log) = chains.ask(&json!({"make": seed, "name": name}));
+    let mut wrong = Vec::new();
+    if let Some(difference) = made["difference"].as_str() {
+        wrong.push(format!("seed {seed}: librbd reads other than the model, {difference}: {log:#}"));
+    }
+    let source = ImageSpec::named(made["pool"].as_str().unwrap(), made["image"].as_str().unwrap());
+    for method in METHODS {
+        let destination = ImageSpec::named("images", format!("{name}-z{method:?}"));
+        transfer(client, method, &source, &destination).await;
+        for extent in [Compare::Sample, Compare::Full] {
+            if let Some(byte) = compared(client, &source, &destination, extent).await {
+                wrong.push(format!("seed {seed}, {method:?}: compare ({extent:?}) finds byte {byte}: {log:#}"));
+            }
+        }
+        let (found, _) = chains.ask(&json!({"check": format!("{name}-z{method:?}"), "name": name}));
+        let found = found.as_array().unwrap();
+        wrong.extend(found.iter().map(|what| format!("seed {seed}, {method:?}: {what}: {log:#}")));
+        client.remove_image(&destination).await.unwrap();
+    }
+    chains.ask(&json!({"clean": name}));
+    wrong
+}
+
+/// The promise of all transfers: whatever the layers of a source are, the copy holds what the snapshot holds. So many
+/// chains (`RBD_OFFLOAD_TEST_CHAINS`; as many as a minute allows) from that seed on (`RBD_OFFLOAD_TEST_SEED`; another one
+/// each time).
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn every_byte_of_random_chains_is_right() {
+    const AT_A_TIME: u64 = 4;
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let chains = number("RBD_OFFLOAD_TEST_CHAINS");
+    let first = number("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| u64::from(Uuid::new_v4().as_fields().0));
+    let (began, next) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+    let mut workers = Vec::new();
+    for _ in 0..AT_A_TIME {
+        let next = Arc::clone(&next);
+        workers.push(tokio::spawn(async move {
+            let lab = Lab::new();
+            let client = lab.client().await;
+            let mut python = Chains::new(&lab);
+            let (mut count, mut wrong) = (0, Vec::new());
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let enough = chains.map_or(began.elapsed() > Duration::from_secs(50), |chains| number >= chains);
+                if enough {
+                    return (count, wrong);
+                }
+                wrong.extend(judge_chain(&client, &mut python, &lab, first + number).await);
+                count += 1;
+            }
+        }));
+    }
+    let (mut count, mut wrong) = (0, Vec::new());
+    for worker in workers {
+        let (judged, found) = worker.await.unwrap();
+        count += judged;
+        wrong.extend(found);
+    }
+    eprintln!("{count} chains from seed {first} on, in {:?}", began.elapsed());
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(count > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, cancelled};
-use super::layers::{data_extents, total};
+use super::layers::{Chain, Inquiry, data_extents, total};
 use super::rbd::{Access, Chunk, Completed, Extent, Image, Queue};
 use super::{Error, ErrorKind, ImageSpec, Moved, Progress, Result, TransferLimits};
 
@@ -29,7 +29,7 @@ pub(super) fn copy(
     source: &ImageSpec,
     snapshot: &str,
     destination: &ImageSpec,
-    limits: TransferLimits,
+    limits: &TransferLimits,
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<Moved> {
@@ -42,7 +42,9 @@ pub(super) fn copy(
         let detail = format!("the destination has {} bytes instead of {size}", to.size()?);
         return Err(Error::new(operation, ErrorKind::Unsupported, detail));
     }
-    let extents = data_extents(cluster, &from)?;
+    let chain = Chain::of(cluster, &from, snap_id)?;
+    let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
+    let extents = data_extents(cluster, &from, snap_id, inquiry)?;
     progress.set_total(total(&extents));
     let mut run = Run {
         queue: Queue::new(&from, &to),
@@ -52,24 +54,21 @@ pub(super) fn copy(
         object_size,
         progress,
     };
-    let mut pace = Pace::new(limits.bytes_per_second);
     for Extent { start, end } in chunks(&extents, object_size.min(MAX_CHUNK)) {
         let length = end - start;
-        let ready = Instant::now() + pace.wait_for(length);
         loop {
             if cancel.is_cancelled() {
                 // What is in flight is waited for when the queue goes.
                 return Err(cancelled(operation));
             }
-            let wait = ready.saturating_duration_since(Instant::now());
             if run.chunks_in_flight() >= limits.concurrency.max(1) {
                 run.complete(POLL)?;
-            } else if wait.is_zero() {
-                break;
-            } else if run.queue.in_flight() > 0 {
-                run.complete(wait.min(POLL))?;
-            } else {
-                std::thread::sleep(wait.min(POLL));
+                continue;
+            }
+            match limits.rates.bytes.start(length as f64) {
+                None => break,
+                Some(wait) if run.queue.in_flight() > 0 => run.complete(wait)?,
+                Some(wait) => std::thread::sleep(wait),
             }
         }
         run.read(start, length as usize)?;
@@ -84,11 +83,8 @@ pub(super) fn copy(
     moved.objects = run.objects.len() as u64;
     drop(run);
     to.flush()?;
-    // A snapshot that is removed meanwhile reads as zeros from then on.
-    let again = Image::open_existing(cluster, source, Access::ReadOnly)?;
-    if again.snapshot_id(snapshot)? != snap_id {
-        return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
-    }
+    // A snapshot that was removed while it was read reads as zeros from then on.
+    chain.check(cluster, source, snapshot, &operation)?;
     Ok(moved)
 }
 
@@ -178,30 +174,6 @@ fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-/// Spaces out work to a rate; a pause is not made up for.
-pub(super) struct Pace {
-    per_second: u64,
-    next: Instant,
-}
-
-impl Pace {
-    /// 0: no limit.
-    pub fn new(per_second: u64) -> Self {
-        Self { per_second, next: Instant::now() }
-    }
-
-    /// How long to wait before doing `amount` of it.
-    pub fn wait_for(&mut self, amount: u64) -> Duration {
-        if self.per_second == 0 {
-            return Duration::ZERO;
-        }
-        let now = Instant::now();
-        let start = self.next.max(now);
-        self.next = start + Duration::from_secs_f64(amount as f64 / self.per_second as f64);
-        start - now
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,14 +194,5 @@ mod tests {
         data[(1 << 20) - 1] = 1;
         assert_eq!(data_runs(&data), [0..24 << 10, 512 << 10..516 << 10, 1020 << 10..1024 << 10]);
         assert_eq!(data_runs(&[1, 0, 0]), std::slice::from_ref(&(0..3)));
-    }
-
-    #[test]
-    fn a_rate_is_kept() {
-        let mut pace = Pace::new(1000);
-        assert!(pace.wait_for(500).is_zero());
-        let wait = pace.wait_for(500);
-        assert!(wait > Duration::from_millis(400) && wait <= Duration::from_millis(500), "{wait:?}");
-        assert!(Pace::new(0).wait_for(u64::MAX).is_zero());
     }
 }

@@ -3,8 +3,10 @@
 //
 // librados offers it in C++ only. No exception leaves this file.
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <ctime>
 #include <map>
 #include <memory>
 #include <new>
@@ -87,23 +89,32 @@ extern "C" int rbd_offload_sparsify(rados_ioctx_t ioctx, const char *object, uin
   }
 }
 
-// Asks for the extents that the OSD has stored of the first `length` bytes, at the snapshot that is set: the sum of their
-// lengths, and where the last one ends. Waits for the answer. -EOPNOTSUPP in an erasure-coded pool.
-extern "C" int rbd_offload_allocated(rados_ioctx_t ioctx, const char *object, uint64_t length, uint64_t *allocated,
-                                     uint64_t *end)
+// Asks how many of the first `size` bytes the OSD has stored, at the snapshot that is set, and where the object ends
+// (not beyond `size`). Waits for the answers. -EOPNOTSUPP in an erasure-coded pool.
+extern "C" int rbd_offload_stored(rados_ioctx_t ioctx, const char *object, uint64_t size, uint64_t *stored,
+                                  uint64_t *length)
 {
   try {
     librados::IoCtx io;
     librados::IoCtx::from_rados_ioctx_t(ioctx, io);
     std::map<uint64_t, uint64_t> extents;
-    const int r = io.mapext(object, 0, length, extents);
+    int r = io.mapext(object, 0, size, extents);
     if (r < 0)
       return r;
-    *allocated = *end = 0;
-    for (const auto &[start, size] : extents) {
-      *allocated += size;
-      *end = start + size;
+    *stored = *length = 0;
+    for (const auto &[start, bytes] : extents) {
+      *stored += bytes;
+      *length = start + bytes;
     }
+    if (*length >= size)
+      return 0;
+    // What follows the last extent may be a hole.
+    uint64_t end = 0;
+    time_t time;
+    r = io.stat(object, &end, &time);
+    if (r < 0)
+      return r;
+    *length = std::min(end, size);
     return 0;
   } catch (const std::bad_alloc &) {
     return -ENOMEM;

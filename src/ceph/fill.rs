@@ -6,6 +6,8 @@
 //! them. `copy_from` fills holes with zeros: objects with a good many are asked for on the OSD that holds them, and made
 //! sparse again after the copy.
 //!
+//! An object is taken from a parent only when every nearer layer is known not to hold it (see `layers`).
+//!
 //! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the clone
 //! has already sees them too. librbd knows nothing of these writes, so the object map is off meanwhile and made anew at
 //! the end: a map that knows less than there is would make a removal of the half filled clone leave objects behind.
@@ -15,16 +17,17 @@ use std::collections::HashSet;
 use std::ffi::{CString, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ptr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ceph::rados::{rados_ioctx_selfmanaged_snap_set_write_ctx, rados_ioctx_snap_set_read, rados_ioctx_t};
+use ceph::rados::{rados_ioctx_selfmanaged_snap_set_write_ctx, rados_ioctx_t};
 use tokio_util::sync::CancellationToken;
 
-use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
-use super::copy::Pace;
-use super::layers::{clip, parents};
+use super::cluster::{Cluster, IoCtx, cancelled, check};
+use super::layers::{Chain, DataObjects, Inquiry, Layer, Layout, Stored, clip, extents_of, parents, refuse_migrating};
+use super::pace::{OBJECT, QUESTION, RateLimiter};
 use super::rbd::{Access, Extent, Image, ParentLink};
 use super::{Error, ErrorKind, Features, ImageSpec, Moved, Progress, Result, TransferLimits, sys};
 
@@ -47,8 +50,8 @@ const LITTLE: u64 = 128 << 10;
 /// Bytes: the unit of holes, in which BlueStore allocates.
 const PAGE: u64 = 4096;
 
-/// Questions to the OSDs in flight when a layer with holes is surveyed.
-const SURVEYORS: usize = 8;
+/// Objects of a flattened image that are made sparse at a time.
+const PUNCHES: usize = 8;
 
 /// A way to go wrong, for tests of what comes after a fill.
 #[doc(hidden)]
@@ -68,7 +71,7 @@ pub(super) fn fill(
     source: &ImageSpec,
     snapshot: &str,
     destination: &ImageSpec,
-    limits: TransferLimits,
+    limits: &TransferLimits,
     fault: Option<FillFault>,
     (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Moved> {
@@ -92,40 +95,42 @@ pub(super) fn fill(
     if !is_source(&link)? {
         return unsupported("the destination is a clone of something else");
     }
-    if from.features()?.has(Features::MIGRATING) {
-        return unsupported("the source is being migrated");
-    }
     let size = to.size()?;
     if from.size()? != size || overlap != size {
         return unsupported("source and clone differ in size");
     }
+    let chain = Chain::of(cluster, &from, snap_id)?;
     let layout = Layout::of(&to)?;
+    let objects_per_second = &limits.rates.objects;
+    let inquiry = Inquiry { operation: &operation, rate: objects_per_second, progress, cancel };
 
-    let mut sources = vec![Source::new(from, snap_id, size)?];
-    for layer in parents(cluster, &sources[0].image)? {
-        sources.push(Source::new(layer.image, layer.snap_id, layer.end)?);
-    }
-    // Objects that a nearer layer holds, or may hold in part.
+    let mut layers = vec![Layer::new(from, snap_id, size)?];
+    layers.extend(parents(cluster, &layers[0].image)?);
+    refuse_migrating(&layers, &operation)?;
+    // Objects that a nearer layer holds, in whole or in part: what the layers below have there is hidden.
     let mut decided = HashSet::new();
     let mut plan = Vec::new();
-    for layer in &sources {
+    for layer in &layers {
+        let held = layer.held(inquiry)?;
         let mut objects = Vec::new();
-        for extent in clip(layer.image.own_extents(layer.end)?, layer.end) {
-            for object in layout.objects(&extent) {
-                if decided.insert(object) && layer.holds_exactly(object, &layout) {
-                    objects.push(object);
-                }
+        if layer.objects.layout == layout {
+            objects.extend(held.into_iter().filter(|object| decided.insert(*object)));
+            objects.retain(|object| can_be_copied(*object, layer));
+        } else {
+            for extent in clip(extents_of(&held, layer.objects.layout, layer.end), layer.end) {
+                decided.extend(layout.objects(&extent));
             }
         }
-        let holes = survey(&operation, layer, &objects, (progress, cancel))?;
+        let holes = survey(layer, &objects, inquiry)?;
         let copies = objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll);
-        plan.extend(copies.map(|(object, holes)| Copy { object, source: layer, holes }));
+        let data = Rc::new(layer.objects.open()?);
+        plan.extend(copies.map(|(object, holes)| Copy { object, layer, data: Rc::clone(&data), holes }));
     }
     if fault == Some(FillFault::SkipEveryThird) {
         plan.retain(|copy| copy.object % 3 != 0);
     }
+    let destination_objects = DataObjects::of(&to, None)?;
     let data = open_to_fill(&to)?;
-    let prefix = to.object_prefix()?;
     let maps = to.features()?.has(Features::OBJECT_MAP);
     drop(to);
     if maps && !plan.is_empty() {
@@ -133,61 +138,61 @@ pub(super) fn fill(
     }
 
     progress.set_total(plan.len() as u64 * layout.object_size);
-    let copier = Copier::new(&operation, &data, &prefix, layout.object_size, (progress, cancel));
-    let copied = copy_all(copier, &plan, limits, fault);
+    let copier = Copier::new(&data, &destination_objects, inquiry);
+    let copied = copy_all(copier, &plan, limits.concurrency, fault);
     if copied.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
         return copied;
     }
     // Also where it broke off: the clone is right as it is, and the flatten may go on from there.
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     if !to.features()?.has(Features::MAPS) {
-        make_maps(&to, progress, cancel)?;
+        make_maps(&to, layout.count(size), inquiry)?;
     }
     let moved = copied?;
 
-    // The id that was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
-    let again = Image::open_existing(cluster, source, Access::ReadOnly)?;
-    if again.snapshot_id(snapshot)? != snap_id {
-        return Err(Error::new(operation, ErrorKind::Conflict, "the snapshot was replaced meanwhile"));
-    }
+    // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
+    chain.check(cluster, source, snapshot, &operation)?;
     Ok(moved)
 }
 
+/// Whether the layer's object of that number is, byte for byte, what the clone reads there: both have the same layout, and
+/// the overlap does not end within the object's bytes.
+fn can_be_copied(object: u64, layer: &Layer) -> bool {
+    layer.objects.layout.end_of_set(object) <= layer.end || layer.size <= layer.end
+}
+
 /// Copies what is planned, and makes the holes that could not be foreseen.
-fn copy_all(
-    mut copier: Copier<'_>,
-    plan: &[Copy<'_>],
-    limits: TransferLimits,
-    fault: Option<FillFault>,
-) -> Result<Moved> {
-    let mut pace = Pace::new(limits.objects_per_second);
+fn copy_all(mut copier: Copier<'_>, plan: &[Copy<'_>], concurrency: usize, fault: Option<FillFault>) -> Result<Moved> {
     let mut copied_blindly = Vec::new();
     for (number, copy) in plan.iter().enumerate() {
         match fault {
             Some(FillFault::FailAfter(n)) if n == number => {
-                return Err(Error::new(copier.operation, ErrorKind::Other, "a fault of a test"));
+                return Err(Error::new(copier.inquiry.operation, ErrorKind::Other, "a fault of a test"));
             }
             Some(FillFault::StopAfter(n)) if n == number => break,
             _ => {}
         }
-        copier.make_room(limits.concurrency, Instant::now() + pace.wait_for(1))?;
+        copier.make_room(concurrency)?;
         copier.copy(copy)?;
         if copy.holes == Holes::Unknown {
             copied_blindly.push(copy.object);
         }
     }
     copier.finish()?;
-    punch_if_it_pays(&mut copier, &copied_blindly, limits.concurrency)?;
+    punch_if_it_pays(&mut copier, &copied_blindly, concurrency)?;
     Ok(copier.moved)
 }
 
-/// Makes the object maps of the image and of its snapshots from the objects that there are.
-fn make_maps(image: &Image, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+/// Makes the object maps of the image, which has so many objects, and of its snapshots from the objects that there are.
+/// librbd asks for each object at its own pace; what comes after it makes up for that.
+fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
     image.set_features(Features::MAPS, true)?;
-    image.rebuild_object_map(progress, cancel)?;
+    inquiry.rate.charge(objects as f64 * QUESTION);
+    image.rebuild_object_map(inquiry.progress, inquiry.cancel)?;
     for snapshot in image.snapshots()? {
         image.set_snapshot(&snapshot.name)?;
-        image.rebuild_object_map(progress, cancel)?;
+        inquiry.rate.charge(objects as f64 * QUESTION);
+        image.rebuild_object_map(inquiry.progress, inquiry.cancel)?;
     }
     Ok(())
 }
@@ -195,7 +200,9 @@ fn make_maps(image: &Image, progress: &Progress, cancel: &CancellationToken) -> 
 /// An object to copy.
 struct Copy<'a> {
     object: u64,
-    source: &'a Source,
+    layer: &'a Layer,
+    /// The pool of the layer's data, set to read at its snapshot.
+    data: Rc<IoCtx>,
     holes: Holes,
 }
 
@@ -212,11 +219,13 @@ enum Holes {
 }
 
 impl Holes {
-    /// Of an object with so many bytes stored before `end`.
-    fn of(allocated: u64, end: u64) -> Self {
-        if allocated * 100 >= end * FEW_HOLES {
+    fn of(Stored { bytes, length }: Stored) -> Self {
+        if bytes == 0 {
+            // Nothing is stored: there is nothing to copy. The flatten reads zeros from the source.
+            Self::NearlyAll
+        } else if bytes * 100 >= length * FEW_HOLES {
             Self::Few
-        } else if allocated * 100 <= end * NEARLY_EMPTY && allocated <= LITTLE {
+        } else if bytes * 100 <= length * NEARLY_EMPTY && bytes <= LITTLE {
             Self::NearlyAll
         } else {
             Self::Some
@@ -225,51 +234,29 @@ impl Holes {
 }
 
 /// Finds out which of the layer's objects have holes: by a sample, and one by one where that says that it pays.
-fn survey(
-    operation: &str,
-    layer: &Source,
-    objects: &[u64],
-    (progress, cancel): (&Progress, &CancellationToken),
-) -> Result<Vec<Holes>> {
-    let mut stored = (0, 0);
-    for object in scattered(objects, SAMPLE) {
-        match allocated(operation, &layer.data, &layer.prefix, object, layer.layout.object_size) {
-            Ok((allocated, end)) => stored = (stored.0 + allocated, stored.1 + end),
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(vec![Holes::Unknown; objects.len()]),
-            Err(e) => return Err(e),
-        }
+fn survey(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Holes>> {
+    let source = &layer.objects;
+    // `None`: the object map has it and the OSD has not. The copy finds that out too, and leaves it to the flatten.
+    let ask = |data: &IoCtx, object| match source.stored(inquiry.operation, data, object) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        stored => stored.map(Some),
+    };
+    let sample: Vec<u64> = scattered(objects, SAMPLE).collect();
+    let stored = match source.ask(&sample, inquiry, ask) {
+        Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(vec![Holes::Unknown; objects.len()]),
+        stored => stored?,
+    };
+    let (mut bytes, mut length) = (0, 0);
+    for stored in stored.iter().flatten() {
+        bytes += stored.bytes;
+        length += stored.length;
     }
-    let (allocated_bytes, bytes) = stored;
-    if allocated_bytes * 100 >= bytes * FULL {
+    let none_is_empty = stored.iter().flatten().all(|stored| stored.bytes > 0);
+    if none_is_empty && bytes * 100 >= length * FULL {
         return Ok(vec![Holes::Few; objects.len()]);
     }
-    let mut holes = vec![Holes::Few; objects.len()];
-    let share = objects.len().div_ceil(SURVEYORS).max(1);
-    std::thread::scope(|scope| {
-        let mut surveyors = Vec::new();
-        for (objects, holes) in objects.chunks(share).zip(holes.chunks_mut(share)) {
-            let (data, prefix, object_size) = (layer.open_data()?, &layer.prefix, layer.layout.object_size);
-            surveyors.push(scope.spawn(move || {
-                for (object, holes) in objects.iter().zip(holes) {
-                    if cancel.is_cancelled() {
-                        return Err(cancelled(operation));
-                    }
-                    progress.step();
-                    match allocated(operation, &data, prefix, *object, object_size) {
-                        Ok((allocated, end)) => *holes = Holes::of(allocated, end),
-                        // the copy will tell
-                        Err(e) if e.kind() == ErrorKind::NotFound => {}
-                        Err(e) => return Err(e),
-                    }
-                }
-                Ok(())
-            }));
-        }
-        let lost = || Err(Error::new(operation, ErrorKind::Other, "a thread of the survey was lost"));
-        surveyors.into_iter().try_for_each(|surveyor| surveyor.join().unwrap_or_else(|_| lost()))
-    })?;
-    Ok(holes)
+    let stored = source.ask(objects, inquiry, ask)?;
+    Ok(stored.into_iter().map(|stored| stored.map_or(Holes::Few, Holes::of)).collect())
 }
 
 /// Of objects that were copied without knowing their holes, makes holes in a sample, and in all if that freed something.
@@ -287,27 +274,21 @@ fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize
 
 /// Makes holes again in what a flatten copied from `extents` of the parents. It keeps those that it is told of; an
 /// erasure-coded pool tells none.
-pub(super) fn thin_flattened(
-    image: &Image,
-    extents: &[Extent],
-    watched: (&Progress, &CancellationToken),
-) -> Result<()> {
-    let operation = format!("make holes in {}", image.spec());
-    let (data, prefix, layout) = (open_to_fill(image)?, image.object_prefix()?, Layout::of(image)?);
-    let mut objects: Vec<u64> = extents.iter().flat_map(|extent| layout.objects(extent)).collect();
-    objects.sort_unstable();
-    objects.dedup();
-    let mut copier = Copier::new(&operation, &data, &prefix, layout.object_size, watched);
-    punch_if_it_pays(&mut copier, &objects, SURVEYORS)
+pub(super) fn thin_flattened(image: &Image, extents: &[Extent], inquiry: Inquiry<'_>) -> Result<()> {
+    let (data, objects) = (open_to_fill(image)?, DataObjects::of(image, None)?);
+    let mut numbers: Vec<u64> = extents.iter().flat_map(|extent| objects.layout.objects(extent)).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let mut copier = Copier::new(&data, &objects, inquiry);
+    punch_if_it_pays(&mut copier, &numbers, PUNCHES)
 }
 
 /// Whether the OSDs cannot tell the holes of any of the image's parents.
-pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image) -> Result<bool> {
+pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<bool> {
     for layer in parents(cluster, image)? {
-        let source = Source::new(layer.image, layer.snap_id, layer.end)?;
-        for extent in source.image.own_extents(source.end)? {
-            let Some(object) = source.layout.objects(&extent).next() else { continue };
-            match allocated("ask for holes", &source.data, &source.prefix, object, source.layout.object_size) {
+        let data = layer.objects.open()?;
+        for object in layer.held(inquiry)? {
+            match layer.objects.stored(inquiry.operation, &data, object) {
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
                 Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(true),
                 Err(e) => return Err(e),
@@ -331,57 +312,6 @@ fn scattered(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
     })
 }
 
-fn object_name(operation: &str, prefix: &str, object: u64) -> Result<CString> {
-    c_string(operation, &format!("{prefix}.{object:016x}"))
-}
-
-/// Bytes of an object that are stored, and where the last of them ends.
-fn allocated(operation: &str, data: &IoCtx, prefix: &str, object: u64, length: u64) -> Result<(u64, u64)> {
-    let name = object_name(operation, prefix, object)?;
-    let (mut allocated, mut end) = (0, 0);
-    // SAFETY: the ioctx is open, the name ends in NUL, and two numbers are written.
-    let r = unsafe { sys::rbd_offload_allocated(data.raw(), name.as_ptr(), length, &mut allocated, &mut end) };
-    check(operation, r)?;
-    Ok((allocated, end))
-}
-
-/// A layer to copy from, with the pool of its data set to read at its snapshot.
-struct Source {
-    image: Image,
-    snap_id: u64,
-    data: IoCtx,
-    prefix: String,
-    layout: Layout,
-    size: u64,
-    /// Bytes from the start that count.
-    end: u64,
-}
-
-impl Source {
-    fn new(image: Image, snap_id: u64, end: u64) -> Result<Self> {
-        let data = open_data(&image, snap_id)?;
-        let (prefix, layout, size) = (image.object_prefix()?, Layout::of(&image)?, image.size()?);
-        Ok(Self { data, prefix, layout, size, end: end.min(size), image, snap_id })
-    }
-
-    fn open_data(&self) -> Result<IoCtx> {
-        open_data(&self.image, self.snap_id)
-    }
-
-    /// Whether the layer's object of that number is, byte for byte, what the clone reads there.
-    fn holds_exactly(&self, object: u64, layout: &Layout) -> bool {
-        self.layout == *layout && (layout.end_of_set(object) <= self.end || self.size <= self.end)
-    }
-}
-
-/// Opens the pool of the image's data to read it at the snapshot.
-fn open_data(image: &Image, snap_id: u64) -> Result<IoCtx> {
-    let data = IoCtx::open_id(image.cluster(), image.data_pool_id())?.with_namespace(image.namespace())?;
-    // SAFETY: the ioctx is ours alone.
-    unsafe { rados_ioctx_snap_set_read(data.raw(), snap_id) };
-    Ok(data)
-}
-
 /// Opens the pool of the image's data to write it under an empty snapshot context.
 fn open_to_fill(image: &Image) -> Result<IoCtx> {
     let data = IoCtx::open_id(image.cluster(), image.data_pool_id())?;
@@ -389,41 +319,6 @@ fn open_to_fill(image: &Image) -> Result<IoCtx> {
     let r = unsafe { rados_ioctx_selfmanaged_snap_set_write_ctx(data.raw(), 0, ptr::null_mut(), 0) };
     check(format!("fill {}", image.spec()), r)?;
     Ok(data)
-}
-
-/// How an image's bytes lie in its objects.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
-    object_size: u64,
-    stripe_unit: u64,
-    stripe_count: u64,
-}
-
-impl Layout {
-    fn of(image: &Image) -> Result<Self> {
-        let layout = Self {
-            object_size: image.object_size()?.max(1),
-            stripe_unit: image.stripe_unit()?.max(1),
-            stripe_count: image.stripe_count()?.max(1),
-        };
-        Ok(layout)
-    }
-
-    /// The objects that hold any of these bytes; some may come twice. See "file striping" in Ceph's architecture guide.
-    fn objects(&self, extent: &Extent) -> impl Iterator<Item = u64> + use<> {
-        let Self { object_size, stripe_unit, stripe_count } = *self;
-        let units_per_object = object_size / stripe_unit;
-        let units = extent.start / stripe_unit..extent.end.div_ceil(stripe_unit);
-        units.map(move |unit| {
-            let (stripe, position) = (unit / stripe_count, unit % stripe_count);
-            stripe / units_per_object * stripe_count + position
-        })
-    }
-
-    /// Where in the image the set of objects ends that this one is striped with.
-    fn end_of_set(&self, object: u64) -> u64 {
-        (object / self.stripe_count + 1).saturating_mul(self.object_size.saturating_mul(self.stripe_count))
-    }
 }
 
 /// What is being done to an object.
@@ -449,12 +344,10 @@ extern "C" fn finish(argument: *mut c_void, result: c_int) {
 
 /// Copies objects to the destination, many at a time. Dropping it waits for all that is in flight.
 struct Copier<'a> {
-    operation: &'a str,
     data: &'a IoCtx,
-    prefix: &'a str,
-    object_size: u64,
-    progress: &'a Progress,
-    cancel: &'a CancellationToken,
+    /// Of the destination.
+    objects: &'a DataObjects,
+    inquiry: Inquiry<'a>,
     done: Sender<(u64, Work, c_int)>,
     completed: Receiver<(u64, Work, c_int)>,
     in_flight: usize,
@@ -462,33 +355,26 @@ struct Copier<'a> {
 }
 
 impl<'a> Copier<'a> {
-    fn new(
-        operation: &'a str,
-        data: &'a IoCtx,
-        prefix: &'a str,
-        object_size: u64,
-        (progress, cancel): (&'a Progress, &'a CancellationToken),
-    ) -> Self {
+    fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
         let (done, completed) = mpsc::channel();
-        let moved = Moved::default();
-        Self { operation, data, prefix, object_size, progress, cancel, done, completed, in_flight: 0, moved }
+        Self { data, objects, inquiry, done, completed, in_flight: 0, moved: Moved::default() }
     }
 
-    /// Waits until fewer than `concurrency` objects are in flight and the time is `ready`.
-    fn make_room(&mut self, concurrency: usize, ready: Instant) -> Result<()> {
+    /// Waits until fewer than `concurrency` objects are in flight and the rate allows another one.
+    fn make_room(&mut self, concurrency: usize) -> Result<()> {
         loop {
-            if self.cancel.is_cancelled() {
-                return Err(cancelled(self.operation));
+            if self.inquiry.cancel.is_cancelled() {
+                return Err(cancelled(self.inquiry.operation));
             }
-            let wait = ready.saturating_duration_since(Instant::now());
             if self.in_flight >= concurrency.max(1) {
                 self.complete(POLL)?;
-            } else if wait.is_zero() {
-                return Ok(());
-            } else if self.in_flight > 0 {
-                self.complete(wait.min(POLL))?;
-            } else {
-                std::thread::sleep(wait.min(POLL));
+                continue;
+            }
+            let rate: &RateLimiter = self.inquiry.rate;
+            match rate.start(OBJECT) {
+                None => return Ok(()),
+                Some(wait) if self.in_flight > 0 => self.complete(wait)?,
+                Some(wait) => std::thread::sleep(wait),
             }
         }
     }
@@ -496,8 +382,8 @@ impl<'a> Copier<'a> {
     /// Waits for all that is in flight.
     fn finish(&mut self) -> Result<()> {
         while self.in_flight > 0 {
-            if self.cancel.is_cancelled() {
-                return Err(cancelled(self.operation));
+            if self.inquiry.cancel.is_cancelled() {
+                return Err(cancelled(self.inquiry.operation));
             }
             self.complete(POLL)?;
         }
@@ -505,8 +391,8 @@ impl<'a> Copier<'a> {
     }
 
     fn copy(&mut self, copy: &Copy<'_>) -> Result<()> {
-        let from = object_name(self.operation, &copy.source.prefix, copy.object)?;
-        let source = copy.source.data.raw();
+        let from = copy.layer.objects.name(self.inquiry.operation, copy.object)?;
+        let source = copy.data.raw();
         let work = Work::Copy { then_punch: copy.holes == Holes::Some };
         self.launch(copy.object, work, |to, data, argument| {
             // SAFETY: both ioctxs are open, the names are copied, and `finish` fits the argument.
@@ -523,7 +409,7 @@ impl<'a> Copier<'a> {
 
     fn punch_all(&mut self, objects: impl Iterator<Item = u64>, concurrency: usize) -> Result<()> {
         for object in objects {
-            self.make_room(concurrency, Instant::now())?;
+            self.make_room(concurrency)?;
             self.punch(object)?;
         }
         self.finish()
@@ -535,13 +421,13 @@ impl<'a> Copier<'a> {
         work: Work,
         start: impl FnOnce(&CString, rados_ioctx_t, *mut c_void) -> c_int,
     ) -> Result<()> {
-        let name = object_name(self.operation, self.prefix, object)?;
+        let name = self.objects.name(self.inquiry.operation, object)?;
         let flight = Box::into_raw(Box::new(InFlight { object, work, done: self.done.clone() }));
         let r = start(&name, self.data.raw(), flight.cast());
         if r < 0 {
             // SAFETY: what was refused is never completed: the box is ours again.
             drop(unsafe { Box::from_raw(flight) });
-            return Err(Error::from_errno(self.operation, r));
+            return Err(Error::from_errno(self.inquiry.operation, r));
         }
         self.in_flight += 1;
         Ok(())
@@ -553,14 +439,16 @@ impl<'a> Copier<'a> {
         let Ok((object, work, result)) = self.completed.recv_timeout(wait) else { return Ok(()) };
         self.in_flight -= 1;
         if result != -libc::ENOENT {
-            check(format!("{}: object {object}", self.operation), result)?;
+            check(format!("{}: object {object}", self.inquiry.operation), result)?;
         }
         if let Work::Copy { then_punch } = work {
-            self.progress.add(self.object_size);
+            let object_size = self.objects.layout.object_size;
+            self.inquiry.progress.add(object_size);
             if result >= 0 {
                 self.moved.objects += 1;
-                self.moved.bytes += self.object_size;
+                self.moved.bytes += object_size;
                 if then_punch {
+                    self.inquiry.rate.charge(OBJECT);
                     self.punch(object)?;
                 }
             }
@@ -572,8 +460,8 @@ impl<'a> Copier<'a> {
     fn allocated(&self, objects: &HashSet<u64>) -> Result<Option<u64>> {
         let mut sum = 0;
         for object in objects {
-            match allocated(self.operation, self.data, self.prefix, *object, self.object_size) {
-                Ok((allocated, _)) => sum += allocated,
+            match self.objects.stored(self.inquiry.operation, self.data, *object) {
+                Ok(stored) => sum += stored.bytes,
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
                 Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(None),
                 Err(e) => return Err(e),
@@ -596,28 +484,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_follow_the_offset() {
-        let layout = Layout { object_size: 8, stripe_unit: 8, stripe_count: 1 };
-        assert_eq!(layout.objects(&(0..8)).collect::<Vec<_>>(), [0]);
-        assert_eq!(layout.objects(&(7..25)).collect::<Vec<_>>(), [0, 1, 2, 3]);
-        assert_eq!(layout.end_of_set(2), 24);
-    }
-
-    #[test]
-    fn striped_objects_take_turns() {
-        // Two units an object, three objects a set: 0 3 | 1 4 | 2 5, then the next set.
-        let layout = Layout { object_size: 8, stripe_unit: 4, stripe_count: 3 };
-        assert_eq!(layout.objects(&(0..32)).collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2, 3, 4]);
-        assert_eq!((layout.end_of_set(2), layout.end_of_set(3)), (24, 48));
-    }
-
-    #[test]
     fn holes_are_judged_by_what_is_stored() {
-        assert_eq!(Holes::of(0, 0), Holes::Few);
-        assert_eq!(Holes::of(4096, 4096), Holes::Few);
-        assert_eq!(Holes::of(4096, 4 << 20), Holes::NearlyAll);
-        assert_eq!(Holes::of(2 << 20, 4 << 20), Holes::Some);
-        assert_eq!(Holes::of(4 << 20, 4 << 20), Holes::Few);
+        let of = |bytes, length| Holes::of(Stored { bytes, length });
+        assert_eq!(of(0, 0), Holes::NearlyAll);
+        assert_eq!(of(0, 2 << 20), Holes::NearlyAll, "an object of nothing but a hole");
+        assert_eq!(of(4096, 4096), Holes::Few);
+        assert_eq!(of(4096, 4 << 20), Holes::NearlyAll);
+        assert_eq!(of(2 << 20, 4 << 20), Holes::Some);
+        assert_eq!(of(4 << 20, 4 << 20), Holes::Few);
     }
 
     #[test]

@@ -1,22 +1,345 @@
-//! Where an image holds data: its own objects and those of the images it was cloned from.
+//! Which objects the layers of an image hold: its own, and those of the images it was cloned from.
 //!
-//! librbd's own enumeration over all layers loses the parent's data when the source has fast-diff, so the layers are
-//! walked here, and each is asked for its own objects only.
+//! An object that a layer holds hides the same bytes of all layers below it. It does so as well when nothing is stored in
+//! it: librbd discards a whole object of a clone by leaving one of zero bytes. librbd's own enumeration
+//! (`rbd_diff_iterate2`) does not list such an object where it goes without an object map, and it does not tell which way
+//! it went. So it is not used here. A layer is asked for its object map at the very snapshot; where that one is not
+//! valid, the OSDs are asked object by object, as a read would.
+#![allow(unsafe_code)]
 
-use super::cluster::Cluster;
-use super::rbd::{Extent, Image};
-use super::{Error, ErrorKind, Features, Result};
+use std::ffi::CString;
 use std::sync::Arc;
+
+use ceph::rados::{rados_exec, rados_ioctx_snap_set_read, rados_stat};
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
+use super::pace::{QUESTION, RateLimiter};
+use super::rbd::{Access, Extent, Image};
+use super::{Error, ErrorKind, Features, ImageSpec, Progress, Result, sys};
 
 /// Chains are a few images long; a longer one than this is taken for a circle.
 const MAX_LAYERS: usize = 64;
 
-/// An image that a clone was made from, open at the snapshot.
+/// Questions to the OSDs in flight.
+const QUESTIONS_IN_FLIGHT: usize = 8;
+
+/// Objects whose existence is asked for before the answers are put together.
+const WINDOW: u64 = 1 << 16;
+
+/// Who asks the OSDs, and what bounds it.
+#[derive(Clone, Copy)]
+pub(super) struct Inquiry<'a> {
+    pub operation: &'a str,
+    pub rate: &'a RateLimiter,
+    pub progress: &'a Progress,
+    pub cancel: &'a CancellationToken,
+}
+
+/// How an image's bytes lie in its objects. See "file striping" in Ceph's architecture guide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub object_size: u64,
+    pub stripe_unit: u64,
+    pub stripe_count: u64,
+}
+
+impl Layout {
+    pub fn of(image: &Image) -> Result<Self> {
+        let layout = Self {
+            object_size: image.object_size()?.max(1),
+            stripe_unit: image.stripe_unit()?.max(1),
+            stripe_count: image.stripe_count()?.max(1),
+        };
+        Ok(layout)
+    }
+
+    fn units_per_object(&self) -> u64 {
+        (self.object_size / self.stripe_unit).max(1)
+    }
+
+    /// The objects that hold any of these bytes; some may come twice.
+    pub fn objects(&self, extent: &Extent) -> impl Iterator<Item = u64> + use<> {
+        let Self { stripe_unit, stripe_count, .. } = *self;
+        let units_per_object = self.units_per_object();
+        let units = extent.start / stripe_unit..extent.end.div_ceil(stripe_unit);
+        units.map(move |unit| {
+            let (stripe, position) = (unit / stripe_count, unit % stripe_count);
+            stripe / units_per_object * stripe_count + position
+        })
+    }
+
+    /// The bytes of the image that an object holds, in order.
+    pub fn extents(&self, object: u64) -> impl Iterator<Item = Extent> + use<> {
+        let Self { stripe_unit, stripe_count, .. } = *self;
+        let units_per_object = self.units_per_object();
+        let (set, position) = (object / stripe_count, object % stripe_count);
+        // Without striping the units of an object follow each other.
+        let (units, length) =
+            if stripe_count == 1 { (1, units_per_object * stripe_unit) } else { (units_per_object, stripe_unit) };
+        (0..units).map(move |unit| {
+            let stripe = set * units_per_object + unit;
+            let start = (stripe * stripe_count + position) * stripe_unit;
+            start..start + length
+        })
+    }
+
+    /// How many objects an image of `size` bytes has: the number of its last one, and one.
+    pub fn count(&self, size: u64) -> u64 {
+        let set = self.object_size.saturating_mul(self.stripe_count);
+        let (sets, rest) = (size / set, size % set);
+        sets * self.stripe_count + rest.div_ceil(self.stripe_unit).min(self.stripe_count)
+    }
+
+    /// Where in the image the set of objects ends that this one is striped with.
+    pub fn end_of_set(&self, object: u64) -> u64 {
+        (object / self.stripe_count + 1).saturating_mul(self.object_size.saturating_mul(self.stripe_count))
+    }
+}
+
+/// The data objects of an image, as they are at its head or were at a snapshot.
+pub(super) struct DataObjects {
+    cluster: Arc<Cluster>,
+    pool: i64,
+    namespace: String,
+    snap_id: Option<u64>,
+    prefix: String,
+    old_format: bool,
+    pub layout: Layout,
+}
+
+impl DataObjects {
+    /// Those of the image at what it is open at: the snapshot of this id, or the head.
+    pub fn of(image: &Image, snap_id: Option<u64>) -> Result<Self> {
+        Ok(Self {
+            cluster: Arc::clone(image.cluster()),
+            pool: image.data_pool_id(),
+            namespace: image.namespace().to_owned(),
+            snap_id,
+            prefix: image.object_prefix()?,
+            old_format: image.is_old_format()?,
+            layout: Layout::of(image)?,
+        })
+    }
+
+    /// Opens the pool of the data, to read it at the snapshot.
+    pub fn open(&self) -> Result<IoCtx> {
+        let data = IoCtx::open_id(&self.cluster, self.pool)?.with_namespace(&self.namespace)?;
+        if let Some(snap_id) = self.snap_id {
+            // SAFETY: the ioctx is ours alone.
+            unsafe { rados_ioctx_snap_set_read(data.raw(), snap_id) };
+        }
+        Ok(data)
+    }
+
+    pub fn name(&self, operation: &str, object: u64) -> Result<CString> {
+        let prefix = &self.prefix;
+        let name = if self.old_format { format!("{prefix}.{object:012x}") } else { format!("{prefix}.{object:016x}") };
+        c_string(operation, &name)
+    }
+
+    /// Bytes of an object up to its end, `None` where there is none. `data` is what [`open`](Self::open) returned.
+    pub fn length(&self, operation: &str, data: &IoCtx, object: u64) -> Result<Option<u64>> {
+        let name = self.name(operation, object)?;
+        let (mut length, mut time) = (0, 0);
+        // SAFETY: the ioctx is open, the name ends in NUL; both results have a place.
+        match unsafe { rados_stat(data.raw(), name.as_ptr(), &mut length, &mut time) } {
+            r if r == -libc::ENOENT => Ok(None),
+            r => check(operation, r).map(|_| Some(length)),
+        }
+    }
+
+    /// Bytes of an object that are stored, and its length. [`ErrorKind::NotFound`] where there is none,
+    /// [`ErrorKind::Unsupported`] where the pool does not tell (it is erasure-coded).
+    pub fn stored(&self, operation: &str, data: &IoCtx, object: u64) -> Result<Stored> {
+        let name = self.name(operation, object)?;
+        let mut stored = Stored::default();
+        let object_size = self.layout.object_size;
+        // SAFETY: the ioctx is open, the name ends in NUL, and two numbers are written.
+        let r = unsafe {
+            sys::rbd_offload_stored(data.raw(), name.as_ptr(), object_size, &mut stored.bytes, &mut stored.length)
+        };
+        check(operation, r)?;
+        Ok(stored)
+    }
+
+    /// Asks a question about each of the objects. The answers come in their order.
+    pub fn ask<T: Send + Clone + Default>(
+        &self,
+        objects: &[u64],
+        inquiry: Inquiry<'_>,
+        question: impl Fn(&IoCtx, u64) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let mut answers = vec![T::default(); objects.len()];
+        let share = objects.len().div_ceil(QUESTIONS_IN_FLIGHT).max(1);
+        std::thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (objects, answers) in objects.chunks(share).zip(answers.chunks_mut(share)) {
+                let (data, question) = (self.open()?, &question);
+                threads.push(scope.spawn(move || {
+                    for (object, answer) in objects.iter().zip(answers) {
+                        inquiry.rate.wait(QUESTION, inquiry.operation, inquiry.cancel)?;
+                        *answer = question(&data, *object)?;
+                        inquiry.progress.step();
+                    }
+                    Ok(())
+                }));
+            }
+            let lost = || Err(Error::new(inquiry.operation, ErrorKind::Other, "a thread that asked the OSDs was lost"));
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| lost()))
+        })?;
+        Ok(answers)
+    }
+
+    /// The objects below byte `end` that the image itself holds, in order. Exact, but for objects that a valid object map
+    /// has and the pool has not. `image` is the one that these are the objects of, at the same snapshot.
+    pub fn held(&self, image: &Image, end: u64, inquiry: Inquiry<'_>) -> Result<Vec<u64>> {
+        let count = self.layout.count(end);
+        if let Some(map) = self.object_map(image, count)? {
+            return Ok((0..count).filter(|object| map.exists(*object)).collect());
+        }
+        let mut held = Vec::new();
+        let mut next = 0;
+        while next < count {
+            if inquiry.cancel.is_cancelled() {
+                return Err(cancelled(inquiry.operation));
+            }
+            let window: Vec<u64> = (next..count.min(next + WINDOW)).collect();
+            let lengths = self.ask(&window, inquiry, |data, object| self.length(inquiry.operation, data, object))?;
+            held.extend(window.iter().zip(lengths).filter(|(_, length)| length.is_some()).map(|(object, _)| object));
+            next += WINDOW;
+        }
+        Ok(held)
+    }
+
+    /// The object map at the snapshot or head. `None` unless it is valid there and knows so many objects.
+    fn object_map(&self, image: &Image, count: u64) -> Result<Option<ObjectMap>> {
+        if self.old_format || !image.has_valid_object_map()? {
+            return Ok(None);
+        }
+        let operation = format!("read the object map of {}", image.spec());
+        let name = match self.snap_id {
+            None => format!("rbd_object_map.{}", image.id()?),
+            Some(snap_id) => format!("rbd_object_map.{}.{snap_id:016x}", image.id()?),
+        };
+        let name = c_string(&operation, &name)?;
+        // Two bits an object, four bytes of checksum for each 4 KiB of them, and a few more.
+        let mut buffer = vec![0u8; usize::try_from(count / 4 + count / 4096 + 4096).unwrap_or(usize::MAX / 2)];
+        loop {
+            // SAFETY: the ioctx is open, the texts end in NUL; writes at most the buffer's length.
+            let r = unsafe {
+                rados_exec(
+                    image.io().raw(),
+                    name.as_ptr(),
+                    c"rbd".as_ptr(),
+                    c"object_map_load".as_ptr(),
+                    std::ptr::null(),
+                    0,
+                    buffer.as_mut_ptr().cast(),
+                    buffer.len(),
+                )
+            };
+            if r == -libc::ERANGE && buffer.len() < 1 << 28 {
+                buffer.resize(buffer.len() * 4, 0);
+                continue;
+            }
+            // librbd goes on without a map that it cannot read, and so do we.
+            let map = check(&operation, r).map(|length| ObjectMap::parse(&buffer[..length as usize]));
+            return match map {
+                Ok(Some(map)) if map.objects >= count => Ok(Some(map)),
+                Ok(_) => {
+                    tracing::debug!("{operation}: it is damaged or too small; the OSDs are asked instead");
+                    Ok(None)
+                }
+                Err(error) if error.kind() == ErrorKind::Fenced => Err(error),
+                Err(error) => {
+                    tracing::debug!(%error, "the OSDs are asked instead");
+                    Ok(None)
+                }
+            };
+        }
+    }
+}
+
+/// What an OSD has of an object.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Stored {
+    /// Without the holes.
+    pub bytes: u64,
+    /// Up to the object's end.
+    pub length: u64,
+}
+
+/// The states of an image's objects, as the OSD's rbd class returns them (`BitVector<2>` in Ceph's sources).
+struct ObjectMap {
+    objects: u64,
+    states: Vec<u8>,
+}
+
+impl ObjectMap {
+    /// A header with its length before it, whose last 8 bytes are the number of objects; two bits an object, the first
+    /// in the highest; checksums, which the OSD has looked at.
+    fn parse(data: &[u8]) -> Option<Self> {
+        let (length, rest) = data.split_first_chunk::<4>()?;
+        let header = rest.get(..u32::from_le_bytes(*length) as usize)?;
+        // version, compatible version, length of what follows
+        let fields = header.get(6..)?;
+        let objects = u64::from_le_bytes(*fields.first_chunk::<8>()?);
+        let states = rest.get(header.len()..)?.get(..usize::try_from(objects.div_ceil(4)).ok()?)?;
+        Some(Self { objects, states: states.to_vec() })
+    }
+
+    /// Anything but "nonexistent": an object that is about to be removed may still be there.
+    fn exists(&self, object: u64) -> bool {
+        let shift = 6 - 2 * (object % 4);
+        let state = usize::try_from(object / 4).ok().and_then(|byte| self.states.get(byte));
+        state.is_none_or(|state| state >> shift & 3 != 0)
+    }
+}
+
+/// An image of a chain, open at the snapshot where the chain reads it.
 pub(super) struct Layer {
     pub image: Image,
     pub snap_id: u64,
-    /// Bytes from the start that the clone at the end of the chain still shares with it.
+    pub objects: DataObjects,
+    /// Bytes of the image.
+    pub size: u64,
+    /// Bytes from the start that the image at the end of the chain reads from this one.
     pub end: u64,
+    /// It is being migrated: part of its data lies in another image, which is not its parent.
+    pub migrating: bool,
+}
+
+impl Layer {
+    pub fn new(image: Image, snap_id: u64, end: u64) -> Result<Self> {
+        let objects = DataObjects::of(&image, Some(snap_id))?;
+        let (size, migrating) = (image.size()?, image.features()?.has(Features::MIGRATING));
+        Ok(Self { objects, size, end: end.min(size), migrating, image, snap_id })
+    }
+
+    /// The objects that the layer itself holds of what the chain reads from it.
+    pub fn held(&self, inquiry: Inquiry<'_>) -> Result<Vec<u64>> {
+        self.objects.held(&self.image, self.end, inquiry)
+    }
+
+    /// Where in the image at the end of the chain those lie.
+    fn extents(&self, inquiry: Inquiry<'_>) -> Result<Vec<Extent>> {
+        Ok(extents_of(&self.held(inquiry)?, self.objects.layout, self.end))
+    }
+}
+
+/// The bytes below `end` of these objects, which are in order.
+pub(super) fn extents_of(objects: &[u64], layout: Layout, end: u64) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for extent in objects.iter().flat_map(|object| layout.extents(*object)) {
+        let extent = extent.start..extent.end.min(end);
+        match extents.last_mut() {
+            _ if extent.is_empty() => {}
+            Some(last) if last.end == extent.start => last.end = extent.end,
+            _ => extents.push(extent),
+        }
+    }
+    extents
 }
 
 /// The parents of an image as it is open, the nearest first.
@@ -35,43 +358,101 @@ pub(super) fn parents(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Layer
         }
         let parent = Image::open_parent(cluster, &next)?;
         link = parent.parent()?;
-        layers.push(Layer { image: parent, snap_id: next.snap_id, end });
+        layers.push(Layer::new(parent, next.snap_id, end)?);
     }
     Ok(layers)
 }
 
-/// All that may be other than zero in an image as it is open, in order and without overlaps; the whole image where the
-/// layers cannot tell.
-pub(super) fn data_extents(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Extent>> {
+/// What a chain of images is made of. It may change under an open image, which does not see it: a parent is flattened,
+/// migrated or removed, and what was read since then may be wrong.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Chain(Vec<(i64, String, u64, bool)>);
+
+impl Chain {
+    /// That of the image, which is open at the snapshot of this id.
+    pub fn of(cluster: &Arc<Cluster>, image: &Image, snap_id: u64) -> Result<Self> {
+        let migrating = image.features()?.has(Features::MIGRATING);
+        let mut chain = vec![(image.io().pool_id(), image.id()?, snap_id, migrating)];
+        for layer in parents(cluster, image)? {
+            chain.push((layer.image.io().pool_id(), layer.image.id()?, layer.snap_id, layer.migrating));
+        }
+        Ok(Self(chain))
+    }
+
+    /// An error if the chain of `source@snapshot` is another one by now.
+    pub fn check(&self, cluster: &Arc<Cluster>, source: &ImageSpec, snapshot: &str, operation: &str) -> Result<()> {
+        let image = Image::open_existing(cluster, source, Access::ReadOnly)?;
+        let snap_id = image.snapshot_id(snapshot)?;
+        image.set_snapshot(snapshot)?;
+        let now = Self::of(cluster, &image, snap_id)?;
+        if now == *self {
+            return Ok(());
+        }
+        let detail = if now.0.first() == self.0.first() {
+            "the source's parents changed while it was read"
+        } else {
+            "the snapshot was replaced while it was read"
+        };
+        Err(Error::new(operation, ErrorKind::Conflict, detail))
+    }
+}
+
+/// All that may be other than zero in an image, in order and without overlaps; the whole image where the layers cannot
+/// tell. The image is open at the snapshot of this id.
+pub(super) fn data_extents(
+    cluster: &Arc<Cluster>,
+    image: &Image,
+    snap_id: u64,
+    inquiry: Inquiry<'_>,
+) -> Result<Vec<Extent>> {
     let size = image.size()?;
-    match try_data_extents(cluster, image, size) {
-        Ok(extents) => Ok(extents),
+    match try_data_extents(cluster, image, snap_id, size, inquiry) {
+        Err(e) if matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced) => Err(e),
         Err(e) => {
             tracing::warn!("reading all of {}: its data cannot be told from holes: {e}", image.spec());
             Ok(clip(std::iter::once(0..size).collect(), size))
         }
+        extents => extents,
     }
 }
 
-fn try_data_extents(cluster: &Arc<Cluster>, image: &Image, size: u64) -> Result<Vec<Extent>> {
-    // While an image migrates, part of its data lies in another one that is not its parent.
+fn try_data_extents(
+    cluster: &Arc<Cluster>,
+    image: &Image,
+    snap_id: u64,
+    size: u64,
+    inquiry: Inquiry<'_>,
+) -> Result<Vec<Extent>> {
     if image.features()?.has(Features::MIGRATING) {
-        let operation = format!("list the data of {}", image.spec());
-        return Err(Error::new(operation, ErrorKind::Unsupported, "it is being migrated"));
+        return Err(Error::new(inquiry.operation, ErrorKind::Unsupported, "the source is being migrated"));
     }
-    let mut extents = clip(image.own_extents(size)?, size);
-    extents.extend(shared_extents(cluster, image)?);
+    let shared = shared_extents(cluster, image, inquiry)?;
+    let own = DataObjects::of(image, Some(snap_id))?;
+    let mut extents = extents_of(&own.held(image, size, inquiry)?, own.layout, size);
+    extents.extend(shared);
     Ok(union(extents))
 }
 
 /// What an image as it is open may still read from its parents.
-pub(super) fn shared_extents(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Extent>> {
+pub(super) fn shared_extents(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<Vec<Extent>> {
+    let layers = parents(cluster, image)?;
+    refuse_migrating(&layers, inquiry.operation)?;
     let mut extents = Vec::new();
-    for layer in parents(cluster, image)? {
-        let end = layer.end.min(layer.image.size()?);
-        extents.extend(clip(layer.image.own_extents(end)?, end));
+    for layer in layers {
+        extents.extend(layer.extents(inquiry)?);
     }
     Ok(union(extents))
+}
+
+/// What a layer holds cannot be told while it is being migrated.
+pub(super) fn refuse_migrating(layers: &[Layer], operation: &str) -> Result<()> {
+    match layers.iter().find(|layer| layer.migrating) {
+        None => Ok(()),
+        Some(layer) => {
+            let detail = format!("{} is being migrated", layer.image.spec());
+            Err(Error::new(operation, ErrorKind::Unsupported, detail))
+        }
+    }
 }
 
 pub(super) fn clip(mut extents: Vec<Extent>, end: u64) -> Vec<Extent> {
@@ -148,11 +529,65 @@ mod tests {
         assert_eq!(without(&[0..4, 6..8], &[]), [0..4, 6..8]);
     }
 
+    #[test]
+    fn objects_follow_the_offset() {
+        let layout = Layout { object_size: 8, stripe_unit: 8, stripe_count: 1 };
+        assert_eq!(layout.objects(&(0..8)).collect::<Vec<_>>(), [0]);
+        assert_eq!(layout.objects(&(7..25)).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(layout.end_of_set(2), 24);
+    }
+
+    #[test]
+    fn striped_objects_take_turns() {
+        // Two units an object, three objects a set: 0 3 | 1 4 | 2 5, then the next set.
+        let layout = Layout { object_size: 8, stripe_unit: 4, stripe_count: 3 };
+        assert_eq!(layout.objects(&(0..32)).collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2, 3, 4]);
+        assert_eq!((layout.end_of_set(2), layout.end_of_set(3)), (24, 48));
+        assert_eq!(layout.extents(1).collect::<Vec<_>>(), [4..8, 16..20]);
+        assert_eq!(layout.extents(3).collect::<Vec<_>>(), [24..28, 36..40]);
+    }
+
+    fn layouts() -> impl Strategy<Value = Layout> {
+        (0u32..4, 0u32..3, 1u64..5).prop_map(|(unit, units, stripe_count)| Layout {
+            object_size: 1 << (unit + units),
+            stripe_unit: 1 << unit,
+            stripe_count,
+        })
+    }
+
+    #[test]
+    fn an_object_map_is_two_bits_an_object() {
+        let mut data = vec![14, 0, 0, 0, 1, 1, 8, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0b01_00_10_11, 0b00_11_11_11];
+        data.extend([4, 0, 0, 0, 1, 2, 3, 4]);
+        let map = ObjectMap::parse(&data).unwrap();
+        assert_eq!((0..6).map(|object| map.exists(object)).collect::<Vec<_>>(), [true, false, true, true, false, true]);
+        assert_eq!(map.objects, 5);
+        for length in 0..20 {
+            assert!(ObjectMap::parse(&data[..length]).is_none(), "{length}");
+        }
+    }
+
     fn extents() -> impl Strategy<Value = Vec<Extent>> {
         prop::collection::vec((0u64..60, 1u64..10).prop_map(|(start, length)| start..start + length), 0..12)
     }
 
     proptest! {
+        #[test]
+        fn objects_and_extents_agree(layout in layouts(), size in 0u64..300) {
+            let count = layout.count(size);
+            let all: Vec<u64> = (0..count).collect();
+            prop_assert_eq!(union(extents_of(&all, layout, size)), clip(std::iter::once(0..size).collect(), size));
+            for byte in 0..size {
+                let object = layout.objects(&(byte..byte + 1)).next().unwrap();
+                prop_assert!(object < count && layout.extents(object).any(|extent| extent.contains(&byte)));
+                prop_assert!(byte < layout.end_of_set(object));
+            }
+            for object in 0..count {
+                prop_assert!(layout.extents(object).any(|extent| extent.start < size), "{}", object);
+                prop_assert_eq!(layout.extents(object).map(|e| e.end - e.start).sum::<u64>(), layout.object_size);
+            }
+        }
+
         #[test]
         fn every_byte_is_where_it_belongs(a in extents(), b in extents()) {
             let rest = without(&union(a.clone()), &union(b.clone()));

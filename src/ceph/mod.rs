@@ -11,6 +11,7 @@ mod error;
 mod fill;
 mod layers;
 mod objects;
+mod pace;
 mod pool;
 mod rbd;
 mod storage;
@@ -29,6 +30,7 @@ pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
 pub use objects::{MAX_OBJECT, Namespace};
+pub use pace::{RateLimiter, Rates};
 pub use pool::ClientPool;
 pub use storage::Finding;
 
@@ -216,14 +218,12 @@ impl Progress {
 }
 
 /// Limits of [`Storage::copy`] and [`Storage::fill`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct TransferLimits {
     /// Objects in flight.
     pub concurrency: usize,
-    /// Bytes a second; 0: none.
-    pub bytes_per_second: u64,
-    /// Objects a second; 0: none.
-    pub objects_per_second: u64,
+    /// Shared by all transfers of this daemon.
+    pub rates: Arc<Rates>,
 }
 
 /// How much [`Storage::compare`] reads.
@@ -321,7 +321,7 @@ pub trait Storage: Send + Sync + 'static {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved>;
@@ -334,7 +334,7 @@ pub trait Storage: Send + Sync + 'static {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved>;

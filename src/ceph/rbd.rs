@@ -171,6 +171,11 @@ impl Image {
         self.number("read the flags of", sys::rbd_get_flags)
     }
 
+    /// Whether the object map at the head, or at the snapshot that is set, tells which objects there are.
+    pub fn has_valid_object_map(&self) -> Result<bool> {
+        Ok(self.features()?.has(Features::OBJECT_MAP) && self.flags()? & sys::FLAG_OBJECT_MAP_INVALID == 0)
+    }
+
     pub fn stripe_unit(&self) -> Result<u64> {
         self.number("read the stripe unit of", sys::rbd_get_stripe_unit)
     }

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::cluster::{Client, Cluster, IoCtx, c_string, cancelled};
+use super::cluster::{Client, Cluster, IoCtx, c_string};
 use super::compare::compare;
-use super::copy::{Pace, copy};
+use super::copy::copy;
 use super::fill::{FillFault, fill, has_unknown_holes, thin_flattened};
-use super::layers::{shared_extents, total, union, without};
+use super::layers::{DataObjects, Inquiry, extents_of, shared_extents, total, union, without};
 use super::objects::{Object, omap_page};
+use super::pace::{OBJECT, RateLimiter};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY, Progress,
@@ -177,14 +178,15 @@ impl Storage for Client {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
         let operation = format!("copy {source}@{snapshot} to {destination}");
+        let limits = limits.clone();
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
-            copy(cluster, &source, &snapshot, &destination, limits, progress, cancel)
+            copy(cluster, &source, &snapshot, &destination, &limits, progress, cancel)
         })
         .await
     }
@@ -194,7 +196,7 @@ impl Storage for Client {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
@@ -343,15 +345,16 @@ impl Client {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
         fault: Option<FillFault>,
     ) -> Result<Moved> {
         let operation = format!("fill {destination} from {source}@{snapshot}");
+        let limits = limits.clone();
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
-            fill(cluster, &source, &snapshot, &destination, limits, fault, (progress, cancel))
+            fill(cluster, &source, &snapshot, &destination, &limits, fault, (progress, cancel))
         })
         .await
     }
@@ -439,17 +442,23 @@ fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel
     }
     let overlap = image.overlap()?;
     // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
-    let missing = match (shared_extents(cluster, &image), image.own_extents(overlap)) {
+    let operation = format!("flatten {spec}");
+    let no_limit = RateLimiter::new(0);
+    let inquiry = Inquiry { operation: &operation, rate: &no_limit, progress, cancel };
+    let objects = DataObjects::of(&image, None)?;
+    let own = objects.held(&image, overlap, inquiry).map(|held| extents_of(&held, objects.layout, overlap));
+    let missing = match (shared_extents(cluster, &image, inquiry), own) {
         (Ok(shared), Ok(own)) => without(&shared, &union(own)),
+        (Err(e), _) | (_, Err(e)) if matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced) => return Err(e),
         _ => std::iter::once(0..overlap).collect(),
     };
     let (bytes, object_size) = (total(&missing), image.object_size()?);
-    let unknown_holes = bytes > 0 && has_unknown_holes(cluster, &image)?;
+    let unknown_holes = bytes > 0 && has_unknown_holes(cluster, &image, inquiry)?;
     progress.set_total(bytes);
     image.flatten(progress, cancel)?;
     progress.set_done(bytes);
     if unknown_holes {
-        thin_flattened(&image, &missing, (&progress.beside(), cancel))?;
+        thin_flattened(&image, &missing, Inquiry { progress: &progress.beside(), ..inquiry })?;
     }
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }
@@ -677,13 +686,10 @@ fn snapshots(
             .into_iter()
             .map(|trashed| (ImageSpec::with_id(pool, trashed.id.as_str()), trashed.id)),
     );
-    let mut pace = Pace::new(u64::from(pace));
+    let pace = RateLimiter::new(u64::from(pace));
     let mut found = Vec::new();
     for (spec, id) in candidates {
-        std::thread::sleep(pace.wait_for(1));
-        if stop.is_cancelled() {
-            return Err(cancelled(operation));
-        }
+        pace.wait(OBJECT, &operation, stop)?;
         // Format 1 has another header; its images are few and old.
         if !id.is_empty() && !header_mentions(&io, &id, prefix, &operation)? {
             continue;

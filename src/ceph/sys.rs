@@ -24,6 +24,7 @@ pub const IMAGE_OPTION_ORDER: c_int = 2;
 pub const IMAGE_OPTION_STRIPE_UNIT: c_int = 3;
 pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 
+pub const FLAG_OBJECT_MAP_INVALID: u64 = 1;
 pub const SNAP_NAMESPACE_USER: c_int = 0;
 pub const SNAP_NAMESPACE_TRASH: c_int = 2;
 /// User, group, trash, mirror; a newer Ceph may have more.
@@ -236,12 +237,12 @@ unsafe extern "C" {
         done: extern "C" fn(argument: *mut c_void, result: c_int),
         argument: *mut c_void,
     ) -> c_int;
-    pub fn rbd_offload_allocated(
+    pub fn rbd_offload_stored(
         io: rados_ioctx_t,
         object: *const c_char,
-        length: u64,
-        allocated: *mut u64,
-        end: *mut u64,
+        size: u64,
+        stored: *mut u64,
+        length: *mut u64,
     ) -> c_int;
 }
 

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, load};
-use crate::ceph::{Client, ClientPool, Storage};
+use crate::ceph::{Client, ClientPool, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -76,6 +76,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     check_pools(&config, storage.as_ref(), session.as_ref()).await?;
 
     let (publish_config, follow_config) = watch::channel(Arc::clone(&config));
+    let rates = Arc::new(Rates::new(config.offload.bandwidth_limit, config.offload.objects_per_second));
     let clock = Clock::System;
     let cloud: Arc<dyn Cloud> = session.clone();
     let store = Store::new(objects, clock);
@@ -85,6 +86,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         cloud,
         store: store.clone(),
         config: follow_config,
+        rates: Arc::clone(&rates),
         identity: Identity::of_this_process(),
         deployment,
         clock,
@@ -121,7 +123,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         }
     });
 
-    let ended = serve_signals(&mut signals, path, &log, &publish_config, &systemd, &mut working).await;
+    let ended = serve_signals(&mut signals, path, &log, (&publish_config, &rates), &systemd, &mut working).await;
     telling.abort();
     following.abort();
     systemd.phase(Phase::Stopping);
@@ -197,7 +199,7 @@ async fn serve_signals(
     signals: &mut Signals,
     path: &Path,
     log: &LogHandle,
-    config: &watch::Sender<Arc<Config>>,
+    (config, rates): (&watch::Sender<Arc<Config>>, &Rates),
     systemd: &Systemd,
     engine: &mut JoinHandle<()>,
 ) -> bool {
@@ -206,13 +208,13 @@ async fn serve_signals(
             _ = signals.terminate.recv() => return false,
             _ = signals.interrupt.recv() => return false,
             _ = &mut *engine => return true,
-            _ = signals.reload.recv() => reload(path.to_owned(), log, config, systemd),
+            _ = signals.reload.recv() => reload(path.to_owned(), log, (config, rates), systemd),
         }
     }
 }
 
 /// Reads the configuration again and applies what may change while the daemon runs.
-fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>, systemd: &Systemd) {
+fn reload(path: PathBuf, log: &LogHandle, (config, rates): (&watch::Sender<Arc<Config>>, &Rates), systemd: &Systemd) {
     systemd.phase(Phase::Reloading);
     match load(&path) {
         Ok(new) => {
@@ -222,6 +224,7 @@ fn reload(path: PathBuf, log: &LogHandle, config: &watch::Sender<Arc<Config>>, s
             }
             let now = old.reloaded(&new);
             log.set(&now.log);
+            rates.set(now.offload.bandwidth_limit, now.offload.objects_per_second);
             config.send_replace(Arc::new(now));
             tracing::info!(config = %path.display(), "configuration read again");
         }

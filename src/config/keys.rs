@@ -304,7 +304,7 @@ const KEYS: &[Key] = &[
         "bandwidth_limit",
         "0",
         Kind::Size,
-        "Bytes a second of this controller, only for the method copy. 0: no limit.",
+        "Bytes a second that all jobs of this controller together read for the method copy. 0: no limit.",
     )
     .reloads(),
     key(
@@ -312,7 +312,8 @@ const KEYS: &[Key] = &[
         "objects_per_second",
         "0",
         Kind::Whole { min: 0, max: 1_000_000 },
-        "RADOS objects a second that this controller asks the OSDs for. 0: no limit.",
+        "RADOS objects a second that all jobs of this controller together have the OSDs work on. A question about an \
+         object counts a tenth; a flatten is not limited. 0: no limit.",
     )
     .reloads(),
     key(

@@ -219,7 +219,7 @@ pub struct Offload {
     pub allow_in_use: bool,
     /// Objects in flight per job.
     pub concurrency: usize,
-    /// Bytes a second, only for `copy`; 0: none.
+    /// Bytes a second, only for `copy`, all jobs of this controller together; 0: no limit.
     pub bandwidth_limit: u64,
     /// Attempts after the first for what may pass.
     pub retries: u32,

@@ -24,6 +24,6 @@ impl Transfer for Copy {
     ) -> ceph::Result<Moved> {
         storage.create_like(&order.source, &order.snapshot, &order.destination).await?;
         storage.set_metadata(&order.destination, MARK, &order.mark).await?;
-        storage.copy(&order.source, &order.snapshot, &order.destination, order.limits, progress, cancel).await
+        storage.copy(&order.source, &order.snapshot, &order.destination, &order.limits, progress, cancel).await
     }
 }

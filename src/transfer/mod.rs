@@ -58,7 +58,7 @@ impl fmt::Display for Method {
 }
 
 /// What to bring where.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Order {
     pub source: ImageSpec,
     pub snapshot: String,

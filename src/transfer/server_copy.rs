@@ -27,7 +27,7 @@ impl Transfer for ServerCopy {
     ) -> ceph::Result<Moved> {
         clone_marked(storage, order).await?;
         let fill =
-            storage.fill(&order.source, &order.snapshot, &order.destination, order.limits, progress, cancel).await;
+            storage.fill(&order.source, &order.snapshot, &order.destination, &order.limits, progress, cancel).await;
         let filled = match fill {
             Ok(moved) => moved,
             // it broke off: what there is of it is right, and the flatten does the rest, or says what is wrong

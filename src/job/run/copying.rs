@@ -1,5 +1,6 @@
 //! From a request to a complete, inspected, sealed copy under its private name.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -191,11 +192,7 @@ impl Job {
         anchored: Option<ImageSpec>,
         copy: &ImageSpec,
     ) -> Step<()> {
-        let limits = TransferLimits {
-            concurrency: config.offload.concurrency,
-            bytes_per_second: config.offload.bandwidth_limit,
-            objects_per_second: config.offload.objects_per_second,
-        };
+        let limits = TransferLimits { concurrency: config.offload.concurrency, rates: Arc::clone(&self.context.rates) };
         let mut refused: Option<ceph::Error> = None;
         for method in methods {
             if let Some(error) = refused.take() {
@@ -224,7 +221,7 @@ impl Job {
                     }
                 }
             }
-            match self.run_method(*method, from, copy, limits).await {
+            match self.run_method(*method, from, copy, &limits).await {
                 Ok(moved) => {
                     metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str())
                         .increment(moved.bytes);
@@ -288,7 +285,7 @@ impl Job {
         method: transfer::Method,
         from: &CopySource,
         copy: &ImageSpec,
-        limits: TransferLimits,
+        limits: &TransferLimits,
     ) -> ceph::Result<Moved> {
         let storage = self.context.storage.as_ref();
         for _ in 0..CHAIN_TRIES {
@@ -299,7 +296,7 @@ impl Job {
                 anchor: from.anchor.clone(),
                 destination: copy.clone(),
                 mark: self.tag().await.to_string(),
-                limits,
+                limits: limits.clone(),
             };
             let result = method.transfer().run(storage, &order, &self.progress, &self.cancel).await;
             if result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) || from.readable(storage).await? == before {

@@ -30,7 +30,7 @@ use super::engine::{PoolSlot, PoolSlots};
 use super::lease::{Identity, Lease};
 use super::record::{Ending, Record, Stage, State};
 use super::store::{self, Store, Stored};
-use crate::ceph::{self, ErrorKind, Lent, Progress, Storage, StoragePool};
+use crate::ceph::{self, ErrorKind, Lent, Progress, Rates, Storage, StoragePool};
 use crate::config::Config;
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, ImageChange};
@@ -67,6 +67,8 @@ pub struct Context {
     pub cloud: Arc<dyn Cloud>,
     pub store: Store,
     pub config: watch::Receiver<Arc<Config>>,
+    /// Shared by the transfers of all jobs.
+    pub rates: Arc<Rates>,
     pub identity: Identity,
     /// Tells what this deployment made from what another one made in the same pools.
     pub deployment: Uuid,

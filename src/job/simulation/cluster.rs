@@ -581,7 +581,7 @@ impl Storage for Handle {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        _limits: TransferLimits,
+        _limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
@@ -613,7 +613,7 @@ impl Storage for Handle {
         source: &ImageSpec,
         snapshot: &str,
         destination: &ImageSpec,
-        _limits: TransferLimits,
+        _limits: &TransferLimits,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {

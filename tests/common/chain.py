@@ -1,0 +1,266 @@
+"""Random chains of images for tests/ceph.rs: chain.py CONF KEYRING, with a request in JSON on each line of the input and an answer
+on each line of the output.
+
+  {"make": SEED, "name": NAME}             makes a chain of up to three layers; the last is a volume with a protected snapshot `s`
+  {"check": IMAGE, "name": NAME}           compares an image with the snapshot, byte by byte, and looks at its shape
+  {"clean": NAME}                          removes all that has this name
+
+The same seed makes the same chain. What a snapshot must hold is known from a model in memory, and read through Debian's own librbd
+bindings as well.
+"""
+
+import json
+import os
+import random
+import sys
+
+import rados
+import rbd
+
+K, M = 1 << 10, 1 << 20
+LAYERING, STRIPING, LOCK, MAP, DIFF, DEEP = 1, 2, 4, 8, 16, 32
+PUBLISHED = LAYERING | LOCK | MAP | DIFF | DEEP
+POOLS = ('images', 'volumes', 'volumes2')
+
+conf, keyring = sys.argv[1:3]
+cluster = rados.Rados(conffile=conf, name='client.admin', conf=dict(keyring=keyring, rbd_cache='false'))
+cluster.connect()
+# discards are not cut to a granularity: the model is exact
+cluster.conf_set('rbd_skip_partial_discard', 'false')
+io = {pool: cluster.open_ioctx(pool) for pool in POOLS}
+data_io = cluster.open_ioctx('ecdata')
+chains = {}
+
+
+class Layer:
+    """An image, with what it must hold."""
+
+    def __init__(self, random, pool, name, parent=None):
+        self.random, self.pool, self.name = random, pool, name
+        self.features = random.choice((LAYERING, LAYERING, LAYERING | LOCK, LAYERING | DEEP, LAYERING | LOCK | MAP, PUBLISHED & ~DEEP,
+                                       PUBLISHED, PUBLISHED))
+        self.order = random.choice((16, 18, 20))
+        unit = count = 0
+        if parent is not None and random.random() < 0.75:
+            self.order = parent.order
+            self.striping = parent.striping
+        else:
+            self.striping = (1 << random.choice((12, 14, 16)), random.choice((2, 3))) if random.random() < 0.15 else (0, 0)
+        unit, count = self.striping
+        features = self.features | (STRIPING if count else 0)
+        data_pool = 'ecdata' if random.random() < 0.12 else None
+        self.log = ['%s/%s features %d order %d striping %s data pool %s' % (pool, name, features, self.order, self.striping, data_pool)]
+        if parent is None:
+            size = random.randrange(1, 8 * M) if random.random() < 0.3 else random.randrange(1, 129) * 64 * K
+            rbd.RBD().create(io[pool], name, size, self.order, old_format=False, features=features, stripe_unit=unit, stripe_count=count,
+                             data_pool=data_pool)
+            self.bytes = bytearray(size)
+        else:
+            cluster.conf_set('rbd_default_clone_format', str(random.choice((1, 1, 2))))
+            rbd.RBD().clone(io[parent.pool], parent.name, 's', io[pool], name, features=features, order=self.order, stripe_unit=unit,
+                            stripe_count=count, data_pool=data_pool)
+            self.bytes = bytearray(parent.at_snapshot)
+        self.snapshots = 0
+
+    def open(self):
+        return rbd.Image(io[self.pool], self.name)
+
+    def say(self, *what):
+        self.log.append(' '.join(str(part) for part in what))
+
+    def place(self):
+        """Where something happens: objects, parts of objects, anything."""
+        size, object_size = len(self.bytes), 1 << self.order
+        kind = self.random.random()
+        if kind < 0.45:
+            start = self.random.randrange(0, size // object_size + 1) * object_size
+            length = self.random.randrange(1, 5) * object_size
+        elif kind < 0.7:
+            start = self.random.randrange(0, size // 4096 + 1) * 4096
+            length = self.random.randrange(1, 33) * 4096
+        else:
+            start, length = self.random.randrange(0, size), self.random.randrange(1, 2 * object_size)
+        start = min(start, size - 1)
+        return start, min(length, size - start)
+
+    def change(self, image):
+        """One random change. The model follows."""
+        random, size = self.random, len(self.bytes)
+        kind = random.choices(('write', 'fill', 'discard', 'zero', 'halves', 'resize', 'snapshot', 'unsnapshot', 'maps', 'rebuild'),
+                              (28, 5, 24, 8, 6, 12, 6, 4, 9, 4))[0]
+        if kind == 'resize':
+            to = random.choice((random.randrange(1, size + 1), random.randrange(size, size + 2 * M), random.randrange(1, 129) * 64 * K))
+            self.say('resize', size, to)
+            image.resize(to)
+            del self.bytes[to:]
+            self.bytes.extend(bytes(to - len(self.bytes)))
+        elif kind == 'snapshot':
+            self.snapshots += 1
+            self.say('snapshot', self.snapshots)
+            image.create_snap('x%d' % self.snapshots)
+        elif kind == 'unsnapshot':
+            names = [s['name'] for s in image.list_snaps() if s['name'].startswith('x')]
+            if names:
+                name = random.choice(names)
+                self.say('remove snapshot', name)
+                image.remove_snap(name)
+        elif kind == 'maps':
+            if image.features() & MAP:
+                if image.features() & DIFF and random.random() < 0.5:
+                    self.say('disable fast-diff')
+                    image.update_features(DIFF, False)
+                else:
+                    self.say('disable maps')
+                    image.update_features(image.features() & (MAP | DIFF), False)
+            else:
+                both = random.random() < 0.8
+                self.say('enable maps' if both else 'enable object-map')
+                if not image.features() & LOCK:
+                    image.update_features(LOCK, True)
+                image.update_features(MAP | (DIFF if both else 0), True)
+        elif kind == 'rebuild':
+            if image.features() & MAP:
+                self.say('rebuild')
+                image.rebuild_object_map()
+        else:
+            start, length = (0, size) if kind == 'fill' else self.place()
+            self.say(kind, start, length)
+            if kind in ('write', 'fill'):
+                data = random.randbytes(length)
+                image.write(data, start)
+                self.bytes[start:start + length] = data
+            elif kind == 'halves':
+                half = max(length // 2, 1)
+                image.discard(start, half)
+                if length > half:
+                    image.discard(start + half, length - half)
+                self.bytes[start:start + length] = bytes(length)
+            elif kind == 'zero' and hasattr(image, 'write_zeroes'):
+                image.write_zeroes(start, length)
+                self.bytes[start:start + length] = bytes(length)
+            else:
+                image.discard(start, length)
+                self.bytes[start:start + length] = bytes(length)
+
+    def work(self, changes):
+        with self.open() as image:
+            for _ in range(changes):
+                # a client that opens the image again reads its maps again
+                self.change(image)
+
+
+def make(make, name):
+    choice = random.Random(make)
+    layers = []
+    for depth in range(choice.choices((1, 2, 3), (1, 4, 5))[0]):
+        pool = choice.choice(POOLS)
+        layer = Layer(choice, pool, '%s-%d' % (name, depth), layers[-1] if layers else None)
+        layers.append(layer)
+        if depth == 0 or choice.random() < 0.3:
+            with layer.open() as image:
+                start, length = (0, len(layer.bytes)) if depth == 0 and choice.random() < 0.7 else layer.place()
+                layer.say('write', start, length)
+                data = choice.randbytes(length)
+                image.write(data, start)
+                layer.bytes[start:start + length] = data
+        layer.work(choice.randrange(0, 4) if depth == 0 else choice.randrange(1, 8))
+        with layer.open() as image:
+            image.create_snap('s')
+            image.protect_snap('s')
+        layer.at_snapshot = bytes(layer.bytes)
+        # what comes later must not show
+        if choice.random() < 0.3:
+            layer.say('after the snapshot:')
+            layer.work(choice.randrange(1, 4))
+    top = layers[-1]
+    chains[name] = (top, [line for layer in layers for line in layer.log])
+    with rbd.Image(io[top.pool], top.name, 's', read_only=True) as image:
+        wrong = difference(read(image), top.at_snapshot)
+    return {'pool': top.pool, 'image': top.name, 'layers': len(layers), 'difference': wrong}
+
+
+def read(image):
+    size, parts = image.size(), []
+    for at in range(0, size, 4 * M):
+        parts.append(image.read(at, min(4 * M, size - at)))
+    return b''.join(parts)
+
+
+def difference(found, expected):
+    if found == expected:
+        return None
+    if len(found) != len(expected):
+        return '%d bytes instead of %d' % (len(found), len(expected))
+    return 'byte %d' % next(n for n, (a, b) in enumerate(zip(found, expected)) if a != b)
+
+
+def check(check, name):
+    """What is wrong with `images/CHECK` as a copy of the chain's snapshot: a list of sentences."""
+    top, wrong = chains[name][0], []
+    with rbd.Image(io['images'], check, read_only=True) as image:
+        first = difference(read(image), top.at_snapshot)
+        if first:
+            wrong.append('other than the model: ' + first)
+        with rbd.Image(io[top.pool], top.name, 's', read_only=True) as source:
+            first = difference(read(image), read(source))
+        if first:
+            wrong.append('other than the source: ' + first)
+        try:
+            image.parent_info()
+            wrong.append('it has a parent')
+        except rbd.ImageNotFound:
+            pass
+        if image.features() & ~STRIPING != PUBLISHED:
+            wrong.append('features %d' % image.features())
+        if image.flags():
+            wrong.append('flags %d' % image.flags())
+        if list(image.list_snaps()):
+            wrong.append('it has snapshots')
+        # The object map: four bytes length, header (the last 8 bytes are the number of objects), two bits an object.
+        prefix, count = image.stat()['block_name_prefix'], image.stat()['num_objs']
+        _, answer = io['images'].execute('rbd_object_map.' + image.id(), 'rbd', 'object_map_load', b'')
+        states = answer[4 + int.from_bytes(answer[:4], 'little'):]
+        for number in range(count):
+            known = states[number // 4] >> (6 - 2 * (number % 4)) & 3 != 0
+            try:
+                io['images'].stat('%s.%016x' % (prefix, number))
+                there = True
+            except rados.ObjectNotFound:
+                there = False
+            if known != there:
+                wrong.append('object %d: the map says %s' % (number, known))
+                break
+    return wrong
+
+
+def clean(clean):
+    chains.pop(clean, None)
+    for _ in range(8):
+        left = 0
+        for pool in POOLS:
+            for name in sorted((name for name in rbd.RBD().list(io[pool]) if clean in name), reverse=True):
+                try:
+                    with rbd.Image(io[pool], name) as image:
+                        for snapshot in list(image.list_snaps()):
+                            if snapshot['namespace'] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH:
+                                continue
+                            if image.is_protected_snap(snapshot['name']):
+                                image.unprotect_snap(snapshot['name'])
+                            image.remove_snap(snapshot['name'])
+                    rbd.RBD().remove(io[pool], name)
+                except (rbd.ImageBusy, rbd.ImageHasSnapshots, rbd.OSError):
+                    left += 1
+        if not left:
+            return None
+    raise SystemExit('images of %s could not be removed' % clean)
+
+
+for line in sys.stdin:
+    request = json.loads(line)
+    function = next(name for name in ('make', 'check', 'clean') if name in request)
+    answer = globals()[function](**request)
+    log = chains[request['name']][1] if request.get('name') in chains else []
+    sys.stdout.write(json.dumps({'answer': answer, 'log': log}) + '\n')
+    sys.stdout.flush()
+# without the end of the interpreter, in which librados may still be at work
+os._exit(0)
