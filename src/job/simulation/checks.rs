@@ -26,12 +26,18 @@ fn leftovers(world: &World) -> Vec<String> {
             left.push(format!("the deleted volume {}/{} in the trash", image.pool, image.id));
         }
         let name = image.name.clone().unwrap_or_else(|| "(trash)".into());
-        let serves = world.cloud.images.get(&name).is_some_and(|r| r.image.status == "active");
+        let record = world.cloud.images.get(&name);
+        let serves =
+            record.is_some_and(|r| matches!(r.image.status.as_str(), "active" | "deactivated") && !r.elsewhere);
         if image.ours && !serves {
             left.push(format!("the image {}/{name}", image.pool));
         }
-        for snapshot in image.snapshot_tags.keys() {
+        for snapshot in image.snapshot_tags.keys().filter(|tag| !image.snaps.iter().any(|s| s.name == **tag && !s.ours))
+        {
             left.push(format!("the tag of the snapshot {}/{name}@{snapshot}", image.pool));
+        }
+        if let Some(alias) = &image.alias {
+            left.push(format!("half a rename of the image {}/{name}: {alias}", image.pool));
         }
         for snap in image.snaps.iter().filter(|s| s.ours && !(image.ours && s.name == "snap")) {
             left.push(format!("the snapshot {}/{name}@{}", image.pool, snap.name));
@@ -55,7 +61,7 @@ pub fn is_quiet(stage: &Stage) -> bool {
             .cloud
             .images
             .values()
-            .any(|r| r.image.status == "saving" || (r.image.status == "queued" && asks(&r.image.tags)))
+            .any(|r| matches!(r.image.status.as_str(), "saving" | "importing") || (r.image.status == "queued" && asks(&r.image.tags)))
 }
 
 pub fn all(stage: &Stage, foreign: &[Rbd], when: &str) {
@@ -102,6 +108,11 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
     let image = &record.image;
     let ours = |name: &&String| name.starts_with("rbd_offload_");
     match image.status.as_str() {
+        "active" if record.elsewhere => {
+            if job.is_some_and(|job| job.state == State::Done) {
+                broken.push(format!("image {id} is active by an import, and its job done"));
+            }
+        }
         "active" => {
             if record.locations.len() != 1 {
                 broken.push(format!("active image {id} has the locations {:?}", record.locations));
@@ -189,8 +200,9 @@ pub fn all_served(stage: &Stage, asked: &[Uuid]) {
             "more than one",
             "Glance still",
         ];
+        let kills = world.killer.as_ref().is_some_and(|killer| killer.image_id == id);
         let stuck = record.image.properties.contains_key("os_glance_import_task");
-        if !stuck && !RIGHTLY.iter().any(|right| reason.contains(right)) {
+        if !stuck && !kills && !RIGHTLY.iter().any(|right| reason.contains(right)) {
             let state = job.map(|j| j.state);
             world.violated(format!("image {id} was asked for again in a calm world and is {state:?}: {reason}"));
         }

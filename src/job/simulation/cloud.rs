@@ -7,14 +7,16 @@ use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
 
 use super::cluster::FSID;
+use super::glance;
 use super::node::{Handle, Kind};
 use super::service::Service;
+use super::trouble::Trouble;
 use super::world::{Shared, World};
 use crate::openstack::{
     Cloud, Error, ErrorKind, Image, ImageChange, ImageTask, LocationAnswer, Result, Server, Store, Validation, Volume,
     VolumeSnapshot,
 };
-use crate::request::Source;
+use crate::request::{self, Asked, Source};
 
 pub const TASK: &str = "os_glance_import_task";
 
@@ -38,6 +40,54 @@ pub struct Record {
     pub active_by_location: bool,
     /// An upload is going on.
     pub uploading: bool,
+    /// Active by an import to another store.
+    pub elsewhere: bool,
+    /// What it was ever asked to be made from, and when first.
+    pub requests: Vec<(Source, Instant)>,
+    /// As each daemon was last told of it.
+    pub told: BTreeMap<String, Image>,
+    /// As whoever registered the location had last been told of it.
+    pub posted: Option<Image>,
+}
+
+impl Record {
+    /// A record that asks for `source`.
+    pub fn new(image: Image, source: Option<Source>, now: Instant) -> Self {
+        Self {
+            image,
+            locations: Vec::new(),
+            tasks: Vec::new(),
+            asked: now,
+            source,
+            requested: true,
+            uploads: BTreeSet::new(),
+            active_by_location: false,
+            uploading: false,
+            elsewhere: false,
+            requests: source.map(|source| (source, now)).into_iter().collect(),
+            told: BTreeMap::new(),
+            posted: None,
+        }
+    }
+
+    /// The tenant asks for that from now on.
+    pub fn asks_for(&mut self, source: Source, now: Instant) {
+        (self.source, self.asked) = (Some(source), now);
+        if !self.requests.iter().any(|(known, _)| *known == source) {
+            self.requests.push((source, now));
+        }
+    }
+
+    /// The request that was known to whoever registered the location, and when it was made.
+    fn posted_for(&self) -> Option<(Source, Instant)> {
+        let tags = self.posted.as_ref().map(|image| image.tags.as_slice()).unwrap_or_default();
+        match request::asked_by(tags) {
+            Asked::For(source) if Some(source) != self.source => {
+                self.requests.iter().find(|(known, _)| *known == source).copied()
+            }
+            _ => self.source.map(|source| (source, self.asked)),
+        }
+    }
 }
 
 /// A volume or an instance's disk, and what was on it when.
@@ -120,12 +170,15 @@ fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
     if world.cloud.services.get(id).is_some_and(|service| !service.said_go) {
         world.violated(format!("image {id} became active before the service that waits for it said go"));
     }
-    let right = record.source.map(|source| world.cloud.right_contents(source, record.asked)).unwrap_or_default();
+    let right =
+        record.posted_for().map(|(source, asked)| world.cloud.right_contents(source, asked)).unwrap_or_default();
     if rbd.content == 0 || !right.contains(&rbd.content) {
         world.violated(format!("image {id} became active with content {}, right is {right:?}", rbd.content));
     }
-    if world.cloud.projects.get(&rbd.content) != record.image.owner.as_ref() {
-        world.violated(format!("image {id} became active with content {} of another project", rbd.content));
+    let owner = record.posted.as_ref().and_then(|image| image.owner.as_ref());
+    if rbd.owner.is_none() || rbd.owner.as_ref() != owner {
+        let whose = &rbd.owner;
+        world.violated(format!("image {id} of {owner:?} became active with what {whose:?} owned at the snapshot"));
     }
     if world.ceph.containers.contains(&rbd.content) {
         world.violated(format!("image {id} became active with the header of a container format"));
@@ -138,7 +191,14 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
         let mut world = shared.lock();
         let (failure, stuck) = (world.faults.task_failure, world.faults.task_stuck);
         let slow = world.dice.percent(25);
-        let first = if slow { world.dice.millis(500, 20_000) } else { world.dice.millis(20, 300) };
+        let very_slow = world.has(Trouble::SlowTasks) && world.dice.percent(40);
+        let first = if very_slow {
+            world.dice.millis(60_000, 400_000)
+        } else if slow {
+            world.dice.millis(500, 20_000)
+        } else {
+            world.dice.millis(20, 300)
+        };
         let second = if slow { world.dice.millis(100, 9_000) } else { world.dice.millis(10, 150) };
         let fails = world.dice.chance(failure);
         (first, second, fails, world.dice.chance(stuck), world.dice.percent(50))
@@ -181,20 +241,23 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
         }
     }
     sleep(second).await;
-    let mut world = shared.lock();
-    let Some(record) = world.cloud.images.get(&id) else { return };
-    if record.image.status != "queued" {
-        return finish(&mut world, "failure", "the image is not queued any more");
+    {
+        let mut world = shared.lock();
+        let Some(record) = world.cloud.images.get(&id) else { return };
+        if record.image.status != "queued" {
+            return finish(&mut world, "failure", "the image is not queued any more");
+        }
+        if let Some((pool, name, _)) = split(&url) {
+            check_published(&mut world, &id, &pool, &name);
+        }
+        if let Some(record) = world.cloud.images.get_mut(&id) {
+            record.image.status = "active".into();
+            record.locations.push(url);
+            record.active_by_location = true;
+        }
+        finish(&mut world, "success", "");
     }
-    if let Some((pool, name, _)) = split(&url) {
-        check_published(&mut world, &id, &pool, &name);
-    }
-    if let Some(record) = world.cloud.images.get_mut(&id) {
-        record.image.status = "active".into();
-        record.locations.push(url);
-        record.active_by_location = true;
-    }
-    finish(&mut world, "success", "");
+    glance::hash(shared, id).await;
 }
 
 /// Another writer uploads data to the image, as glance-api does it.
@@ -349,7 +412,7 @@ pub async fn delete_instance(shared: Shared, id: String) {
 
 /// What the trash holds without snapshots goes.
 pub fn purge_trash(world: &mut World) {
-    world.ceph.images.retain(|i| i.name.is_some() || !i.snaps.is_empty());
+    world.ceph.images.retain(|i| i.name.is_some() || !i.snaps.is_empty() || i.ours);
 }
 
 impl Handle {
@@ -433,7 +496,12 @@ impl Cloud for Handle {
         self.glance(
             Kind::Read,
             || format!("glance image {id}"),
-            |world| Ok(world.cloud.images.get(id).map(|r| r.image.clone())),
+            |world| {
+                Ok(world.cloud.images.get_mut(id).map(|record| {
+                    record.told.insert(self.node.name.clone(), record.image.clone());
+                    record.image.clone()
+                }))
+            },
         )
         .await
     }
@@ -448,6 +516,7 @@ impl Cloud for Handle {
                 match apply(record, changes) {
                     Ok(image) => {
                         record.image = image;
+                        record.told.insert(self.node.name.clone(), record.image.clone());
                         Ok(Some(record.image.clone()))
                     }
                     Err(kind) => Err(Error::new(format!("update image {id}"), kind, "refused")),
@@ -486,6 +555,7 @@ impl Cloud for Handle {
                 let task = format!("task-{}", world.ceph.next());
                 if let Some(record) = world.cloud.images.get_mut(id) {
                     record.image.properties.insert(TASK.into(), task.clone());
+                    record.posted = record.told.get(&self.node.name).cloned();
                     let queued = ImageTask { id: task.clone(), status: "processing".into(), message: String::new() };
                     record.tasks.insert(0, queued);
                 }

@@ -9,6 +9,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::node::{Handle, Kind, Node};
+use super::promises;
+use super::trouble::Trouble;
 use super::world::World;
 use crate::ceph::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Lent, Link, LockKey, Locked, Moved,
@@ -28,6 +30,10 @@ pub struct Snap {
     pub protected: bool,
     /// Made by a daemon.
     pub ours: bool,
+    /// Its removal broke off: it lies in the trash namespace, under no name.
+    pub discarded: bool,
+    /// Who owned the source when it was made.
+    pub owner: Option<String>,
 }
 
 /// An RBD image. Content 0 is zeros, or bytes that are not all there.
@@ -35,8 +41,14 @@ pub struct Snap {
 pub struct Rbd {
     pub id: String,
     pub pool: String,
-    /// `None` in the trash.
+    /// In the pool's directory; `None` in the trash.
     pub name: Option<String>,
+    /// The name of a second `rbd_id.<name>`: a rename broke off.
+    pub alias: Option<String>,
+    /// The name under which it is being removed by way of the trash.
+    pub removing: Option<String>,
+    /// Who owned what it was made from, at the moment of the snapshot.
+    pub owner: Option<String>,
     pub content: u64,
     /// Image and snapshot.
     pub parent: Option<(String, u64)>,
@@ -84,6 +96,9 @@ impl Cluster {
             id,
             pool: pool.into(),
             name: Some(name.into()),
+            alias: None,
+            removing: None,
+            owner: None,
             content,
             parent: None,
             snaps: Vec::new(),
@@ -97,7 +112,8 @@ impl Cluster {
     }
 
     pub fn named(&self, pool: &str, name: &str) -> Option<&Rbd> {
-        self.images.iter().find(|i| i.pool == pool && i.name.as_deref() == Some(name))
+        let bears = |i: &&Rbd| i.name.as_deref() == Some(name) || i.alias.as_deref() == Some(name);
+        self.images.iter().filter(|i| i.pool == pool).find(bears)
     }
 
     pub fn by_id(&self, id: &str) -> Option<&Rbd> {
@@ -136,7 +152,8 @@ impl Cluster {
         let Some(image) = self.by_id(id) else { return };
         let content = self.content(image);
         if let Some(image) = self.by_id_mut(id) {
-            image.snaps.push(Snap { id: snap_id, name: name.into(), content, protected, ours });
+            let name = name.into();
+            image.snaps.push(Snap { id: snap_id, name, content, protected, ours, discarded: false, owner: None });
         }
     }
 
@@ -184,6 +201,16 @@ fn must_not_be_active(world: &mut World, what: &str, id: &str) {
     if world.cloud.images.get(&name).is_some_and(|i| i.image.status == "active" && i.locations.contains(&location)) {
         world.violated(format!("{what} of the data of the active image {name}"));
     }
+}
+
+/// Who owns what this image has at that snapshot, or had when the snapshot was made.
+fn owner_of(world: &World, id: &str, snapshot: &str) -> Option<String> {
+    let of_cinder = snapshot.strip_prefix("snapshot-").and_then(|id| world.cloud.snapshots.get(id));
+    let image = world.ceph.by_id(id);
+    let made = image.and_then(|i| i.snaps.iter().find(|s| s.name == snapshot)).and_then(|s| s.owner.clone());
+    let disk = || world.cloud.disks.values().find(|disk| disk.rbd == id).map(|disk| disk.volume.project_id.clone());
+    let passed_on = || image.and_then(|i| i.owner.clone());
+    of_cinder.map(|(snapshot, _)| snapshot.project_id.clone()).or(made).or_else(disk).or_else(passed_on)
 }
 
 impl Handle {
@@ -250,6 +277,37 @@ impl Handle {
         Ok(())
     }
 
+    /// Between two operations of one librbd call: the client dies, or one of them fails.
+    async fn break_off(&self) -> Result<()> {
+        let fate = {
+            let mut world = self.world().lock();
+            if !world.has(Trouble::HalfDone) || world.faults.calm {
+                return Ok(());
+            }
+            world.dice.below(20)
+        };
+        match fate {
+            0 | 1 => {
+                self.node.kill();
+                std::future::pending().await
+            }
+            2 => Err(Error::new("a part of a call", ErrorKind::Other, "it broke off")),
+            _ => Ok(()),
+        }
+    }
+
+    /// A pool of many images takes its time.
+    async fn list_slowly(&self) {
+        let time = {
+            let mut world = self.world().lock();
+            if !world.has(Trouble::SlowLists) {
+                return;
+            }
+            world.dice.millis(20_000, 100_000)
+        };
+        tokio::time::sleep(time).await;
+    }
+
     async fn open(&self, what: &str, image: &ImageSpec) -> Result<String> {
         let address = self.node.address();
         self.ceph(
@@ -285,7 +343,7 @@ impl Storage for Handle {
             |world| {
                 let Some(found) = world.ceph.find(image) else { return Ok(None) };
                 if let Some(snapshot) = snapshot
-                    && !found.snaps.iter().any(|s| s.name == snapshot)
+                    && !found.snaps.iter().any(|s| s.name == snapshot && !s.discarded)
                 {
                     return Err(Error::new(
                         format!("open {image}@{snapshot}"),
@@ -317,6 +375,7 @@ impl Storage for Handle {
                     snapshots: found
                         .snaps
                         .iter()
+                        .filter(|s| !s.discarded)
                         .map(|s| Snapshot { id: s.id, name: s.name.clone(), size: 1 << 30, protected: s.protected })
                         .collect(),
                     data_pool: None,
@@ -333,10 +392,14 @@ impl Storage for Handle {
             || format!("create snapshot {image}@{snapshot}"),
             |world| {
                 let id = world.ceph.find_id("snapshot", image)?;
-                if world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot)) {
+                if world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot && !s.discarded)) {
                     return Ok(Change::AlreadyThere);
                 }
                 world.ceph.snap(&id, snapshot, false, true);
+                let owner = owner_of(world, &id, snapshot);
+                if let Some(made) = world.ceph.by_id_mut(&id).and_then(|i| i.snaps.last_mut()) {
+                    made.owner = owner;
+                }
                 Ok(Change::Made)
             },
         )
@@ -349,7 +412,10 @@ impl Storage for Handle {
             || format!("protect {image}@{snapshot}"),
             |world| {
                 let id = world.ceph.find_id("protect", image)?;
-                let found = world.ceph.by_id_mut(&id).and_then(|i| i.snaps.iter_mut().find(|s| s.name == snapshot));
+                let found = world
+                    .ceph
+                    .by_id_mut(&id)
+                    .and_then(|i| i.snaps.iter_mut().find(|s| s.name == snapshot && !s.discarded));
                 let Some(snap) = found else { return Err(missing("protect", image)) };
                 if std::mem::replace(&mut snap.protected, true) { Ok(Change::AlreadyThere) } else { Ok(Change::Made) }
             },
@@ -397,19 +463,20 @@ impl Storage for Handle {
     }
 
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
-        // two operations, as in librbd: a crash may come between them
-        for last in [false, true] {
+        // several operations, as in librbd: a crash may come between them
+        let mut change = Change::AlreadyThere;
+        loop {
+            let before = change;
             let done = self
                 .ceph(
                     Kind::Write,
-                    || format!("remove snapshot {image}@{snapshot} last={last}"),
+                    || format!("remove snapshot {image}@{snapshot}"),
                     |world| {
-                        let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else {
-                            return Ok(Some(Change::AlreadyThere));
-                        };
-                        let snap =
-                            world.ceph.by_id(&id).and_then(|i| i.snaps.iter().find(|s| s.name == snapshot)).cloned();
-                        let Some(snap) = snap else { return Ok(Some(Change::AlreadyThere)) };
+                        let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else { return Ok(Some(before)) };
+                        let half = world.has(Trouble::HalfDone);
+                        let named = |i: &Rbd| i.snaps.iter().filter(|s| s.name == snapshot).cloned().collect();
+                        let named: Vec<Snap> = world.ceph.by_id(&id).map(named).unwrap_or_default();
+                        let Some(snap) = named.iter().min_by_key(|s| s.discarded) else { return Ok(Some(before)) };
                         if !snap.ours {
                             world.violated(format!("removal of the snapshot {image}@{snapshot}, which no daemon made"));
                         }
@@ -422,25 +489,27 @@ impl Storage for Handle {
                                 "has clones",
                             ));
                         }
-                        if let Some(found) = world.ceph.by_id_mut(&id) {
-                            if last {
-                                if snap.protected {
-                                    return Err(Error::new("remove snapshot", ErrorKind::Busy, "is protected"));
-                                }
-                                found.snaps.retain(|s| s.id != snap.id);
-                                return Ok(Some(Change::Made));
-                            }
-                            found.snaps.iter_mut().filter(|s| s.id == snap.id).for_each(|s| s.protected = false);
+                        let Some(found) = world.ceph.by_id_mut(&id) else { return Ok(Some(before)) };
+                        let Some(this) = found.snaps.iter_mut().find(|s| s.id == snap.id) else {
+                            return Ok(Some(before));
+                        };
+                        if std::mem::take(&mut this.protected) {
+                            return Ok(None);
                         }
-                        Ok(None)
+                        if half && !std::mem::replace(&mut this.discarded, true) {
+                            return Ok(None);
+                        }
+                        found.snaps.retain(|s| s.id != snap.id);
+                        Ok(if named.len() > 1 { None } else { Some(Change::Made) })
                     },
                 )
                 .await?;
-            if let Some(change) = done {
-                return Ok(change);
+            if let Some(done) = done {
+                return Ok(done);
             }
+            change = Change::Made;
+            self.break_off().await?;
         }
-        Ok(Change::Made)
     }
 
     async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
@@ -450,7 +519,7 @@ impl Storage for Handle {
             |world| {
                 let id = world.ceph.find_id("clone", source)?;
                 let found = world.ceph.by_id(&id).ok_or_else(|| missing("clone", source))?;
-                let Some(snap) = found.snaps.iter().find(|s| s.name == snapshot).cloned() else {
+                let Some(snap) = found.snaps.iter().find(|s| s.name == snapshot && !s.discarded).cloned() else {
                     return Err(missing("clone", source));
                 };
                 let metadata = found.metadata.clone();
@@ -464,8 +533,10 @@ impl Storage for Handle {
                     return Err(Error::new(format!("clone to {destination}"), ErrorKind::Exists, "exists"));
                 }
                 let ImageKey::Name(name) = &destination.image else { return Err(missing("clone", destination)) };
+                let owner = owner_of(world, &id, snapshot);
                 let made = world.ceph.create(&destination.pool, name, 0, true);
                 made.parent = Some((id, snap.id));
+                made.owner = owner;
                 // a clone inherits it
                 made.metadata = metadata;
                 Ok(())
@@ -541,14 +612,15 @@ impl Storage for Handle {
             || format!("create {destination} like {source}@{snapshot}"),
             |world| {
                 let id = world.ceph.find_id("open", source)?;
-                if !world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot)) {
+                if !world.ceph.by_id(&id).is_some_and(|i| i.snaps.iter().any(|s| s.name == snapshot && !s.discarded)) {
                     return Err(missing("open snapshot of", source));
                 }
                 if world.ceph.find(destination).is_some() {
                     return Err(Error::new(format!("create {destination}"), ErrorKind::Exists, "exists"));
                 }
                 let ImageKey::Name(name) = &destination.image else { return Err(missing("create", destination)) };
-                world.ceph.create(&destination.pool, name, 0, true);
+                let owner = owner_of(world, &id, snapshot);
+                world.ceph.create(&destination.pool, name, 0, true).owner = owner;
                 Ok(())
             },
         )
@@ -593,7 +665,7 @@ impl Storage for Handle {
             || format!("copied {source}@{snapshot} to {destination}"),
             |world| {
                 let Some(from) = world.ceph.find(source) else { return Err(missing("copy", source)) };
-                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot) else {
+                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot && !s.discarded) else {
                     return Err(missing("copy snapshot of", source));
                 };
                 let content = snap.content;
@@ -643,7 +715,7 @@ impl Storage for Handle {
             || format!("compare {extent:?} {source}@{snapshot} with {destination}"),
             |world| {
                 let Some(from) = world.ceph.find(source) else { return Err(missing("compare", source)) };
-                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot) else {
+                let Some(snap) = from.snaps.iter().find(|s| s.name == snapshot && !s.discarded) else {
                     return Err(missing("compare snapshot of", source));
                 };
                 let Some(to) = world.ceph.find(destination) else { return Err(missing("compare", destination)) };
@@ -671,42 +743,86 @@ impl Storage for Handle {
     }
 
     async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()> {
-        self.ceph(
-            Kind::Write,
-            || format!("rename {image} to {name}"),
-            |world| {
-                let id = world.ceph.find_id("rename", image)?;
-                if world.ceph.named(&image.pool, name).is_some() {
-                    return Err(Error::new(format!("rename {image} to {name}"), ErrorKind::Exists, "exists"));
-                }
-                must_be_ours(world, "rename", &id);
-                must_not_be_active(world, "rename", &id);
-                if let Some(found) = world.ceph.by_id_mut(&id) {
-                    found.name = Some(name.into());
-                }
-                Ok(())
-            },
-        )
-        .await
-    }
-
-    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
         let mut opened: Option<String> = None;
-        for last in [false, true] {
+        // `rbd_id.<new>`, the directory, `rbd_id.<old>`: a crash may come between them
+        loop {
             let opened = &mut opened;
             let done = self
                 .ceph(
                     Kind::Write,
-                    || format!("remove {image} last={last}"),
+                    || format!("rename {image} to {name}"),
                     |world| {
-                        let found = match opened.clone() {
+                        let half = world.has(Trouble::HalfDone);
+                        let mut first = opened.is_none();
+                        let id = match opened.take() {
+                            Some(id) => id,
+                            None => world.ceph.find_id("rename", image)?,
+                        };
+                        *opened = Some(id.clone());
+                        if let (true, Some(other)) = (first, world.ceph.named(&image.pool, name)) {
+                            if other.id != id {
+                                let operation = format!("rename {image} to {name}");
+                                return Err(Error::new(operation, ErrorKind::Exists, "exists"));
+                            }
+                            // it broke off before, and is finished
+                            first = false;
+                        }
+                        must_be_ours(world, "rename", &id);
+                        must_not_be_active(world, "rename", &id);
+                        let Some(found) = world.ceph.by_id_mut(&id) else { return Err(missing("rename", image)) };
+                        if half && first {
+                            found.alias = Some(name.into());
+                            return Ok(false);
+                        }
+                        if half && found.name.as_deref() != Some(name) {
+                            found.alias = found.name.replace(name.into());
+                            return Ok(false);
+                        }
+                        found.alias = None;
+                        found.name = Some(name.into());
+                        Ok(true)
+                    },
+                )
+                .await?;
+            if done {
+                return Ok(());
+            }
+            self.break_off().await?;
+        }
+    }
+
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
+        let mut opened: Option<String> = None;
+        // the snapshots, the move to the trash, the data, the trash: a crash may come between them
+        let half = self.world().lock().has(Trouble::HalfDone);
+        let steps: &[u8] = if half { &[0, 1, 2, 3] } else { &[0, 3] };
+        for step in steps {
+            let opened = &mut opened;
+            let done = self
+                .ceph(
+                    Kind::Write,
+                    || format!("remove {image} step={step}"),
+                    |world| {
+                        let found = match (opened.clone(), &image.image) {
                             // librbd has it open by now
-                            Some(id) => world.ceph.by_id(&id).map(|i| i.id.clone()),
-                            None => world.ceph.find(image).map(|i| i.id.clone()),
+                            (Some(id), _) => world.ceph.by_id(&id).map(|i| i.id.clone()),
+                            (None, ImageKey::Name(name)) => {
+                                let removing = |i: &&Rbd| i.pool == image.pool && i.removing.as_ref() == Some(name);
+                                let named = world.ceph.find(image);
+                                named.or_else(|| world.ceph.images.iter().find(removing)).map(|i| i.id.clone())
+                            }
+                            (None, ImageKey::Id(_)) => world.ceph.find(image).map(|i| i.id.clone()),
                         };
                         let Some(id) = found else { return Ok(Some(Change::AlreadyThere)) };
                         *opened = Some(id.clone());
                         must_be_ours(world, "removal", &id);
+                        if let (ImageKey::Name(name), Some(found)) = (&image.image, world.ceph.by_id_mut(&id))
+                            && found.alias.as_ref() == Some(name)
+                        {
+                            // the second name, which a rename left behind
+                            found.alias = None;
+                            return Ok(Some(Change::Made));
+                        }
                         must_not_be_active(world, "removal", &id);
                         let now = Instant::now();
                         let blocked = world.ceph.blocklist.clone();
@@ -716,15 +832,19 @@ impl Storage for Handle {
                         if watched || world.ceph.has_clones(&id) {
                             return Err(Error::new(format!("remove {image}"), ErrorKind::Busy, "is in use"));
                         }
-                        if last {
-                            world.ceph.drop_image(&id);
-                            return Ok(Some(Change::Made));
-                        }
-                        if let Some(found) = world.ceph.by_id_mut(&id) {
-                            // the objects and the snapshots go first, the header last
-                            found.snaps.clear();
-                            found.content = 0;
-                            found.parent = None;
+                        let Some(found) = world.ceph.by_id_mut(&id) else { return Ok(Some(Change::AlreadyThere)) };
+                        match step {
+                            0 if half => found.snaps.clear(),
+                            1 => found.removing = found.name.take().or(found.removing.take()),
+                            0 | 2 => {
+                                found.snaps.clear();
+                                found.content = 0;
+                                found.parent = None;
+                            }
+                            _ => {
+                                world.ceph.drop_image(&id);
+                                return Ok(Some(Change::Made));
+                            }
                         }
                         Ok(None)
                     },
@@ -733,6 +853,7 @@ impl Storage for Handle {
             if let Some(change) = done {
                 return Ok(change);
             }
+            self.break_off().await?;
         }
         Ok(Change::Made)
     }
@@ -797,6 +918,7 @@ impl Storage for Handle {
     }
 
     async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>> {
+        self.list_slowly().await;
         self.ceph(
             Kind::Read,
             || format!("images of {pool}"),
@@ -809,6 +931,7 @@ impl Storage for Handle {
     }
 
     async fn snapshots(&self, pool: &str, prefix: &str, _pace: u32) -> Result<Vec<(ImageSpec, String)>> {
+        self.list_slowly().await;
         self.ceph(
             Kind::Read,
             || format!("snapshots of {pool}"),
@@ -838,6 +961,10 @@ impl Storage for Handle {
             Kind::Write,
             || format!("fence {address}"),
             |world| {
+                if world.fences_refused_until.is_some_and(|until| until > Instant::now()) {
+                    return Err(Error::new(format!("fence {address}"), ErrorKind::PermissionDenied, "not allowed"));
+                }
+                promises::fenced(world, &self.node.name, address);
                 if world.ceph.blocklist.insert(address.into()) { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
             },
         )
@@ -931,11 +1058,13 @@ impl Objects for Handle {
                 let next = world.ceph.next();
                 let found = world.ceph.object("replace", object)?;
                 Cluster::check_lock(found, lock, &client)?;
+                let before = found.data.clone();
                 if found.version != version.0 {
                     return Err(Error::new(format!("replace {object}"), ErrorKind::Conflict, "another version"));
                 }
                 found.data = data.into();
                 found.version = next;
+                promises::written(world, &before, data);
                 Ok(Version(next))
             },
         )

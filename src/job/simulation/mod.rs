@@ -3,37 +3,50 @@
 //! still at which call. When the accidents are over the world runs on until it is quiet, and every promise is checked.
 //!
 //! `RBD_OFFLOAD_SIMULATION_SEEDS=20000` runs more seeds, `RBD_OFFLOAD_SIMULATION_SEED=17` runs one and prints what
-//! happened.
+//! happened. `RBD_OFFLOAD_SIMULATION_TROUBLE` names further kinds of trouble (see `trouble.rs`).
 
 mod checks;
 mod cloud;
 mod cluster;
+mod glance;
 mod node;
+mod promises;
 mod scenario;
 mod scripted;
 mod service;
+mod tenants;
+mod trouble;
 mod world;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use trouble::Trouble;
+
 /// Seeds of an ordinary test run, shared by all the tests below.
 const SEEDS: u64 = 1200;
 
 /// Runs one seed to its end; returns the promises that it broke, and what happened if that was asked for.
-fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<String>) {
+fn run(seed: u64, nodes: u64, trouble: &[Trouble], trace: bool) -> (BTreeSet<String>, Vec<String>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(scenario::run(seed, nodes, trace))
+    runtime.block_on(scenario::run(seed, nodes, trouble, trace))
 }
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// The kinds of trouble that every seed is to have.
+fn wanted() -> Option<Vec<Trouble>> {
+    let names = std::env::var("RBD_OFFLOAD_SIMULATION_TROUBLE").ok()?;
+    Some(names.split(',').filter(|name| !name.is_empty()).map(Trouble::named).collect())
+}
+
 /// Runs this share of the seeds with so many daemons.
 fn hold(nodes: u64) {
+    let trouble = wanted().unwrap_or_default();
     if let Some(seed) = number("RBD_OFFLOAD_SIMULATION_SEED") {
-        let (violations, trace) = run(seed, nodes, true);
+        let (violations, trace) = run(seed, nodes, &trouble, true);
         for line in trace {
             println!("{line}");
         }
@@ -45,7 +58,7 @@ fn hold(nodes: u64) {
     let mut broken = String::new();
     let mut count = 0;
     for seed in first..first + seeds {
-        let (violations, _) = run(seed, nodes, false);
+        let (violations, _) = run(seed, nodes, &trouble, false);
         if !violations.is_empty() {
             let _ = writeln!(broken, "seed {seed}, {nodes} daemons: {violations:#?}");
             count += 1;

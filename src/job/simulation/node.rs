@@ -9,6 +9,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::promises;
+use super::trouble::Trouble;
 use super::world::{Shared, World};
 use crate::ceph;
 use crate::config::Config;
@@ -173,16 +175,19 @@ impl Node {
     }
 
     pub fn freeze(&self, time: Duration) {
+        promises::stricken(&self.world, &self.name);
         self.world.lock().log(|| format!("{} FROZEN for {time:?}", self.name));
         self.host().body().frozen_until = Some(Instant::now() + time);
     }
 
     pub fn cut(&self, time: Duration) {
+        promises::stricken(&self.world, &self.name);
         self.world.lock().log(|| format!("{} CUT OFF for {time:?}", self.name));
         self.host().body().cut_until = Some(Instant::now() + time);
     }
 
     pub fn kill(&self) {
+        promises::stricken(&self.world, &self.name);
         self.world.lock().log(|| format!("{} DIED", self.name));
         self.host().body().dead = true;
         self.died.cancel();
@@ -206,6 +211,30 @@ impl Node {
                 }
                 Some(_) => return,
             }
+        }
+    }
+
+    /// How long this call for one job hangs, whatever becomes of its caller.
+    fn hangs(&self, what: &impl Fn() -> String) -> Option<Duration> {
+        const SOME: [&str; 6] = ["create snapshot", "protect", "clone", "open for", "flattened", "copied"];
+        let mut world = self.world.lock();
+        if self.steady || !world.has(Trouble::HangingCalls) || world.faults.calm {
+            return None;
+        }
+        let what = what();
+        let may = SOME.iter().any(|call| what.starts_with(call));
+        (may && world.dice.percent(8)).then(|| world.dice.millis(60_000, 600_000))
+    }
+
+    /// Some jobs kill their daemon at one call.
+    fn meet_killer(&self, what: &impl Fn() -> String) {
+        let mut world = self.world.lock();
+        let Some(killer) = world.killer.as_mut().filter(|_| !self.steady) else { return };
+        let what = what();
+        if what.starts_with(killer.call) && what.contains(&killer.image_id) && !self.is_dead() {
+            killer.deaths += 1;
+            drop(world);
+            self.kill();
         }
     }
 
@@ -240,6 +269,10 @@ impl Node {
             hangs: dice.chance(faults.hang),
             dice: dice.roll(),
         };
+        let stricken = fate.fails_before || fate.fails_after || fate.hangs || crash || freeze.is_some();
+        if stricken || slow_ceph || before + on_the_way + after > Duration::from_secs(1) {
+            world.watched.stricken.insert(self.name.clone());
+        }
         drop(world);
         // by the dice it has sent the call before that, or not
         if crash {
@@ -295,6 +328,11 @@ impl Handle {
         let node = &self.node;
         node.pass().await;
         let fate = node.fate(kind, is_ceph);
+        if is_ceph && let Some(time) = node.hangs(&what) {
+            node.world.lock().log(|| format!("{} {} HANGS for {time:?}", node.name, what()));
+            sleep(time).await;
+            node.pass().await;
+        }
         let sent_already = fate.dice % 2 == 1;
         sleep(fate.before).await;
         if !sent_already {
@@ -324,6 +362,7 @@ impl Handle {
         // from here on it is on its way, whatever becomes of the daemon
         sleep(fate.on_the_way).await;
         let result = self.apply(&what, effect);
+        node.meet_killer(&what);
         if fate.hangs {
             sleep(patience).await;
             node.pass().await;

@@ -9,10 +9,12 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::checks;
-use super::cloud::{self, CloudState, Disk, Record};
-use super::cluster::{Cluster, FSID};
+use super::cloud::{self, Disk, Record};
+use super::cluster::FSID;
 use super::node::{Daemon, Handle, Node};
 use super::service::Service;
+use super::tenants;
+use super::trouble::{self, Trouble};
 use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
 use crate::job::record::State;
@@ -53,7 +55,7 @@ fn config(dice: &mut Dice) -> Config {
     Config::parse(Path::new("simulation.conf"), &text).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn tag_of(disk: &Disk) -> String {
+pub fn tag_of(disk: &Disk) -> String {
     let kind = if disk.instance { "instance" } else { "volume" };
     format!("rbd-offload:{kind}:{}", disk.volume.id)
 }
@@ -156,20 +158,9 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             tags,
             properties: [("own".to_owned(), "1".to_owned())].into(),
         };
-        world.cloud.images.insert(
-            id.to_string(),
-            Record {
-                image,
-                locations: Vec::new(),
-                tasks: Vec::new(),
-                asked: now,
-                source,
-                requested,
-                uploads: BTreeSet::new(),
-                active_by_location: false,
-                uploading: false,
-            },
-        );
+        let mut record = Record::new(image, source, now);
+        record.requested = requested;
+        world.cloud.images.insert(id.to_string(), record);
         if handed_over {
             world.cloud.services.insert(id.to_string(), Service::default());
         }
@@ -242,7 +233,7 @@ impl Stage {
         }
     }
 
-    fn notify(&self, image_id: Uuid, deleted: bool) {
+    pub fn notify(&self, image_id: Uuid, deleted: bool) {
         let copies = self.dice(|dice| match dice.below(10) {
             0 | 1 => 0,
             2..=7 => 1,
@@ -271,15 +262,15 @@ impl Stage {
             return false;
         }
         let owner = record.image.owner.clone();
-        record.asked = now;
         let tag =
             world.cloud.disks.values().find(|d| d.deleted.is_none() && Some(&d.volume.project_id) == owner.as_ref());
         let Some(tag) = tag.map(tag_of) else { return false };
         world.log(|| format!("the tenant asks again for {image_id} with {tag}"));
         if let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) {
             record.image.tags.push(tag);
+            record.asked = now;
             if let Asked::For(source) = request::asked_by(&record.image.tags) {
-                record.source = Some(source);
+                record.asks_for(source, now);
             }
         }
         drop(world);
@@ -365,7 +356,7 @@ impl Stage {
         }
     }
 
-    async fn cancel(&self, image_id: Uuid) {
+    pub async fn cancel(&self, image_id: Uuid) {
         let answer = self.store.cancel(image_id).await;
         self.world.lock().log(|| format!("the operator cancels {image_id}: {answer:?}"));
     }
@@ -457,10 +448,11 @@ impl Stage {
     fn calm(&self) {
         let mut world = self.world.lock();
         world.log(|| "---- no more accidents".into());
-        world.faults = Faults::default();
+        world.faults = Faults { calm: true, ..Faults::default() };
         world.cloud.glance_away_until = None;
         world.cloud.cinder_away_until = None;
         world.ceph_slow_until = None;
+        world.fences_refused_until = None;
         drop(world);
         // a daemon that stands still goes on in its own time
     }
@@ -495,25 +487,20 @@ fn write_volume(world: &mut World, id: &str) {
 }
 
 /// Runs one seed.
-pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<String>) {
+pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTreeSet<String>, Vec<String>) {
     let mut dice = Dice::new(seed ^ (nodes << 48));
-    let faults = Faults::of(&mut dice);
+    let mut trouble = Trouble::pick(&mut dice, Trouble::ORDINARY);
+    trouble.extend(wanted);
+    let faults = trouble::faults(&mut dice, &trouble);
     let config = config(&mut dice);
-    let mut state = World {
-        dice: Dice::new(0),
-        faults,
-        began: Instant::now(),
-        trace: trace.then(Vec::new),
-        violations: BTreeSet::new(),
-        ceph: Cluster::default(),
-        cloud: CloudState::default(),
-        ceph_slow_until: None,
-        script: None,
-    };
+    let mut state = World::new(Dice::new(0), faults, trouble);
+    state.trace = trace.then(Vec::new);
     let images = images_of(&mut dice, &mut state);
     let foreign: Vec<_> = state.ceph.images.iter().filter(|i| i.pool == "images").cloned().collect();
-    state.log(|| format!("{faults:?}"));
     state.dice = dice;
+    trouble::plant(&mut state, &images);
+    let trouble = state.trouble.clone();
+    state.log(|| format!("{faults:?} {trouble:?}"));
     let world = Shared(Arc::new(Mutex::new(state)));
     let command_line = Handle { node: Node::new(&world, "operator".into(), true) };
     let store = Store::new(Arc::new(command_line), crate::job::clock::Clock::System);
@@ -522,7 +509,8 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
     let length = stage.dice(|dice| dice.millis(60_000, 480_000));
     let until = Instant::now() + length;
     for number in 0..usize::try_from(nodes).unwrap() {
-        tokio::spawn(stage.clone().controller(number, config.clone(), until));
+        let config = trouble::config_of(&stage, number, &config);
+        tokio::spawn(stage.clone().controller(number, config, until));
     }
     for image_id in stage.images.clone() {
         tokio::spawn(stage.clone().tenant(image_id, until));
@@ -536,6 +524,7 @@ pub async fn run(seed: u64, nodes: u64, trace: bool) -> (BTreeSet<String>, Vec<S
     }
     tokio::spawn(stage.clone().weather(until));
     tokio::spawn(stage.clone().meddler(until));
+    tokio::spawn(tenants::changes(stage.clone(), until));
     sleep(length).await;
     stage.calm();
 

@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::checks;
-use super::cloud::{CloudState, Disk, Record as ImageRecord, TASK};
-use super::cluster::{Cluster, FSID};
+use super::cloud::{Disk, Record as ImageRecord, TASK};
+use super::cluster::FSID;
 use super::node::{Daemon, Handle, Node};
 use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
@@ -68,17 +68,7 @@ fn volume_of(dice: &mut Dice, world: &mut World) -> Uuid {
 impl Stage {
     fn new() -> Self {
         let mut dice = Dice::new(11);
-        let mut state = World {
-            dice: Dice::new(7),
-            faults: Faults::default(),
-            began: Instant::now(),
-            trace: None,
-            violations: BTreeSet::new(),
-            ceph: Cluster::default(),
-            cloud: CloudState::default(),
-            ceph_slow_until: None,
-            script: None,
-        };
+        let mut state = World::new(Dice::new(7), Faults::default(), Vec::new());
         let volumes = [volume_of(&mut dice, &mut state), volume_of(&mut dice, &mut state)];
         let image = dice.uuid();
         let record = Image {
@@ -94,17 +84,7 @@ impl Stage {
             tags: vec!["mine".into(), Source::Volume(volumes[0]).tag()],
             properties: [("own".to_owned(), "1".to_owned())].into(),
         };
-        let record = ImageRecord {
-            image: record,
-            locations: Vec::new(),
-            tasks: Vec::new(),
-            asked: Instant::now(),
-            source: Some(Source::Volume(volumes[0])),
-            requested: true,
-            uploads: BTreeSet::new(),
-            active_by_location: false,
-            uploading: false,
-        };
+        let record = ImageRecord::new(record, Some(Source::Volume(volumes[0])), Instant::now());
         state.cloud.images.insert(image.to_string(), record);
         let world = Shared(Arc::new(Mutex::new(state)));
         let command_line = Handle { node: Node::new(&world, "operator".into(), true) };

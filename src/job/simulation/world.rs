@@ -9,6 +9,8 @@ use uuid::Uuid;
 
 use super::cloud::CloudState;
 use super::cluster::Cluster;
+use super::promises::Watched;
+use super::trouble::Trouble;
 
 /// Id of the deployment that all daemons of the world belong to.
 pub const DEPLOYMENT: Uuid = Uuid::from_u128(0xdeb1_0000_0000_4000_8000_0000_0000_0001);
@@ -77,6 +79,8 @@ pub struct Faults {
     pub unsupported: u32,
     /// A copy that went wrong and says nothing.
     pub spoiled: u32,
+    /// The time of accidents is over.
+    pub calm: bool,
 }
 
 impl Faults {
@@ -97,6 +101,7 @@ impl Faults {
             task_stuck: some(0, 800),
             unsupported: some(0, 4000),
             spoiled: some(0, 1000),
+            calm: false,
         }
     }
 }
@@ -114,12 +119,48 @@ pub struct World {
     pub ceph_slow_until: Option<Instant>,
     /// What happens right before a call of a daemon is done.
     pub script: Option<Script>,
+    /// Until then the monitors refuse to fence anybody.
+    pub fences_refused_until: Option<Instant>,
+    pub trouble: Vec<Trouble>,
+    /// What kills whoever does it: an image's id, and the beginning of the call.
+    pub killer: Option<Killer>,
+    pub watched: Watched,
+}
+
+/// A call for one image that kills its daemon each time.
+#[derive(Debug, Clone)]
+pub struct Killer {
+    pub image_id: String,
+    pub call: &'static str,
+    pub deaths: u32,
 }
 
 /// Gets the call's description.
 pub type Script = Box<dyn FnMut(&mut World, &str) + Send>;
 
 impl World {
+    pub fn new(dice: Dice, faults: Faults, trouble: Vec<Trouble>) -> Self {
+        Self {
+            dice,
+            faults,
+            began: Instant::now(),
+            trace: None,
+            violations: BTreeSet::new(),
+            ceph: Cluster::default(),
+            cloud: CloudState::default(),
+            ceph_slow_until: None,
+            fences_refused_until: None,
+            trouble,
+            killer: None,
+            watched: Watched::default(),
+            script: None,
+        }
+    }
+
+    pub fn has(&self, trouble: Trouble) -> bool {
+        self.trouble.contains(&trouble)
+    }
+
     pub fn log(&mut self, text: impl FnOnce() -> String) {
         let at = self.began.elapsed().as_secs_f64();
         if let Some(trace) = &mut self.trace {
