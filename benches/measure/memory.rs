@@ -28,8 +28,8 @@ pub async fn measure(jobs: usize) -> Value {
     for _ in 0..jobs {
         let id = Uuid::new_v4();
         let source = Some(Source::Volume(Uuid::new_v4()));
-        let (trigger, handover) = (Trigger::Request, false);
-        store.submit(&NewJob { image_id: id, trigger, handover, source, project_id: None }).await.unwrap();
+        let new = NewJob { image_id: id, trigger: Trigger::Request, source, project_id: None };
+        store.submit(&new).await.unwrap();
         let later = jiff::Timestamp::now() + Duration::from_secs(115);
         let wait = |record: &mut rbd_offload::job::record::Record| {
             record.not_before = Some(later);
