@@ -6,7 +6,7 @@
 //! begins, and the snapshot goes before the minute is over. A removal that our snapshot hinders takes Nova that minute,
 //! so none begins and ends between two looks. Volumes need no such care: Cinder moves theirs to the trash.
 //!
-//! The time that there is, in seconds: 3 until the next look, 5 at most for Nova's answer, and what is left for ending
+//! The time that there is, in seconds: 3 until the next look, 10 at most for Nova's answer, and what is left for ending
 //! the transfer and for removing the unfinished copy, which goes before the anchor and the snapshot.
 
 use std::sync::atomic::Ordering;
@@ -25,7 +25,7 @@ use crate::transfer::Method;
 const SERVER_INTERVAL: Duration = Duration::from_secs(3);
 
 /// How long one answer of Nova may take.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long the copy goes on while Nova does not tell how the instance is. In all that time Nova may be at work on the
 /// instance, so this and the removal of the snapshot must take less than Nova's minute.
