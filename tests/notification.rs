@@ -752,7 +752,7 @@ async fn the_least_permissions_suffice_and_allow_nothing_else() {
         let running = Running::start(elsewhere, &store);
         eventually("refused", async || running.status.get().problem.is_some()).await;
         let problem = running.status.get().problem.unwrap();
-        assert!(problem.contains("rabbitmqctl set_permissions -p / ") && problem.contains(r"\.q$"), "{problem}");
+        assert!(problem.contains("rabbitmqctl set_permissions -p / ") && problem.contains(r"\.x)$"), "{problem}");
         running.stop().await;
 
         let channel = broker.channel().await;
