@@ -7,7 +7,7 @@ use futures::future::join_all;
 use uuid::Uuid;
 
 use super::report::{Row, Verdict};
-use super::within;
+use super::within_once;
 use crate::ceph::{Client, Error, ErrorKind, LockKey, Locked, Objects, Storage};
 use crate::config::Config;
 
@@ -32,7 +32,7 @@ fn is_stuck(row: &Row) -> bool {
 pub async fn check(config: &Config) -> Findings {
     let mut client = None;
     let mut fsid = None;
-    let row = within("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async || {
+    let row = within_once("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async || {
         match connect(config).await {
             Ok((connected, id)) => {
                 let row = Row::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
@@ -118,7 +118,7 @@ fn remedy(config: &Config, error: &Error, pool_key: &str) -> String {
 
 async fn release(client: &Client) -> Row {
     const NAME: &str = "Ceph release";
-    within(NAME, "see `ceph status`", async || match client.osd_versions().await {
+    within_once(NAME, "see `ceph status`", async || match client.osd_versions().await {
         Ok(versions) => judge_release(NAME, versions),
         Err(error) => Row::fault(NAME, error.to_string(), "see `ceph versions`"),
     })
@@ -148,7 +148,7 @@ fn judge_release(name: &str, mut versions: Vec<String>) -> Row {
 /// A daemon that takes over a job fences the one that had it.
 async fn fencing(config: &Config, client: &Client) -> Row {
     const NAME: &str = "Ceph fencing";
-    within(NAME, "see `ceph status`", async || match client.may_fence().await {
+    within_once(NAME, "see `ceph status`", async || match client.may_fence().await {
         Ok(true) => Row::ok(NAME, "may fence a daemon that lost its lease"),
         Ok(false) => Row::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
         Err(error) => Row::fault(NAME, error.to_string(), "see `ceph status`"),
@@ -159,8 +159,10 @@ async fn fencing(config: &Config, client: &Client) -> Row {
 /// Tries everything that the daemon does to images with a tiny one.
 async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
     let name = pool_name(pool);
-    let row =
-        within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async || {
+    let row = within_once(
+        &name,
+        "see `ceph status`: placement groups that are not active keep operations waiting",
+        async || {
             let findings = match client.capabilities(pool, false).await {
                 Ok(findings) => findings,
                 Err(error) => {
@@ -191,7 +193,8 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
                 )
                 .transient_if(may_pass(finding.kind)),
             }
-        });
+        },
+    );
     row.await
 }
 
@@ -235,8 +238,10 @@ fn used_by(config: &Config, pool: &str) -> String {
 /// Tries everything that the daemon does to job records with an object of its own.
 async fn jobs(config: &Config, client: &Client) -> Row {
     let name = jobs_name(config);
-    let row =
-        within(&name, "see `ceph status`: placement groups that are not active keep operations waiting", async || {
+    let row = within_once(
+        &name,
+        "see `ceph status`: placement groups that are not active keep operations waiting",
+        async || {
             let objects = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
                 Ok(objects) => objects,
                 Err(error) => return Row::fault(&name, error.to_string(), "fix pool or namespace in [jobs]"),
@@ -259,7 +264,8 @@ async fn jobs(config: &Config, client: &Client) -> Row {
                         .transient_if(may_pass(error.kind()))
                 }
             }
-        });
+        },
+    );
     row.await
 }
 
