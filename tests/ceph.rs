@@ -1972,8 +1972,14 @@ async fn every_byte_of_random_chains_is_right() {
                 if enough {
                     return (count, wrong);
                 }
-                wrong.extend(judge_chain(&client, &mut python, &lab, first + number).await);
+                let found = judge_chain(&client, &mut python, &lab, first + number).await;
+                // at once, since a long run may be stopped
+                found.iter().for_each(|what| eprintln!("{what}"));
+                wrong.extend(found);
                 count += 1;
+                if count % 10 == 0 {
+                    eprintln!("{count} chains of this worker, in {:?}", began.elapsed());
+                }
             }
         }));
     }
