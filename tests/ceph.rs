@@ -493,7 +493,14 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
     let refused = client.clone_image(&by_id, "s", &again).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
-    assert!(client.snapshots("volumes", "s", 0).await.unwrap().contains(&(by_id.clone(), "s".to_owned())));
+    assert!(
+        client
+            .snapshots("volumes", "s", 0, None, usize::MAX)
+            .await
+            .unwrap()
+            .found
+            .contains(&(by_id.clone(), "s".to_owned()))
+    );
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::Made);
     assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::AlreadyThere);
     assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
@@ -1054,7 +1061,7 @@ io('volumes').execute('rbd_header.' + id, 'rbd', 'snapshot_trash_add', snap.to_b
     let client = lab.client().await;
     let image = ImageSpec::named("volumes", &lab.name);
     let snapshot = format!("{}-s", lab.name);
-    let found = client.snapshots("volumes", &snapshot, 0).await.unwrap();
+    let found = client.snapshots("volumes", &snapshot, 0, None, usize::MAX).await.unwrap().found;
     assert_eq!(found, [(image.clone(), snapshot.clone())]);
     assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Change::Made);
     assert_eq!(names(), b"['other']");
@@ -1080,13 +1087,13 @@ trash('vms', NAME + '-c')",
         (ImageSpec::named("vms", format!("{}-b", lab.name)), snapshot.clone()),
         (ImageSpec::with_id("vms", String::from_utf8(trashed).unwrap()), snapshot),
     ];
-    let mut found = client.snapshots("vms", &lab.name, 0).await.unwrap();
+    let mut found = client.snapshots("vms", &lab.name, 0, None, usize::MAX).await.unwrap().found;
     let key = |(image, _): &(ImageSpec, String)| image.to_string();
     found.sort_by_key(key);
     expected.sort_by_key(key);
     assert_eq!(found, expected);
     let began = Instant::now();
-    client.snapshots("vms", &lab.name, 2).await.unwrap();
+    client.snapshots("vms", &lab.name, 2, None, usize::MAX).await.unwrap();
     assert!(began.elapsed() > Duration::from_millis(900), "three headers, two a second");
 }
 

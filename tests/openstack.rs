@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rbd_offload::config::{Credentials, Glance, Interface, Keystone, Register};
-use rbd_offload::openstack::{Cloud, ErrorKind, Image, ImageChange, LocationAnswer, Session, Tenant, Validation};
+use rbd_offload::openstack::{
+    Cloud, ErrorKind, Image, ImageChange, ListCursor, LocationAnswer, Session, Tenant, Validation,
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -411,21 +413,21 @@ async fn queued_images_of_all_projects_are_listed_page_by_page() {
 
     for limit in [1, 2, 1000] {
         let mut seen: Vec<String> = Vec::new();
-        loop {
+        let mut next = Some(ListCursor::default());
+        while let Some(cursor) = next {
             // Another test may delete the image where a page ended; then the list begins again.
-            let page = match session.queued_images(seen.last().map(String::as_str), limit).await {
+            let page = match session.queued_images(&cursor, limit).await {
                 Err(error) if error.is_transient() => {
                     seen.clear();
+                    next = Some(ListCursor::default());
                     continue;
                 }
                 page => page.unwrap(),
             };
-            assert!(page.len() <= limit);
-            if page.is_empty() {
-                break;
-            }
-            assert!(page.iter().all(|image| image.status == "queued"));
-            seen.extend(page.into_iter().map(|image| image.id));
+            assert!(page.images.len() <= limit);
+            assert!(page.images.iter().all(|image| image.status == "queued"));
+            seen.extend(page.images.into_iter().map(|image| image.id));
+            next = page.next;
         }
         // Nothing twice, nothing left out, the hidden ones last.
         let mut found: Vec<_> = seen.into_iter().filter(|id| mine.contains(id)).collect();

@@ -241,7 +241,7 @@ mod tests {
         for part in stretches(size, ANYWHERE) {
             assert!(blocks.iter().any(|b| b.start < part.end && b.end > part.start), "{part:?}");
         }
-        let at_borders = (1..100).filter(|n| has(n * object_size - 1) && has(n * object_size)).count();
+        let at_borders = (1..=100).filter(|n| has(n * object_size - 1) && has(n * object_size)).count();
         assert!(at_borders >= BORDERS, "{at_borders}");
     }
 

@@ -156,6 +156,15 @@ pub struct Snapshot {
     pub protected: bool,
 }
 
+/// Some of a pool's snapshots.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotPage {
+    /// Image and snapshot.
+    pub found: Vec<(ImageSpec, String)>,
+    /// Cursor of the next page; `None` when all images were looked at.
+    pub next: Option<String>,
+}
+
 /// Whether a step found something to do; a repeated step finds nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -388,9 +397,17 @@ pub trait Storage: Send + Sync + 'static {
     /// Names of all images of the pool that start with `prefix`.
     async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>>;
 
-    /// Snapshots whose name starts with `prefix`, of all images of the pool, those in the trash (by id) included. Read
-    /// from the image headers without opening the images; `pace` bounds the headers read a second.
-    async fn snapshots(&self, pool: &str, prefix: &str, pace: u32) -> Result<Vec<(ImageSpec, String)>>;
+    /// Snapshots whose name starts with `prefix`, of the pool's images, those in the trash (by id) included. Read from
+    /// the image headers without opening the images; `pace` bounds the headers read a second (0: not at all). One call
+    /// looks at `most` images, from the cursor `after` on.
+    async fn snapshots(
+        &self,
+        pool: &str,
+        prefix: &str,
+        pace: u32,
+        after: Option<&str>,
+        most: usize,
+    ) -> Result<SnapshotPage>;
 
     /// This client's address as the OSDs know it, which [`fence`](Self::fence) takes.
     async fn address(&self) -> Result<String>;

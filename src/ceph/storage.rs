@@ -16,7 +16,7 @@ use super::pace::{OBJECT, RateLimiter};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY, Progress,
-    Result, Storage, TransferLimits,
+    Result, SnapshotPage, Storage, TransferLimits,
 };
 
 /// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
@@ -312,13 +312,20 @@ impl Storage for Client {
         .await
     }
 
-    async fn snapshots(&self, pool: &str, prefix: &str, pace: u32) -> Result<Vec<(ImageSpec, String)>> {
+    async fn snapshots(
+        &self,
+        pool: &str,
+        prefix: &str,
+        pace: u32,
+        after: Option<&str>,
+        most: usize,
+    ) -> Result<SnapshotPage> {
         let operation = format!("list the snapshots of {pool}");
-        let (pool, prefix) = (pool.to_owned(), prefix.to_owned());
+        let (pool, prefix, after) = (pool.to_owned(), prefix.to_owned(), after.map(str::to_owned));
         // Long work, so that dropping the future ends it.
         let (progress, never) = (Progress::default(), CancellationToken::new());
         self.run_long(operation, &progress, &never, move |cluster, _, stop| {
-            snapshots(cluster, &pool, &prefix, pace, stop)
+            snapshots(cluster, (&pool, &prefix), pace, (after.as_deref(), most), stop)
         })
         .await
     }
@@ -672,11 +679,11 @@ fn patiently<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
 
 fn snapshots(
     cluster: &Arc<Cluster>,
-    pool: &str,
-    prefix: &str,
+    (pool, prefix): (&str, &str),
     pace: u32,
+    (after, most): (Option<&str>, usize),
     stop: &CancellationToken,
-) -> Result<Vec<(ImageSpec, String)>> {
+) -> Result<SnapshotPage> {
     let operation = format!("list the snapshots of {pool}");
     let io = IoCtx::open(cluster, pool)?;
     let mut candidates: Vec<(ImageSpec, String)> =
@@ -686,9 +693,19 @@ fn snapshots(
             .into_iter()
             .map(|trashed| (ImageSpec::with_id(pool, trashed.id.as_str()), trashed.id)),
     );
+    // an image of format 1 has no id
+    let cursor_of = |(spec, id): &(ImageSpec, String)| match &spec.image {
+        ImageKey::Name(name) if id.is_empty() => name.clone(),
+        _ => id.clone(),
+    };
+    let mut candidates: Vec<_> = candidates.into_iter().map(|candidate| (cursor_of(&candidate), candidate)).collect();
+    candidates.retain(|(cursor, _)| after.is_none_or(|after| cursor.as_str() > after));
+    candidates.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let next = (candidates.len() > most).then(|| candidates.get(most.saturating_sub(1))).flatten();
+    let next = next.map(|(cursor, _)| cursor.clone());
     let pace = RateLimiter::new(u64::from(pace));
     let mut found = Vec::new();
-    for (spec, id) in candidates {
+    for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
         pace.wait(OBJECT, &operation, stop)?;
         // Format 1 has another header; its images are few and old.
         if !id.is_empty() && !header_mentions(&io, &id, prefix, &operation)? {
@@ -699,7 +716,7 @@ fn snapshots(
         let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name).chain(discarded);
         found.extend(names.filter(|name| name.starts_with(prefix)).map(|name| (spec.clone(), name)));
     }
-    Ok(found)
+    Ok(SnapshotPage { found, next })
 }
 
 /// Whether a snapshot's record in the image's header holds the text.

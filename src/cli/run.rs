@@ -13,11 +13,11 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, load};
-use crate::ceph::{Client, ClientPool, Rates, Storage};
+use crate::ceph::{Client, ClientPool, Objects, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
-use crate::job::deployment;
+use crate::job::deployment::{self, ClaimError};
 use crate::job::engine::Engine;
 use crate::job::intake::Intake;
 use crate::job::lease::Identity;
@@ -25,7 +25,7 @@ use crate::job::reconcile::Reconciler;
 use crate::job::run::Context;
 use crate::job::store::Store;
 use crate::notification::{self, Listener};
-use crate::openstack::{Cloud, Session};
+use crate::openstack::{self, Cloud, Session};
 use crate::telemetry::http::{Health, serve};
 use crate::telemetry::systemd::{Phase, Systemd};
 use crate::telemetry::{LogHandle, start_logging, start_metrics};
@@ -69,17 +69,34 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let records = Client::connect_limited(&config.ceph.conf, &config.ceph.user, limit).await?;
     let objects = Arc::new(records.objects(&config.jobs.pool, &config.jobs.namespace)?);
     let clients = Arc::new(ClientPool::new(client.clone(), records));
+    if !client.may_fence().await? {
+        let text = format!(
+            "client.{} must not fence (osd blocklist add), and no job is taken over without that: give it mon 'profile rbd'",
+            config.ceph.user
+        );
+        return Err(Failure::new(Failure::NO_PERMISSION, text));
+    }
     let deployment = deployment::id(objects.as_ref()).await?;
     tracing::info!(%deployment, pool = config.jobs.pool, namespace = config.jobs.namespace, "the jobs' namespace");
     let storage: Arc<dyn Storage> = Arc::new(client);
     let session = Arc::new(Session::connect(&config.keystone, &config.glance)?);
+    let unclaimed = match claim_jobs(&config, objects.as_ref(), session.as_ref()).await {
+        Ok(()) => false,
+        Err(Unclaimed::Refused(failure)) => return Err(failure),
+        Err(Unclaimed::Later(error)) => {
+            tracing::warn!(%error, "Keystone cannot be asked now which cloud this is; asked again until it answers");
+            true
+        }
+    };
     check_pools(&config, storage.as_ref(), session.as_ref()).await?;
+    // removals of leftovers must not get the jobs fenced
+    let sweeper: Arc<dyn Storage> = Arc::new(Client::connect(&config.ceph.conf, &config.ceph.user).await?);
 
     let (publish_config, follow_config) = watch::channel(Arc::clone(&config));
     let rates = Arc::new(Rates::new(config.offload.bandwidth_limit, config.offload.objects_per_second));
     let clock = Clock::System;
     let cloud: Arc<dyn Cloud> = session.clone();
-    let store = Store::new(objects, clock);
+    let store = Store::new(Arc::clone(&objects) as Arc<dyn Objects>, clock);
     let engine = Engine::new(Context {
         storage,
         clients,
@@ -100,7 +117,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         broker: listener.status(),
         store,
         probed: tokio::sync::Mutex::new(None),
-        session,
+        session: Arc::clone(&session),
     });
     if let Some(listen) = config.metrics.listen {
         serve(listen, metrics.clone(), Arc::clone(&daemon) as Arc<dyn Health>, stop.clone()).await.map_err(|e| {
@@ -112,7 +129,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     }
 
     let listening = tokio::spawn(listener.run(Intake::new(Arc::clone(&engine)), stop.clone()));
-    let reconciler = Reconciler::new(Arc::clone(&engine));
+    let reconciler = Reconciler::new(Arc::clone(&engine)).with_storage(sweeper);
     let following = tokio::spawn(follow_broker(Arc::clone(&daemon.broker), reconciler.waker()));
     let reconciling = tokio::spawn(reconciler.run(stop.clone()));
     let mut working = tokio::spawn(Arc::clone(&engine).run(stop.clone(), drain.clone()));
@@ -123,14 +140,19 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         }
     });
 
-    let ended = serve_signals(&mut signals, path, &log, (&publish_config, &rates), &systemd, &mut working).await;
+    let failure = tokio::select! {
+        ended = serve_signals(&mut signals, path, &log, (&publish_config, &rates), &systemd, &mut working) => {
+            ended.then(|| Failure::new(Failure::SOFTWARE, "the engine ended by itself"))
+        }
+        failure = claim_later(&config, objects.as_ref(), session.as_ref()), if unclaimed => Some(failure),
+    };
     telling.abort();
     following.abort();
     systemd.phase(Phase::Stopping);
     systemd.status("draining");
     stop.cancel();
-    if ended {
-        return Err(Failure::new(Failure::SOFTWARE, "the engine ended by itself"));
+    if let Some(failure) = failure {
+        return Err(failure);
     }
     tracing::info!(running = engine.status().running, seconds = DRAIN.as_secs(), "stopping; jobs may end meanwhile");
     if timeout(DRAIN, &mut working).await.is_err() {
@@ -145,6 +167,51 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     }
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Why it is not known yet that the jobs are this cloud's.
+enum Unclaimed {
+    /// They are another's, or Ceph does not say.
+    Refused(Failure),
+    /// Keystone does not answer.
+    Later(openstack::Error),
+}
+
+/// Two clouds that share one jobs namespace would take each other's jobs, and end them as those of deleted images.
+async fn claim_jobs(config: &Config, objects: &dyn Objects, session: &Session) -> Result<(), Unclaimed> {
+    let refused = |failure: Failure| Unclaimed::Refused(failure);
+    // also while Keystone is away: no service of another cloud is called then
+    if let Some(cloud) = deployment::cloud(objects).await.map_err(|error| refused(error.into()))? {
+        session.expect_cloud(cloud);
+    }
+    let own = session.cloud().await.map_err(|error| match error.kind() {
+        openstack::ErrorKind::Refused => refused(error.into()),
+        _ => Unclaimed::Later(error),
+    })?;
+    match deployment::claim(objects, &own).await {
+        Ok(()) => {
+            session.expect_cloud(own);
+            Ok(())
+        }
+        Err(ClaimError::Ceph(error)) => Err(refused(error.into())),
+        Err(error @ ClaimError::Another { .. }) => {
+            let remedy = deployment::remedy(&config.jobs.pool, &config.jobs.namespace);
+            Err(refused(Failure::new(Failure::CONFIG, format!("{error}; {remedy}"))))
+        }
+    }
+}
+
+/// Claims the jobs as soon as Keystone answers. Returns when they are another cloud's.
+async fn claim_later(config: &Config, objects: &dyn Objects, session: &Session) -> Failure {
+    loop {
+        sleep(FOLLOW_INTERVAL).await;
+        match claim_jobs(config, objects, session).await {
+            Ok(()) => return std::future::pending().await,
+            Err(Unclaimed::Refused(failure)) if failure.code == Failure::CONFIG => return failure,
+            Err(Unclaimed::Refused(error)) => tracing::debug!(%error, "it is not known yet whose jobs these are"),
+            Err(Unclaimed::Later(error)) => tracing::debug!(%error, "it is not known yet which cloud this is"),
+        }
+    }
 }
 
 /// A pool that belongs to no Glance store is a mistake in the configuration: Glance would take the location, and never

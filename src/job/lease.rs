@@ -11,8 +11,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::record::Record;
 use super::store::Store;
-use crate::ceph::{self, Error, ErrorKind, LockKey, Locked, Objects};
+use crate::ceph::{self, Change, Error, ErrorKind, LockKey, Locked, Objects, Storage};
 
 /// Name of the cls lock.
 const LOCK: &str = "lease";
@@ -37,6 +38,40 @@ impl Identity {
     /// As it stands in a job record: `host:pid:instance`.
     pub fn owner(&self) -> String {
         format!("{}:{}:{}", self.host, self.pid, self.instance)
+    }
+}
+
+/// Fences the client that the record names as its owner, where that is not the client `own`: nothing that it still has
+/// on its way is done any more. `false`: the record names no other client.
+///
+/// # Errors Whoever cannot fence must not take over, since two would then work on one job:
+/// [`ErrorKind::PermissionDenied`] without the capability, [`ErrorKind::Unsupported`] when the record names no address.
+pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> ceph::Result<bool> {
+    let fenced = match (&record.owner_address, &record.owner) {
+        (Some(address), _) if address == own => return Ok(false),
+        (Some(address), _) => storage.fence(address).await,
+        (None, Some(owner)) => Err(Error::new(
+            format!("fence the owner of job {}", record.image_id),
+            ErrorKind::Unsupported,
+            format!("its record names the owner {owner} without the address of its Ceph client"),
+        )),
+        (None, None) => return Ok(false),
+    };
+    let (image_id, client) = (record.image_id, record.owner_address.as_deref());
+    match fenced {
+        Ok(change) => {
+            tracing::info!(%image_id, client, made = change == Change::Made, "fenced the owner before");
+            Ok(true)
+        }
+        Err(error) => {
+            if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) {
+                metrics::counter!("rbd_offload_fences_refused_total").increment(1);
+                tracing::error!(%image_id, client, %error,
+                    "the owner before cannot be fenced: the job is left alone; give the cephx user `mon 'profile rbd'`"
+                );
+            }
+            Err(error)
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod bindings;
 pub mod clock;
+mod custody;
 pub mod deployment;
 pub mod engine;
 pub mod intake;

@@ -1,27 +1,31 @@
 //! The reconciler: finds what no notification told of, and what a daemon left behind that never came back.
 //!
-//! Requests whose notification was lost; records that fell out of the index; private copies, published images and
-//! temporary snapshots that bear our mark and belong to no live job; ended records that are old enough. One daemon at
-//! a time does a round. Jobs whose daemon died need no reconciler: the engine takes them when their lease runs out.
+//! Requests whose notification was lost; records that fell out of the index; private copies, anchors, published images
+//! and temporary snapshots that bear this deployment's ownership tag and belong to no live job; ended records that are
+//! old enough. One daemon at a time does a round. Jobs whose daemon died need no reconciler: the engine takes them when
+//! their lease runs out.
+//!
+//! A round is a list of parts. Each stands alone: an error in one keeps no other from running. A part that can be long
+//! has its time, and goes on in the next round where it stopped. Whatever is removed is removed in [custody](Custody).
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::custody::{Custody, Guarded};
 use super::engine::Engine;
 use super::intake::Intake;
-use super::lease::Lease;
-use super::record::{PRIVATE_PREFIX, Private, State, parse_private};
+use super::record::{PRIVATE_PREFIX, Private, State, parse_private, private_name};
 use super::run::Context;
 use super::store::Error;
-use crate::ceph::{self, ImageKey, ImageSpec, LockKey, Locked};
-use crate::openstack;
+use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage};
+use crate::openstack::{self, ListCursor};
 use crate::publish::record as tenant;
 use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Asked, Trigger};
@@ -32,14 +36,21 @@ const ROUND: &str = "reconcile";
 /// Images asked of Glance at a time.
 const PAGE: usize = 200;
 
-/// Image headers read a second when looking for snapshots.
+/// Image headers read a second when looking for snapshots, and with one call.
 const HEADERS_PER_SECOND: u32 = 500;
+const HEADERS_AT_A_TIME: usize = 2_000;
 
 /// How long a thing without a job is given before it is looked at again and removed: its job may be just beginning.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// A sweep over all headers is not begun again before this many times its own duration has passed.
 const SWEEP_REST: u32 = 4;
+
+/// The longest that a part may take when it does not end by itself: the removal of a large image takes a while.
+const PART_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// Ids of records that cannot be read, and that the log has named.
+const NAMED_MAX: usize = 1_000;
 
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
@@ -70,18 +81,110 @@ pub struct Findings {
     pub expired: usize,
 }
 
+/// The parts of a round, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Expire,
+    Index,
+    Requests,
+    Ended,
+    Images,
+    Snapshots,
+}
+
+impl Part {
+    /// What makes room comes first.
+    const ALL: [Self; 6] = [Self::Expire, Self::Index, Self::Requests, Self::Ended, Self::Images, Self::Snapshots];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Expire => "expire old records",
+            Self::Index => "find records that are in no index",
+            Self::Requests => "find requests",
+            Self::Ended => "look through ended jobs",
+            Self::Images => "remove images that jobs left",
+            Self::Snapshots => "remove snapshots that jobs left",
+        }
+    }
+}
+
+/// Something that a job may have left. In the order in which it can be removed: a copy is a clone of the anchor, and
+/// the anchor of the temporary snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Copy,
+    Published,
+    Anchor,
+    Snapshot,
+}
+
+#[derive(Debug, Clone)]
+struct Suspect {
+    image_id: Uuid,
+    kind: Kind,
+    /// The image, or the one that has the snapshot.
+    image: ImageSpec,
+    /// As it was seen: what bears another one when it is to be removed is something else.
+    tag: Option<OwnershipTag>,
+}
+
+/// A sweep over the headers of all images, page by page.
+struct Sweep {
+    begun: Instant,
+    /// Pools still to be looked at; the first one from the cursor on.
+    pools: Vec<String>,
+    after: Option<String>,
+}
+
 pub struct Reconciler {
     wake: Arc<Notify>,
     engine: Arc<Engine>,
     intake: Intake,
+    /// Removals go through this client: whoever takes over from the reconciler fences it.
+    storage: Arc<dyn Storage>,
+    has_own_client: bool,
     scanned: bool,
+    /// Where the list of queued images goes on.
+    requests: ListCursor,
+    /// The last ended job that was looked at.
+    ended: Option<Uuid>,
+    /// Jobs that ended without an image, of the latest walk through all of them, and of the one under way.
+    unfinished: HashSet<Uuid>,
+    walked: HashSet<Uuid>,
+    sweep: Option<Sweep>,
     next_sweep: Instant,
+    /// Pools that cannot be swept, and records that cannot be read: the log names them once.
+    unusable: BTreeSet<String>,
+    unreadable: BTreeSet<String>,
 }
 
 impl Reconciler {
     pub fn new(engine: Arc<Engine>) -> Self {
         let intake = Intake::new(Arc::clone(&engine));
-        Self { wake: Arc::default(), engine, intake, scanned: false, next_sweep: Instant::now() }
+        let storage = Arc::clone(&engine.context().storage);
+        Self {
+            wake: Arc::default(),
+            engine,
+            intake,
+            storage,
+            has_own_client: false,
+            scanned: false,
+            requests: ListCursor::default(),
+            ended: None,
+            unfinished: HashSet::new(),
+            walked: HashSet::new(),
+            sweep: None,
+            next_sweep: Instant::now(),
+            unusable: BTreeSet::new(),
+            unreadable: BTreeSet::new(),
+        }
+    }
+
+    /// With a client of its own: when it is fenced, the daemon's jobs are not.
+    pub fn with_storage(mut self, storage: Arc<dyn Storage>) -> Self {
+        self.storage = storage;
+        self.has_own_client = true;
+        self
     }
 
     /// What begins the next round now, where there is a reason to: notifications may have been missed.
@@ -109,32 +212,39 @@ impl Reconciler {
     async fn guarded_round(&mut self, stop: &CancellationToken) {
         let objects = self.context().store.objects().clone();
         let key = LockKey { name: ROUND.into(), cookie: self.context().identity.instance.to_string() };
+        let owner = self.context().identity.owner();
         let duration = self.context().config.borrow().jobs.lease * 4;
         let taken = async {
             // the lock never creates its object
             objects.set_omap(ROUND, &[]).await?;
-            objects.lock(ROUND, &key, &self.context().identity.owner(), duration).await
+            objects.lock(ROUND, &key, &owner, duration).await
         };
         match taken.await {
             Ok(Locked::Acquired) => {}
             Ok(Locked::Held | Locked::NoObject) => return,
             Err(error) => {
-                tracing::warn!(%error, "the reconciler could not begin its round; tried again at the next");
+                tracing::warn!(%error, "the reconciler could not begin its round; it tries again at the next");
                 return;
             }
         }
         let mut findings = Findings::default();
-        let ended = tokio::select! {
-            ended = tokio::time::timeout(duration, self.round(&mut findings)) => Some(ended),
-            // the lock is given back, so that another daemon, or the next life of this one, need not wait for its end
-            () = stop.cancelled() => None,
-        };
-        match ended {
-            Some(Ok(Ok(()))) | None => {}
-            Some(Ok(Err(error))) => tracing::warn!(%error, "the reconciler did not end its round; the next goes on"),
-            Some(Err(_)) => {
-                tracing::warn!(seconds = duration.as_secs(), "the reconciler's round took too long; the next goes on")
+        let renewals = async {
+            loop {
+                sleep(duration / 3).await;
+                if let Err(error) = objects.renew(ROUND, &key, &owner, duration).await
+                    && matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced)
+                {
+                    return error;
+                }
             }
+        };
+        tokio::select! {
+            () = self.round(&mut findings, duration / 2) => {}
+            error = renewals => {
+                tracing::warn!(%error, "the reconciler lost its lock; the next round goes on");
+            }
+            // the lock is given back, so that another daemon, or the next life of this one, need not wait for its end
+            () = stop.cancelled() => {}
         }
         if findings != Findings::default() {
             tracing::info!(?findings, "the reconciler found something");
@@ -154,26 +264,43 @@ impl Reconciler {
         }
     }
 
-    /// One round. What it found stands in `findings` also when it fails half way.
-    async fn round(&mut self, findings: &mut Findings) -> Result<()> {
-        if !self.scanned {
-            self.adopt_unindexed(findings).await?;
-            self.scanned = true;
+    /// One round. A part that can be long stops after `time` and goes on in the next round.
+    async fn round(&mut self, findings: &mut Findings, time: Duration) {
+        // nothing goes on over that client now; the jobs' client is the engine's to connect again
+        if self.has_own_client
+            && let Err(error) = self.storage.reconnect().await
+        {
+            tracing::debug!(%error, "the reconciler's client was fenced, and does not connect again");
         }
-        self.find_requests(findings).await?;
-        self.mend_records(findings).await?;
-        self.remove_images(findings).await?;
-        if Instant::now() >= self.next_sweep {
-            let started = Instant::now();
-            self.remove_snapshots(findings).await?;
-            self.next_sweep = Instant::now() + started.elapsed() * SWEEP_REST;
+        for part in Part::ALL {
+            let until = Instant::now() + time;
+            let work = async {
+                match part {
+                    Part::Expire => self.expire(findings, until).await,
+                    Part::Index => self.adopt_unindexed(findings).await,
+                    Part::Requests => self.find_requests(findings, until).await,
+                    Part::Ended => self.look_through_ended(findings, until).await,
+                    Part::Images => self.remove_images(findings, until).await,
+                    Part::Snapshots => self.remove_snapshots(findings, until).await,
+                }
+            };
+            match timeout(PART_LIMIT, work).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(part = part.name(), %error,
+                        "a part of the reconciler's round failed; the next round tries again");
+                }
+                Err(_) => tracing::warn!(part = part.name(), "a part of the reconciler's round took too long"),
+            }
         }
-        self.expire(findings).await
     }
 
     /// Records that were stored by hand, or whose writer died before the index was written and whose request was not
     /// delivered again. Walks the whole pool, so only once.
-    async fn adopt_unindexed(&self, findings: &mut Findings) -> Result<()> {
+    async fn adopt_unindexed(&mut self, findings: &mut Findings) -> Result<()> {
+        if self.scanned {
+            return Ok(());
+        }
         let store = &self.context().store;
         let mut known: HashSet<Uuid> = store.live().await?.into_iter().map(|(id, _)| id).collect();
         known.extend(store.ended().await?.into_iter().map(|(id, _)| id));
@@ -188,234 +315,359 @@ impl Reconciler {
                 Err(error) => return Err(error.into()),
             }
         }
+        self.scanned = true;
         Ok(())
     }
 
     /// Queued images that ask for something, and that no live job is for.
-    async fn find_requests(&self, findings: &mut Findings) -> Result<()> {
+    async fn find_requests(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let live: HashSet<Uuid> = self.context().store.live().await?.into_iter().map(|(id, _)| id).collect();
-        let mut marker: Option<String> = None;
         loop {
-            let page = self.context().cloud.queued_images(marker.as_deref(), PAGE).await?;
-            let Some(last) = page.last() else { return Ok(()) };
-            marker = Some(last.id.clone());
-            for image in page {
+            // on an error the list begins again: the image where it was to go on may be gone
+            let cursor = std::mem::take(&mut self.requests);
+            let page = self.context().cloud.queued_images(&cursor, PAGE).await?;
+            for id in page.skipped {
+                if self.unreadable.len() < NAMED_MAX && self.unreadable.insert(id.clone()) {
+                    tracing::warn!(image_id = %id,
+                        "the record of a queued image cannot be read, or is too large: passed over");
+                }
+            }
+            for image in page.images {
                 let Some(image_id) = request::parse_uuid(&image.id) else { continue };
                 if !self.intake.takes(&image.tags) {
                     continue;
                 }
-                let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
-                let known = match self.context().store.load(image_id).await {
-                    Ok(Some(stored)) if !stored.record.state.is_ended() => {
-                        if !live.contains(&image_id) {
-                            // stored, and whoever did it died or was not answered before the index said so
-                            self.context().store.index(&stored.record).await?;
-                            findings.records += 1;
-                        }
-                        true
+                match self.find_request(&image, image_id, &live, findings).await {
+                    Ok(()) => {}
+                    // the trouble of one job
+                    Err(Trouble::Store(
+                        error @ (Error::Contended(_) | Error::Unreadable { .. } | Error::Illegal(_)),
+                    )) => {
+                        tracing::warn!(%image_id, %error, "a request was not taken up; the next round tries again");
                     }
-                    // a request may be made again, an offer is made once
-                    Ok(Some(_)) => !asks,
-                    Ok(None) => false,
-                    Err(Error::Unreadable { .. }) => true,
-                    Err(error) => return Err(error.into()),
-                };
-                if !known {
-                    self.intake.image_queued(image_id, image.owner.clone(), &image.tags).await?;
-                    findings.requests += 1;
+                    Err(error) => return Err(error),
                 }
+            }
+            let Some(next) = page.next else { return Ok(()) };
+            self.requests = next;
+            if Instant::now() >= until {
+                return Ok(());
             }
         }
     }
 
-    /// Jobs that live again though the index says that they ended. And image records of ended jobs on which a daemon that stood still, or another writer's upload, may have brought back
-    /// what was taken off or put right: Glance takes no condition with a change, so it cannot be kept from happening.
-    async fn mend_records(&self, findings: &mut Findings) -> Result<()> {
-        for (image_id, _) in self.context().store.ended().await? {
-            let Ok(Some(stored)) = self.context().store.load(image_id).await else { continue };
-            let record = stored.record;
-            if !record.is_settled() {
-                // whoever made it live again died before the index said so
-                self.context().store.index(&record).await?;
-                findings.records += 1;
-                continue;
-            }
-            if !record.mend {
-                continue;
-            }
-            let id = image_id.to_string();
-            let Some(image) = self.context().cloud.image(&id).await? else { continue };
-            let changes = match image.status.as_str() {
-                "active" | "deactivated" => {
-                    let ours = record.state == State::Done && record.trigger == Trigger::Request;
-                    tenant::finished(&image, record.source.filter(|_| ours))
+    async fn find_request(
+        &self,
+        image: &openstack::Image,
+        image_id: Uuid,
+        live: &HashSet<Uuid>,
+        findings: &mut Findings,
+    ) -> Result<()> {
+        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        let known = match self.context().store.load(image_id).await {
+            Ok(Some(stored)) if !stored.record.state.is_ended() => {
+                if !live.contains(&image_id) {
+                    // stored, and whoever did it died or was not answered before the index said so
+                    self.context().store.index(&stored.record).await?;
+                    findings.records += 1;
                 }
-                // what was handed over is about to be written by the service that did
-                "queued"
-                    if record.trigger == Trigger::Request
-                        && record.told
-                        && record.state != State::Done
-                        && request::asked_by(&image.tags) == Asked::Nothing =>
-                {
-                    let reason = record.reason.unwrap_or_default();
-                    let (status, message) = super::run::last_word(record.state, &reason, record.request_id);
-                    tenant::show(&image, status, 0, &message)
-                }
-                _ => continue,
-            };
-            if changes.is_empty() {
-                continue;
+                true
             }
-            // with the lease of an ended job nobody begins it anew meanwhile
-            let Some(guard) = self.guard(image_id).await? else { continue };
-            let objects = self.context().store.objects().as_ref();
-            let mend = async {
-                if self.is_orphaned(image_id).await? {
-                    if let Some(lease) = &guard.0 {
-                        lease.renew(objects).await?;
-                    }
-                    self.context().cloud.update_image(&id, &changes).await?;
-                }
-                Ok::<_, Trouble>(())
-            };
-            let mended = mend.await;
-            if let Some(lease) = guard.0 {
-                lease.release(objects).await;
-            }
-            match mended {
-                Ok(()) => findings.mended += 1,
-                Err(error) => tracing::warn!(%image_id, %error, "an image record could not be put right; tried again"),
-            }
+            // a request may be made again, an offer is made once
+            Ok(Some(_)) => !asks,
+            Ok(None) => false,
+            Err(Error::Unreadable { .. }) => true,
+            Err(error) => return Err(error.into()),
+        };
+        if !known {
+            self.intake.image_queued(image_id, image.owner.clone(), &image.tags).await?;
+            findings.requests += 1;
         }
         Ok(())
     }
 
-    /// Private copies, and published images that bear our mark, of jobs that ended or are not there.
-    async fn remove_images(&self, findings: &mut Findings) -> Result<()> {
-        let config = self.context().config.borrow().clone();
-        let pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.dest_pool).collect();
+    /// Walks through the ended jobs: those that live again though the index says that they ended, those whose image
+    /// record needs a repair, and which of them ended without an image.
+    async fn look_through_ended(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+        let own = self.storage.address().await?;
+        let ended = self.context().store.ended().await?;
+        let begun_at = self.ended.take();
+        for (image_id, _) in ended.into_iter().filter(|(id, _)| begun_at.is_none_or(|after| *id > after)) {
+            if Instant::now() >= until {
+                return Ok(());
+            }
+            self.ended = Some(image_id);
+            match self.look_at_ended(image_id, &own, findings).await {
+                Ok(true) => drop(self.walked.insert(image_id)),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(%image_id, %error, "an ended job was not looked at; the next round tries again");
+                }
+            }
+        }
+        self.ended = None;
+        self.unfinished = std::mem::take(&mut self.walked);
+        Ok(())
+    }
+
+    /// Whether the job ended without an image.
+    async fn look_at_ended(&self, image_id: Uuid, own: &str, findings: &mut Findings) -> Result<bool> {
+        let record = match self.context().store.load(image_id).await {
+            Ok(Some(stored)) => stored.record,
+            Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        if !record.is_settled() {
+            // whoever made it live again died before the index said so
+            self.context().store.index(&record).await?;
+            findings.records += 1;
+            return Ok(false);
+        }
+        if record.mend {
+            self.repair(image_id, &record, findings).await?;
+        } else if record.placeholder || record.owner_address.as_deref() == Some(own) {
+            // from a removal that broke off: the next owner would fence this daemon
+            if let Some(custody) = self.custody(image_id).await? {
+                custody.give_back().await;
+            }
+        }
+        Ok(record.state != State::Done)
+    }
+
+    /// The image record of an ended job on which a daemon that was frozen, or another writer's upload, may have brought
+    /// back what was taken off or repaired: Glance takes no condition with a change, so that cannot be prevented.
+    async fn repair(&self, image_id: Uuid, record: &super::record::Record, findings: &mut Findings) -> Result<()> {
+        let id = image_id.to_string();
+        let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
+        let changes = match image.status.as_str() {
+            "active" | "deactivated" => {
+                let ours = record.state == State::Done && record.trigger == Trigger::Request;
+                tenant::finished(&image, record.source.filter(|_| ours))
+            }
+            // what was handed over is about to be written by the service that did
+            "queued"
+                if record.trigger == Trigger::Request
+                    && record.told
+                    && record.state != State::Done
+                    && request::asked_by(&image.tags) == Asked::Nothing =>
+            {
+                let reason = record.reason.clone().unwrap_or_default();
+                let (status, message) = super::run::last_word(record.state, &reason, record.request_id);
+                tenant::show(&image, status, 0, &message)
+            }
+            _ => return Ok(()),
+        };
+        if changes.is_empty() {
+            return Ok(());
+        }
+        // in custody, so that nobody begins it again meanwhile
+        let Some(custody) = self.custody(image_id).await? else { return Ok(()) };
+        let repaired = async {
+            // no fence holds up a change in Glance
+            custody.renew().await?;
+            self.context().cloud.update_image(&id, &changes).await?;
+            Ok::<_, Trouble>(())
+        };
+        let repaired = repaired.await;
+        custody.give_back().await;
+        repaired?;
+        findings.mended += 1;
+        Ok(())
+    }
+
+    async fn custody(&self, image_id: Uuid) -> Result<Option<Custody>> {
+        Ok(Custody::take(self.context(), &self.storage, image_id).await?)
+    }
+
+    /// Where jobs of this configuration, or of one before it, may have left something: the pools of all backends,
+    /// Glance's and Nova's.
+    fn pools(&self) -> Vec<String> {
+        let config = self.context().config.borrow();
+        let backends = config.backends.values().flat_map(|backend| [&backend.pool, &backend.dest_pool]);
+        let pools: BTreeSet<&String> = backends.chain([&config.glance.pool, &config.nova.pool]).collect();
+        pools.into_iter().cloned().collect()
+    }
+
+    /// What was read of a pool. `None`: it cannot be swept, because it does not exist or is not permitted, or was not
+    /// read this time. One pool keeps no other from being swept.
+    fn of_pool<T>(&mut self, pool: &str, read: ceph::Result<T>) -> Option<T> {
+        match read {
+            Ok(read) => {
+                self.unusable.remove(pool);
+                Some(read)
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+                if self.unusable.insert(pool.to_owned()) {
+                    tracing::info!(pool, %error, "this pool is not swept for what jobs left");
+                }
+                None
+            }
+            Err(error) => {
+                tracing::warn!(pool, %error, "this pool was not swept; the next round tries again");
+                None
+            }
+        }
+    }
+
+    /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there.
+    async fn remove_images(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let mut suspects = Vec::new();
-        for pool in pools {
-            let unfinished = self.unfinished().await?;
-            for name in self.context().storage.images(pool, "").await? {
-                let image_id = match parse_private(&name) {
-                    Some((_, image_id)) => image_id,
+        for pool in self.pools() {
+            let names = self.storage.images(&pool, "").await;
+            let Some(names) = self.of_pool(&pool, names) else { continue };
+            for name in names {
+                let (image_id, kind) = match parse_private(&name) {
+                    Some((Private::Copy, image_id)) => (image_id, Kind::Copy),
+                    Some((Private::Anchor, image_id)) => (image_id, Kind::Anchor),
                     None => match request::parse_uuid(&name) {
-                        Some(image_id) if unfinished.contains(&image_id) => image_id,
+                        Some(image_id) if self.unfinished.contains(&image_id) => (image_id, Kind::Published),
                         _ => continue,
                     },
                 };
-                let image = ImageSpec::named(pool, &name);
-                if is_ours(self.context(), image_id, &image).await? {
-                    suspects.push((image_id, image));
+                let image = ImageSpec::named(&pool, &name);
+                let tag = match tag_of(self.storage.as_ref(), &image).await {
+                    Ok(tag) => tag,
+                    Err(error) => {
+                        tracing::warn!(%image, %error, "an image was not looked at; the next round tries again");
+                        continue;
+                    }
+                };
+                if tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment)) {
+                    suspects.push(Suspect { image_id, kind, image, tag });
                 }
             }
         }
-        // after the copies, which are clones of them
-        for pool in config.backends.values().map(|backend| &backend.pool).collect::<BTreeSet<_>>() {
-            for name in self.context().storage.images(pool, PRIVATE_PREFIX).await? {
-                let Some((Private::Anchor, image_id)) = parse_private(&name) else { continue };
-                let image = ImageSpec::named(pool, &name);
-                if is_ours(self.context(), image_id, &image).await? {
-                    suspects.push((image_id, image));
-                }
-            }
-        }
-        self.remove_orphans(suspects, &mut findings.images, |context, image_id, image| async move {
-            if !is_ours(&context, image_id, &image).await? {
-                tracing::debug!(%image, "bears our name, not our ownership tag: left alone");
-                return Ok(false);
-            }
-            context.storage.remove_image(&image).await?;
-            tracing::warn!(%image_id, %image, "removed an image that its job had left behind");
-            Ok(true)
-        })
-        .await
+        self.remove_orphans(suspects, findings, until).await
     }
 
-    /// Jobs that ended, and not with an image.
-    async fn unfinished(&self) -> Result<HashSet<Uuid>> {
-        let mut unfinished = HashSet::new();
-        for (image_id, _) in self.context().store.ended().await? {
-            if let Ok(Some(stored)) = self.context().store.load(image_id).await
-                && stored.record.state.is_ended()
-                && stored.record.state != State::Done
-            {
-                unfinished.insert(image_id);
+    async fn remove_snapshots(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+        let mut sweep = match self.sweep.take() {
+            Some(sweep) => sweep,
+            None if Instant::now() < self.next_sweep => return Ok(()),
+            None => Sweep { begun: Instant::now(), pools: self.pools(), after: None },
+        };
+        while let Some(pool) = sweep.pools.first().cloned() {
+            if Instant::now() >= until {
+                self.sweep = Some(sweep);
+                return Ok(());
             }
-        }
-        Ok(unfinished)
-    }
-
-    async fn remove_snapshots(&self, findings: &mut Findings) -> Result<()> {
-        let config = self.context().config.borrow().clone();
-        let mut pools: BTreeSet<&String> = config.backends.values().map(|backend| &backend.pool).collect();
-        if config.nova.integration {
-            pools.insert(&config.nova.pool);
-        }
-        let mut suspects = Vec::new();
-        for pool in pools {
-            for (image, snapshot) in self.context().storage.snapshots(pool, PRIVATE_PREFIX, HEADERS_PER_SECOND).await? {
+            let after = sweep.after.take();
+            let page = self
+                .storage
+                .snapshots(&pool, PRIVATE_PREFIX, HEADERS_PER_SECOND, after.as_deref(), HEADERS_AT_A_TIME)
+                .await;
+            let page = self.of_pool(&pool, page).unwrap_or_default();
+            let mut suspects = Vec::new();
+            for (image, snapshot) in page.found {
                 let Some((Private::Copy, image_id)) = parse_private(&snapshot) else { continue };
-                // an anchor's snapshot goes with the anchor, which has an ownership tag
-                if let ImageKey::Name(name) = &image.image
-                    && parse_private(name).is_some()
-                {
+                // an anchor's snapshot goes with the anchor
+                if matches!(&image.image, ImageKey::Name(name) if parse_private(name).is_some()) {
                     continue;
                 }
-                if is_our_snapshot(self.context(), image_id, &image, &snapshot).await? {
-                    suspects.push((image_id, image));
+                if let Some(tag) = self.snapshot_tag(image_id, &image, &snapshot).await? {
+                    suspects.push(Suspect { image_id, kind: Kind::Snapshot, image, tag });
                 }
             }
-        }
-        self.remove_orphans(suspects, &mut findings.snapshots, |context, image_id, image| async move {
-            let snapshot = super::record::private_name(image_id);
-            if !is_our_snapshot(&context, image_id, &image, &snapshot).await? {
-                return Ok(false);
+            match page.next {
+                Some(next) => sweep.after = Some(next),
+                None => drop(sweep.pools.remove(0)),
             }
-            context.storage.remove_snapshot(&image, &snapshot).await?;
-            context.storage.remove_snapshot_tag(&image, &snapshot).await?;
-            tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
-            Ok(true)
-        })
-        .await
+            self.remove_orphans(suspects, findings, until).await?;
+        }
+        self.next_sweep = Instant::now() + sweep.begun.elapsed() * SWEEP_REST;
+        Ok(())
+    }
+
+    /// The tag of a temporary snapshot that is this deployment's; `None` for another's. One without a tag is: an older
+    /// release made it, or a person.
+    #[allow(clippy::option_option)]
+    async fn snapshot_tag(
+        &self,
+        image_id: Uuid,
+        image: &ImageSpec,
+        snapshot: &str,
+    ) -> ceph::Result<Option<Option<OwnershipTag>>> {
+        let Some(text) = self.storage.snapshot_tag(image, snapshot).await? else { return Ok(Some(None)) };
+        let tag = OwnershipTag::parse(&text);
+        Ok(tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)).map(Some))
     }
 
     /// Removes those of the suspects that no live job owns, now and after a moment.
-    async fn remove_orphans<F, W>(&self, suspects: Vec<(Uuid, ImageSpec)>, removed: &mut usize, remove: F) -> Result<()>
-    where
-        F: Fn(Context, Uuid, ImageSpec) -> W,
-        W: Future<Output = ceph::Result<bool>>,
-    {
-        let mut orphans = Vec::new();
-        for (image_id, image) in suspects {
-            if self.is_orphaned(image_id).await? {
-                orphans.push((image_id, image));
+    async fn remove_orphans(&self, suspects: Vec<Suspect>, findings: &mut Findings, until: Instant) -> Result<()> {
+        let mut orphans: BTreeMap<Uuid, Vec<Suspect>> = BTreeMap::new();
+        for suspect in suspects {
+            if self.is_orphaned(suspect.image_id).await? {
+                orphans.entry(suspect.image_id).or_default().push(suspect);
             }
         }
         if orphans.is_empty() {
             return Ok(());
         }
         sleep(GRACE).await;
-        for (image_id, image) in orphans {
-            // with the lease of an ended job nobody begins it anew meanwhile
-            let Some(guard) = self.guard(image_id).await? else { continue };
-            let still = self.is_orphaned(image_id).await;
-            let done = match still {
-                Ok(true) => remove(self.context().clone(), image_id, image.clone()).await.map_err(Trouble::from),
-                Ok(false) => Ok(false),
-                Err(error) => Err(error),
+        for (image_id, mut orphans) in orphans {
+            if Instant::now() >= until {
+                return Ok(());
+            }
+            orphans.sort_by_key(|suspect| suspect.kind);
+            let custody = match self.custody(image_id).await {
+                Ok(Some(custody)) => custody,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::warn!(%image_id, %error, "leftovers of a job stay; the next round tries again");
+                    continue;
+                }
             };
-            if let Some(lease) = guard.0 {
-                lease.release(self.context().store.objects().as_ref()).await;
+            for suspect in orphans {
+                match custody.guard(self.remove(&suspect)).await {
+                    Ok(true) if suspect.kind == Kind::Snapshot => findings.snapshots += 1,
+                    Ok(true) => findings.images += 1,
+                    Ok(false) => {}
+                    Err(error @ Guarded::Lost(_)) => {
+                        tracing::warn!(%image_id, image = %suspect.image, %error, "a leftover was not removed");
+                        break;
+                    }
+                    Err(Guarded::Failed(error)) => {
+                        tracing::warn!(%image_id, image = %suspect.image, %error,
+                            "a leftover could not be removed; the next round tries again");
+                        // what it depends on is not free either
+                        break;
+                    }
+                }
             }
-            match done {
-                Ok(true) => *removed += 1,
-                Ok(false) => {}
-                Err(error) => tracing::warn!(%image_id, %image, %error, "a leftover could not be removed; tried again"),
-            }
+            custody.give_back().await;
         }
         Ok(())
+    }
+
+    /// Removes a leftover, in custody. `false`: it is not what it was, or it is needed.
+    async fn remove(&self, suspect: &Suspect) -> Result<bool> {
+        let Suspect { image_id, kind, image, tag } = suspect;
+        let storage = self.storage.as_ref();
+        if *kind == Kind::Snapshot {
+            let snapshot = private_name(*image_id);
+            if self.snapshot_tag(*image_id, image, &snapshot).await?.as_ref() != Some(tag) {
+                return Ok(false);
+            }
+            storage.remove_snapshot(image, &snapshot).await?;
+            storage.remove_snapshot_tag(image, &snapshot).await?;
+            tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
+            return Ok(true);
+        }
+        if tag_of(storage, image).await? != *tag {
+            tracing::debug!(%image, "bears another ownership tag by now: left alone");
+            return Ok(false);
+        }
+        if *kind == Kind::Published
+            && let Some(record) = self.context().cloud.image(&image_id.to_string()).await?
+            && record.status != "queued"
+        {
+            tracing::warn!(%image_id, %image, status = record.status,
+                "the job ended without an image, and Glance's record is not queued: its data are left alone");
+            return Ok(false);
+        }
+        storage.remove_image(image).await?;
+        tracing::warn!(%image_id, %image, "removed an image that its job had left behind");
+        Ok(true)
     }
 
     async fn is_orphaned(&self, image_id: Uuid) -> Result<bool> {
@@ -427,19 +679,8 @@ impl Reconciler {
         }
     }
 
-    /// The lease on the job, where there is one. `None`: somebody works on it.
-    async fn guard(&self, image_id: Uuid) -> Result<Option<Guard>> {
-        let objects = self.context().store.objects().clone();
-        let duration = self.context().config.borrow().jobs.lease;
-        match Lease::take(objects.as_ref(), image_id, &self.context().identity, duration).await? {
-            Some(lease) => Ok(Some(Guard(Some(lease)))),
-            None if Lease::is_held(objects.as_ref(), image_id).await? => Ok(None),
-            None => Ok(Some(Guard(None))),
-        }
-    }
-
     /// Removes ended records that are older than `[jobs] retention`.
-    async fn expire(&self, findings: &mut Findings) -> Result<()> {
+    async fn expire(&self, findings: &mut Findings, until: Instant) -> Result<()> {
         let store = &self.context().store;
         let retention =
             SignedDuration::try_from(self.context().config.borrow().jobs.retention).unwrap_or(SignedDuration::MAX);
@@ -448,33 +689,22 @@ impl Reconciler {
             if ended_at.is_some_and(|ended_at| now.duration_since(ended_at) < retention) {
                 continue;
             }
-            match store.load(image_id).await {
-                Ok(Some(stored)) if stored.record.is_settled() => {
-                    store.remove(&stored).await?;
-                    findings.expired += 1;
-                }
+            if Instant::now() >= until {
+                return Ok(());
+            }
+            let expired = match store.load(image_id).await {
+                Ok(Some(stored)) if stored.record.is_settled() => store.remove(&stored).await.map(|()| 1),
                 // it lives again; its index entry is stale
-                Ok(Some(stored)) => store.index(&stored.record).await?,
-                Ok(None) => store.forget(image_id).await?,
-                Err(Error::Unreadable { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Ok(Some(stored)) => store.index(&stored.record).await.map(|()| 0),
+                Ok(None) => store.forget(image_id).await.map(|()| 0),
+                Err(Error::Unreadable { .. }) => Ok(0),
+                Err(error) => Err(error),
+            };
+            match expired {
+                Ok(count) => findings.expired += count,
+                Err(error) => tracing::warn!(%image_id, %error, "an old record stays; the next round tries again"),
             }
         }
         Ok(())
     }
 }
-
-/// Whether an RBD image bears this deployment's ownership tag for that image id.
-async fn is_ours(context: &Context, image_id: Uuid, image: &ImageSpec) -> ceph::Result<bool> {
-    let tag = tag_of(context.storage.as_ref(), image).await?;
-    Ok(tag.is_some_and(|tag| tag.is_of_deployment(image_id, context.deployment)))
-}
-
-/// Whether a temporary snapshot is this deployment's. One without a tag is: an older release made it, or a person.
-async fn is_our_snapshot(context: &Context, image_id: Uuid, image: &ImageSpec, snapshot: &str) -> ceph::Result<bool> {
-    let Some(text) = context.storage.snapshot_tag(image, snapshot).await? else { return Ok(true) };
-    Ok(OwnershipTag::parse(&text).is_some_and(|tag| tag.is_of_deployment(image_id, context.deployment)))
-}
-
-/// Holds the lease of an ended job, or stands for a job that has no record.
-struct Guard(Option<Lease>);

@@ -254,6 +254,9 @@ pub struct Record {
     /// there. The reconciler puts it right, after the end too.
     #[serde(default)]
     pub mend: bool,
+    /// There never was a job: the reconciler made this record to be the owner of leftovers without one, and removes it.
+    #[serde(default)]
+    pub placeholder: bool,
     /// Owners in a row that neither released the job nor took it further.
     #[serde(default)]
     pub takeovers: u32,
@@ -340,8 +343,20 @@ impl Record {
             acknowledged: false,
             told: false,
             mend: false,
+            placeholder: false,
             takeovers: 0,
             takeover_progress: 0,
+        }
+    }
+
+    /// An ended record for leftovers that no job is for, so that a new request for that image meets an owner.
+    pub fn placeholder(image_id: Uuid, now: Timestamp) -> Self {
+        Self {
+            state: State::Cancelled,
+            ended_at: Some(now),
+            reason: Some("no job: the reconciler removes leftovers of this image".into()),
+            placeholder: true,
+            ..Self::new(image_id, Trigger::Request, None, None, now)
         }
     }
 

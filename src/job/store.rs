@@ -163,8 +163,10 @@ impl Store {
     async fn heard_again(&self, new: &NewJob) -> Result<Option<Submitted>> {
         let image_id = new.image_id;
         let mut submitted = Submitted::Running;
+        let mut is_placeholder = false;
         let changed = self
             .change(image_id, |record| {
+                is_placeholder = record.placeholder;
                 if new.trigger != Trigger::Request {
                     // a service hands an image over once; what comes later is an echo
                     submitted = Submitted::Running;
@@ -185,6 +187,10 @@ impl Store {
             })
             .await?;
         let Some(record) = changed else { return Ok(None) };
+        if is_placeholder && new.trigger != Trigger::Request {
+            // what a service offers is stored once the reconciler is through, in a moment
+            return Err(Error::Contended(image_id));
+        }
         // also when nothing was changed: the index entry may have been lost with whoever wrote the record
         if !record.is_settled() {
             self.index_live(&record).await?;
@@ -277,6 +283,17 @@ impl Store {
     pub async fn forget(&self, image_id: Uuid) -> Result<()> {
         self.objects.remove_omap(LIVE, &[image_id.to_string()]).await?;
         Ok(self.objects.remove_omap(ENDED, &[image_id.to_string()]).await?)
+    }
+
+    /// Stores an ended record for an image that has none. `false`: it has one.
+    pub async fn create_ended(&self, record: &Record) -> Result<bool> {
+        let ended_at = record.ended_at.unwrap_or(record.updated_at).to_string();
+        self.objects.set_omap(ENDED, &[(record.image_id.to_string(), ended_at.into_bytes())]).await?;
+        match self.objects.create(&Self::object(record.image_id), &record.to_bytes()).await {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::Exists => Ok(false),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Removes an ended job's record, unless it changed since it was read.

@@ -35,6 +35,8 @@ pub enum ErrorKind {
     Unavailable,
     /// An answer that is not what the API promises.
     Protocol,
+    /// An answer that is longer than what is read.
+    TooLarge,
     /// The catalog has no such service.
     NoService,
 }

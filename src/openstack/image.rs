@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::error::{Error, ErrorKind, Result};
 use super::json::Fields;
 use super::session::{Page, Request, Service, Session, Wire};
-use super::{Image, ImageChange, ImageTask, LocationAnswer, Store, Validation};
+use super::{Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Store, Validation};
 use crate::config::Register;
 
 const JSON_PATCH: &str = "application/openstack-images-v2.1-json-patch";
@@ -16,6 +16,9 @@ pub(super) const JSON: &str = "application/json";
 
 /// Images asked for at a time where a whole list is read; Glance's default `api_limit_max`.
 const PAGE: usize = 1000;
+
+/// By how much a page of a list shrinks when its answer is too large, and grows afterwards.
+const SHRINK: usize = 4;
 
 /// Attributes of Glance's own schema; everything else in a record is a property.
 const ATTRIBUTES: &[&str] = &[
@@ -194,87 +197,108 @@ impl Session {
     }
 
     /// Glance lists hidden images only when asked for them, so the list is the shown ones and then the hidden ones.
-    pub(super) async fn list_queued(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
+    pub(super) async fn list_queued(&self, cursor: &ListCursor, limit: usize) -> Result<ImagePage> {
         const WHAT: &str = "list queued images";
-        let mut images: Vec<Image> = Vec::new();
-        let mut hidden = false;
-        let mut marker = marker.map(str::to_owned);
-        if let Some(id) = &marker {
-            let path = ["images", id.as_str()];
-            let answer = self.wire.send(Request::get(Service::Image, WHAT, &path)).await?;
-            let call = answer.call.clone();
-            let Some(body) = answer.json_if_found()? else {
-                return Err(Error::new(
-                    call,
-                    ErrorKind::Unavailable,
-                    format!("image {id}, where the list was to go on, is gone; begin again"),
-                ));
-            };
-            hidden = Fields::new(&call, &body)?.flag("os_hidden")?;
-        }
-        while images.len() < limit {
-            let mut query = vec![
-                ("status", "queued".to_owned()),
-                ("visibility", "all".to_owned()),
-                ("member_status", "all".to_owned()),
-                ("os_hidden", hidden.to_string()),
-                ("sort", "created_at:asc,id:asc".to_owned()),
-                ("limit", (limit - images.len()).min(PAGE).to_string()),
-            ];
-            if let Some(marker) = &marker {
-                query.push(("marker", marker.clone()));
+        let query = [("status", "queued".to_owned())];
+        let listed = match self.list_images(WHAT, &query, cursor, limit).await {
+            // 400: there is no such marker
+            Err(error) if error.kind() == ErrorKind::Refused && cursor.marker.is_some() => {
+                let detail = format!("the image where the list was to go on may be gone ({error}); begin again");
+                return Err(Error::new(format!("Glance: {WHAT}"), ErrorKind::Unavailable, detail));
             }
-            let page = self.wire.list(Service::Image, WHAT, &["images"], "images", &query).await?;
-            for item in &page.items {
-                images.push(image(&page.call, item)?);
-            }
-            if page.more {
-                marker = images.last().map(|image| image.id.clone());
-            } else if hidden {
-                break;
-            } else {
-                hidden = true;
-                marker = None;
+            listed => listed?,
+        };
+        let mut page = ImagePage { next: listed.next, ..ImagePage::default() };
+        page.skipped.extend(listed.too_large);
+        for item in &listed.items {
+            match image(&listed.call, item) {
+                Ok(image) => page.images.push(image),
+                Err(error) => match Fields::new(&listed.call, item).and_then(|fields| fields.text("id")) {
+                    Ok(id) => page.skipped.push(id),
+                    Err(_) => return Err(error),
+                },
             }
         }
-        Ok(images)
+        Ok(page)
     }
 
     /// As Glance counts for `image_size_total`: size times locations, of every image that is not deleted or killed.
     pub(super) async fn sum_image_sizes(&self, project_id: &str) -> Result<u64> {
+        let what = format!("images of project {project_id}");
+        let query = [("owner", project_id.to_owned()), ("size_min", "1".to_owned())];
         let mut total = 0u64;
-        for hidden in [false, true] {
-            let mut marker: Option<String> = None;
-            loop {
-                let mut query = vec![
-                    ("owner", project_id.to_owned()),
-                    ("visibility", "all".to_owned()),
-                    ("member_status", "all".to_owned()),
-                    ("os_hidden", hidden.to_string()),
-                    ("size_min", "1".to_owned()),
-                    ("sort", "created_at:asc,id:asc".to_owned()),
-                    ("limit", PAGE.to_string()),
-                ];
-                if let Some(marker) = marker.take() {
-                    query.push(("marker", marker));
-                }
-                let what = format!("images of project {project_id}");
-                let Page { call, items, more } =
-                    self.wire.list(Service::Image, &what, &["images"], "images", &query).await?;
-                for item in &items {
-                    let fields = Fields::new(&call, item)?;
-                    marker = Some(fields.text("id")?);
-                    // A Glance that ignored the filter must not charge one project for another.
-                    if fields.text_or_none("owner")?.as_deref() == Some(project_id) {
-                        total = total.saturating_add(stored(&fields)?);
-                    }
-                }
-                if !more {
-                    break;
+        let mut next = Some(ListCursor::default());
+        while let Some(cursor) = next {
+            let listed = self.list_images(&what, &query, &cursor, PAGE).await?;
+            // a project must not hide what it uses behind a record that cannot be read
+            if let Some(id) = listed.too_large {
+                let detail = format!("the record of image {id} is too large to be read: the usage cannot be counted");
+                return Err(Error::new(listed.call, ErrorKind::Refused, detail));
+            }
+            for item in &listed.items {
+                let fields = Fields::new(&listed.call, item)?;
+                // A Glance that ignored the filter must not charge one project for another.
+                if fields.text_or_none("owner")?.as_deref() == Some(project_id) {
+                    total = total.saturating_add(stored(&fields)?);
                 }
             }
+            next = listed.next;
         }
         Ok(total)
+    }
+
+    /// One page of the images that `filter` asks for, of all projects. When the answer is too large, fewer images are
+    /// asked for, at last one; a record that is too large by itself is named and passed over.
+    async fn list_images(
+        &self,
+        what: &str,
+        filter: &[(&'static str, String)],
+        cursor: &ListCursor,
+        limit: usize,
+    ) -> Result<Listed> {
+        const PATH: &[&str] = &["images"];
+        let most = limit.clamp(1, PAGE);
+        let mut limit = cursor.shrunk.unwrap_or(most).clamp(1, most);
+        loop {
+            let mut query = filter.to_vec();
+            query.extend([
+                ("visibility", "all".to_owned()),
+                ("member_status", "all".to_owned()),
+                ("os_hidden", cursor.hidden.to_string()),
+                ("sort", "created_at:asc,id:asc".to_owned()),
+                ("limit", limit.to_string()),
+            ]);
+            query.extend(cursor.marker.clone().map(|marker| ("marker", marker)));
+            let (call, items, more, too_large) =
+                match self.wire.list(Service::Image, what, PATH, "images", &query).await {
+                    Ok(Page { call, items, more }) => (call, items, more, None),
+                    Err(error) if error.kind() == ErrorKind::TooLarge && limit > 1 => {
+                        limit = (limit / SHRINK).max(1);
+                        continue;
+                    }
+                    Err(error) if error.kind() == ErrorKind::TooLarge => {
+                        let id = self.wire.marker_after(Service::Image, what, PATH, &query).await?;
+                        (format!("Glance: {what}"), Vec::new(), true, Some(id))
+                    }
+                    Err(error) => return Err(error),
+                };
+            let last = match (&too_large, items.last()) {
+                (Some(id), _) => Some(id.clone()),
+                (None, Some(item)) => Some(Fields::new(&call, item)?.text("id")?),
+                (None, None) => None,
+            };
+            let next = match (last, more) {
+                (Some(marker), true) => {
+                    // it grows again once the large ones are behind
+                    let grown = if too_large.is_some() { 1 } else { limit.saturating_mul(SHRINK) };
+                    let shrunk = (grown < most).then_some(grown);
+                    Some(ListCursor { hidden: cursor.hidden, marker: Some(marker), shrunk })
+                }
+                _ if cursor.hidden => None,
+                _ => Some(ListCursor { hidden: true, ..ListCursor::default() }),
+            };
+            return Ok(Listed { call, items, too_large, next });
+        }
     }
 
     pub(super) async fn list_stores(&self) -> Result<Vec<Store>> {
@@ -304,6 +328,15 @@ impl Session {
         let query = vec![("limit", "1".to_owned()), ("status", "queued".to_owned())];
         self.wire.list(Service::Image, "list one image", &["images"], "images", &query).await.map(drop)
     }
+}
+
+/// A page of a list of images, as it was answered.
+struct Listed {
+    call: String,
+    items: Vec<Value>,
+    /// The image whose record is longer than what is read.
+    too_large: Option<String>,
+    next: Option<ListCursor>,
 }
 
 pub(super) async fn get(wire: &Wire, id: &str) -> Result<Option<Image>> {
@@ -604,6 +637,75 @@ mod tests {
         })
         .await;
         Session { wire: wire(&url, std::time::Duration::from_secs(5)), register }
+    }
+
+    /// A Glance whose queued images have ids from 1 on, some with records of more than a whole answer may have.
+    async fn glance_with(images: u32, fat: &'static [u32], fits: usize) -> Session {
+        let url = serve(move |head| {
+            if head.starts_with("POST /v3/auth/tokens") {
+                return token(&base_of(head), "t");
+            }
+            let line = head.lines().next().unwrap_or_default();
+            let value = |name: &str| line.split(['?', '&', ' ']).find_map(|part| part.strip_prefix(name));
+            if value("os_hidden=") == Some("true") {
+                return Some((200, String::new(), json!({"images": []}).to_string()));
+            }
+            let limit: u32 = value("limit=").unwrap().parse().unwrap();
+            let after: u32 = value("marker=").map_or(0, |marker| marker.parse().unwrap());
+            let ids: Vec<u32> = (after + 1..=images).take(limit as usize).collect();
+            let records: Vec<String> = ids
+                .iter()
+                .map(|id| {
+                    let padding = if fat.contains(id) { "x".repeat(fits) } else { String::new() };
+                    format!(r#"{{"p": "{padding}", "id": "{id}", "status": "queued", "tags": []}}"#)
+                })
+                .collect();
+            let next = match ids.last() {
+                Some(last) if ids.len() == limit as usize => format!(r#", "next": "/v2/images?marker={last}""#),
+                _ => String::new(),
+            };
+            Some((200, String::new(), format!(r#"{{"images": [{}]{next}}}"#, records.join(", "))))
+        })
+        .await;
+        Session { wire: wire(&url, std::time::Duration::from_secs(60)), register: Register::Auto }
+    }
+
+    async fn list(session: &Session) -> (Vec<u32>, Vec<u32>) {
+        let number = |id: &String| id.parse::<u32>().unwrap();
+        let (mut images, mut skipped, mut next) = (Vec::new(), Vec::new(), Some(ListCursor::default()));
+        while let Some(cursor) = next {
+            let page = session.list_queued(&cursor, 200).await.unwrap();
+            images.extend(page.images.iter().map(|image| number(&image.id)));
+            skipped.extend(page.skipped.iter().map(number));
+            next = page.next;
+        }
+        (images, skipped)
+    }
+
+    #[tokio::test]
+    async fn a_page_shrinks_until_its_answer_fits() {
+        // five records of 4 MiB: no four of them fit into one answer
+        let session = glance_with(300, &[10, 11, 12, 13, 300], 4 << 20).await;
+        let (images, skipped) = list(&session).await;
+        assert_eq!(images, (1..=300).collect::<Vec<_>>());
+        assert!(skipped.is_empty(), "{skipped:?}");
+    }
+
+    #[tokio::test]
+    async fn a_record_that_does_not_fit_alone_is_named_and_passed_over() {
+        let session = glance_with(20, &[1, 7, 8, 20], 17 << 20).await;
+        let (images, skipped) = list(&session).await;
+        assert_eq!(skipped, [1, 7, 8, 20]);
+        assert_eq!(images.len(), 16);
+        assert!(images.is_sorted());
+    }
+
+    #[tokio::test]
+    async fn usage_is_not_counted_past_a_record_that_cannot_be_read() {
+        let session = glance_with(3, &[2], 17 << 20).await;
+        let error = session.sum_image_sizes("p").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("image 2"), "{error}");
     }
 
     #[tokio::test]

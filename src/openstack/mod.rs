@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 
 pub use error::{Error, ErrorKind, Result};
 pub use image::is_reserved;
@@ -108,6 +109,46 @@ pub struct Store {
     pub pool: Option<String>,
     pub fsid: Option<String>,
     pub default: bool,
+}
+
+/// What all daemons of one cloud see alike, and those of another cloud do not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudId {
+    /// Of the project that the daemons log in to.
+    pub project_id: String,
+    /// Of the Glance that they use; `None` where the catalog does not tell it.
+    pub region: Option<String>,
+}
+
+impl fmt::Display for CloudId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "service project {}", self.project_id)?;
+        match &self.region {
+            Some(region) => write!(f, ", region {region}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a list of images goes on. The default is its beginning.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListCursor {
+    /// The shown images are listed first, then the hidden ones.
+    pub(crate) hidden: bool,
+    /// Id of the last image before it.
+    pub(crate) marker: Option<String>,
+    /// Images asked for at a time, where that is fewer than the caller's limit: answers were too large.
+    pub(crate) shrunk: Option<usize>,
+}
+
+/// One page of a list of images.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ImagePage {
+    pub images: Vec<Image>,
+    /// Ids of records that are too large to be read, or are not what the API promises.
+    pub skipped: Vec<String>,
+    /// `None`: the list has ended.
+    pub next: Option<ListCursor>,
 }
 
 /// A Cinder volume.
@@ -277,8 +318,9 @@ pub trait Cloud: Send + Sync + 'static {
     /// The image's tasks, newest first; empty where Glance does not know the call.
     async fn image_tasks(&self, id: &str) -> Result<Vec<ImageTask>>;
 
-    /// One page (of at most `limit`) of the images in status `queued`, of all projects, after the image `marker`.
-    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>>;
+    /// One page (of at most `limit`) of the images in status `queued`, of all projects. A page whose answer would be
+    /// too large is a smaller one. [`ErrorKind::Unavailable`] also when the image at the cursor is gone: begin again.
+    async fn queued_images(&self, cursor: &ListCursor, limit: usize) -> Result<ImagePage>;
 
     /// Bytes that the project's images take by Glance's count, all statuses that count included.
     async fn image_usage(&self, project_id: &str) -> Result<u64>;
@@ -332,8 +374,8 @@ impl Cloud for Session {
         self.list_tasks(id).await
     }
 
-    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
-        self.list_queued(marker, limit).await
+    async fn queued_images(&self, cursor: &ListCursor, limit: usize) -> Result<ImagePage> {
+        self.list_queued(cursor, limit).await
     }
 
     async fn image_usage(&self, project_id: &str) -> Result<u64> {

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
@@ -26,12 +26,19 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use url::Url;
 
+use super::CloudId;
 use super::error::{Error, ErrorKind, Result, shorten};
 use super::json::Fields;
 use crate::config::{Credentials, Glance, Interface, Keystone, Register};
 
 /// Longest answer that is read, in bytes.
 const BODY_LIMIT: usize = 16 << 20;
+
+/// Longest answer of which only the end is wanted: a Glance record of 128 properties has up to 50 MB.
+const DRAIN_LIMIT: usize = 256 << 20;
+
+/// Bytes that are kept of the end of such an answer.
+const TAIL: usize = 8 << 10;
 
 /// How long refused credentials are not tried again: Keystone may lock an account after some failures.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
@@ -94,6 +101,18 @@ impl Session {
     /// [`ErrorKind::Unavailable`] when it does not answer.
     pub async fn login(&self) -> Result<()> {
         self.wire.login(None).await.map(drop)
+    }
+
+    /// Which cloud this is.
+    pub async fn cloud(&self) -> Result<CloudId> {
+        let login = self.wire.login(None).await?;
+        self.wire.cloud_of(&login)
+    }
+
+    /// Refuses to call the services of any other cloud than this one.
+    pub fn expect_cloud(&self, cloud: CloudId) {
+        // the first one stands
+        let _ = self.wire.expected.set(cloud);
     }
 
     /// Names of the roles that our token carries.
@@ -190,6 +209,8 @@ pub(super) struct Request<'a> {
     pub(super) query: Vec<(&'static str, String)>,
     pub(super) body: Option<(&'static str, Value)>,
     pub(super) microversion: Option<&'static str>,
+    /// Only the last bytes of the answer are kept.
+    tail: bool,
 }
 
 impl<'a> Request<'a> {
@@ -202,6 +223,7 @@ impl<'a> Request<'a> {
             query: Vec::new(),
             body: None,
             microversion: None,
+            tail: false,
         }
     }
 
@@ -221,6 +243,12 @@ impl<'a> Request<'a> {
 
     pub(super) fn microversion(mut self, microversion: &'static str) -> Self {
         self.microversion = Some(microversion);
+        self
+    }
+
+    /// Keeps only the end of the answer, which may then be longer than others.
+    fn tail(mut self) -> Self {
+        self.tail = true;
         self
     }
 
@@ -301,6 +329,8 @@ pub(super) struct Wire {
     region: Option<String>,
     interface: String,
     timeout: Duration,
+    /// The only cloud whose services are called.
+    expected: OnceLock<CloudId>,
     /// Holds the lock while a login is under way, so that there is one at a time.
     state: Mutex<State>,
 }
@@ -363,6 +393,7 @@ impl Wire {
             region,
             interface,
             timeout,
+            expected: OnceLock::new(),
             state: Mutex::default(),
         })
     }
@@ -519,6 +550,23 @@ impl Wire {
         })
     }
 
+    fn cloud_of(&self, login: &Login) -> Result<CloudId> {
+        let project_id = login.project_id.clone();
+        let project_id = project_id.ok_or_else(|| Error::protocol("Keystone: login", "the token is for no project"))?;
+        Ok(CloudId { project_id, region: self.region_of(login, Service::Image) })
+    }
+
+    /// A job must not be worked on with the services of a cloud that it does not belong to.
+    fn check_cloud(&self, login: &Login, call: &str) -> Result<()> {
+        let Some(expected) = self.expected.get() else { return Ok(()) };
+        let own = self.cloud_of(login)?;
+        if own == *expected {
+            return Ok(());
+        }
+        let detail = format!("the jobs belong to another cloud ({expected}; this one is {own})");
+        Err(Error::new(call, ErrorKind::Unavailable, detail))
+    }
+
     /// Region of the service's endpoint.
     pub(super) fn region_of(&self, login: &Login, service: Service) -> Option<String> {
         pick(&login.endpoints, service, self.region.as_deref(), &self.interface)
@@ -544,6 +592,7 @@ impl Wire {
 
     async fn attempt(&self, request: &Request<'_>, login: &Login) -> Result<Answer> {
         let call = request.call();
+        self.check_cloud(login, &call)?;
         let mut url = self.root(login, request.service, &call)?;
         append(&mut url, request.path).map_err(|reason| Error::new(call, ErrorKind::Refused, reason))?;
         if !request.query.is_empty() {
@@ -583,19 +632,33 @@ impl Wire {
             response = send().await;
         }
         let response = response.map_err(|error| self.transport(request.call(), &error))?;
-        self.read(request.call(), response, login).await
+        self.read(request.call(), response, login, request.tail).await
     }
 
-    async fn read(&self, call: String, mut response: reqwest::Response, login: Option<&Login>) -> Result<Answer> {
+    async fn read(
+        &self,
+        call: String,
+        mut response: reqwest::Response,
+        login: Option<&Login>,
+        tail: bool,
+    ) -> Result<Answer> {
+        let (limit, mut length) = (if tail { DRAIN_LIMIT } else { BODY_LIMIT }, 0usize);
         let status = response.status();
         let date = response.headers().get(header::DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
         let mut body = Vec::new();
         loop {
             match response.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() > BODY_LIMIT => {
-                    return Err(Error::protocol(call, format!("the answer is longer than {BODY_LIMIT} bytes")));
+                Ok(Some(chunk)) => {
+                    length = length.saturating_add(chunk.len());
+                    if length > limit {
+                        let detail = format!("the answer is longer than {limit} bytes");
+                        return Err(Error::new(call, ErrorKind::TooLarge, detail));
+                    }
+                    body.extend_from_slice(&chunk);
+                    if tail && body.len() > 2 * TAIL {
+                        body.drain(..body.len() - TAIL);
+                    }
                 }
-                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
                 Ok(None) => break,
                 Err(error) => return Err(self.transport(call, &error)),
             }
@@ -620,7 +683,7 @@ impl Wire {
             .send()
             .await
             .map_err(|error| self.transport(CALL.into(), &error))?;
-        let answer = self.read(CALL.into(), response, Some(&login)).await?;
+        let answer = self.read(CALL.into(), response, Some(&login), false).await?;
         // 404 and 401: it was no longer valid.
         match answer.status {
             StatusCode::NOT_FOUND | StatusCode::UNAUTHORIZED => Ok(()),
@@ -644,6 +707,32 @@ impl Wire {
         let items = fields.array(key)?.to_vec();
         Ok(Page { call: call.clone(), more: !items.is_empty() && fields.text_or_none("next")?.is_some(), items })
     }
+
+    /// The marker after the first item of a list whose item is too large to be read: the service names it at the end of
+    /// its answer. `query` asks for one item.
+    pub(super) async fn marker_after(
+        &self,
+        service: Service,
+        what: &str,
+        path: &[&str],
+        query: &[(&'static str, String)],
+    ) -> Result<String> {
+        let answer = self.send(Request::get(service, what, path).query(query.to_vec()).tail()).await?.success()?;
+        marker_of(&answer.body).ok_or_else(|| {
+            let detail = "one item of the list is too large to be read, and the answer does not name the next one";
+            Error::new(answer.call, ErrorKind::TooLarge, detail)
+        })
+    }
+}
+
+/// Where a list goes on, as the end of an answer tells it: `"next": "/v2/images?marker=<id>&…"`.
+fn marker_of(tail: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(tail);
+    let (_, next) = text.rsplit_once("\"next\":")?;
+    let path = next.trim_start().strip_prefix('"')?.split('"').next()?;
+    let (_, query) = path.split_once('?')?;
+    let marker = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "marker")?.1;
+    (!marker.is_empty() && marker.len() <= 255).then(|| marker.into_owned())
 }
 
 /// What the plugins take, by their names.
@@ -817,6 +906,16 @@ mod tests {
 
     use super::super::fake::{base_of, serve, token, wire};
     use super::*;
+
+    #[test]
+    fn a_marker_is_read_from_the_end_of_an_answer() {
+        let body = br#"\u00e9"}], "first": "/v2/images?limit=1", "next": "/v2/images?marker=a-1&limit=1"}"#;
+        assert_eq!(marker_of(body).as_deref(), Some("a-1"));
+        for body in [&b"{}"[..], b"", br#""next": null}"#, br#""next": "/v2/images?limit=1""#, br#""next": "?marker=""#]
+        {
+            assert_eq!(marker_of(body), None);
+        }
+    }
 
     fn endpoint(service_type: &str, interface: &str, region: &str, url: &str) -> Endpoint {
         Endpoint {
@@ -1012,7 +1111,7 @@ mod tests {
         .await;
         let wire = wire(&url, SECOND * 20);
         let error = wire.send(get_image(&["images", "long"])).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert_eq!(error.kind(), ErrorKind::TooLarge);
         let error = wire.send(get_image(&["images", "1"])).await.unwrap().json().unwrap_err();
         assert_eq!(error.to_string(), "Glance: get image 1: 500 Internal Server Error: failed for ***");
         let error = wire.send(get_image(&["images", "moved"])).await.unwrap().json().unwrap_err();

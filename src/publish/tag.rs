@@ -1,8 +1,8 @@
 //! The ownership tag: for which image, by which request and by which deployment something in Ceph was made.
 //!
-//! It stands in the image-meta ([`MARK`](crate::transfer::MARK)) of what a job makes, and beside each temporary snapshot
-//! ([`Storage::set_snapshot_tag`]). Several deployments (clouds, or daemons with another `[jobs] namespace`) may share
-//! pools: only what bears the own deployment's tag is ever removed.
+//! It stands in the image-meta ([`MARK`](crate::transfer::MARK)) of what a job makes, and beside each temporary
+//! snapshot ([`Storage::set_snapshot_tag`]). Several deployments (clouds, or daemons with another `[jobs] namespace`)
+//! may share pools: only what bears the own deployment's tag is ever removed.
 
 use std::fmt;
 
@@ -43,8 +43,8 @@ impl OwnershipTag {
         Some(Self { image_id, maker })
     }
 
-    /// Whether a thing with this tag was made by the request that `own` names. An older tag belongs to any request of its
-    /// image.
+    /// Whether a thing with this tag was made by the request that `own` names. An older tag belongs to any request of
+    /// its image.
     pub fn is_of_request(&self, own: &Self) -> bool {
         self.image_id == own.image_id && (self.maker.is_none() || self.maker == own.maker)
     }

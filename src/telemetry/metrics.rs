@@ -88,6 +88,11 @@ const METRICS: &[(Kind, &str, &str)] = &[
         "rbd_offload_jobs_given_up_total",
         "Jobs that were left because a call did not return; their Ceph client was fenced.",
     ),
+    (
+        Kind::Plain,
+        "rbd_offload_fences_refused_total",
+        "Take-overs that were refused because the owner before could not be fenced; the job is left alone.",
+    ),
     (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were removed."),
     (
         Kind::Plain,

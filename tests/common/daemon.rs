@@ -235,6 +235,16 @@ impl Daemon {
         }
     }
 
+    /// Waits until a daemon that must not run has ended by itself; how, and what it said.
+    pub async fn await_exit(&self, limit: Duration) -> (ExitStatus, String) {
+        let status = until("the daemon has ended", limit, || async {
+            self.child.lock().unwrap().as_mut().and_then(|child| child.try_wait().unwrap())
+        })
+        .await;
+        self.child.lock().unwrap().take();
+        (status, self.log())
+    }
+
     /// SIGTERM; how it ended and how long that took.
     pub fn terminate(&self) -> (ExitStatus, Duration) {
         self.signal("TERM");

@@ -80,6 +80,31 @@ def leave(pool, image, key, mark):
             disk.metadata_set(key, mark)
 
 
+def leave_snapshot(pool, image, snapshot, tag):
+    """A snapshot that a daemon could have left, with this ownership tag beside the image's header."""
+    with rbd.Image(open_pool(pool), image, read_only=True) as disk:
+        header = 'rbd_header.' + disk.id()
+    open_pool(pool).set_xattr(header, snapshot, tag.encode())
+    make_snapshot(pool, image, snapshot)
+
+
+def snapshot_tags(pool, image):
+    """The ownership tags beside the image's header, by snapshot."""
+    with rbd.Image(open_pool(pool), image, read_only=True) as disk:
+        header = 'rbd_header.' + disk.id()
+    found = open_pool(pool).get_xattrs(header)
+    return {name: value.decode() for name, value in found if name.startswith('rbd-offload.')}
+
+
+def deployment(pool, namespace):
+    """Id of the deployment that a jobs namespace belongs to."""
+    return open_pool(pool, namespace).read('deployment', MIB).decode()
+
+
+def put_object(pool, namespace, name, text):
+    open_pool(pool, namespace).write_full(name, text.encode())
+
+
 def remove_snapshot(pool, image, snapshot):
     with rbd.Image(open_pool(pool), image) as disk:
         disk.unprotect_snap(snapshot)

@@ -120,6 +120,16 @@ impl Disk {
         ask::<()>("leave", self.arguments(json!({"key": MARK, "mark": mark}))).await;
     }
 
+    /// A snapshot as a daemon could have left it, with an ownership tag.
+    pub async fn leave_snapshot(&self, snapshot: &str, tag: &str) {
+        ask::<()>("leave_snapshot", self.arguments(json!({"snapshot": snapshot, "tag": tag}))).await;
+    }
+
+    /// The ownership tags of the image's temporary snapshots.
+    pub async fn snapshot_tags(&self) -> BTreeMap<String, String> {
+        ask("snapshot_tags", self.arguments(json!({}))).await
+    }
+
     pub async fn remove_snapshot(&self, snapshot: &str) {
         ask::<()>("remove_snapshot", self.arguments(json!({"snapshot": snapshot}))).await;
     }
@@ -143,6 +153,17 @@ pub async fn digests(disks: &[(Disk, Option<&str>)]) -> Vec<Digest> {
 /// The facts of many.
 pub async fn facts(disks: &[Disk]) -> Vec<Option<Facts>> {
     ask_each("facts", disks.iter().map(|disk| disk.arguments(json!({}))).collect()).await
+}
+
+/// Id of the deployment that a jobs namespace belongs to.
+pub async fn deployment(namespace: &str) -> String {
+    ask("deployment", json!({"pool": "images", "namespace": namespace})).await
+}
+
+/// Writes an object of a jobs namespace.
+pub async fn put_object(namespace: &str, name: &str, text: &str) {
+    let arguments = json!({"pool": "images", "namespace": namespace, "name": name, "text": text});
+    ask::<()>("put_object", arguments).await;
 }
 
 /// The record of a job.

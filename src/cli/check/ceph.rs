@@ -10,6 +10,8 @@ use super::report::{Row, Verdict};
 use super::within_once;
 use crate::ceph::{Client, Error, ErrorKind, LockKey, Locked, Objects, Storage};
 use crate::config::Config;
+use crate::job::deployment;
+use crate::openstack::CloudId;
 
 /// The oldest release that is supported: Pacific.
 const OLDEST: u64 = 16;
@@ -21,6 +23,8 @@ pub struct Findings {
     pub rows: Vec<Row>,
     /// `None` without a connection.
     pub fsid: Option<String>,
+    /// Which cloud the jobs belong to, if that was said yet; `None` when it could not be read.
+    pub jobs_cloud: Option<Option<CloudId>>,
     /// A call was given up and still runs on a thread of its own.
     pub stuck: bool,
 }
@@ -52,7 +56,7 @@ pub async fn check(config: &Config) -> Findings {
         names.push(jobs_name(config));
         let skipped = names.into_iter().map(|name| Row::skipped(name, "no connection to Ceph"));
         let stuck = is_stuck(&row);
-        return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, stuck };
+        return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, jobs_cloud: None, stuck };
     };
     let probes = join_all(pools.iter().map(|pool| capabilities(config, &client, pool)));
     let (release, fencing, probed, instances, jobs) = tokio::join!(
@@ -67,7 +71,11 @@ pub async fn check(config: &Config) -> Findings {
     rows.extend(instances);
     rows.push(jobs);
     let stuck = rows.iter().any(is_stuck);
-    Findings { rows, fsid, stuck }
+    let jobs_cloud = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
+        Ok(objects) => tokio::time::timeout(super::LIMIT, deployment::cloud(&objects)).await.ok().and_then(Result::ok),
+        Err(_) => None,
+    };
+    Findings { rows, fsid, jobs_cloud, stuck }
 }
 
 async fn connect(config: &Config) -> Result<(Client, String), Error> {

@@ -24,6 +24,8 @@ pub struct Findings {
     pub rows: Vec<Row>,
     /// What Glance tells of its stores; `None` when it was not asked or did not answer.
     pub stores: Option<Vec<openstack::Store>>,
+    /// Which cloud this is; `None` without a login.
+    pub cloud: Option<openstack::CloudId>,
 }
 
 pub async fn check(config: &Config) -> Findings {
@@ -50,7 +52,7 @@ pub async fn check(config: &Config) -> Findings {
     rows.extend(stores_row);
     rows.extend([cinder, backends]);
     rows.extend(nova);
-    Findings { rows, stores }
+    Findings { rows, stores, cloud: session.cloud().await.ok() }
 }
 
 fn without_login(config: &Config, login: Row) -> Findings {
@@ -60,7 +62,7 @@ fn without_login(config: &Config, login: Row) -> Findings {
     }
     let mut rows = vec![login];
     rows.extend(names.into_iter().map(|name| Row::skipped(name, "no login at Keystone")));
-    Findings { rows, stores: None }
+    Findings { rows, stores: None, cloud: None }
 }
 
 /// Who we are, for commands that an operator may copy.

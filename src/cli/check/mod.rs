@@ -16,6 +16,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{Failure, load, output, store_problems};
 use crate::config::Config;
+use crate::job::deployment::remedy;
+use crate::openstack::CloudId;
 use report::Row;
 
 /// For each check.
@@ -43,6 +45,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.extend(cloud.rows);
     rows.extend(ceph.rows);
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
+    rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, report::colours()) };
     output::print(&text)?;
     if ceph.stuck {
@@ -56,6 +59,22 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
 fn configuration(path: &Path, config: &Config) -> Row {
     let backends: Vec<&str> = config.backends.keys().map(String::as_str).collect();
     Row::ok("configuration", format!("{}; backends: {}", path.display(), backends.join(", ")))
+}
+
+/// Whether the jobs of the namespace are this cloud's.
+fn jobs_cloud(config: &Config, own: Option<&CloudId>, stored: Option<&Option<CloudId>>) -> Row {
+    const NAME: &str = "cloud of the jobs";
+    match (own, stored) {
+        (None, _) => Row::skipped(NAME, "no login at Keystone"),
+        (_, None) => Row::skipped(NAME, "the jobs namespace cannot be read"),
+        (Some(own), Some(None)) => Row::ok(NAME, format!("none yet; the first daemon makes it this one: {own}")),
+        (Some(own), Some(Some(stored))) if own == stored => Row::ok(NAME, own.to_string()),
+        (Some(own), Some(Some(stored))) => Row::fault(
+            NAME,
+            format!("the jobs belong to another cloud ({stored}; this one is {own})"),
+            remedy(&config.jobs.pool, &config.jobs.namespace),
+        ),
+    }
 }
 
 /// Whether Glance finds what we put into the destination pools.

@@ -131,7 +131,12 @@ impl Job {
         let address = self.context.storage.address().await?;
         self.update(|record| {
             // another's stays: it has not been fenced yet
-            if record.owner_address.as_ref().is_none_or(|owner| *owner == address) {
+            let is_other = match (&record.owner_address, &record.owner) {
+                (Some(owner), _) => *owner != address,
+                (None, Some(owner)) => *owner != self.context.identity.owner(),
+                (None, None) => false,
+            };
+            if !is_other {
                 record.owner = None;
                 record.owner_address = None;
             }

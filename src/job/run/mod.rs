@@ -27,7 +27,7 @@ pub(super) use tenant::{Told, last_word};
 
 use super::clock::Clock;
 use super::engine::{PoolSlot, PoolSlots};
-use super::lease::{Identity, Lease};
+use super::lease::{Identity, Lease, fence_owner};
 use super::record::{Ending, Record, Stage, State};
 use super::store::{self, Store, Stored};
 use crate::ceph::{self, ErrorKind, Lent, Progress, Rates, Storage, StoragePool};
@@ -158,7 +158,9 @@ impl From<openstack::Error> for Stop {
     fn from(error: openstack::Error) -> Self {
         use openstack::ErrorKind as Kind;
         match error.kind() {
-            Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::Conflict => Self::Retry(error.to_string()),
+            Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::TooLarge | Kind::Conflict => {
+                Self::Retry(error.to_string())
+            }
             Kind::Forbidden | Kind::OverLimit | Kind::Refused | Kind::NoService => {
                 Self::End(Ending::new(State::Failed, error.to_string()))
             }
@@ -494,21 +496,7 @@ impl Job {
     /// Shuts out the owner that did not let go, and becomes the owner.
     async fn take_over(&self) -> Step<()> {
         let address = self.context.storage.address().await?;
-        let before = self.snapshot().await.owner_address.filter(|before| *before != address);
-        let taken = before.is_some();
-        if let Some(before) = before {
-            match self.context.storage.fence(&before).await {
-                Ok(change) => tracing::info!(image_id = %self.id, client = before, ?change, "fenced the owner before"),
-                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                    tracing::warn!(image_id = %self.id, client = before, %error,
-                        "the owner before cannot be fenced: give the cephx user `mon 'profile rbd'`");
-                }
-                Err(error) if error.kind() == ErrorKind::Unsupported => {
-                    tracing::warn!(image_id = %self.id, %error, "the record names no client that could be fenced");
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let taken = fence_owner(self.context.storage.as_ref(), &self.snapshot().await, &address).await?;
         let owner = self.context.identity.owner();
         self.update(|record| {
             // not twice, where the outcome of the first try was unknown

@@ -13,8 +13,8 @@ use super::service::Service;
 use super::trouble::Trouble;
 use super::world::{Shared, World};
 use crate::openstack::{
-    Cloud, Error, ErrorKind, Image, ImageChange, ImageTask, LocationAnswer, Result, Server, Store, Validation, Volume,
-    VolumeSnapshot,
+    Cloud, Error, ErrorKind, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Result, Server,
+    Store, Validation, Volume, VolumeSnapshot,
 };
 use crate::request::{self, Asked, Source};
 
@@ -600,15 +600,20 @@ impl Cloud for Handle {
         .await
     }
 
-    async fn queued_images(&self, marker: Option<&str>, limit: usize) -> Result<Vec<Image>> {
+    async fn queued_images(&self, cursor: &ListCursor, limit: usize) -> Result<ImagePage> {
         // small pages, so that the marker is followed
         let limit = limit.min(2);
+        let marker = cursor.marker.as_deref();
         self.glance(
             Kind::Read,
             || format!("glance queued images after {marker:?}"),
             |world| {
                 let queued = world.cloud.images.values().filter(|r| r.image.status == "queued").map(|r| &r.image);
-                Ok(queued.filter(|i| marker.is_none_or(|m| i.id.as_str() > m)).take(limit).cloned().collect())
+                let images: Vec<Image> =
+                    queued.filter(|i| marker.is_none_or(|m| i.id.as_str() > m)).take(limit).cloned().collect();
+                let marker = images.last().map(|image| image.id.clone());
+                let next = marker.map(|marker| ListCursor { marker: Some(marker), ..ListCursor::default() });
+                Ok(ImagePage { images, skipped: Vec::new(), next })
             },
         )
         .await

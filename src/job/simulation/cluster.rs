@@ -14,7 +14,7 @@ use super::trouble::Trouble;
 use super::world::World;
 use crate::ceph::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Lent, Link, LockKey, Locked, Moved,
-    Objects, Parent, Progress, Result, Snapshot, Storage, StoragePool, TransferLimits, Version,
+    Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool, TransferLimits, Version,
 };
 
 pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
@@ -930,14 +930,26 @@ impl Storage for Handle {
         .await
     }
 
-    async fn snapshots(&self, pool: &str, prefix: &str, _pace: u32) -> Result<Vec<(ImageSpec, String)>> {
+    async fn snapshots(
+        &self,
+        pool: &str,
+        prefix: &str,
+        _pace: u32,
+        after: Option<&str>,
+        _most: usize,
+    ) -> Result<SnapshotPage> {
         self.list_slowly().await;
+        // one image at a time, so that the cursor is followed
         self.ceph(
             Kind::Read,
             || format!("snapshots of {pool}"),
             |world| {
                 let mut found = Vec::new();
-                for image in world.ceph.images.iter().filter(|i| i.pool == pool) {
+                let images = world.ceph.images.iter().filter(|i| i.pool == pool);
+                let rest = images.filter(|i| after.is_none_or(|after| i.id.as_str() > after));
+                let first = rest.min_by(|one, other| one.id.cmp(&other.id));
+                let next = first.map(|image| image.id.clone());
+                if let Some(image) = first {
                     let spec = match &image.name {
                         Some(name) => ImageSpec::named(pool, name),
                         None => ImageSpec::with_id(pool, &image.id),
@@ -946,7 +958,7 @@ impl Storage for Handle {
                         found.push((spec.clone(), snap.name.clone()));
                     }
                 }
-                Ok(found)
+                Ok(SnapshotPage { found, next })
             },
         )
         .await

@@ -8,6 +8,7 @@
 mod checks;
 mod cloud;
 mod cluster;
+mod custody;
 mod glance;
 mod node;
 mod promises;
@@ -25,6 +26,11 @@ use trouble::Trouble;
 
 /// Seeds of an ordinary test run, shared by all the tests below.
 const SEEDS: u64 = 1200;
+
+/// Runs a test in a time that costs nothing.
+fn run_in_virtual_time(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(test);
+}
 
 /// Runs one seed to its end; returns the promises that it broke, and what happened if that was asked for.
 fn run(seed: u64, nodes: u64, trouble: &[Trouble], trace: bool) -> (BTreeSet<String>, Vec<String>) {

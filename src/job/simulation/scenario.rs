@@ -42,7 +42,7 @@ pub struct Stage {
     pub store: Store,
 }
 
-fn config(dice: &mut Dice) -> Config {
+pub fn config(dice: &mut Dice) -> Config {
     let method = *dice.pick(&["auto", "server-copy", "clone", "copy"]);
     let in_use = dice.percent(50);
     let retries = dice.pick(&[1, 3, 5]).to_owned();

@@ -1,0 +1,182 @@
+//! Custody: the reconciler as the recorded owner of a job that has ended, or of an image that no job is for.
+//!
+//! Whoever removes something may freeze between its last look and the removal, and go on when a new job for the same
+//! image has made something under the same name. So the reconciler does as a job does: it takes the lease, fences the
+//! owner before, and writes itself into the record. Whoever takes the lease after it fences it. Without a record it
+//! makes one, a placeholder in an end state, and removes it afterwards.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::lease::{Lease, fence_owner};
+use super::record::Record;
+use super::run::Context;
+use super::store::{Error, Result, Store, Stored};
+use crate::ceph::{self, ErrorKind, Storage};
+
+/// How often the record is written when others set flags on it meanwhile.
+const TRIES: usize = 16;
+
+/// Pauses after each try to take the reconciler out of a record: whoever finds it there fences it.
+const CLEAR_PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(2)];
+
+/// Held from [`take`](Self::take) to [`give_back`](Self::give_back). Dropped in between, it leaves its owner in the
+/// record, who is fenced by the next one.
+pub(super) struct Custody {
+    store: Store,
+    lease: Lease,
+    image_id: Uuid,
+    owner: String,
+    address: String,
+}
+
+/// Why guarded work did not end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Guarded<E> {
+    #[error("the lease was lost: {0}")]
+    Lost(ceph::Error),
+    #[error("{0}")]
+    Failed(E),
+}
+
+impl Custody {
+    /// `None` while the job is not over, somebody works on it, or its record is another version's. `storage` is what
+    /// the removals go through: its address is what others fence.
+    ///
+    /// # Errors
+    /// Also those of [`fence_owner`]: an owner that cannot be fenced stays.
+    pub async fn take(context: &Context, storage: &Arc<dyn Storage>, image_id: Uuid) -> Result<Option<Self>> {
+        let store = &context.store;
+        let record = match store.load(image_id).await {
+            Ok(Some(stored)) => stored.record,
+            Ok(None) => {
+                let record = Record::placeholder(image_id, context.clock.now());
+                if !store.create_ended(&record).await? {
+                    return Ok(None);
+                }
+                record
+            }
+            Err(Error::Unreadable { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if !record.is_settled() {
+            return Ok(None);
+        }
+        let duration = context.config.borrow().jobs.lease;
+        let objects = store.objects().as_ref();
+        let Some(lease) = Lease::take(objects, image_id, &context.identity, duration).await? else { return Ok(None) };
+        let address = storage.address().await?;
+        let custody =
+            Self { store: store.clone(), lease, image_id, owner: context.identity.owner(), address: address.clone() };
+        let taken = async {
+            let Some(stored) = custody.settled().await? else { return Ok(false) };
+            fence_owner(storage.as_ref(), &stored.record, &address).await?;
+            custody.write_owner(true).await
+        };
+        match taken.await {
+            Ok(true) => Ok(Some(custody)),
+            Ok(false) => {
+                custody.give_back().await;
+                Ok(None)
+            }
+            // the record may have been written all the same
+            Err(error) => {
+                custody.give_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Does `work` while the lease is renewed, however long that takes. When the lease is lost, the work is given up.
+    pub async fn guard<T, E>(
+        &self,
+        work: impl Future<Output = std::result::Result<T, E>>,
+    ) -> std::result::Result<T, Guarded<E>> {
+        let objects = self.store.objects().as_ref();
+        let renewals = async {
+            loop {
+                tokio::time::sleep(self.lease.renewal_interval()).await;
+                match self.lease.renew(objects).await {
+                    Err(error) if self.lease.is_lost() => return error,
+                    // it holds still, and is renewed again
+                    Ok(()) | Err(_) => {}
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            lost = renewals => Err(Guarded::Lost(lost)),
+            done = work => done.map_err(Guarded::Failed),
+        }
+    }
+
+    /// Renews the lease: right before a change that no fence holds up.
+    pub async fn renew(&self) -> ceph::Result<()> {
+        self.lease.renew(self.store.objects().as_ref()).await
+    }
+
+    /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back.
+    pub async fn give_back(self) {
+        let objects = self.store.objects().as_ref();
+        for pause in CLEAR_PAUSES {
+            match self.clear().await {
+                Ok(()) => return self.lease.release(objects).await,
+                Err(error) => {
+                    tracing::debug!(image_id = %self.image_id, %error, "the reconciler is still in the record");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+        // the lease runs out by itself; the next round clears the record
+        tracing::warn!(image_id = %self.image_id, "the reconciler stays in the record of a job until its next round");
+    }
+
+    async fn clear(&self) -> Result<()> {
+        for _ in 0..TRIES {
+            let Some(stored) = self.store.load(self.image_id).await? else { return Ok(()) };
+            let record = &stored.record;
+            // another's placeholder stays until its owner has been fenced
+            let is_ours = record.owner.as_ref().is_none_or(|owner| *owner == self.owner);
+            let removed = if record.placeholder && record.is_settled() && is_ours {
+                self.store.remove(&stored).await
+            } else {
+                return self.write_owner(false).await.map(drop);
+            };
+            match removed {
+                // asked for since, or a renewal of the lease
+                Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
+                removed => return removed,
+            }
+        }
+        Err(Error::Contended(self.image_id))
+    }
+
+    /// The record, if the job is over.
+    async fn settled(&self) -> Result<Option<Stored>> {
+        Ok(self.store.load(self.image_id).await?.filter(|stored| stored.record.is_settled()))
+    }
+
+    /// Writes the reconciler into the record as its owner, or takes it out. `false`: to be an owner it is too late, the
+    /// job was asked for again.
+    async fn write_owner(&self, owns: bool) -> Result<bool> {
+        for _ in 0..TRIES {
+            let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(false) };
+            let record = &mut stored.record;
+            if owns && !record.is_settled() {
+                return Ok(false);
+            }
+            if !owns && record.owner_address.as_ref() != Some(&self.address) {
+                return Ok(true);
+            }
+            record.owner = owns.then(|| self.owner.clone());
+            record.owner_address = owns.then(|| self.address.clone());
+            match self.store.write(&stored, Some(self.lease.key())).await {
+                Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
+                written => return written.map(|_| true),
+            }
+        }
+        Err(Error::Contended(self.image_id))
+    }
+}

@@ -1,0 +1,143 @@
+//! The reconciler's custody, step by step: who may remove what a job left, and when.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use super::node::{Handle, Node};
+use super::world::{DEPLOYMENT, Dice, Faults, Shared, World};
+use super::{run_in_virtual_time, scenario};
+use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
+use crate::job::clock::Clock;
+use crate::job::custody::Custody;
+use crate::job::lease::{Identity, Lease, fence_owner};
+use crate::job::record::{Record, State, private_name};
+use crate::job::run::Context;
+use crate::job::store::{NewJob, Store, Submitted};
+use crate::publish::tag::OwnershipTag;
+use crate::request::Trigger;
+use crate::transfer::MARK;
+
+fn world() -> Shared {
+    Shared(Arc::new(Mutex::new(World::new(Dice::new(1), Faults::default(), Vec::new()))))
+}
+
+/// A daemon of the world that does nothing by itself.
+fn daemon(world: &Shared, name: &str) -> (Context, Arc<dyn Storage>) {
+    let handle = Handle { node: Node::new(world, name.into(), true) };
+    let storage: Arc<dyn Storage> = Arc::new(handle.clone());
+    let clock = Clock::System;
+    let (_, config) = watch::channel(Arc::new(scenario::config(&mut Dice::new(1))));
+    let identity = Identity { instance: Uuid::new_v4(), host: name.into(), pid: 1 };
+    let context = Context {
+        storage: Arc::clone(&storage),
+        clients: Arc::new(handle.clone()),
+        cloud: Arc::new(handle.clone()),
+        store: Store::new(Arc::new(handle), clock),
+        config,
+        identity,
+        deployment: DEPLOYMENT,
+        clock,
+        rates: Arc::new(ceph::Rates::new(0, 0)),
+    };
+    (context, storage)
+}
+
+fn request(image_id: Uuid) -> NewJob {
+    NewJob { image_id, trigger: Trigger::Request, source: None, project_id: None }
+}
+
+/// A private copy as a daemon could have left it.
+fn leave_copy(world: &Shared, image_id: Uuid) -> ImageSpec {
+    let name = private_name(image_id);
+    let tag = OwnershipTag::new(image_id, Uuid::new_v4(), DEPLOYMENT).to_string();
+    let mut world = world.lock();
+    world.ceph.create("images", &name, 1, true).metadata.insert(MARK.into(), tag);
+    ImageSpec::named("images", name)
+}
+
+#[test]
+fn a_frozen_reconciler_is_fenced_by_the_job_that_comes_after_it() {
+    run_in_virtual_time(async {
+        let (world, image_id) = (world(), Uuid::new_v4());
+        let copy = leave_copy(&world, image_id);
+        let ((frozen, storage), (other, other_storage)) = (daemon(&world, "frozen"), daemon(&world, "other"));
+        let custody = Custody::take(&frozen, &storage, image_id).await.unwrap().expect("nobody works on it");
+
+        // a new request meets the placeholder, and waits for the lease
+        assert_eq!(other.store.submit(&request(image_id)).await.unwrap(), Submitted::AskedAgain);
+        let lease = other.config.borrow().jobs.lease;
+        let objects = other.store.objects().as_ref();
+        assert!(Lease::take(objects, image_id, &other.identity, lease).await.unwrap().is_none());
+        sleep(lease + Duration::from_secs(1)).await;
+        Lease::take(objects, image_id, &other.identity, lease).await.unwrap().expect("it ran out");
+        let record = other.store.load(image_id).await.unwrap().unwrap().record;
+        let own = other_storage.address().await.unwrap();
+        assert!(fence_owner(other_storage.as_ref(), &record, &own).await.unwrap());
+
+        // the reconciler goes on where it stood
+        assert_eq!(storage.remove_image(&copy).await.unwrap_err().kind(), ErrorKind::Fenced);
+        custody.give_back().await;
+        assert!(other_storage.image(&copy, None).await.unwrap().is_some());
+    });
+}
+
+#[test]
+fn custody_leaves_no_record_and_no_owner() {
+    run_in_virtual_time(async {
+        let (world, without, ended) = (world(), Uuid::new_v4(), Uuid::new_v4());
+        let (context, storage) = daemon(&world, "one");
+        let store = &context.store;
+        store.submit(&request(ended)).await.unwrap();
+        assert!(Custody::take(&context, &storage, ended).await.unwrap().is_none(), "a live job is left alone");
+        store.change(ended, |record| record.enter(State::Failed, context.clock.now()).is_ok()).await.unwrap();
+        let own = storage.address().await.unwrap();
+        for image_id in [without, ended] {
+            let custody = Custody::take(&context, &storage, image_id).await.unwrap().unwrap();
+            let record = store.load(image_id).await.unwrap().unwrap().record;
+            assert_eq!(record.owner_address.as_ref(), Some(&own));
+            assert!(Custody::take(&context, &storage, image_id).await.unwrap().is_none(), "one at a time");
+            custody.give_back().await;
+            assert!(!Lease::is_held(store.objects().as_ref(), image_id).await.unwrap());
+        }
+        assert_eq!(store.load(without).await.unwrap(), None);
+        assert!(!store.ended().await.unwrap().iter().any(|(id, _)| *id == without));
+        let record = store.load(ended).await.unwrap().unwrap().record;
+        assert_eq!((record.state, record.owner, record.owner_address), (State::Failed, None, None));
+        assert!(world.lock().ceph.blocklist.is_empty(), "nobody was fenced");
+    });
+}
+
+#[test]
+fn a_request_that_comes_meanwhile_keeps_its_record() {
+    run_in_virtual_time(async {
+        let (world, image_id) = (world(), Uuid::new_v4());
+        let (context, storage) = daemon(&world, "one");
+        let custody = Custody::take(&context, &storage, image_id).await.unwrap().unwrap();
+        assert_eq!(context.store.submit(&request(image_id)).await.unwrap(), Submitted::AskedAgain);
+        let offer = NewJob { trigger: Trigger::VolumeUpload, ..request(image_id) };
+        assert!(context.store.submit(&offer).await.is_err(), "an offer is delivered again");
+        custody.give_back().await;
+        let record = context.store.load(image_id).await.unwrap().unwrap().record;
+        assert!(record.again && record.owner_address.is_none());
+        assert!(context.store.live().await.unwrap().iter().any(|(id, _)| *id == image_id));
+    });
+}
+
+#[test]
+fn an_owner_that_cannot_be_fenced_stays() {
+    run_in_virtual_time(async {
+        let (world, image_id) = (world(), Uuid::new_v4());
+        let (context, storage) = daemon(&world, "one");
+        let mut record = Record::placeholder(image_id, context.clock.now());
+        record.owner = Some("host:1:another".into());
+        context.store.create_ended(&record).await.unwrap();
+        let error = Custody::take(&context, &storage, image_id).await.err().expect("its address is not known");
+        assert!(error.to_string().contains("host:1:another"), "{error}");
+        assert_eq!(context.store.load(image_id).await.unwrap().unwrap().record.owner, record.owner);
+        assert!(!Lease::is_held(context.store.objects().as_ref(), image_id).await.unwrap());
+    });
+}
