@@ -143,16 +143,17 @@ mod disks_that_nova_takes {
     /// How a copy is made so slowly that Nova has time. The OSDs copy into a clone, which must go before the snapshot
     /// that it was made from.
     const METHODS: [(&str, &str, &str); 2] =
-        [("copy", "bandwidth_limit", "4MiB"), ("server-copy", "objects_per_second", "2")];
+        [("copy", "bandwidth_limit", "3MiB"), ("server-copy", "objects_per_second", "1")];
 
     fn slowly((method, key, value): (&str, &str, &str)) -> Setup {
         Setup::default().set("offload", "method", method).set("offload", key, value)
     }
 
-    /// A stopped instance with half a minute's data and more, whose disk is being copied; the image's id.
+    /// A stopped instance whose disk is being copied, for more than a minute: of a shelved one Nova makes its own snapshot
+    /// first. The image's id.
     async fn being_copied(demo: &Account, daemon: &Daemon, base: &str) -> (Instance, String) {
         let instance = demo.resting_instance(base, Rest::Stopped, 3).await;
-        instance.disk.write(4, &[(64 * MIB, 150 * MIB), (300 * MIB, 100 * MIB)]).await;
+        instance.disk.write(4, &[(64 * MIB, 200 * MIB), (300 * MIB, 200 * MIB)]).await;
         let id = demo.create_image(&[instance_tag(&instance.id)], json!({})).await;
         daemon.await_job(&id, "copying").await;
         until("the snapshot for the copy", seconds(20), || async {
