@@ -211,7 +211,7 @@ class Handover:
                 if late and not look.glance_works:
                     raise TheStockWay('no answer for %s s after go' % self._limits.doubt)
                 if look.says == 'publishing' and GO not in look.tags:
-                    # a concurrent change of the record lost it: whoever has heard it took `publishing` off with it
+                    # a concurrent change of the record lost it: a daemon that saw it took `publishing` off with it
                     self._say_go()
             if late and now - self._began >= self._limits.total:
                 raise TheStockWay('not done within %s s' % self._limits.total)

@@ -115,7 +115,7 @@ def _with_offer(stock, conf):
 
 def _is_made_elsewhere(disk, context, image_format, image_id, conf):
     """Whether the image is active."""
-    # only where Nova is: this file is also read by whoever lists the options
+    # only where Nova is: this file is also read by programs that list the options
     from nova import exception
     from nova import objects
     from rbd_offload_nova import record
