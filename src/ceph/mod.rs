@@ -376,6 +376,10 @@ pub trait Storage: Send + Sync + 'static {
     /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or somebody has the image open.
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
 
+    /// Finishes removals of an image of that name that broke off and left it in the trash. An image that has the name
+    /// now is left alone. `AlreadyThere` when there is nothing to finish.
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change>;
+
     /// Whether an image, given by its id, lies in the trash.
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
 

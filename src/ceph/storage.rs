@@ -261,6 +261,16 @@ impl Storage for Client {
         self.run(format!("remove {image}"), move |cluster| remove_image(cluster, &spec)).await
     }
 
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change> {
+        let (operation, spec) = (format!("finish the removal of {image}"), image.clone());
+        self.run(operation.clone(), move |cluster| {
+            let ImageKey::Name(name) = &spec.image else { return Ok(Change::AlreadyThere) };
+            let io = IoCtx::open(cluster, &spec.pool)?;
+            empty_trash_of(cluster, &io, &spec.pool, Some(name), None, &operation)
+        })
+        .await
+    }
+
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
         let spec = image.clone();
         self.run(format!("look for {image} in the trash"), move |cluster| {
@@ -609,16 +619,8 @@ fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
     {
         change = Change::Made;
     }
-    for left in rbd::trash(&io, &operation)? {
-        let in_trash = ImageSpec::with_id(&spec.pool, &left.id);
-        let ours = id.as_ref() == Some(&left.id)
-            || (name.as_ref() == Some(&left.name)
-                && (left.removing || is_own_leftover(cluster, &in_trash, &left.name)?));
-        if ours {
-            prepare_removal(cluster, &in_trash, Some(&left.name))?;
-            patiently(|| gone(rbd::remove_from_trash(&io, &left.id, true, &operation)))?;
-            change = Change::Made;
-        }
+    if empty_trash_of(cluster, &io, &spec.pool, name.as_deref(), id.as_deref(), &operation)? == Change::Made {
+        change = Change::Made;
     }
     // A name that leads nowhere would be taken for ever.
     if let (Some(name), Some(id)) = (&name, &id)
@@ -627,6 +629,30 @@ fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
         && Image::open(cluster, &ImageSpec::with_id(&spec.pool, id), Access::ReadOnly)?.is_none()
     {
         rbd::remove_name(&io, name, &operation)?;
+    }
+    Ok(change)
+}
+
+/// Removes from the trash the image of that id, and those that were being removed here under that name.
+fn empty_trash_of(
+    cluster: &Arc<Cluster>,
+    io: &IoCtx,
+    pool: &str,
+    name: Option<&str>,
+    id: Option<&str>,
+    operation: &str,
+) -> Result<Change> {
+    let mut change = Change::AlreadyThere;
+    for left in rbd::trash(io, operation)? {
+        let in_trash = ImageSpec::with_id(pool, &left.id);
+        let ours = id == Some(left.id.as_str())
+            || (name == Some(left.name.as_str())
+                && (left.removing || is_own_leftover(cluster, &in_trash, &left.name)?));
+        if ours {
+            prepare_removal(cluster, &in_trash, Some(&left.name))?;
+            patiently(|| made_unless(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound))?;
+            change = Change::Made;
+        }
     }
     Ok(change)
 }

@@ -157,6 +157,9 @@ pub async fn withdraw(storage: &dyn Storage, pool: &str, own: &OwnershipTag) -> 
     let published = ImageSpec::named(pool, own.image_id.to_string());
     if is_tagged(storage, &published, own).await? {
         storage.remove_image(&published).await?;
+    } else {
+        // a removal that broke off left it in the trash, under no name
+        storage.finish_removal(&published).await?;
     }
     Ok(())
 }

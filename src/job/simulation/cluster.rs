@@ -580,6 +580,24 @@ impl Storage for Handle {
         .await
     }
 
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change> {
+        self.ceph(
+            Kind::Write,
+            || format!("finish the removal of {image}"),
+            |world| {
+                let ImageKey::Name(name) = &image.image else { return Ok(Change::AlreadyThere) };
+                let removing = |i: &&Rbd| i.pool == image.pool && i.removing.as_ref() == Some(name);
+                let Some(id) = world.ceph.images.iter().find(removing).map(|i| i.id.clone()) else {
+                    return Ok(Change::AlreadyThere);
+                };
+                must_be_ours(world, "removal", &id);
+                world.ceph.drop_image(&id);
+                Ok(Change::Made)
+            },
+        )
+        .await
+    }
+
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
         self.ceph(
             Kind::Read,
