@@ -693,6 +693,10 @@ impl Job {
     /// The operator cancelled a request that was made after the job's end, before the job began again.
     async fn withdraw_request(&self, image: Option<Image>) -> Step<()> {
         if let Some(image) = image.filter(|image| request::asked_by(&image.tags) != Asked::Nothing) {
+            // stored before the tag goes: `retry` goes by the latest request
+            if let Asked::For(source) = request::asked_by(&image.tags) {
+                self.update(|record| record.source = Some(source)).await?;
+            }
             let ending = Ending::new(State::Cancelled, "cancelled by the operator");
             self.tell_end(image, &ending).await?;
         }
