@@ -109,9 +109,8 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
     let ours = |name: &&String| name.starts_with("rbd_offload_");
     match image.status.as_str() {
         "active" if record.elsewhere => {
-            if job.is_some_and(|job| job.state == State::Done) {
-                broken.push(format!("image {id} is active by an import, and its job done"));
-            }
+            let done = job.is_some_and(|job| job.state == State::Done);
+            broken.extend(done.then(|| format!("image {id} is active by an import, and its job done")));
         }
         "active" => {
             if record.locations.len() != 1 {

@@ -191,7 +191,7 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
         let mut world = shared.lock();
         let (failure, stuck) = (world.faults.task_failure, world.faults.task_stuck);
         let slow = world.dice.percent(25);
-        let very_slow = world.has(Trouble::SlowTasks) && world.dice.percent(40);
+        let very_slow = world.has(Trouble::SlowTasks) && !world.faults.calm && world.dice.percent(40);
         let first = if very_slow {
             world.dice.millis(60_000, 400_000)
         } else if slow {

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::lasting::Lasting;
 use super::node::{Handle, Kind, Node};
 use super::promises;
 use super::trouble::Trouble;
@@ -1032,11 +1034,11 @@ struct LentHandle {
 #[async_trait]
 impl Lent for LentHandle {
     fn storage(&self) -> Arc<dyn Storage> {
-        Arc::new(self.handle.clone())
+        Arc::new(Lasting(self.handle.clone()))
     }
 
     fn is_busy(&self) -> bool {
-        false
+        self.handle.node.calls.load(Ordering::SeqCst) > 0
     }
 
     fn is_fenced(&self) -> bool {

@@ -10,6 +10,7 @@ mod cloud;
 mod cluster;
 mod custody;
 mod glance;
+mod lasting;
 mod node;
 mod promises;
 mod scenario;

@@ -1,6 +1,7 @@
 //! One daemon of the simulation: the real engine behind a gate on every call to the outside. At the gate the call may be
 //! late, fail, be done without an answer, hang; the daemon may die, or be stopped for longer than its lease.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::lasting::Lasting;
 use super::promises;
 use super::trouble::Trouble;
 use super::world::{Shared, World};
@@ -49,6 +51,8 @@ pub struct Node {
     steady: bool,
     /// The daemon that this client of one job belongs to.
     host: Option<Arc<Node>>,
+    /// Calls that have not returned, also those that nobody waits for.
+    pub calls: AtomicUsize,
     /// Clients of jobs that none uses.
     idle: Mutex<Vec<Arc<Node>>>,
 }
@@ -110,6 +114,7 @@ impl Node {
             died: CancellationToken::new(),
             steady,
             host: None,
+            calls: AtomicUsize::new(0),
             idle: Mutex::default(),
         })
     }
@@ -127,6 +132,7 @@ impl Node {
                 died: host.died.clone(),
                 steady: host.steady,
                 host: Some(Arc::clone(host)),
+                calls: AtomicUsize::new(0),
                 idle: Mutex::default(),
             })
         })
@@ -432,13 +438,15 @@ impl Daemon {
         let start = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(24 * 365 * 50) + wrong;
         let clock = Clock::Tokio { start, origin: began };
         let handle = Handle { node: Arc::clone(&node) };
+        let clients = Arc::new(handle.clone());
+        let handle = Lasting(handle);
         let store = Store::new(Arc::new(handle.clone()), clock);
         // it stays as it is
         let (_, config) = watch::channel(Arc::new(config));
         let engine = Engine::new(Context {
             rates: Arc::new(ceph::Rates::new(0, 0)),
             storage: Arc::new(handle.clone()),
-            clients: Arc::new(handle.clone()),
+            clients,
             cloud: Arc::new(handle),
             store,
             config,

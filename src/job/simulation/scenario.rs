@@ -490,7 +490,7 @@ fn write_volume(world: &mut World, id: &str) {
 pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTreeSet<String>, Vec<String>) {
     let mut dice = Dice::new(seed ^ (nodes << 48));
     let mut trouble = Trouble::pick(&mut dice, Trouble::ORDINARY);
-    trouble.extend(wanted);
+    trouble.extend(wanted.iter().filter(|kind| !trouble.contains(kind)).copied().collect::<Vec<_>>());
     let faults = trouble::faults(&mut dice, &trouble);
     let config = config(&mut dice);
     let mut state = World::new(Dice::new(0), faults, trouble);

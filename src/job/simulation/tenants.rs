@@ -50,10 +50,13 @@ fn change_tag(stage: &Stage, image_id: Uuid) {
         if !asks || !free || world.cloud.services.contains_key(&id) {
             return;
         }
-        let owner = record.image.owner.clone();
+        let (owner, had) = (record.image.owner.clone(), record.image.tags.clone());
         let others = world.cloud.disks.values().filter(|disk| disk.deleted.is_none());
-        let tags: Vec<String> =
-            others.filter(|disk| Some(&disk.volume.project_id) == owner.as_ref()).map(tag_of).collect();
+        let tags: Vec<String> = others
+            .filter(|disk| Some(&disk.volume.project_id) == owner.as_ref())
+            .map(tag_of)
+            .filter(|tag| !had.contains(tag))
+            .collect();
         if tags.is_empty() {
             return;
         }

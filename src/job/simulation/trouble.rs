@@ -10,6 +10,8 @@ use crate::publish::tag::OwnershipTag;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
+    /// A call goes on after its caller dropped the future.
+    LastingCalls,
     /// A client dies in the middle of a librbd call that takes several operations.
     HalfDone,
     /// The monitors refuse to fence anybody for a while.
@@ -39,7 +41,8 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    const NAMES: [(&str, Self); 13] = [
+    const NAMES: [(&str, Self); 14] = [
+        ("lasting-calls", Self::LastingCalls),
         ("half-done", Self::HalfDone),
         ("refused-fences", Self::RefusedFences),
         ("killing-job", Self::KillingJob),
@@ -55,8 +58,20 @@ impl Trouble {
         ("planted", Self::Planted),
     ];
 
-    /// What every seed may have.
-    pub const ORDINARY: &[Self] = &[];
+    /// What every seed may have. The daemon does not keep every promise yet with the others.
+    pub const ORDINARY: &[Self] = &[
+        Self::LastingCalls,
+        Self::HalfDone,
+        Self::RefusedFences,
+        Self::KillingJob,
+        Self::HangingCalls,
+        Self::WholeRecordSaves,
+        Self::SlowTasks,
+        Self::Imports,
+        Self::ChangedTags,
+        Self::ChangedFormats,
+        Self::ChangedOwners,
+    ];
 
     pub fn named(name: &str) -> Self {
         let found = Self::NAMES.iter().find(|(known, _)| *known == name);
@@ -65,7 +80,7 @@ impl Trouble {
 
     /// Those of `some` that this seed's world has.
     pub fn pick(dice: &mut Dice, some: &[Self]) -> Vec<Self> {
-        some.iter().copied().filter(|_| dice.percent(40)).collect()
+        some.iter().copied().filter(|_| dice.percent(20)).collect()
     }
 }
 
@@ -74,7 +89,8 @@ pub fn faults(dice: &mut Dice, trouble: &[Trouble]) -> Faults {
     let faults = Faults::of(dice);
     // what one call does to a daemon is seen where nothing else befalls it
     let calm = trouble.contains(&Trouble::HangingCalls) && dice.percent(60);
-    if calm { Faults::default() } else { faults }
+    let lasting = if trouble.contains(&Trouble::LastingCalls) { faults.lasting } else { 0 };
+    if calm { Faults { lasting, ..Faults::default() } } else { Faults { lasting, ..faults } }
 }
 
 /// Brings in what is there from the beginning.

@@ -79,6 +79,8 @@ pub struct Faults {
     pub unsupported: u32,
     /// A copy that went wrong and says nothing.
     pub spoiled: u32,
+    /// A call whose caller gave it up: it goes on.
+    pub lasting: u32,
     /// The time of accidents is over.
     pub calm: bool,
 }
@@ -101,6 +103,7 @@ impl Faults {
             task_stuck: some(0, 800),
             unsupported: some(0, 4000),
             spoiled: some(0, 1000),
+            lasting: some(3000, 9000),
             calm: false,
         }
     }
