@@ -190,6 +190,17 @@ impl Job {
                 _ => {}
             }
         }
+        if let (true, Trigger::Request, Asked::For(source)) =
+            (cancelled, record.trigger, request::asked_by(&image.tags))
+            && record.source != Some(source)
+        {
+            // `retry` goes by the latest request, and this one is taken off
+            self.update(|record| {
+                record.source = Some(source);
+                record.mismatched.clear();
+            })
+            .await?;
+        }
         let (status, message) = last_word(ending.state, &ending.reason, record.request_id);
         let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
         if record.told && asks && !cancelled && image_record::show(&image, status, 0, &message).is_empty() {

@@ -587,6 +587,34 @@ fn a_cancelled_request_that_was_made_again_stays_cancelled() {
 }
 
 #[test]
+fn retry_after_a_cancel_goes_by_the_request_that_was_taken_off() {
+    play(|| async {
+        let stage = Stage::new();
+        let image = stage.image;
+        let first = stage.daemon("first", "clone");
+        let changed = Arc::new(AtomicBool::new(false));
+        let (other, seen) = (stage.other_tag(), Arc::clone(&changed));
+        stage.before(&["create snapshot"], move |world| {
+            other(world);
+            seen.store(true, Ordering::SeqCst);
+        });
+        stage.ask().await;
+        while !changed.load(Ordering::SeqCst) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Asked));
+        assert_eq!(stage.end().await.state, State::Cancelled);
+        assert_eq!(stage.image().image.tags, ["mine"]);
+        assert_eq!(stage.store.retry(image).await.unwrap(), Some(crate::job::store::Retried::Restarted));
+        let job = stage.end().await;
+        assert_eq!((job.state, job.source), (State::Done, Some(Source::Volume(stage.volumes[1]))), "{job:#?}");
+        assert_eq!(stage.published(), Some((stage.content_of(1), false)));
+        stage.is_tidy();
+        drop(first);
+    });
+}
+
+#[test]
 fn a_late_status_on_a_finished_image_is_taken_off() {
     play(|| async {
         let stage = Stage::new();
