@@ -41,7 +41,7 @@ lab-down:
 demo:
 	lab/demo
 
-# every test, against two labs side by side (LAB_DIR and LAB_DIR-2); ends with the test runner's summary
+# every test, against a lab of its own; ends with the test runner's summary
 test:
 	tests/run
 

@@ -20,8 +20,7 @@ use_lab() {
   use_ports
   use_secrets
 
-  # two labs may share what pip installs
-  VENV=$(remembered venv-path "${RBDLAB_VENV:-$DIR/venv}")
+  VENV=$DIR/venv
   NOVA_VENV=$DIR/nova-venv
   SERVICE_HOME=$DIR/run/home
   CEPH_CONF=$DIR/ceph/ceph.conf
