@@ -68,6 +68,7 @@ void rbd_offload_abi(void);
 
 void rbd_offload_abi(void)
 {
+  SAME(rados_set_pool_full_try, void, rados_ioctx_t);
   SAME(rbd_image_options_create, void, rbd_image_options_t *);
   SAME(rbd_image_options_destroy, void, rbd_image_options_t);
   SAME(rbd_image_options_set_uint64, int, rbd_image_options_t, int, uint64_t);

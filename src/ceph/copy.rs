@@ -68,7 +68,11 @@ pub(super) fn copy(
             match limits.rates.bytes.start(length as f64) {
                 None => break,
                 Some(wait) if run.queue.in_flight() > 0 => run.complete(wait)?,
-                Some(wait) => std::thread::sleep(wait),
+                Some(wait) => {
+                    // the daemon's other jobs may have used the rate up: this one is not stuck
+                    progress.step();
+                    std::thread::sleep(wait);
+                }
             }
         }
         run.read(start, length as usize)?;

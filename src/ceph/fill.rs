@@ -371,7 +371,12 @@ impl<'a> Copier<'a> {
                 continue;
             }
             let rate: &RateLimiter = self.inquiry.rate;
-            match rate.start(OBJECT) {
+            let wait = rate.start(OBJECT);
+            if wait.is_some() {
+                // the daemon's other jobs may have used the rate up: this one is not stuck
+                self.inquiry.progress.step();
+            }
+            match wait {
                 None => return Ok(()),
                 Some(wait) if self.in_flight > 0 => self.complete(wait)?,
                 Some(wait) => std::thread::sleep(wait),
@@ -438,6 +443,7 @@ impl<'a> Copier<'a> {
     fn complete(&mut self, wait: Duration) -> Result<()> {
         let Ok((object, work, result)) = self.completed.recv_timeout(wait) else { return Ok(()) };
         self.in_flight -= 1;
+        self.inquiry.progress.step();
         if result != -libc::ENOENT {
             check(format!("{}: object {object}", self.inquiry.operation), result)?;
         }

@@ -7,7 +7,7 @@
 //! valid, the OSDs are asked object by object, as a read would.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, c_int};
 use std::sync::Arc;
 
 use ceph::rados::{rados_exec, rados_ioctx_snap_set_read, rados_stat};
@@ -17,6 +17,9 @@ use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
 use super::pace::{QUESTION, RateLimiter};
 use super::rbd::{Access, Extent, Image};
 use super::{Error, ErrorKind, Features, ImageSpec, Progress, Result, sys};
+
+/// The head of an image, where a snapshot's id is asked for (`CEPH_NOSNAP`).
+const HEAD: u64 = u64::MAX - 1;
 
 /// Chains are a few images long; a longer one than this is taken for a circle.
 const MAX_LAYERS: usize = 64;
@@ -178,7 +181,7 @@ impl DataObjects {
                 let (data, question) = (self.open()?, &question);
                 threads.push(scope.spawn(move || {
                     for (object, answer) in objects.iter().zip(answers) {
-                        inquiry.rate.wait(QUESTION, inquiry.operation, inquiry.cancel)?;
+                        inquiry.rate.wait(QUESTION, inquiry.operation, (inquiry.progress, inquiry.cancel))?;
                         *answer = question(&data, *object)?;
                         inquiry.progress.step();
                     }
@@ -212,6 +215,18 @@ impl DataObjects {
         Ok(held)
     }
 
+    /// Whether the image's header says now that the object map at the snapshot or head is valid. An open image does not
+    /// see a change of that.
+    fn is_map_valid_now(&self, image: &Image) -> Result<bool> {
+        let operation = format!("read the flags of {}", image.spec());
+        let header = c_string(&operation, &format!("rbd_header.{}", image.id()?))?;
+        let snap_id = self.snap_id.unwrap_or(HEAD).to_le_bytes();
+        let mut flags = [0; 8];
+        let r = call_rbd_class(image.io(), &header, c"get_flags", &snap_id, &mut flags);
+        let length = check(&operation, r)?;
+        Ok(length == 8 && u64::from_le_bytes(flags) & sys::FLAG_OBJECT_MAP_INVALID == 0)
+    }
+
     /// The object map at the snapshot or head. `None` unless it is valid there and knows so many objects.
     fn object_map(&self, image: &Image, count: u64) -> Result<Option<ObjectMap>> {
         if self.old_format || !image.has_valid_object_map()? {
@@ -226,19 +241,7 @@ impl DataObjects {
         // Two bits an object, four bytes of checksum for each 4 KiB of them, and a few more.
         let mut buffer = vec![0u8; usize::try_from(count / 4 + count / 4096 + 4096).unwrap_or(usize::MAX / 2)];
         loop {
-            // SAFETY: the ioctx is open, the texts end in NUL; writes at most the buffer's length.
-            let r = unsafe {
-                rados_exec(
-                    image.io().raw(),
-                    name.as_ptr(),
-                    c"rbd".as_ptr(),
-                    c"object_map_load".as_ptr(),
-                    std::ptr::null(),
-                    0,
-                    buffer.as_mut_ptr().cast(),
-                    buffer.len(),
-                )
-            };
+            let r = call_rbd_class(image.io(), &name, c"object_map_load", &[], &mut buffer);
             if r == -libc::ERANGE && buffer.len() < 1 << 28 {
                 buffer.resize(buffer.len() * 4, 0);
                 continue;
@@ -246,7 +249,8 @@ impl DataObjects {
             // librbd goes on without a map that it cannot read, and so do we.
             let map = check(&operation, r).map(|length| ObjectMap::parse(&buffer[..length as usize]));
             return match map {
-                Ok(Some(map)) if map.objects >= count => Ok(Some(map)),
+                // the image was opened a while ago, and its maps may have been made again and empty since
+                Ok(Some(map)) if map.objects >= count => Ok(self.is_map_valid_now(image)?.then_some(map)),
                 Ok(_) => {
                     tracing::debug!("{operation}: it is damaged or too small; the OSDs are asked instead");
                     Ok(None)
@@ -258,6 +262,23 @@ impl DataObjects {
                 }
             };
         }
+    }
+}
+
+/// Calls a method of the OSD's rbd class on an object. Returns the length of the answer, or a negative errno.
+fn call_rbd_class(io: &IoCtx, object: &CStr, method: &CStr, input: &[u8], answer: &mut [u8]) -> c_int {
+    // SAFETY: the ioctx is open, the texts end in NUL; reads the input, writes at most the answer's length.
+    unsafe {
+        rados_exec(
+            io.raw(),
+            object.as_ptr(),
+            c"rbd".as_ptr(),
+            method.as_ptr(),
+            input.as_ptr().cast(),
+            input.len(),
+            answer.as_mut_ptr().cast(),
+            answer.len(),
+        )
     }
 }
 

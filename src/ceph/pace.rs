@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use super::Result;
 use super::cluster::{cancelled, lock};
+use super::{Progress, Result};
 
 /// How long to wait at most before looking at the cancellation and the rate again.
 const POLL: Duration = Duration::from_millis(100);
@@ -92,13 +92,19 @@ impl RateLimiter {
         lock(&self.state).add(amount, Instant::now());
     }
 
-    /// Blocks until the work may start.
-    pub(super) fn wait(&self, amount: f64, operation: &str, cancel: &CancellationToken) -> Result<()> {
+    /// Blocks until the work may start. Waiting counts as a step: other jobs may have used the rate up.
+    pub(super) fn wait(
+        &self,
+        amount: f64,
+        operation: &str,
+        (progress, cancel): (&Progress, &CancellationToken),
+    ) -> Result<()> {
         loop {
             if cancel.is_cancelled() {
                 return Err(cancelled(operation));
             }
             let Some(wait) = self.start(amount) else { return Ok(()) };
+            progress.step();
             std::thread::sleep(wait);
         }
     }
@@ -193,6 +199,6 @@ mod tests {
         let (limiter, cancel) = (RateLimiter::new(1), CancellationToken::new());
         limiter.charge(1e6);
         cancel.cancel();
-        assert!(limiter.wait(1.0, "wait", &cancel).is_err());
+        assert!(limiter.wait(1.0, "wait", (&Progress::default(), &cancel)).is_err());
     }
 }

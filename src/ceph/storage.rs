@@ -732,7 +732,7 @@ fn snapshots(
     let pace = RateLimiter::new(u64::from(pace));
     let mut found = Vec::new();
     for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
-        pace.wait(OBJECT, &operation, stop)?;
+        pace.wait(OBJECT, &operation, (&Progress::default(), stop))?;
         // Format 1 has another header; its images are few and old.
         if !id.is_empty() && !header_mentions(&io, &id, prefix, &operation)? {
             continue;
