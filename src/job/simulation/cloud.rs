@@ -330,7 +330,7 @@ pub fn delete_image(world: &mut World, id: &str) -> bool {
     if record.uploading {
         return false;
     }
-    let active = record.image.status == "active";
+    let active = matches!(record.image.status.as_str(), "active" | "deactivated");
     world.log(|| format!("the tenant deletes image {id}, active={active}"));
     if active {
         let clones = world.ceph.named("images", id).map(|i| i.id.clone()).is_some_and(|i| world.ceph.has_clones(&i));
