@@ -26,7 +26,7 @@ use std::fmt::Write as _;
 use trouble::Trouble;
 
 /// Seeds of an ordinary test run, shared by all the tests below.
-const SEEDS: u64 = 1200;
+const SEEDS: u64 = 300;
 
 /// Runs a test in a time that costs nothing.
 fn run_in_virtual_time(test: impl Future<Output = ()>) {
