@@ -637,6 +637,8 @@ impl Job {
             State::Copying => {
                 // begun by an attempt that did not end: start over
                 self.take_down().await?;
+                // the next plan may find another source, and nothing tells of this one then
+                self.purge_source().await?;
                 self.enter(State::Accepted).await?;
                 self.copy(&config).await?;
             }

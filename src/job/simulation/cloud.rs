@@ -48,6 +48,8 @@ pub struct Record {
     pub told: BTreeMap<String, Image>,
     /// As whoever registered the location had last been told of it.
     pub posted: Option<Image>,
+    /// What it was asked to be made from at that moment, and since when.
+    pub posted_request: Option<(Source, Instant)>,
 }
 
 impl Record {
@@ -67,6 +69,7 @@ impl Record {
             requests: source.map(|source| (source, now)).into_iter().collect(),
             told: BTreeMap::new(),
             posted: None,
+            posted_request: None,
         }
     }
 
@@ -82,10 +85,10 @@ impl Record {
     fn posted_for(&self) -> Option<(Source, Instant)> {
         let tags = self.posted.as_ref().map(|image| image.tags.as_slice()).unwrap_or_default();
         match request::asked_by(tags) {
-            Asked::For(source) if Some(source) != self.source => {
+            Asked::For(source) if Some(source) != self.posted_request.map(|(source, _)| source) => {
                 self.requests.iter().find(|(known, _)| *known == source).copied()
             }
-            _ => self.source.map(|source| (source, self.asked)),
+            _ => self.posted_request,
         }
     }
 }
@@ -553,9 +556,13 @@ impl Cloud for Handle {
                     }
                 }
                 let task = format!("task-{}", world.ceph.next());
+                // a tag that is changed there and back is the same request to whoever did not look meanwhile
+                let changed = world.has(Trouble::ChangedTags);
                 if let Some(record) = world.cloud.images.get_mut(id) {
                     record.image.properties.insert(TASK.into(), task.clone());
                     record.posted = record.told.get(&self.node.name).cloned();
+                    let first = |source| record.requests.iter().find(|(known, _)| changed && *known == source).copied();
+                    record.posted_request = record.source.map(|source| first(source).unwrap_or((source, record.asked)));
                     let queued = ImageTask { id: task.clone(), status: "processing".into(), message: String::new() };
                     record.tasks.insert(0, queued);
                 }

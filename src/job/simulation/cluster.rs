@@ -993,10 +993,13 @@ impl Storage for Handle {
             Kind::Write,
             || format!("fence {address}"),
             |world| {
-                if world.fences_refused_until.is_some_and(|until| until > Instant::now()) {
+                let refused = world.fences_refused_until.is_some_and(|until| until > Instant::now());
+                if !refused || self.node.name == address.split(':').next().unwrap_or_default() {
+                    promises::fenced(world, &self.node.name, address);
+                }
+                if refused {
                     return Err(Error::new(format!("fence {address}"), ErrorKind::PermissionDenied, "not allowed"));
                 }
-                promises::fenced(world, &self.node.name, address);
                 if world.ceph.blocklist.insert(address.into()) { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
             },
         )

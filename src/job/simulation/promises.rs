@@ -14,6 +14,8 @@ pub struct Watched {
     ended: BTreeMap<Uuid, State>,
     /// Daemons that met an accident: they may have lost a lease by it.
     pub stricken: BTreeSet<String>,
+    /// Clients that their own daemon wanted to be fenced: what hung over them is nobody's any more.
+    pub given_up: BTreeSet<String>,
 }
 
 /// An accident befell a daemon.
@@ -45,10 +47,15 @@ pub fn written(world: &mut World, before: &[u8], data: &[u8]) {
     }
 }
 
-/// A client is about to be fenced, by a daemon that may give up one of its own.
+/// Somebody asks for a client to be fenced: a daemon may give up one of its own.
 pub fn fenced(world: &mut World, by: &str, address: &str) {
     let name = address.split(':').next().unwrap_or_default();
-    if name != by && !world.watched.stricken.contains(name) && !world.ceph.blocklist.contains(address) {
+    if name == by {
+        world.watched.given_up.insert(address.to_owned());
+    } else if !world.watched.given_up.contains(address)
+        && !world.watched.stricken.contains(name)
+        && !world.ceph.blocklist.contains(address)
+    {
         world.violated(format!("the healthy daemon {name} was fenced"));
     }
 }
