@@ -721,10 +721,6 @@ async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() 
     tenant.gets(&daemon, &more).await;
 }
 
-/// Two deployments over the same pools: each sees the other's live copy, snapshot and leftovers, and touches none.
-
-/// A list of queued images that is too large for one answer keeps nobody's request from being found.
-
 /// Two clouds with one jobs namespace would end each other's jobs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_of_another_cloud_is_refused() {
