@@ -1303,7 +1303,7 @@ async fn a_cluster_tells_who_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_connection_says_what_to_mend() {
+async fn a_failed_connection_says_what_to_fix() {
     let lab = Lab::new();
     let Err(e) = Client::connect(&lab.dir.join("none.conf"), "rbd-offload").await else { panic!() };
     assert_eq!(e.kind(), ErrorKind::NotFound);
@@ -1338,7 +1338,7 @@ async fn missing_capabilities_are_found() {
     let client = Client::connect(&lab.conf(), "rbd-offload-nocaps").await.unwrap();
     let found = client.capabilities("volumes", false).await.unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].mend.contains("profile rbd pool=volumes"), "{found:?}");
+    assert!(found[0].remedy.contains("profile rbd pool=volumes"), "{found:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,8 +32,8 @@ const OPTIONS: &[(&str, &str)] = &[
     // Seconds for a monitor's answer (pools, blocklist, snapshot ids): an error is better than a call that never ends.
     ("rados_mon_op_timeout", "60"),
     // None, whatever ceph.conf says, unless the client was given one: an operation that timed out may still be carried
-    // out when its OSD comes back, so its outcome would be unknown. Waiting through the restart of an OSD is what librbd is made for; who waits can stop
-    // waiting.
+    // out when its OSD comes back, so its outcome would be unknown. librbd is made to wait through the restart of an
+    // OSD. The caller can stop waiting.
     ("rados_osd_op_timeout", "0"),
     // Images are written once, from buffers that the copy holds itself: a write-back cache would only double them.
     ("rbd_cache", "false"),
@@ -85,7 +85,7 @@ struct Shared {
 
 impl Client {
     /// Connects as `client.<user>` with the monitors, keyring and options of the file `conf`. Gives up after 30 s.
-    /// The error names what to mend: the file, the keyring, the user or the monitors.
+    /// The error names what to fix: the file, the keyring, the user or the monitors.
     pub async fn connect(conf: &Path, user: &str) -> Result<Self> {
         Self::open(conf, user, None).await
     }

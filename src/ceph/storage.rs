@@ -774,7 +774,7 @@ pub struct Finding {
     pub kind: ErrorKind,
     pub error: String,
     /// What the operator should do.
-    pub mend: String,
+    pub remedy: String,
 }
 
 impl Client {
@@ -789,7 +789,7 @@ impl Client {
             match findings {
                 Err((_, e)) if e.kind() == ErrorKind::Fenced => Err(e),
                 Err((what, e)) => {
-                    Ok(vec![Finding { what, kind: e.kind(), mend: mend(&pool, &e), error: e.to_string() }])
+                    Ok(vec![Finding { what, kind: e.kind(), remedy: remedy(&pool, &e), error: e.to_string() }])
                 }
                 Ok(()) => Ok(Vec::new()),
             }
@@ -833,7 +833,7 @@ fn probe(cluster: &Arc<Cluster>, pool: &str, read_only: bool) -> std::result::Re
     result.and(removed.map(drop))
 }
 
-fn mend(pool: &str, error: &Error) -> String {
+fn remedy(pool: &str, error: &Error) -> String {
     match error.kind() {
         ErrorKind::NotFound => format!("create pool {pool}, or name another"),
         ErrorKind::PermissionDenied => {

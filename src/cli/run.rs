@@ -311,7 +311,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Asks Ceph, one at a time: whoever asks meanwhile gets the same answer.
+    /// Asks Ceph, one at a time: a caller that asks meanwhile gets the same answer.
     async fn probe_ceph(&self) -> Result<(), String> {
         let mut probed = self.probed.lock().await;
         if let Some((at, answer)) = &*probed

@@ -1,8 +1,8 @@
 //! Custody: the reconciler as the recorded owner of a job that has ended, or of an image that no job is for.
 //!
-//! Whoever removes something may freeze between its last look and the removal, and go on when a new job for the same
-//! image has made something under the same name. So the reconciler does as a job does: it takes the lease, fences the
-//! owner before, and writes itself into the record. Whoever takes the lease after it fences it. Without a record it
+//! A daemon that removes something may freeze between its last look and the removal, and go on when a new job for the
+//! same image has made something under the same name. So the reconciler does as a job does: it takes the lease, fences
+//! the owner before, and writes itself into the record. The next holder of the lease fences it. Without a record it
 //! makes one, a placeholder in an end state, and removes it afterwards.
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::ceph::{self, ErrorKind, Storage};
 /// How often the record is written when others set flags on it meanwhile.
 const TRIES: usize = 16;
 
-/// Pauses after each try to take the reconciler out of a record: whoever finds it there fences it.
+/// Pauses after each try to take the reconciler out of a record: another daemon that finds it there fences it.
 const CLEAR_PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(2)];
 
 /// Held from [`take`](Self::take) to [`give_back`](Self::give_back). Dropped in between, it leaves its owner in the

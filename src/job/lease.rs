@@ -44,7 +44,8 @@ impl Identity {
 /// Fences the client that the record names as its owner, where that is not the client `own`: nothing that it still has
 /// on its way is done any more. `false`: the record names no other client.
 ///
-/// # Errors Whoever cannot fence must not take over, since two would then work on one job:
+/// # Errors
+/// A daemon that cannot fence must not take over, since two would then work on one job:
 /// [`ErrorKind::PermissionDenied`] without the capability, [`ErrorKind::Unsupported`] when the record names no address.
 pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> ceph::Result<bool> {
     let fenced = match (&record.owner_address, &record.owner) {

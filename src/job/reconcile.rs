@@ -140,7 +140,7 @@ pub struct Reconciler {
     wake: Arc<Notify>,
     engine: Arc<Engine>,
     intake: Intake,
-    /// Removals go through this client: whoever takes over from the reconciler fences it.
+    /// Removals go through this client: a daemon that takes over from the reconciler fences it.
     storage: Arc<dyn Storage>,
     has_own_client: bool,
     scanned: bool,
@@ -367,7 +367,7 @@ impl Reconciler {
         let known = match self.context().store.load(image_id).await {
             Ok(Some(stored)) if !stored.record.state.is_ended() => {
                 if !live.contains(&image_id) {
-                    // stored, and whoever did it died or was not answered before the index said so
+                    // stored, and the daemon that did it died or was not answered before the index said so
                     self.context().store.index(&stored.record).await?;
                     findings.records += 1;
                 }
@@ -418,7 +418,7 @@ impl Reconciler {
             Err(error) => return Err(error.into()),
         };
         if !record.is_settled() {
-            // whoever made it live again died before the index said so
+            // the daemon that made it live again died before the index said so
             self.context().store.index(&record).await?;
             findings.records += 1;
             return Ok(false);

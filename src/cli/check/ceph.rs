@@ -196,7 +196,7 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
                         ErrorKind::NotFound => {
                             format!("name the right pool in {}, or create it", used_by(config, pool))
                         }
-                        _ => finding.mend,
+                        _ => finding.remedy,
                     },
                 )
                 .transient_if(may_pass(finding.kind)),
