@@ -70,7 +70,7 @@ pub(super) fn copy(
                 Some(wait) if run.queue.in_flight() > 0 => run.complete(wait)?,
                 Some(wait) => {
                     // the daemon's other jobs may have used the rate up: this one is not stuck
-                    progress.step();
+                    progress.wait();
                     std::thread::sleep(wait);
                 }
             }

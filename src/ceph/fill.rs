@@ -374,7 +374,7 @@ impl<'a> Copier<'a> {
             let wait = rate.start(OBJECT);
             if wait.is_some() {
                 // the daemon's other jobs may have used the rate up: this one is not stuck
-                self.inquiry.progress.step();
+                self.inquiry.progress.wait();
             }
             match wait {
                 None => return Ok(()),

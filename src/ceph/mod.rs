@@ -178,12 +178,13 @@ pub struct Progress {
     total: AtomicU64,
     done: AtomicU64,
     steps: Arc<AtomicU64>,
+    waits: Arc<AtomicU64>,
 }
 
 impl Progress {
     /// For work whose bytes are not to be shown: it counts only its steps, in these.
     pub fn beside(&self) -> Self {
-        Self { steps: Arc::clone(&self.steps), ..Self::default() }
+        Self { steps: Arc::clone(&self.steps), waits: Arc::clone(&self.waits), ..Self::default() }
     }
 
     /// Shows the bytes that `other` has, which shares our steps.
@@ -197,9 +198,19 @@ impl Progress {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The work waits for a rate that other jobs have used up: nothing got done, and nothing hangs.
+    pub fn wait(&self) {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// How often anything got done: as long as this number changes, the work moves.
     pub fn steps(&self) -> u64 {
         self.steps.load(Ordering::Relaxed)
+    }
+
+    /// Steps and waits: as long as this number changes, the work does not hang.
+    pub fn signs_of_life(&self) -> u64 {
+        self.steps().wrapping_add(self.waits.load(Ordering::Relaxed))
     }
 
     pub fn set_total(&self, bytes: u64) {

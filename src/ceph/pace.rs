@@ -92,7 +92,7 @@ impl RateLimiter {
         lock(&self.state).add(amount, Instant::now());
     }
 
-    /// Blocks until the work may start. Waiting counts as a step: other jobs may have used the rate up.
+    /// Blocks until the work may start. A wait is a sign of life and no step: other jobs may have used the rate up.
     pub(super) fn wait(
         &self,
         amount: f64,
@@ -104,7 +104,7 @@ impl RateLimiter {
                 return Err(cancelled(operation));
             }
             let Some(wait) = self.start(amount) else { return Ok(()) };
-            progress.step();
+            progress.wait();
             std::thread::sleep(wait);
         }
     }

@@ -314,14 +314,14 @@ impl Job {
 
     /// Returns when the job makes no progress for too long, or does not stop when it should.
     async fn until_hung(&self, drain: &CancellationToken) -> GivenUp {
-        let mut moved = (self.progress.steps(), Instant::now());
+        let mut alive = (self.progress.signs_of_life(), Instant::now());
         let (mut drained, mut cancelled): (Option<Instant>, Option<Instant>) = (None, None);
         let over = |since: Option<Instant>, grace| since.is_some_and(|since| since.elapsed() >= grace);
         loop {
             tokio::time::sleep(HANG_INTERVAL).await;
-            let steps = self.progress.steps();
-            if steps != moved.0 {
-                moved = (steps, Instant::now());
+            let signs = self.progress.signs_of_life();
+            if signs != alive.0 {
+                alive = (signs, Instant::now());
                 metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
             }
             if drain.is_cancelled() {
@@ -339,7 +339,7 @@ impl Job {
             if over(cancelled, CANCEL_GRACE) {
                 return GivenUp::Hung(format!("it did not stop within {} s", CANCEL_GRACE.as_secs()));
             }
-            if moved.1.elapsed() >= limit {
+            if alive.1.elapsed() >= limit {
                 return GivenUp::Hung(format!("it made no progress for {} s", limit.as_secs()));
             }
         }
