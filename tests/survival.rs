@@ -295,7 +295,8 @@ async fn glance_and_keystone_are_away_for_half_a_minute() {
     let _stage = stage::alone().await;
     let tenant = Tenant::with_long_volume(32).await;
     let (setup, _conf) = slow("copy");
-    let daemon = setup.start().await;
+    // the rate is the daemon's, and three jobs share it
+    let daemon = setup.set("offload", "bandwidth_limit", "9MiB").start().await;
     let requests = tenant.request(3).await;
     for request in &requests {
         daemon.await_stage(&request.id, "snapshot").await;
@@ -303,12 +304,13 @@ async fn glance_and_keystone_are_away_for_half_a_minute() {
     lab().service("kill", &["glance", "keystone"]).await;
     // the copies end meanwhile, and cannot be registered
     pause(seconds(30)).await;
-    let log = daemon.log();
+    let (log, health) = (daemon.log(), daemon.health().await);
+    // before anything is asserted: other tests need them
+    lab().service("start", &["keystone", "glance"]).await;
     for request in &requests {
         assert!(log.contains(&format!("stage over image_id={} job_stage=\"transfer\"", request.id)), "{log}");
     }
-    assert_eq!(daemon.health().await.unwrap().0, 503);
-    lab().service("start", &["keystone", "glance"]).await;
+    assert_eq!(health.unwrap().0, 503);
     tenant.gets(&daemon, &requests).await;
     daemon.await_health(200).await;
 }
