@@ -97,12 +97,13 @@ impl Custody {
         let objects = self.store.objects().as_ref();
         let renewals = async {
             loop {
-                tokio::time::sleep(self.lease.renewal_interval()).await;
+                // first of all: several short pieces of work under one lease must not outlast it
                 match self.lease.renew(objects).await {
                     Err(error) if self.lease.is_lost() => return error,
                     // it holds still, and is renewed again
                     Ok(()) | Err(_) => {}
                 }
+                tokio::time::sleep(self.lease.renewal_interval()).await;
             }
         };
         tokio::select! {

@@ -109,7 +109,7 @@ impl Job {
                 // there may be no other daemon for a while
                 self.try_release_instance().await;
                 tracing::info!(image_id = %self.id, "released: this daemon stops, another goes on");
-                match self.let_go(|_| {}).await {
+                match self.let_go(|record| record.takeovers = 0).await {
                     Ok(()) => Outcome::Released,
                     Err(_) => Outcome::Abandoned,
                 }
@@ -176,6 +176,10 @@ impl Job {
                     record.reason = Some(reason.to_owned());
                 }
                 record.not_before = not_before;
+                if counts {
+                    // an owner that releases the job has neither died nor stalled with it
+                    record.takeovers = 0;
+                }
                 // also when winding up, where it only makes the pauses longer
                 if counts || record.ending.is_some() {
                     record.attempts = record.attempts.saturating_add(1);
@@ -222,6 +226,11 @@ impl Job {
                 self.take_down().await?;
                 self.purge_source().await?;
             }
+            // read again: the removal may have taken long, and what its owner wrote meanwhile must not be undone
+            let image = match image {
+                Some(_) => self.context.cloud.image(&self.id.to_string()).await?,
+                None => None,
+            };
             match image {
                 Some(image) if image.status == "queued" => self.tell_end(image, &ending).await?,
                 // another writer's; while it uploads, Glance would bring back what is taken off

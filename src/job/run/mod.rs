@@ -39,8 +39,8 @@ use crate::publish::tag::OwnershipTag;
 use crate::request::{self, Asked};
 use crate::telemetry::unix_time;
 
-/// How long a job may take to notice that the daemon stops now.
-const DRAIN_GRACE: Duration = Duration::from_secs(6);
+/// How long a job may take to notice that the daemon stops now: longer than a transfer and its last call may take.
+const DRAIN_GRACE: Duration = Duration::from_secs(9);
 
 /// How long a job may take to notice that its lease is lost.
 const LOST_GRACE: Duration = Duration::from_secs(10);
@@ -355,10 +355,7 @@ impl Job {
                 metrics::counter!("rbd_offload_leases_lost_total").increment(1);
                 return Outcome::Abandoned;
             }
-            GivenUp::Drained => {
-                self.lease.release(self.context.store.objects().as_ref()).await;
-                return Outcome::Abandoned;
-            }
+            GivenUp::Drained => (None, None),
             GivenUp::Hung(reason) => (Some(reason), None),
             GivenUp::Ended(Stop::End(ending)) => (None, Some(ending)),
             GivenUp::Ended(Stop::Retry(reason)) => (Some(reason), None),
@@ -501,7 +498,9 @@ impl Job {
         let owner = self.context.identity.owner();
         self.update(|record| {
             // not twice, where the outcome of the first try was unknown
-            if taken && record.owner_address.as_ref() != Some(&address) {
+            let is_known = record.owner_address.as_ref() == Some(&address);
+            // nor where this daemon itself comes back after it lost its lease: nobody died
+            if taken && !is_known && record.owner.as_ref() != Some(&owner) {
                 record.count_takeover();
             }
             record.owner = Some(owner.clone());

@@ -258,9 +258,10 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
             record.locations.push(url);
             record.active_by_location = true;
         }
-        finish(&mut world, "success", "");
     }
-    glance::hash(shared, id).await;
+    // the task is over, and the record free, when the active image has its hash
+    glance::hash(&shared, &id).await;
+    finish(&mut shared.lock(), "success", "");
 }
 
 /// Another writer uploads data to the image, as glance-api does it.

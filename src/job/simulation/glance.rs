@@ -8,7 +8,7 @@ use super::world::Shared;
 
 /// Glance reads an active image's data to hash it, and saves the record as it had read it before: what was changed
 /// meanwhile is lost.
-pub async fn hash(shared: Shared, id: String) {
+pub async fn hash(shared: &Shared, id: &str) {
     let (read, time) = {
         let mut world = shared.lock();
         if !world.has(Trouble::WholeRecordSaves) {
@@ -16,13 +16,13 @@ pub async fn hash(shared: Shared, id: String) {
         }
         let longest = if world.dice.percent(30) { 150_000 } else { 10_000 };
         let time = world.dice.millis(100, longest);
-        let Some(record) = world.cloud.images.get(&id) else { return };
+        let Some(record) = world.cloud.images.get(id) else { return };
         (record.image.clone(), time)
     };
     sleep(time).await;
     let mut world = shared.lock();
     world.log(|| format!("glance saves the record of {id} as it read it {time:?} ago"));
-    if let Some(record) = world.cloud.images.get_mut(&id) {
+    if let Some(record) = world.cloud.images.get_mut(id) {
         record.image = read;
     }
 }
