@@ -89,6 +89,9 @@ pub enum NoPlan {
     /// Final: this cannot be done here.
     #[error("{1}")]
     Declined(Decline, String),
+    /// This daemon is not configured for the source's backend; another one of the deployment may be.
+    #[error("{reason}")]
+    OtherBackend { backend: String, reason: String },
     /// The image is gone: there is nobody to do it for.
     #[error("the image was deleted")]
     Gone,
@@ -512,10 +515,8 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         return declined(Decline::NoBackend, format!("{source} lies on no backend that this service knows"));
     };
     let Some(backend) = config.backends.get(name) else {
-        return declined(
-            Decline::NoBackend,
-            format!("{source} lies on the backend \"{name}\", for which this service is not configured"),
-        );
+        let reason = format!("{source} lies on the backend \"{name}\", for which this service is not configured");
+        return Err(NoPlan::OtherBackend { backend: name.to_owned(), reason });
     };
     // after a migration, the disk keeps the name of the volume that it was migrated to
     let disk_id = volume.name_id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&volume.id);

@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use super::daemons::{self, Entry, HEARTBEAT};
 use super::lease::Lease;
 use super::run::{BACKOFF_MAX, Context, Job, Outcome, Told};
 use super::store::{Error, Summary};
@@ -40,6 +41,9 @@ const UNREADABLE_PAUSE: Duration = Duration::from_secs(600);
 
 /// How long an index entry without a record is given: its record may be about to be written.
 const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
+
+/// How long a daemon leaves a job alone that another one is to do, for lack of a backend.
+const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 
 /// How often a service that handed its work over is shown that a job which waits for its turn is not forgotten. It
 /// does the work itself when nothing changes on the image record for two minutes.
@@ -169,6 +173,8 @@ pub struct Engine {
     acknowledging: Mutex<HashSet<Uuid>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
+    /// What the other daemons were told of this one, and when.
+    told: Mutex<Option<(Instant, Entry)>>,
     status: Mutex<Status>,
     wake: Notify,
     tasks: TaskTracker,
@@ -189,6 +195,7 @@ impl Engine {
             acknowledged: Mutex::default(),
             acknowledging: Mutex::default(),
             orphans: Mutex::default(),
+            told: Mutex::default(),
             status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now(), last_turn: Instant::now() }),
             wake: Notify::new(),
             tasks: TaskTracker::new(),
@@ -214,6 +221,7 @@ impl Engine {
     /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are given back after that.
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
+            self.beat();
             match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
                 Ok(Ok(())) if !self.context.clients.is_fenced() => {
                     lock(&self.status).last_look = Instant::now();
@@ -234,6 +242,30 @@ impl Engine {
         }
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At once
+    /// when its configuration has changed.
+    fn beat(self: &Arc<Self>) {
+        let entry = Entry::of(&self.context.config.borrow(), &self.context.identity);
+        let mut told = lock(&self.told);
+        if told.as_ref().is_some_and(|(at, before)| at.elapsed() < HEARTBEAT && *before == entry) {
+            return;
+        }
+        *told = Some((Instant::now(), entry.clone()));
+        drop(told);
+        let engine = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let context = &engine.context;
+            let beat = daemons::beat(context.store.objects().as_ref(), &context.identity, &entry);
+            let error = match tokio::time::timeout(LOOK_WITHIN, beat).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {} s", LOOK_WITHIN.as_secs()),
+            };
+            tracing::debug!(error, "the other daemons were not told that this one lives; tried again");
+            lock(&engine.told).take();
+        });
     }
 
     /// Another daemon took this one for dead and shut it out of the cluster. Every job here has lost its lease; once
@@ -285,10 +317,17 @@ impl Engine {
         let now = self.context.clock.now();
         let running = lock(&self.running);
         let acknowledging = lock(&self.acknowledging);
-        let held = lock(&self.held);
+        let mut held = lock(&self.held);
+        let config = self.context.config.borrow();
         live.into_iter()
             .filter(|(id, _)| !running.contains_key(id) && !acknowledging.contains(id))
-            .filter(|(id, _)| held.get(id).is_none_or(|until| *until <= Instant::now()))
+            .filter(|(id, summary)| {
+                if summary.backend.as_ref().is_some_and(|backend| !config.backends.contains_key(backend)) {
+                    // for another daemon; this one looks again when that has had time
+                    held.entry(*id).or_insert_with(|| Instant::now() + OTHER_BACKEND_PAUSE);
+                }
+                held.get(id).is_none_or(|until| *until <= Instant::now())
+            })
             .filter(|(_, summary)| is_due(summary.not_before, now))
             .collect()
     }
@@ -391,6 +430,7 @@ impl Engine {
             match outcome {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
                 Outcome::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
+                Outcome::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
                 Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
                 Outcome::Ended(_) => lock(&engine.moves).ended += 1,
                 Outcome::Released => {}

@@ -7,6 +7,7 @@
 pub mod bindings;
 pub mod clock;
 mod custody;
+pub mod daemons;
 pub mod deployment;
 pub mod engine;
 pub mod intake;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::custody::{Custody, Guarded};
+use super::daemons;
 use super::engine::Engine;
 use super::intake::Intake;
 use super::record::{PRIVATE_PREFIX, Private, State, parse_private, private_name};
@@ -682,6 +683,9 @@ impl Reconciler {
     /// Removes ended records that are older than `[jobs] retention`.
     async fn expire(&self, findings: &mut Findings, until: Instant) -> Result<()> {
         let store = &self.context().store;
+        if let Err(error) = daemons::remove_dead(store.objects().as_ref()).await {
+            tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
+        }
         let retention =
             SignedDuration::try_from(self.context().config.borrow().jobs.retention).unwrap_or(SignedDuration::MAX);
         let now = self.context().clock.now();

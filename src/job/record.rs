@@ -254,6 +254,9 @@ pub struct Record {
     /// there. The reconciler puts it right, after the end too.
     #[serde(default)]
     pub mend: bool,
+    /// The backend of the source, which the daemon that tried last is not configured for.
+    #[serde(default)]
+    pub needs_backend: Option<String>,
     /// There never was a job: the reconciler made this record to be the owner of leftovers without one, and removes it.
     #[serde(default)]
     pub placeholder: bool,
@@ -343,6 +346,7 @@ impl Record {
             acknowledged: false,
             told: false,
             mend: false,
+            needs_backend: None,
             placeholder: false,
             takeovers: 0,
             takeover_progress: 0,

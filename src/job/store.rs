@@ -83,6 +83,8 @@ pub struct Summary {
     pub handover: bool,
     /// Its last owner did not release it.
     pub suspect: bool,
+    /// A daemon without this backend left it to another.
+    pub backend: Option<String>,
 }
 
 impl From<&Record> for Summary {
@@ -94,6 +96,7 @@ impl From<&Record> for Summary {
             pool: record.dest_pool.clone(),
             handover: record.handover.is_some(),
             suspect: record.takeovers > 0,
+            backend: record.needs_backend.clone(),
         }
     }
 }
@@ -365,7 +368,9 @@ impl Store {
                     return false;
                 }
                 outcome = Cancelled::Asked;
-                let waited = record.not_before.take().is_some();
+                // any daemon can end it
+                let left = record.needs_backend.take().is_some();
+                let waited = record.not_before.take().is_some() || left;
                 // a request that was made again after the end is looked for, and taken off
                 let again = !record.state.is_ended() && std::mem::take(&mut record.again);
                 !std::mem::replace(&mut record.cancel, true) || waited || again

@@ -15,6 +15,7 @@ use super::source::holds_instance;
 use super::{Job, Outcome, Step, Stop};
 use crate::ceph::ImageSpec;
 use crate::decline::Decline;
+use crate::job::daemons;
 use crate::job::record::{self, Ending, Record, State};
 use crate::openstack::Image;
 use crate::plan::{self, NoPlan};
@@ -105,6 +106,7 @@ impl Job {
                 Ok(()) => Outcome::Waiting(Duration::ZERO),
                 Err(_) => Outcome::Abandoned,
             },
+            Stop::OtherBackend { backend, reason } => self.leave_or_decline(backend, reason).await,
             Stop::Drained => {
                 // there may be no other daemon for a while
                 self.try_release_instance().await;
@@ -123,6 +125,23 @@ impl Job {
                 tracing::error!(image_id = %self.id, reason, "the job is left alone");
                 Outcome::Abandoned
             }
+        }
+    }
+
+    /// Leaves the job to a daemon that is configured for its source, if one lives; otherwise the request is declined.
+    async fn leave_or_decline(&self, backend: String, reason: String) -> Outcome {
+        let own = self.context.identity.instance;
+        match daemons::with_backend(self.context.store.objects().as_ref(), own, &backend).await {
+            Ok(Some(other)) => {
+                tracing::info!(image_id = %self.id, backend, other, "left to a daemon that has this backend");
+                self.try_release_instance().await;
+                match self.let_go(|record| record.needs_backend = Some(backend.clone())).await {
+                    Ok(()) => Outcome::LeftToAnother,
+                    Err(_) => Outcome::Abandoned,
+                }
+            }
+            Ok(None) => self.wind_up(Ending::declined(Decline::NoBackend, reason)).await,
+            Err(error) => self.pause_or_fail(error.to_string()).await,
         }
     }
 
@@ -248,7 +267,7 @@ impl Job {
                 Outcome::Abandoned
             }
             Err(Stop::Retry(reason) | Stop::End(Ending { reason, .. })) => self.pause(&reason, false).await,
-            Err(Stop::Interrupted | Stop::Drained | Stop::NoRoom { .. }) => {
+            Err(Stop::Interrupted | Stop::Drained | Stop::NoRoom { .. } | Stop::OtherBackend { .. }) => {
                 self.pause("stopped while it was winding up", false).await
             }
         }

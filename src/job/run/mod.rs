@@ -84,6 +84,8 @@ pub enum Outcome {
     Waiting(Duration),
     /// Given back for another daemon, since this one stops.
     Released,
+    /// Left to another daemon, which is configured for its source.
+    LeftToAnother,
     /// The lease is gone, or the record cannot be worked on: somebody else's business now.
     Abandoned,
 }
@@ -97,6 +99,11 @@ enum Stop {
     /// As many jobs as may run into this pool do.
     NoRoom {
         pool: String,
+    },
+    /// This daemon is not configured for the source's backend.
+    OtherBackend {
+        backend: String,
+        reason: String,
     },
     /// Stopped from outside; the watcher knows why.
     Interrupted,
@@ -183,6 +190,7 @@ impl From<NoPlan> for Stop {
     fn from(none: NoPlan) -> Self {
         match none {
             NoPlan::Declined(why, reason) => Self::End(Ending::declined(why, reason)),
+            NoPlan::OtherBackend { backend, reason } => Self::OtherBackend { backend, reason },
             NoPlan::Gone => Self::End(Ending::new(State::Cancelled, none.to_string())),
             NoPlan::Ceph(error) => error.into(),
             NoPlan::OpenStack(error) => error.into(),
@@ -718,6 +726,7 @@ impl Job {
         let finding = match self.stage("plan", self.plan(config)).await {
             Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
             Err(Stop::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(Stop::OtherBackend { reason, .. }) => format!("this daemon cannot do the request: {reason}"),
             Err(stop) => return Err(stop),
         };
         tracing::info!(image_id = %self.id, job_stage = "dry_run", finding, "dry run");

@@ -13,6 +13,7 @@ use super::{run_in_virtual_time, scenario};
 use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
 use crate::job::clock::Clock;
 use crate::job::custody::Custody;
+use crate::job::daemons::{self, Entry, HEARTBEAT};
 use crate::job::lease::{Identity, Lease, fence_owner};
 use crate::job::record::{Record, State, private_name};
 use crate::job::run::Context;
@@ -139,5 +140,39 @@ fn an_owner_that_cannot_be_fenced_stays() {
         assert!(error.to_string().contains("host:1:another"), "{error}");
         assert_eq!(context.store.load(image_id).await.unwrap().unwrap().record.owner, record.owner);
         assert!(!Lease::is_held(context.store.objects().as_ref(), image_id).await.unwrap());
+    });
+}
+
+#[test]
+fn a_dead_daemons_entry_expires_and_is_removed() {
+    run_in_virtual_time(async {
+        let world = world();
+        let ((one, _), (other, _)) = (daemon(&world, "one"), daemon(&world, "other"));
+        let objects = one.store.objects().as_ref();
+        let beat = async |context: &Context, backends: &[&str]| {
+            let mut entry = Entry::of(&context.config.borrow().clone(), &context.identity);
+            entry.backends = backends.iter().map(|name| (*name).to_owned()).collect();
+            daemons::beat(context.store.objects().as_ref(), &context.identity, &entry).await.unwrap();
+        };
+        let found = async |backend| daemons::with_backend(objects, one.identity.instance, backend).await.unwrap();
+        assert_eq!(found("ssd").await, None, "nobody has said anything");
+        beat(&one, &["ceph", "ssd"]).await;
+        beat(&other, &["hdd"]).await;
+        assert_eq!((found("ssd").await, found("hdd").await), (None, Some(other.identity.owner())));
+        // a configuration that was read again
+        beat(&other, &["ssd"]).await;
+        assert_eq!((found("ssd").await, found("hdd").await), (Some(other.identity.owner()), None));
+        for _ in 0..6 {
+            sleep(HEARTBEAT).await;
+            beat(&one, &["ceph"]).await;
+        }
+        assert_eq!(found("ssd").await, None, "it has said nothing for six heartbeats");
+        assert_eq!(daemons::remove_dead(objects).await.unwrap(), 1);
+        assert_eq!(daemons::remove_dead(objects).await.unwrap(), 0, "the one that lives stays");
+        let left = |name: &str| world.lock().ceph.objects.keys().filter(|object| object.starts_with(name)).count();
+        assert_eq!((left("daemon."), left("daemons")), (1, 1));
+        // it only was frozen
+        beat(&other, &["ssd"]).await;
+        assert_eq!(found("ssd").await, Some(other.identity.owner()));
     });
 }

@@ -532,6 +532,38 @@ fn an_announced_upload_counts_by_the_offer_on_the_record_alone() {
 }
 
 #[test]
+fn a_job_is_left_to_the_daemon_that_has_its_backend() {
+    for other_lives in [true, false] {
+        play(|| async move {
+            let stage = Stage::new();
+            let mut lacking = config("clone");
+            lacking.backends.clear();
+            let other = if other_lives { Some(stage.daemon("other", "clone")) } else { None };
+            sleep(Duration::from_secs(5)).await;
+            // it is not there for a while, but has not been gone for long
+            if let Some(other) = other {
+                other.node.kill();
+            }
+            let _daemon = Daemon::start(&stage.world, "lacking".into(), lacking);
+            stage.ask().await;
+            sleep(Duration::from_secs(120)).await;
+            if other_lives {
+                let job = stage.job().unwrap();
+                assert_eq!((job.state, job.needs_backend.as_deref()), (State::Accepted, Some("ceph")), "{job:#?}");
+                let _other = stage.daemon("other again", "clone");
+                sleep(Duration::from_secs(20)).await;
+                let job = stage.job().unwrap();
+                assert_ne!(job.state, State::Accepted, "begun at once, though the other waits: {job:#?}");
+            }
+            let job = stage.end().await;
+            let expected = if other_lives { (State::Done, None) } else { (State::Declined, Some(())) };
+            assert_eq!((job.state, job.reason.as_ref().map(drop)), expected, "{job:#?}");
+            stage.is_tidy();
+        });
+    }
+}
+
+#[test]
 fn an_error_of_the_index_after_the_end_leaves_the_reason() {
     play(|| async {
         let stage = Stage::new();

@@ -71,6 +71,7 @@ impl Trouble {
         Self::ChangedTags,
         Self::ChangedFormats,
         Self::ChangedOwners,
+        Self::MixedConfigurations,
     ];
 
     pub fn named(name: &str) -> Self {
