@@ -156,13 +156,25 @@ pub struct Snapshot {
     pub protected: bool,
 }
 
-/// Some of a pool's snapshots.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// Some of a pool's snapshots, and what else the headers of these images tell.
+#[derive(Debug, Clone, Default)]
 pub struct SnapshotPage {
-    /// Image and snapshot.
+    /// Image and snapshot; also a snapshot that is gone and left its tag ([`Storage::set_snapshot_tag`]).
     pub found: Vec<(ImageSpec, String)>,
+    /// Images with a value of [`OWNER_KEY`].
+    pub owned: Vec<(ImageSpec, String)>,
+    /// Images that could not be looked at.
+    pub failed: Vec<Error>,
     /// Cursor of the next page; `None` when all images were looked at.
     pub next: Option<String>,
+}
+
+/// An image in the trash.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trashed {
+    pub id: String,
+    /// The name that it had.
+    pub name: String,
 }
 
 /// Whether a step found something to do; a repeated step finds nothing.
@@ -391,6 +403,9 @@ pub trait Storage: Send + Sync + 'static {
     /// now is left alone. `AlreadyThere` when there is nothing to finish.
     async fn finish_removal(&self, image: &ImageSpec) -> Result<Change>;
 
+    /// What lies in the pool's trash.
+    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>>;
+
     /// Whether an image, given by its id, lies in the trash.
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
 
@@ -412,9 +427,9 @@ pub trait Storage: Send + Sync + 'static {
     /// Names of all images of the pool that start with `prefix`.
     async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>>;
 
-    /// Snapshots whose name starts with `prefix`, of the pool's images, those in the trash (by id) included. Read from
-    /// the image headers without opening the images; `pace` bounds the headers read a second (0: not at all). One call
-    /// looks at `most` images, from the cursor `after` on.
+    /// Snapshots whose name starts with `prefix`, of the pool's images, those in the trash (by id) included, and the
+    /// images' owners. Read from the image headers without opening the images; `pace` bounds the headers read a second
+    /// (0: not at all). One call looks at `most` images, from the cursor `after` on.
     async fn snapshots(
         &self,
         pool: &str,

@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ceph::rados::{
-    rados_create_read_op, rados_create_write_op, rados_get_last_version, rados_getxattr, rados_list_ctx_t,
-    rados_list_lockers, rados_nobjects_list_close, rados_nobjects_list_open, rados_omap_get_end, rados_omap_get_next,
-    rados_omap_iter_t, rados_read, rados_read_op_operate, rados_release_read_op, rados_release_write_op, rados_unlock,
-    rados_write_op_assert_exists, rados_write_op_assert_version, rados_write_op_create, rados_write_op_exec,
-    rados_write_op_omap_rm_keys, rados_write_op_omap_set, rados_write_op_operate, rados_write_op_remove,
-    rados_write_op_rmxattr, rados_write_op_setxattr, rados_write_op_t, rados_write_op_write_full,
+    rados_create_read_op, rados_create_write_op, rados_get_last_version, rados_getxattr, rados_getxattrs_end,
+    rados_getxattrs_next, rados_list_ctx_t, rados_list_lockers, rados_nobjects_list_close, rados_nobjects_list_open,
+    rados_omap_get_end, rados_omap_get_next, rados_omap_iter_t, rados_read, rados_read_op_getxattrs,
+    rados_read_op_operate, rados_release_read_op, rados_release_write_op, rados_unlock, rados_write_op_assert_exists,
+    rados_write_op_assert_version, rados_write_op_create, rados_write_op_exec, rados_write_op_omap_rm_keys,
+    rados_write_op_omap_set, rados_write_op_operate, rados_write_op_remove, rados_write_op_rmxattr,
+    rados_write_op_setxattr, rados_write_op_t, rados_write_op_write_full, rados_xattrs_iter_t,
 };
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, check};
@@ -460,8 +461,19 @@ pub(super) fn omap_page(
         rados_release_read_op(op);
         r
     };
+    let entries = entries_of(iter, r >= 0 && step >= 0);
+    let r = if r < 0 { r } else { step.min(0) };
+    if r == -libc::ENOENT {
+        return Ok((Vec::new(), false));
+    }
+    check(operation, r)?;
+    Ok((entries, more != 0))
+}
+
+/// Reads the entries, and ends the iterator.
+fn entries_of(iter: rados_omap_iter_t, filled: bool) -> OmapEntries {
     let mut entries = Vec::new();
-    if r >= 0 && step >= 0 && !iter.is_null() {
+    if filled && !iter.is_null() {
         loop {
             let (mut key, mut value, mut length): (*mut c_char, *mut c_char, usize) =
                 (ptr::null_mut(), ptr::null_mut(), 0);
@@ -484,12 +496,79 @@ pub(super) fn omap_page(
         // SAFETY: ours, and not used again.
         unsafe { rados_omap_get_end(iter) };
     }
-    let r = if r < 0 { r } else { step.min(0) };
+    entries
+}
+
+/// What [`header_page`] reads.
+#[derive(Default)]
+pub(super) struct HeaderPage {
+    /// Entries with the prefix, and whether there are more.
+    pub records: OmapEntries,
+    pub more: bool,
+    /// The first entry whose key begins with that of the owner.
+    pub owner: OmapEntries,
+    /// Names of the attributes.
+    pub xattrs: Vec<String>,
+}
+
+/// The first page of an object's omap entries with a prefix, the entry of the owner and the attributes' names, in one
+/// operation. Nothing when there is no such object.
+pub(super) fn header_page(
+    io: &IoCtx,
+    object: &CStr,
+    prefix: &CStr,
+    owner: &CStr,
+    max: usize,
+    operation: &str,
+) -> Result<HeaderPage> {
+    let (mut records, mut owned): (rados_omap_iter_t, rados_omap_iter_t) = (ptr::null_mut(), ptr::null_mut());
+    let mut xattrs: rados_xattrs_iter_t = ptr::null_mut();
+    let (mut more, mut more_owned) = (0u8, 0u8);
+    let mut steps: [c_int; 3] = [0; 3];
+    let [records_step, owned_step, xattrs_step] = &mut steps;
+    // SAFETY: takes nothing; released below.
+    let op = unsafe { rados_create_read_op() };
+    // SAFETY: the op is open, and the places for its results outlive it.
+    let r = unsafe {
+        let start = c"".as_ptr();
+        sys::rados_read_op_omap_get_vals2(
+            op,
+            start,
+            prefix.as_ptr(),
+            max as u64,
+            &mut records,
+            &mut more,
+            records_step,
+        );
+        sys::rados_read_op_omap_get_vals2(op, start, owner.as_ptr(), 1, &mut owned, &mut more_owned, owned_step);
+        rados_read_op_getxattrs(op, &mut xattrs, xattrs_step);
+        let r = rados_read_op_operate(op, io.raw(), object.as_ptr(), 0);
+        rados_release_read_op(op);
+        r
+    };
+    let filled = r >= 0 && steps.iter().all(|step| *step >= 0);
+    let (records, owner) = (entries_of(records, filled), entries_of(owned, filled));
+    let mut names = Vec::new();
+    while filled && !xattrs.is_null() {
+        let (mut name, mut value, mut length): (*const c_char, *const c_char, usize) = (ptr::null(), ptr::null(), 0);
+        // SAFETY: the iterator is open; the name stays valid until it ends.
+        let r = unsafe { rados_getxattrs_next(xattrs, &mut name, &mut value, &mut length) };
+        if r < 0 || name.is_null() {
+            break;
+        }
+        // SAFETY: not null, ends in NUL.
+        names.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+    }
+    if !xattrs.is_null() {
+        // SAFETY: ours, and not used again.
+        unsafe { rados_getxattrs_end(xattrs) };
+    }
+    let r = if r < 0 { r } else { steps.into_iter().min().unwrap_or_default().min(0) };
     if r == -libc::ENOENT {
-        return Ok((Vec::new(), false));
+        return Ok(HeaderPage::default());
     }
     check(operation, r)?;
-    Ok((entries, more != 0))
+    Ok(HeaderPage { records, more: more != 0, owner, xattrs: names })
 }
 
 fn list(io: &IoCtx, operation: &str) -> Result<Vec<String>> {

@@ -11,12 +11,12 @@ use super::compare::compare;
 use super::copy::copy;
 use super::fill::{FillFault, fill, has_unknown_holes, thin_flattened};
 use super::layers::{DataObjects, Inquiry, extents_of, shared_extents, total, union, without};
-use super::objects::{Object, omap_page};
+use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY, Progress,
-    Result, SnapshotPage, Storage, TransferLimits,
+    Result, SnapshotPage, Storage, TransferLimits, Trashed,
 };
 
 /// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
@@ -267,6 +267,16 @@ impl Storage for Client {
             let ImageKey::Name(name) = &spec.image else { return Ok(Change::AlreadyThere) };
             let io = IoCtx::open(cluster, &spec.pool)?;
             empty_trash_of(cluster, &io, &spec.pool, Some(name), None, &operation)
+        })
+        .await
+    }
+
+    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>> {
+        let operation = format!("list the trash of {pool}");
+        let pool = pool.to_owned();
+        self.run(operation.clone(), move |cluster| {
+            let trash = rbd::trash(&IoCtx::open(cluster, &pool)?, &operation)?;
+            Ok(trash.into_iter().map(|trashed| Trashed { id: trashed.id, name: trashed.name }).collect())
         })
         .await
     }
@@ -730,36 +740,55 @@ fn snapshots(
     let next = (candidates.len() > most).then(|| candidates.get(most.saturating_sub(1))).flatten();
     let next = next.map(|(cursor, _)| cursor.clone());
     let pace = RateLimiter::new(u64::from(pace));
-    let mut found = Vec::new();
+    let mut page = SnapshotPage { next, ..SnapshotPage::default() };
     for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
         pace.wait(OBJECT, &operation, (&Progress::default(), stop))?;
-        // Format 1 has another header; its images are few and old.
-        if !id.is_empty() && !header_mentions(&io, &id, prefix, &operation)? {
-            continue;
+        match look_at_header(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::PermissionDenied) => return Err(error),
+            // one image keeps no other from being looked at
+            Err(error) => page.failed.push(error),
         }
-        let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { continue };
-        let discarded = image.discarded_snapshots()?.into_iter().map(|(_, name)| name);
-        let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name).chain(discarded);
-        found.extend(names.filter(|name| name.starts_with(prefix)).map(|name| (spec.clone(), name)));
     }
-    Ok(SnapshotPage { found, next })
+    Ok(page)
 }
 
-/// Whether a snapshot's record in the image's header holds the text.
-fn header_mentions(io: &IoCtx, id: &str, text: &str, operation: &str) -> Result<bool> {
-    const PAGE: usize = 512;
-    let header = c_string(operation, &format!("rbd_header.{id}"))?;
-    let mut after = c"".to_owned();
-    loop {
-        let (records, more) = omap_page(io, &header, &after, c"snapshot_", PAGE, operation)?;
-        if records.iter().any(|(_, value)| contains(value, text.as_bytes())) {
-            return Ok(true);
-        }
-        match records.last() {
-            Some((last, _)) if more => after = last.clone(),
-            _ => return Ok(false),
+/// Adds to the page what one image's header tells.
+fn look_at_header(
+    cluster: &Arc<Cluster>,
+    io: &IoCtx,
+    (spec, id): (&ImageSpec, &str),
+    prefix: &str,
+    page: &mut SnapshotPage,
+    operation: &str,
+) -> Result<()> {
+    const RECORDS: usize = 512;
+    let mut tags = Vec::new();
+    // Format 1 has another header; its images are few and old.
+    let mut mentioned = id.is_empty();
+    if !mentioned {
+        let header = c_string(operation, &format!("rbd_header.{id}"))?;
+        let owner_key = c_string(operation, &format!("metadata_{OWNER_KEY}"))?;
+        let first = header_page(io, &header, c"snapshot_", &owner_key, RECORDS, operation)?;
+        tags.extend(first.xattrs.into_iter().filter(|name| name.starts_with(prefix)));
+        let owner = first.owner.into_iter().find(|(key, _)| *key == owner_key);
+        page.owned.extend(owner.map(|(_, owner)| (spec.clone(), String::from_utf8_lossy(&owner).into_owned())));
+        let (mut records, mut more) = (first.records, first.more);
+        loop {
+            mentioned = records.iter().any(|(_, value)| contains(value, prefix.as_bytes()));
+            let Some((last, _)) = records.last().filter(|_| more && !mentioned) else { break };
+            (records, more) = omap_page(io, &header, last, c"snapshot_", RECORDS, operation)?;
         }
     }
+    if mentioned && let Some(image) = Image::open(cluster, spec, Access::ReadOnly)? {
+        let discarded = image.discarded_snapshots()?.into_iter().map(|(_, name)| name);
+        let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name).chain(discarded);
+        let names: Vec<String> = names.filter(|name| name.starts_with(prefix)).collect();
+        tags.retain(|tag| !names.contains(tag));
+        page.found.extend(names.into_iter().map(|name| (spec.clone(), name)));
+    }
+    page.found.extend(tags.into_iter().map(|name| (spec.clone(), name)));
+    Ok(())
 }
 
 fn contains(data: &[u8], text: &[u8]) -> bool {

@@ -30,6 +30,8 @@ pub(super) struct Custody {
     image_id: Uuid,
     owner: String,
     address: String,
+    /// Too many owners in a row have died.
+    is_beyond_cleanup: bool,
 }
 
 /// Why guarded work did not end.
@@ -68,33 +70,55 @@ impl Custody {
         let objects = store.objects().as_ref();
         let Some(lease) = Lease::take(objects, image_id, &context.identity, duration).await? else { return Ok(None) };
         let address = storage.address().await?;
-        let custody =
-            Self { store: store.clone(), lease, image_id, owner: context.identity.owner(), address: address.clone() };
+        let max_takeovers = context.config.borrow().offload.max_takeovers;
+        let mut custody = Self {
+            store: store.clone(),
+            lease,
+            image_id,
+            owner: context.identity.owner(),
+            address: address.clone(),
+            is_beyond_cleanup: false,
+        };
         let taken = async {
             let Some(stored) = custody.settled().await? else { return Ok(false) };
-            fence_owner(storage.as_ref(), &stored.record, &address).await?;
-            custody.write_owner(true).await
+            let fenced = fence_owner(storage.as_ref(), &stored.record, &address).await?;
+            let Some(record) = custody.own(fenced).await? else { return Ok(false) };
+            custody.is_beyond_cleanup = record.is_beyond_cleanup(max_takeovers);
+            Ok(true)
         };
-        match taken.await {
+        let taken = taken.await;
+        match taken {
             Ok(true) => Ok(Some(custody)),
             Ok(false) => {
-                custody.give_back().await;
+                custody.give_back(false).await;
                 Ok(None)
             }
             // the record may have been written all the same
             Err(error) => {
-                custody.give_back().await;
+                custody.give_back(false).await;
                 Err(error)
             }
         }
     }
 
-    /// Does `work` while the lease is renewed, however long that takes. When the lease is lost, the work is given up.
+    /// Whether so many owners in a row have died that nobody tries again to remove what the job left: as many as die for
+    /// a job that is being made and then cleaned up.
+    pub fn is_beyond_cleanup(&self) -> bool {
+        self.is_beyond_cleanup
+    }
+
+    /// Does `work` while the lease is renewed, however long that takes. When the lease is lost, the work is given up. It
+    /// is renewed before the work begins.
     pub async fn guard<T, E>(
         &self,
         work: impl Future<Output = std::result::Result<T, E>>,
     ) -> std::result::Result<T, Guarded<E>> {
         let objects = self.store.objects().as_ref();
+        if let Err(error) = self.lease.renew(objects).await
+            && self.lease.is_lost()
+        {
+            return Err(Guarded::Lost(error));
+        }
         let renewals = async {
             loop {
                 // first of all: several short pieces of work under one lease must not outlast it
@@ -118,11 +142,12 @@ impl Custody {
         self.lease.renew(self.store.objects().as_ref()).await
     }
 
-    /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back.
-    pub async fn give_back(self) {
+    /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back. `is_clean`: what the
+    /// job left is removed, and the owners that died over it count no more.
+    pub async fn give_back(self, is_clean: bool) {
         let objects = self.store.objects().as_ref();
         for pause in CLEAR_PAUSES {
-            match self.clear().await {
+            match self.clear(is_clean).await {
                 Ok(()) => return self.lease.release(objects).await,
                 Err(error) => {
                     tracing::debug!(image_id = %self.image_id, %error, "the reconciler is still in the record");
@@ -134,16 +159,18 @@ impl Custody {
         tracing::warn!(image_id = %self.image_id, "the reconciler stays in the record of a job until its next round");
     }
 
-    async fn clear(&self) -> Result<()> {
+    async fn clear(&self, is_clean: bool) -> Result<()> {
         for _ in 0..TRIES {
             let Some(stored) = self.store.load(self.image_id).await? else { return Ok(()) };
             let record = &stored.record;
             // another's placeholder stays until its owner has been fenced
             let is_ours = record.owner.as_ref().is_none_or(|owner| *owner == self.owner);
-            let removed = if record.placeholder && record.is_settled() && is_ours {
+            // one that counts dead owners stays until there is nothing left to remove, or it expires
+            let counts = record.takeovers > 0 && !is_clean;
+            let removed = if record.placeholder && record.is_settled() && is_ours && !counts {
                 self.store.remove(&stored).await
             } else {
-                return self.write_owner(false).await.map(drop);
+                return self.disown(is_clean).await;
             };
             match removed {
                 // asked for since, or a renewal of the lease
@@ -159,23 +186,45 @@ impl Custody {
         Ok(self.store.load(self.image_id).await?.filter(|stored| stored.record.is_settled()))
     }
 
-    /// Writes the reconciler into the record as its owner, or takes it out. `false`: to be an owner it is too late, the
-    /// job was asked for again.
-    async fn write_owner(&self, owns: bool) -> Result<bool> {
+    /// Writes the reconciler into the record as its owner. `fenced`: an owner before it had died. `None`: it is too late,
+    /// the job was asked for again.
+    async fn own(&self, fenced: bool) -> Result<Option<Record>> {
         for _ in 0..TRIES {
-            let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(false) };
+            let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(None) };
             let record = &mut stored.record;
-            if owns && !record.is_settled() {
-                return Ok(false);
+            if !record.is_settled() {
+                return Ok(None);
             }
-            if !owns && record.owner_address.as_ref() != Some(&self.address) {
-                return Ok(true);
+            // not twice, where the outcome of the first try was unknown
+            if fenced && record.owner_address.as_ref() != Some(&self.address) {
+                record.count_takeover();
             }
-            record.owner = owns.then(|| self.owner.clone());
-            record.owner_address = owns.then(|| self.address.clone());
+            record.owner = Some(self.owner.clone());
+            record.owner_address = Some(self.address.clone());
             match self.store.write(&stored, Some(self.lease.key())).await {
                 Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
-                written => return written.map(|_| true),
+                written => return written.map(|_| Some(stored.record)),
+            }
+        }
+        Err(Error::Contended(self.image_id))
+    }
+
+    /// Takes the reconciler out of the record.
+    async fn disown(&self, is_clean: bool) -> Result<()> {
+        for _ in 0..TRIES {
+            let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(()) };
+            let record = &mut stored.record;
+            if record.owner_address.as_ref() != Some(&self.address) {
+                return Ok(());
+            }
+            record.owner = None;
+            record.owner_address = None;
+            if is_clean && record.is_settled() {
+                record.takeovers = 0;
+            }
+            match self.store.write(&stored, Some(self.lease.key())).await {
+                Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
+                written => return written.map(drop),
             }
         }
         Err(Error::Contended(self.image_id))

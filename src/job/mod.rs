@@ -5,6 +5,7 @@
 //! `docs/jobs.md` draws the states.
 
 pub mod bindings;
+mod cleanup;
 pub mod clock;
 mod custody;
 pub mod daemons;

@@ -6,7 +6,9 @@
 //! their lease runs out.
 //!
 //! A round is a list of parts. Each stands alone: an error in one keeps no other from running. A part that can be long
-//! has its time, and goes on in the next round where it stopped. Whatever is removed is removed in [custody](Custody).
+//! has its time, and goes on in the next round where it stopped. An object, a record or a request that cannot be read
+//! is named and passed over. Whatever is removed is removed in [custody](Custody), by tasks that a round does not wait
+//! for when they take long ([`Removals`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -18,14 +20,15 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::custody::{Custody, Guarded};
+use super::cleanup::{Kind, Leftover, Removals, Removed};
+use super::custody::Custody;
 use super::daemons;
 use super::engine::Engine;
 use super::intake::Intake;
-use super::record::{PRIVATE_PREFIX, Private, State, parse_private, private_name};
+use super::record::{PRIVATE_PREFIX, Private, State, parse_private};
 use super::run::Context;
 use super::store::Error;
-use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage};
+use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
 use crate::openstack::{self, ListCursor};
 use crate::publish::record as tenant;
 use crate::publish::tag::{OwnershipTag, tag_of};
@@ -47,8 +50,11 @@ const GRACE: Duration = Duration::from_secs(5);
 /// A sweep over all headers is not begun again before this many times its own duration has passed.
 const SWEEP_REST: u32 = 4;
 
-/// The longest that a part may take when it does not end by itself: the removal of a large image takes a while.
+/// The longest that a part may take when it does not end by itself.
 const PART_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// So many objects in a row that cannot be read are no trouble of single objects: the part ends.
+const FAILURES_MAX: usize = 10;
 
 /// Ids of records that cannot be read, and that the log has named.
 const NAMED_MAX: usize = 1_000;
@@ -109,26 +115,6 @@ impl Part {
     }
 }
 
-/// Something that a job may have left. In the order in which it can be removed: a copy is a clone of the anchor, and
-/// the anchor of the temporary snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    Copy,
-    Published,
-    Anchor,
-    Snapshot,
-}
-
-#[derive(Debug, Clone)]
-struct Suspect {
-    image_id: Uuid,
-    kind: Kind,
-    /// The image, or the one that has the snapshot.
-    image: ImageSpec,
-    /// As it was seen: what bears another one when it is to be removed is something else.
-    tag: Option<OwnershipTag>,
-}
-
 /// A sweep over the headers of all images, page by page.
 struct Sweep {
     begun: Instant,
@@ -144,7 +130,9 @@ pub struct Reconciler {
     /// Removals go through this client: a daemon that takes over from the reconciler fences it.
     storage: Arc<dyn Storage>,
     has_own_client: bool,
-    scanned: bool,
+    removals: Removals,
+    /// Records that may be in no index; `None` before the pool was listed.
+    unindexed: Option<Vec<Uuid>>,
     /// Where the list of queued images goes on.
     requests: ListCursor,
     /// The last ended job that was looked at.
@@ -165,11 +153,12 @@ impl Reconciler {
         let storage = Arc::clone(&engine.context().storage);
         Self {
             wake: Arc::default(),
+            removals: Removals::new(Arc::clone(&engine), Arc::clone(&storage)),
             engine,
             intake,
             storage,
             has_own_client: false,
-            scanned: false,
+            unindexed: None,
             requests: ListCursor::default(),
             ended: None,
             unfinished: HashSet::new(),
@@ -183,6 +172,7 @@ impl Reconciler {
 
     /// With a client of its own: when it is fenced, the daemon's jobs are not.
     pub fn with_storage(mut self, storage: Arc<dyn Storage>) -> Self {
+        self.removals.set_storage(Arc::clone(&storage));
         self.storage = storage;
         self.has_own_client = true;
         self
@@ -267,8 +257,11 @@ impl Reconciler {
 
     /// One round. A part that can be long stops after `time` and goes on in the next round.
     async fn round(&mut self, findings: &mut Findings, time: Duration) {
+        let removed = self.removals.reap();
+        note(findings, removed);
         // nothing goes on over that client now; the jobs' client is the engine's to connect again
-        if self.has_own_client
+        if self.removals.may_reconnect()
+            && self.has_own_client
             && let Err(error) = self.storage.reconnect().await
         {
             tracing::debug!(%error, "the reconciler's client was fenced, and does not connect again");
@@ -299,30 +292,46 @@ impl Reconciler {
     /// Records that were stored by hand, or whose writer died before the index was written and whose request was not
     /// delivered again. Walks the whole pool, so only once.
     async fn adopt_unindexed(&mut self, findings: &mut Findings) -> Result<()> {
-        if self.scanned {
-            return Ok(());
-        }
-        let store = &self.context().store;
-        let mut known: HashSet<Uuid> = store.live().await?.into_iter().map(|(id, _)| id).collect();
-        known.extend(store.ended().await?.into_iter().map(|(id, _)| id));
-        for image_id in store.scan().await?.into_iter().filter(|id| !known.contains(id)) {
-            match store.load(image_id).await {
-                Ok(Some(stored)) => {
-                    store.index(&stored.record).await?;
-                    findings.records += 1;
+        let store = self.context().store.clone();
+        let mut unindexed = match self.unindexed.take() {
+            Some(unindexed) => unindexed,
+            None => {
+                let mut known: HashSet<Uuid> = store.live().await?.into_iter().map(|(id, _)| id).collect();
+                known.extend(store.ended().await?.into_iter().map(|(id, _)| id));
+                store.scan().await?.into_iter().filter(|id| !known.contains(id)).collect()
+            }
+        };
+        let mut failures = Failures::default();
+        while let Some(image_id) = unindexed.pop() {
+            let adopted = match store.load(image_id).await {
+                Ok(Some(stored)) => store.index(&stored.record).await.map(|()| findings.records += 1),
+                Ok(None) => Ok(()),
+                Err(error @ Error::Unreadable { .. }) => {
+                    tracing::error!(%image_id, %error, "left alone");
+                    Ok(())
                 }
-                Ok(None) => {}
-                Err(error @ Error::Unreadable { .. }) => tracing::error!(%image_id, %error, "left alone"),
-                Err(error) => return Err(error.into()),
+                Err(error) => Err(error),
+            };
+            let Err(error) = adopted else {
+                failures.end();
+                continue;
+            };
+            // the next round begins with those that were not adopted
+            failures.retry.push(image_id);
+            if let Err(error) = failures.pass_over(error.into()) {
+                unindexed.append(&mut failures.retry);
+                self.unindexed = Some(unindexed);
+                return Err(error);
             }
         }
-        self.scanned = true;
+        self.unindexed = Some(failures.retry);
         Ok(())
     }
 
     /// Queued images that ask for something, and that no live job is for.
     async fn find_requests(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let live: HashSet<Uuid> = self.context().store.live().await?.into_iter().map(|(id, _)| id).collect();
+        let mut failures = Failures::default();
         loop {
             // on an error the list begins again: the image where it was to go on may be gone
             let cursor = std::mem::take(&mut self.requests);
@@ -339,14 +348,11 @@ impl Reconciler {
                     continue;
                 }
                 match self.find_request(&image, image_id, &live, findings).await {
-                    Ok(()) => {}
-                    // the trouble of one job
-                    Err(Trouble::Store(
-                        error @ (Error::Contended(_) | Error::Unreadable { .. } | Error::Illegal(_)),
-                    )) => {
+                    Ok(()) => failures.end(),
+                    Err(error) => {
                         tracing::warn!(%image_id, %error, "a request was not taken up; the next round tries again");
+                        failures.pass_over(error)?;
                     }
-                    Err(error) => return Err(error),
                 }
             }
             let Some(next) = page.next else { return Ok(()) };
@@ -426,10 +432,12 @@ impl Reconciler {
         }
         if record.mend {
             self.repair(image_id, &record, findings).await?;
-        } else if record.placeholder || record.owner_address.as_deref() == Some(own) {
+        } else if record.owner_address.as_deref() == Some(own)
+            || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
+        {
             // from a removal that broke off: the next owner would fence this daemon
             if let Some(custody) = self.custody(image_id).await? {
-                custody.give_back().await;
+                custody.give_back(false).await;
             }
         }
         Ok(record.state != State::Done)
@@ -470,7 +478,7 @@ impl Reconciler {
             Ok::<_, Trouble>(())
         };
         let repaired = repaired.await;
-        custody.give_back().await;
+        custody.give_back(false).await;
         repaired?;
         findings.mended += 1;
         Ok(())
@@ -510,12 +518,15 @@ impl Reconciler {
         }
     }
 
-    /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there.
+    /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also those
+    /// in the trash, where a removal that broke off leaves them.
     async fn remove_images(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
-        let mut suspects = Vec::new();
+        let mut found = Vec::new();
         for pool in self.pools() {
             let names = self.storage.images(&pool, "").await;
             let Some(names) = self.of_pool(&pool, names) else { continue };
+            let trash = self.storage.trash(&pool).await;
+            let trash = self.of_pool(&pool, trash).unwrap_or_default();
             for name in names {
                 let (image_id, kind) = match parse_private(&name) {
                     Some((Private::Copy, image_id)) => (image_id, Kind::Copy),
@@ -526,21 +537,54 @@ impl Reconciler {
                     },
                 };
                 let image = ImageSpec::named(&pool, &name);
-                let tag = match tag_of(self.storage.as_ref(), &image).await {
-                    Ok(tag) => tag,
-                    Err(error) => {
-                        tracing::warn!(%image, %error, "an image was not looked at; the next round tries again");
-                        continue;
-                    }
-                };
+                let Some(tag) = self.tag_of(&image).await? else { continue };
                 if tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment)) {
-                    suspects.push(Suspect { image_id, kind, image, tag });
+                    found.push(Leftover { image_id, kind, image, tag });
                 }
             }
+            for trashed in trash {
+                found.extend(self.leftover_in_trash(&pool, &trashed).await?);
+            }
         }
-        self.remove_orphans(suspects, findings, until).await
+        self.remove_orphans(found, findings, until).await
     }
 
+    /// What the removal of one of our images left in the trash.
+    async fn leftover_in_trash(&self, pool: &str, trashed: &Trashed) -> Result<Option<Leftover>> {
+        let (image_id, kind) = match parse_private(&trashed.name) {
+            Some((Private::Copy, image_id)) => (image_id, Kind::Copy),
+            Some((Private::Anchor, image_id)) => (image_id, Kind::Anchor),
+            None => match request::parse_uuid(&trashed.name) {
+                Some(image_id) => (image_id, Kind::Published),
+                None => return Ok(None),
+            },
+        };
+        let image = ImageSpec::with_id(pool, &trashed.id);
+        let Some(tag) = self.tag_of(&image).await? else { return Ok(None) };
+        let is_ours = match tag {
+            Some(tag) => tag.is_of_deployment(image_id, self.context().deployment),
+            // no header is left that could say anything, and nobody else uses a private name
+            None if kind != Kind::Published => self.storage.image(&image, None).await.is_ok_and(|info| info.is_none()),
+            None => false,
+        };
+        Ok(is_ours.then_some(Leftover { image_id, kind, image, tag }))
+    }
+
+    /// The ownership tag of an image. `None`: it could not be read now, and the image is passed over.
+    #[allow(clippy::option_option)]
+    async fn tag_of(&self, image: &ImageSpec) -> Result<Option<Option<OwnershipTag>>> {
+        match tag_of(self.storage.as_ref(), image).await {
+            Ok(tag) => Ok(Some(tag)),
+            Err(error) if error.kind() == ErrorKind::Fenced => Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%image, %error, "an image was not looked at; the next round tries again");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Looks through the headers of all images for temporary snapshots and their tags, and for images under a Glance
+    /// image's id that bear our tag: a record that would tell of them may have expired.
     async fn remove_snapshots(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let mut sweep = match self.sweep.take() {
             Some(sweep) => sweep,
@@ -558,25 +602,50 @@ impl Reconciler {
                 .snapshots(&pool, PRIVATE_PREFIX, HEADERS_PER_SECOND, after.as_deref(), HEADERS_AT_A_TIME)
                 .await;
             let page = self.of_pool(&pool, page).unwrap_or_default();
-            let mut suspects = Vec::new();
+            for error in page.failed {
+                tracing::warn!(pool, %error, "an image was not looked at; the next sweep tries again");
+            }
+            let mut found = Vec::new();
             for (image, snapshot) in page.found {
                 let Some((Private::Copy, image_id)) = parse_private(&snapshot) else { continue };
                 // an anchor's snapshot goes with the anchor
                 if matches!(&image.image, ImageKey::Name(name) if parse_private(name).is_some()) {
                     continue;
                 }
-                if let Some(tag) = self.snapshot_tag(image_id, &image, &snapshot).await? {
-                    suspects.push(Suspect { image_id, kind: Kind::Snapshot, image, tag });
+                match self.snapshot_tag(image_id, &image, &snapshot).await {
+                    Ok(Some(tag)) => found.push(Leftover { image_id, kind: Kind::Snapshot, image, tag }),
+                    Ok(None) => {}
+                    Err(error) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
+                    Err(error) => {
+                        tracing::warn!(%image, snapshot, %error,
+                            "a snapshot was not looked at; the next sweep tries again");
+                    }
+                }
+            }
+            for (image, tag) in page.owned {
+                let ImageKey::Name(name) = &image.image else { continue };
+                let (Some(image_id), tag) = (request::parse_uuid(name), OwnershipTag::parse(&tag)) else { continue };
+                let is_ours = tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment));
+                if is_ours && !self.is_done(image_id).await {
+                    found.push(Leftover { image_id, kind: Kind::Published, image, tag });
                 }
             }
             match page.next {
                 Some(next) => sweep.after = Some(next),
                 None => drop(sweep.pools.remove(0)),
             }
-            self.remove_orphans(suspects, findings, until).await?;
+            self.remove_orphans(found, findings, until).await?;
         }
         self.next_sweep = Instant::now() + sweep.begun.elapsed() * SWEEP_REST;
         Ok(())
+    }
+
+    /// Whether the job made an image, which may bear our tag a moment longer.
+    async fn is_done(&self, image_id: Uuid) -> bool {
+        match self.context().store.load(image_id).await {
+            Ok(stored) => stored.is_some_and(|stored| stored.record.state == State::Done),
+            Err(_) => true,
+        }
     }
 
     /// The tag of a temporary snapshot that is this deployment's; `None` for another's. One without a tag is: an older
@@ -593,82 +662,38 @@ impl Reconciler {
         Ok(tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)).map(Some))
     }
 
-    /// Removes those of the suspects that no live job owns, now and after a moment.
-    async fn remove_orphans(&self, suspects: Vec<Suspect>, findings: &mut Findings, until: Instant) -> Result<()> {
-        let mut orphans: BTreeMap<Uuid, Vec<Suspect>> = BTreeMap::new();
-        for suspect in suspects {
-            if self.is_orphaned(suspect.image_id).await? {
-                orphans.entry(suspect.image_id).or_default().push(suspect);
+    /// Removes those of the leftovers that no live job owns, now and after a moment.
+    async fn remove_orphans(&mut self, found: Vec<Leftover>, findings: &mut Findings, until: Instant) -> Result<()> {
+        let mut orphans: BTreeMap<Uuid, Vec<Leftover>> = BTreeMap::new();
+        let mut failures = Failures::default();
+        for leftover in found {
+            let image_id = leftover.image_id;
+            if self.removals.is_running(image_id) {
+                continue;
+            }
+            match self.is_orphaned(image_id).await {
+                Ok(true) => orphans.entry(image_id).or_default().push(leftover),
+                Ok(false) => failures.end(),
+                Err(error) => {
+                    tracing::warn!(%image_id, %error, "leftovers of a job stay; the next round tries again");
+                    failures.pass_over(error)?;
+                }
             }
         }
         if orphans.is_empty() {
             return Ok(());
         }
         sleep(GRACE).await;
-        for (image_id, mut orphans) in orphans {
-            if Instant::now() >= until {
-                return Ok(());
+        let (mut begun, mut removed) = (Vec::new(), Removed::default());
+        for (image_id, leftovers) in orphans {
+            if Instant::now() >= until || !self.removals.begin(image_id, leftovers, until, &mut removed).await {
+                break;
             }
-            orphans.sort_by_key(|suspect| suspect.kind);
-            let custody = match self.custody(image_id).await {
-                Ok(Some(custody)) => custody,
-                Ok(None) => continue,
-                Err(error) => {
-                    tracing::warn!(%image_id, %error, "leftovers of a job stay; the next round tries again");
-                    continue;
-                }
-            };
-            for suspect in orphans {
-                match custody.guard(self.remove(&suspect)).await {
-                    Ok(true) if suspect.kind == Kind::Snapshot => findings.snapshots += 1,
-                    Ok(true) => findings.images += 1,
-                    Ok(false) => {}
-                    Err(error @ Guarded::Lost(_)) => {
-                        tracing::warn!(%image_id, image = %suspect.image, %error, "a leftover was not removed");
-                        break;
-                    }
-                    Err(Guarded::Failed(error)) => {
-                        tracing::warn!(%image_id, image = %suspect.image, %error,
-                            "a leftover could not be removed; the next round tries again");
-                        // what it depends on is not free either
-                        break;
-                    }
-                }
-            }
-            custody.give_back().await;
+            begun.push(image_id);
         }
+        self.removals.wait(&begun, &mut removed).await;
+        note(findings, removed);
         Ok(())
-    }
-
-    /// Removes a leftover, in custody. `false`: it is not what it was, or it is needed.
-    async fn remove(&self, suspect: &Suspect) -> Result<bool> {
-        let Suspect { image_id, kind, image, tag } = suspect;
-        let storage = self.storage.as_ref();
-        if *kind == Kind::Snapshot {
-            let snapshot = private_name(*image_id);
-            if self.snapshot_tag(*image_id, image, &snapshot).await?.as_ref() != Some(tag) {
-                return Ok(false);
-            }
-            storage.remove_snapshot(image, &snapshot).await?;
-            storage.remove_snapshot_tag(image, &snapshot).await?;
-            tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
-            return Ok(true);
-        }
-        if tag_of(storage, image).await? != *tag {
-            tracing::debug!(%image, "bears another ownership tag by now: left alone");
-            return Ok(false);
-        }
-        if *kind == Kind::Published
-            && let Some(record) = self.context().cloud.image(&image_id.to_string()).await?
-            && record.status != "queued"
-        {
-            tracing::warn!(%image_id, %image, status = record.status,
-                "the job ended without an image, and Glance's record is not queued: its data are left alone");
-            return Ok(false);
-        }
-        storage.remove_image(image).await?;
-        tracing::warn!(%image_id, %image, "removed an image that its job had left behind");
-        Ok(true)
     }
 
     async fn is_orphaned(&self, image_id: Uuid) -> Result<bool> {
@@ -711,4 +736,34 @@ impl Reconciler {
         }
         Ok(())
     }
+}
+
+/// Objects that cannot be read are passed over one by one; when it is all of them, the part ends.
+#[derive(Default)]
+struct Failures {
+    in_a_row: usize,
+    /// For the next round.
+    retry: Vec<Uuid>,
+}
+
+impl Failures {
+    fn end(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// # Errors
+    /// Errors that every object would meet.
+    fn pass_over(&mut self, error: Trouble) -> Result<()> {
+        let kind = match &error {
+            Trouble::Ceph(error) | Trouble::Store(Error::Ceph(error)) => Some(error.kind()),
+            Trouble::Store(_) | Trouble::OpenStack(_) => None,
+        };
+        self.in_a_row += 1;
+        if kind == Some(ErrorKind::Fenced) || self.in_a_row >= FAILURES_MAX { Err(error) } else { Ok(()) }
+    }
+}
+
+fn note(findings: &mut Findings, removed: Removed) {
+    findings.images += removed.images;
+    findings.snapshots += removed.snapshots;
 }

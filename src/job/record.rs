@@ -381,6 +381,11 @@ impl Record {
         }
     }
 
+    /// Whether as many daemons died removing what the job made as had died making it: what is left stays.
+    pub fn is_beyond_cleanup(&self, max_takeovers: u32) -> bool {
+        max_takeovers > 0 && self.takeovers > max_takeovers.saturating_mul(2).saturating_add(1)
+    }
+
     /// # Errors
     /// [`Unreadable::Newer`] for a record of a later format, whatever else it holds.
     pub fn parse(bytes: &[u8]) -> Result<Self, Unreadable> {

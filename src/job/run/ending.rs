@@ -276,7 +276,7 @@ impl Job {
     /// Whether as many daemons died removing what the job made as had died making it.
     async fn is_beyond_cleanup(&self) -> bool {
         let limit = self.context.config.borrow().offload.max_takeovers;
-        limit > 0 && self.snapshot().await.takeovers > limit.saturating_mul(2).saturating_add(1)
+        self.snapshot().await.is_beyond_cleanup(limit)
     }
 
     /// A registration that seemed to have failed went through after all: then the image stays, and the job is done. An

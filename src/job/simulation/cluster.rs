@@ -16,7 +16,8 @@ use super::trouble::Trouble;
 use super::world::World;
 use crate::ceph::{
     Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Lent, Link, LockKey, Locked, Moved,
-    Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool, TransferLimits, Version,
+    OWNER_KEY, Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool, TransferLimits,
+    Trashed, Version,
 };
 
 pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
@@ -600,6 +601,22 @@ impl Storage for Handle {
         .await
     }
 
+    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>> {
+        self.ceph(
+            Kind::Read,
+            || format!("trash of {pool}"),
+            |world| {
+                let name_of = |image: &Rbd| {
+                    let disk = world.cloud.disks.values().find(|disk| disk.rbd == image.id);
+                    image.removing.clone().or_else(|| disk.map(|disk| format!("volume-{}", disk.volume.id)))
+                };
+                let trashed = world.ceph.images.iter().filter(|i| i.pool == pool && i.name.is_none());
+                Ok(trashed.map(|i| Trashed { id: i.id.clone(), name: name_of(i).unwrap_or_default() }).collect())
+            },
+        )
+        .await
+    }
+
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
         self.ceph(
             Kind::Read,
@@ -964,7 +981,7 @@ impl Storage for Handle {
             Kind::Read,
             || format!("snapshots of {pool}"),
             |world| {
-                let mut found = Vec::new();
+                let (mut found, mut owned) = (Vec::new(), Vec::new());
                 let images = world.ceph.images.iter().filter(|i| i.pool == pool);
                 let rest = images.filter(|i| after.is_none_or(|after| i.id.as_str() > after));
                 let first = rest.min_by(|one, other| one.id.cmp(&other.id));
@@ -974,11 +991,12 @@ impl Storage for Handle {
                         Some(name) => ImageSpec::named(pool, name),
                         None => ImageSpec::with_id(pool, &image.id),
                     };
-                    for snap in image.snaps.iter().filter(|s| s.name.starts_with(prefix)) {
-                        found.push((spec.clone(), snap.name.clone()));
-                    }
+                    let names = image.snaps.iter().map(|snap| &snap.name).chain(image.snapshot_tags.keys());
+                    let names: BTreeSet<&String> = names.filter(|name| name.starts_with(prefix)).collect();
+                    found.extend(names.into_iter().map(|name| (spec.clone(), name.clone())));
+                    owned.extend(image.metadata.get(OWNER_KEY).map(|owner| (spec, owner.clone())));
                 }
-                Ok(SnapshotPage { found, next })
+                Ok(SnapshotPage { found, owned, failed: Vec::new(), next })
             },
         )
         .await

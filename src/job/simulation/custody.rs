@@ -12,7 +12,7 @@ use super::world::{DEPLOYMENT, Dice, Faults, Shared, World};
 use super::{run_in_virtual_time, scenario};
 use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
 use crate::job::clock::Clock;
-use crate::job::custody::Custody;
+use crate::job::custody::{Custody, Guarded};
 use crate::job::daemons::{self, Entry, HEARTBEAT};
 use crate::job::lease::{Identity, Lease, fence_owner};
 use crate::job::record::{Record, State, private_name};
@@ -81,8 +81,26 @@ fn a_frozen_reconciler_is_fenced_by_the_job_that_comes_after_it() {
 
         // the reconciler goes on where it stood
         assert_eq!(storage.remove_image(&copy).await.unwrap_err().kind(), ErrorKind::Fenced);
-        custody.give_back().await;
+        custody.give_back(false).await;
         assert!(other_storage.image(&copy, None).await.unwrap().is_some());
+    });
+}
+
+#[test]
+fn nothing_is_begun_under_a_lease_that_has_run_out() {
+    run_in_virtual_time(async {
+        let (world, image_id) = (world(), Uuid::new_v4());
+        let (context, storage) = daemon(&world, "one");
+        let custody = Custody::take(&context, &storage, image_id).await.unwrap().unwrap();
+        let lease = context.config.borrow().jobs.lease;
+        sleep(lease + Duration::from_secs(1)).await;
+        let mut begun = false;
+        let work = async {
+            begun = true;
+            Ok::<_, ceph::Error>(())
+        };
+        assert!(matches!(custody.guard(work).await, Err(Guarded::Lost(_))));
+        assert!(!begun);
     });
 }
 
@@ -101,7 +119,7 @@ fn custody_leaves_no_record_and_no_owner() {
             let record = store.load(image_id).await.unwrap().unwrap().record;
             assert_eq!(record.owner_address.as_ref(), Some(&own));
             assert!(Custody::take(&context, &storage, image_id).await.unwrap().is_none(), "one at a time");
-            custody.give_back().await;
+            custody.give_back(false).await;
             assert!(!Lease::is_held(store.objects().as_ref(), image_id).await.unwrap());
         }
         assert_eq!(store.load(without).await.unwrap(), None);
@@ -121,7 +139,7 @@ fn a_request_that_comes_meanwhile_keeps_its_record() {
         assert_eq!(context.store.submit(&request(image_id)).await.unwrap(), Submitted::AskedAgain);
         let offer = NewJob { trigger: Trigger::VolumeUpload, ..request(image_id) };
         assert!(context.store.submit(&offer).await.is_err(), "an offer is delivered again");
-        custody.give_back().await;
+        custody.give_back(false).await;
         let record = context.store.load(image_id).await.unwrap().unwrap().record;
         assert!(record.again && record.owner_address.is_none());
         assert!(context.store.live().await.unwrap().iter().any(|(id, _)| *id == image_id));

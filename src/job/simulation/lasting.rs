@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::node::{Handle, Node};
 use crate::ceph::{
     self, Change, Compare, ImageInfo, ImageSpec, Link, LockKey, Locked, Moved, Objects, Progress, SnapshotPage,
-    Storage, TransferLimits, Version,
+    Storage, TransferLimits, Trashed, Version,
 };
 use crate::openstack::{
     self, Cloud, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Server, Store, Validation,
@@ -258,6 +258,10 @@ impl Storage for Lasting {
     async fn finish_removal(&self, image: &ImageSpec) -> ceph::Result<Change> {
         let (handle, image) = (self.0.clone(), image.clone());
         self.run(async move { handle.finish_removal(&image).await }).await
+    }
+
+    async fn trash(&self, pool: &str) -> ceph::Result<Vec<Trashed>> {
+        self.0.trash(pool).await
     }
 
     async fn in_trash(&self, image: &ImageSpec) -> ceph::Result<bool> {

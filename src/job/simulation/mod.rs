@@ -11,6 +11,7 @@ mod cluster;
 mod custody;
 mod glance;
 mod lasting;
+mod leftovers;
 mod node;
 mod promises;
 mod scenario;

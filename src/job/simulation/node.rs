@@ -314,10 +314,21 @@ impl Handle {
         }
         let node = &self.node;
         let shown = &what;
+        let (is_broken, is_stuck) = {
+            let world = self.world().lock();
+            let has = |words: &Option<String>| words.as_ref().is_some_and(|words| shown().contains(words));
+            (has(&world.broken), has(&world.stuck))
+        };
+        if is_stuck {
+            std::future::pending::<()>().await;
+        }
         self.gate(kind, true, shown, |world| {
             if world.ceph.blocklist.contains(&address) {
                 node.was_fenced(&address);
                 return Err(ceph::Error::new(shown(), ceph::ErrorKind::Fenced, "shut out"));
+            }
+            if is_broken {
+                return Err(ceph::Error::new(shown(), ceph::ErrorKind::Other, "this object is broken"));
             }
             effect(world)
         })

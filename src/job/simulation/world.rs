@@ -122,6 +122,9 @@ pub struct World {
     pub ceph_slow_until: Option<Instant>,
     /// What happens right before a call of a daemon is done.
     pub script: Option<Script>,
+    /// Calls on Ceph whose description has these words fail, or never return.
+    pub broken: Option<String>,
+    pub stuck: Option<String>,
     /// Until then the monitors refuse to fence anybody.
     pub fences_refused_until: Option<Instant>,
     pub trouble: Vec<Trouble>,
@@ -157,6 +160,8 @@ impl World {
             killer: None,
             watched: Watched::default(),
             script: None,
+            broken: None,
+            stuck: None,
         }
     }
 

@@ -1,0 +1,366 @@
+//! Removal of what jobs left behind: one task per Glance image, each in [custody](Custody).
+//!
+//! A removal may take long (a large image), or hang. It keeps a place among [`AT_A_TIME`] and nothing else: the
+//! reconciler's round goes on, and hears of the end in a later round.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+use uuid::Uuid;
+
+use super::custody::{Custody, Guarded};
+use super::engine::Engine;
+use super::record::{Record, private_name};
+use super::run::Context;
+use crate::ceph::{self, Change, ErrorKind, ImageKey, ImageSpec, Storage};
+use crate::openstack;
+use crate::publish::tag::{OwnershipTag, tag_of};
+use crate::request::{self, Source};
+
+/// Glance images whose leftovers are removed at a time.
+const AT_A_TIME: usize = 4;
+
+/// How long a round waits for the removals that it began.
+const WAIT: Duration = Duration::from_secs(10);
+
+/// How long the removal of one image's leftovers may take before it counts as hung.
+const LIMIT: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// Something that a job may have left. In the order in which it can be removed: a copy is a clone of the anchor, and
+/// the anchor of the temporary snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Copy,
+    Published,
+    Anchor,
+    Snapshot,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Leftover {
+    pub image_id: Uuid,
+    pub kind: Kind,
+    /// The image, or the one that has the snapshot.
+    pub image: ImageSpec,
+    /// As it was seen: what bears another one when it is to be removed is something else.
+    pub tag: Option<OwnershipTag>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Store(#[from] super::store::Error),
+    #[error(transparent)]
+    Ceph(#[from] ceph::Error),
+    #[error(transparent)]
+    OpenStack(#[from] openstack::Error),
+}
+
+/// What one task removed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Removed {
+    pub images: usize,
+    pub snapshots: usize,
+}
+
+/// How a task ended.
+#[derive(Debug, Default)]
+struct Ended {
+    removed: Removed,
+    is_fenced: bool,
+    is_hung: bool,
+    is_beyond_cleanup: bool,
+}
+
+/// The removals that are under way. Dropped, it gives them up: their owner stays in the records, and is fenced by the
+/// next one.
+pub(super) struct Removals {
+    cleaner: Cleaner,
+    tasks: JoinSet<(Uuid, Ended)>,
+    running: HashSet<Uuid>,
+    /// Leftovers that are left alone, and that the log has named.
+    beyond_cleanup: HashSet<Uuid>,
+    /// The client of the removals is of no use any more.
+    is_fenced: bool,
+}
+
+impl Removals {
+    pub fn new(engine: Arc<Engine>, storage: Arc<dyn Storage>) -> Self {
+        Self {
+            cleaner: Cleaner { engine, storage },
+            tasks: JoinSet::new(),
+            running: HashSet::new(),
+            beyond_cleanup: HashSet::new(),
+            is_fenced: false,
+        }
+    }
+
+    pub fn set_storage(&mut self, storage: Arc<dyn Storage>) {
+        self.cleaner.storage = storage;
+    }
+
+    /// Gives up what was begun over a client that was fenced. Whether nothing goes on over the client now, so that it
+    /// may connect again.
+    pub fn may_reconnect(&mut self) -> bool {
+        if std::mem::take(&mut self.is_fenced) {
+            self.tasks.abort_all();
+            self.tasks = JoinSet::new();
+            self.running.clear();
+        }
+        self.running.is_empty()
+    }
+
+    /// Those that ended since.
+    pub fn reap(&mut self) -> Removed {
+        let mut removed = Removed::default();
+        while let Some(ended) = self.tasks.try_join_next() {
+            self.note(ended, &mut removed);
+        }
+        removed
+    }
+
+    pub fn is_running(&self, image_id: Uuid) -> bool {
+        self.running.contains(&image_id)
+    }
+
+    /// Begins a removal as soon as there is room. `false`: there was none until then.
+    pub async fn begin(
+        &mut self,
+        image_id: Uuid,
+        mut leftovers: Vec<Leftover>,
+        until: Instant,
+        removed: &mut Removed,
+    ) -> bool {
+        while self.running.len() >= AT_A_TIME {
+            match timeout_at(until, self.tasks.join_next()).await {
+                Ok(Some(ended)) => self.note(ended, removed),
+                Ok(None) | Err(_) => return false,
+            }
+        }
+        leftovers.sort_by_key(|leftover| leftover.kind);
+        self.running.insert(image_id);
+        let cleaner = self.cleaner.clone();
+        self.tasks.spawn(async move {
+            let ended = match timeout(LIMIT, cleaner.remove_all(image_id, leftovers)).await {
+                Ok(ended) => ended,
+                Err(_) => Ended { is_hung: true, ..Ended::default() },
+            };
+            (image_id, ended)
+        });
+        true
+    }
+
+    /// Waits a moment for those of these images.
+    pub async fn wait(&mut self, begun: &[Uuid], removed: &mut Removed) {
+        let until = Instant::now() + WAIT;
+        while begun.iter().any(|image_id| self.running.contains(image_id)) {
+            match timeout_at(until, self.tasks.join_next()).await {
+                Ok(Some(ended)) => self.note(ended, removed),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
+    fn note(&mut self, ended: Result<(Uuid, Ended), tokio::task::JoinError>, removed: &mut Removed) {
+        let (image_id, ended) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                // which one is not known: what still runs holds its lease
+                tracing::error!(%error, "a removal of leftovers broke off");
+                if self.tasks.is_empty() {
+                    self.running.clear();
+                }
+                return;
+            }
+        };
+        self.running.remove(&image_id);
+        removed.images += ended.removed.images;
+        removed.snapshots += ended.removed.snapshots;
+        self.is_fenced |= ended.is_fenced;
+        if ended.is_hung {
+            tracing::error!(%image_id, hours = LIMIT.as_secs() / 3600,
+                "the removal of what a job left hangs; it was given up");
+            let cleaner = self.cleaner.clone();
+            self.is_fenced = true;
+            tokio::spawn(async move { cleaner.fence_own_client().await });
+        }
+        if ended.is_beyond_cleanup && self.beyond_cleanup.insert(image_id) {
+            metrics::counter!("rbd_offload_takeover_failures_total").increment(1);
+            tracing::error!(%image_id,
+                "daemons died while they removed what the job of this image left; it stays, until its job is retried");
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Cleaner {
+    engine: Arc<Engine>,
+    storage: Arc<dyn Storage>,
+}
+
+impl Cleaner {
+    fn context(&self) -> &Context {
+        self.engine.context()
+    }
+
+    /// A call that hangs goes on when its future is dropped. With a client of its own, which is fenced, it can do
+    /// nothing any more.
+    async fn fence_own_client(&self) {
+        if Arc::ptr_eq(&self.storage, &self.context().storage) {
+            return;
+        }
+        let fenced = async {
+            let address = self.storage.address().await?;
+            self.context().storage.fence(&address).await
+        };
+        if let Err(error) = fenced.await {
+            tracing::warn!(%error, "the client of a removal that hangs was not fenced");
+        }
+    }
+
+    /// Removes what is left for one image.
+    async fn remove_all(&self, image_id: Uuid, leftovers: Vec<Leftover>) -> Ended {
+        let mut ended = Ended::default();
+        let custody = match Custody::take(self.context(), &self.storage, image_id).await {
+            Ok(Some(custody)) => custody,
+            Ok(None) => return ended,
+            Err(error) => {
+                ended.is_fenced = matches!(&error, super::store::Error::Ceph(e) if e.kind() == ErrorKind::Fenced);
+                tracing::warn!(%image_id, %error, "leftovers of a job stay; the next round tries again");
+                return ended;
+            }
+        };
+        if custody.is_beyond_cleanup() {
+            custody.give_back(false).await;
+            return Ended { is_beyond_cleanup: true, ..ended };
+        }
+        let mut all = true;
+        for leftover in leftovers {
+            match custody.guard(self.remove(&leftover)).await {
+                Ok(true) if leftover.kind == Kind::Snapshot => ended.removed.snapshots += 1,
+                Ok(true) => ended.removed.images += 1,
+                Ok(false) => {}
+                Err(error) => {
+                    ended.is_fenced =
+                        matches!(&error, Guarded::Failed(Trouble::Ceph(e)) if e.kind() == ErrorKind::Fenced);
+                    tracing::warn!(%image_id, image = %leftover.image, %error,
+                        "a leftover was not removed; a later round tries again");
+                    // what it depends on is not free either
+                    all = false;
+                    break;
+                }
+            }
+        }
+        custody.give_back(all).await;
+        ended
+    }
+
+    /// Removes a leftover, in custody. `false`: it is not what it was, or it is needed.
+    async fn remove(&self, leftover: &Leftover) -> Result<bool, Trouble> {
+        let Leftover { image_id, kind, image, tag } = leftover;
+        let storage = self.storage.as_ref();
+        if *kind == Kind::Snapshot {
+            return self.remove_snapshot(leftover).await;
+        }
+        if tag_of(storage, image).await? != *tag {
+            tracing::debug!(%image, "bears another ownership tag by now: left alone");
+            return Ok(false);
+        }
+        if *kind == Kind::Published
+            && let Some(record) = self.context().cloud.image(&image_id.to_string()).await?
+            && record.status != "queued"
+        {
+            tracing::warn!(%image_id, %image, status = record.status,
+                "the job ended without an image, and Glance's record is not queued: its data are left alone");
+            return Ok(false);
+        }
+        if storage.remove_image(image).await? == Change::AlreadyThere {
+            return Ok(false);
+        }
+        tracing::warn!(%image_id, %image, "removed an image that its job had left behind");
+        Ok(true)
+    }
+
+    /// The snapshot, then the disk of a volume that was deleted meanwhile, then the tag: as long as that is there, a
+    /// later sweep finds what was not done.
+    async fn remove_snapshot(&self, leftover: &Leftover) -> Result<bool, Trouble> {
+        let Leftover { image_id, image, tag, .. } = leftover;
+        let storage = self.storage.as_ref();
+        let snapshot = private_name(*image_id);
+        let found = storage.snapshot_tag(image, &snapshot).await?;
+        if found.as_deref().map(OwnershipTag::parse) != tag.map(Some) {
+            return Ok(false);
+        }
+        let removed = storage.remove_snapshot(image, &snapshot).await? == Change::Made;
+        if removed {
+            tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
+        }
+        if self.purge(*image_id, image).await? {
+            storage.remove_snapshot_tag(image, &snapshot).await?;
+        }
+        Ok(removed)
+    }
+
+    /// Removes from the trash the disk of a volume that Cinder has deleted, as a running job does: not while Cinder has
+    /// the volume, not before the end of a deferment, and not while another snapshot needs it. `false`: Cinder is still
+    /// at work on the volume.
+    async fn purge(&self, image_id: Uuid, image: &ImageSpec) -> Result<bool, Trouble> {
+        let ImageKey::Id(id) = &image.image else { return Ok(true) };
+        let trash = self.storage.trash(&image.pool).await?;
+        let Some(trashed) = trash.into_iter().find(|trashed| trashed.id == *id) else { return Ok(true) };
+        let Some(volume) = self.volume_of(image_id, image, &trashed.name).await? else { return Ok(true) };
+        let status = self.context().cloud.volume(&volume.to_string()).await?.map(|volume| volume.status);
+        match status.as_deref() {
+            None | Some("deleted") => {}
+            Some("deleting") => return Ok(false),
+            Some(status) => {
+                tracing::warn!(%image_id, %volume, status, source = %image,
+                    "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
+                return Ok(true);
+            }
+        }
+        if self.storage.purge(image).await? == Change::Made {
+            tracing::info!(%image_id, %volume, source = %image, "removed the deleted volume's disk from the trash");
+        }
+        Ok(true)
+    }
+
+    /// The volume that this image in the trash was the disk of: by the job's record, or by the name that it had.
+    async fn volume_of(&self, image_id: Uuid, image: &ImageSpec, name: &str) -> Result<Option<Uuid>, Trouble> {
+        let stored = self.context().store.load(image_id).await?;
+        if let Some(Record { source: Some(Source::Volume(volume)), origin: Some(origin), .. }) =
+            stored.map(|stored| stored.record)
+            && ImageKey::Id(origin.image_id) == image.image
+            && origin.temporary
+        {
+            return Ok(Some(volume));
+        }
+        let config = self.context().config.borrow();
+        let backends = config.backends.values().filter(|backend| backend.pool == image.pool);
+        Ok(backends.filter_map(|backend| disk_id(&backend.image_name, name)).next())
+    }
+}
+
+/// The id in an image's name by `[backend:…] image_name`.
+fn disk_id(pattern: &str, name: &str) -> Option<Uuid> {
+    let (before, after) = pattern.split_once("{id}")?;
+    request::parse_uuid(name.strip_prefix(before)?.strip_suffix(after)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volumes_id_is_read_from_the_name_of_its_disk() {
+        let id = Uuid::new_v4();
+        assert_eq!(disk_id("volume-{id}", &format!("volume-{id}")), Some(id));
+        assert_eq!(disk_id("{id}_disk", &format!("{id}_disk")), Some(id));
+        for name in [id.to_string(), format!("volume-{id}.deleted"), "volume-".into(), String::new()] {
+            assert_eq!(disk_id("volume-{id}", &name), None, "{name}");
+        }
+    }
+}
