@@ -448,6 +448,7 @@ impl Reconciler {
     async fn repair(&self, image_id: Uuid, record: &super::record::Record, findings: &mut Findings) -> Result<()> {
         let id = image_id.to_string();
         let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
+        let deactivate = record.deactivated && image.status == "active" && !tenant::is_raw_and_bare(&image);
         let changes = match image.status.as_str() {
             "active" | "deactivated" => {
                 let ours = record.state == State::Done && record.trigger == Trigger::Request;
@@ -466,7 +467,7 @@ impl Reconciler {
             }
             _ => return Ok(()),
         };
-        if changes.is_empty() {
+        if changes.is_empty() && !deactivate {
             return Ok(());
         }
         // in custody, so that nobody begins it again meanwhile
@@ -474,7 +475,14 @@ impl Reconciler {
         let repaired = async {
             // no fence holds up a change in Glance
             custody.renew().await?;
-            self.context().cloud.update_image(&id, &changes).await?;
+            if deactivate {
+                self.context().cloud.deactivate_image(&id).await?;
+                tracing::error!(%image_id, "the image was active again under a format that nobody inspected; \
+                    it was deactivated again");
+            }
+            if !changes.is_empty() {
+                self.context().cloud.update_image(&id, &changes).await?;
+            }
             Ok::<_, Trouble>(())
         };
         let repaired = repaired.await;

@@ -254,6 +254,9 @@ pub struct Record {
     /// there. The reconciler puts it right, after the end too.
     #[serde(default)]
     pub mend: bool,
+    /// The image was deactivated, since it became active under another format than the inspected one. It stays so.
+    #[serde(default)]
+    pub deactivated: bool,
     /// The backend of the source, which the daemon that tried last is not configured for.
     #[serde(default)]
     pub needs_backend: Option<String>,
@@ -346,6 +349,7 @@ impl Record {
             acknowledged: false,
             told: false,
             mend: false,
+            deactivated: false,
             needs_backend: None,
             placeholder: false,
             takeovers: 0,

@@ -278,7 +278,12 @@ impl Job {
         let id = self.id.to_string();
         let before = self.snapshot().await;
         if before.ending.as_ref() != Some(&ending) {
-            self.update(|record| record.ending = Some(ending.clone())).await?;
+            self.update(|record| {
+                record.ending = Some(ending.clone());
+                // Glance may save what it read before, long after the end
+                (record.deactivated, record.mend) = (true, true);
+            })
+            .await?;
         }
         if image.status == "active" {
             self.lease.renew(self.context.store.objects().as_ref()).await?;
