@@ -723,6 +723,109 @@ async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() 
     tenant.gets(&daemon, &more).await;
 }
 
+/// Two deployments over the same pools: each sees the other's live copy, snapshot and leftovers, and touches none.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_deployment_made_is_left_alone() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_long_volume(96).await;
+    let volume = &tenant.volumes[0].0;
+    // the copy takes 96 s, longer than all that follows
+    let setup = telling("copy").set("offload", "bandwidth_limit", "1MiB").set("offload", "verify", "none");
+    let daemon = setup.set("offload", "reconcile_interval", "2s").start().await;
+    // the daemon of another cloud: it hears nothing of this one, and its own Glance is away
+    let other = telling("copy")
+        .set("offload", "reconcile_interval", "2s")
+        .set("messaging", "topics", "nothing")
+        .set("glance", "endpoint_override", "http://127.0.0.1:9/")
+        .start()
+        .await;
+    let live = tenant.request(1).await;
+    daemon.await_stage(&live[0].id, "snapshot").await;
+    let (ours, theirs) = (disk::deployment(&daemon.namespace).await, disk::deployment(&other.namespace).await);
+    assert_ne!(ours, theirs);
+    let private = format!("rbd-offload.{}", live[0].id);
+    let tags = volume.disk.snapshot_tags().await;
+    assert!(tags[&private].starts_with(&live[0].id) && tags[&private].ends_with(&ours), "{tags:?}");
+    // nobody's leftover, of an unknown deployment
+    let stranger = uuid::Uuid::new_v4().to_string();
+    let [copy_id, snapshot_id] = [(); 2].map(|()| uuid::Uuid::new_v4().to_string());
+    let tag = |id: &str, deployment: &str| format!("{id} {} {deployment}", uuid::Uuid::new_v4());
+    let foreign = Disk::of_image(&format!("rbd-offload.{copy_id}"));
+    foreign.leave(Some(&tag(&copy_id, &stranger))).await;
+    let foreign_snapshot = format!("rbd-offload.{snapshot_id}");
+    volume.disk.leave_snapshot(&foreign_snapshot, &tag(&snapshot_id, &stranger)).await;
+
+    // each removes what it left itself, in several rounds
+    for _ in 0..2 {
+        join_all([&ours, &theirs].map(|deployment| async move {
+            let [copy_id, snapshot_id, anchor_id] = [(); 3].map(|()| uuid::Uuid::new_v4().to_string());
+            let copy = Disk::of_image(&format!("rbd-offload.{copy_id}"));
+            let anchor = Disk::new("volumes", format!("rbd-offload.{anchor_id}.anchor"));
+            let snapshot = format!("rbd-offload.{snapshot_id}");
+            copy.leave(Some(&tag(&copy_id, deployment))).await;
+            anchor.leave(Some(&tag(&anchor_id, deployment))).await;
+            anchor.snapshot(&format!("rbd-offload.{anchor_id}")).await;
+            volume.disk.leave_snapshot(&snapshot, &tag(&snapshot_id, deployment)).await;
+            until("the leftovers of a deployment are gone", seconds(60), || async {
+                let gone = disk::facts(&[copy.clone(), anchor.clone()]).await.iter().all(Option::is_none);
+                let left = volume.disk.facts().await.unwrap().snapshots.contains_key(&snapshot);
+                (gone && !left && !volume.disk.snapshot_tags().await.contains_key(&snapshot)).then_some(())
+            })
+            .await;
+        }))
+        .await;
+    }
+    assert_eq!(daemon.job(&live[0].id).await.unwrap()["state"], "copying", "it was there all the time");
+    assert!(Disk::of_image(&private).facts().await.is_some());
+    let snapshots = volume.disk.facts().await.unwrap().snapshots;
+    assert!(snapshots.contains_key(&private) && snapshots.contains_key(&foreign_snapshot), "{snapshots:?}");
+    assert!(foreign.facts().await.is_some(), "what an unknown deployment made was touched");
+    assert!(other.log().contains("find requests"), "its Glance is away, and the other parts of its rounds run");
+    assert!(!other.log().contains(&live[0].id), "the other daemon dealt with this one's image");
+
+    foreign.remove().await;
+    volume.disk.remove_snapshot(&foreign_snapshot).await;
+    tenant.gets(&daemon, &live).await;
+    assert!(!volume.disk.snapshot_tags().await.contains_key(&private), "the tag goes with the snapshot");
+}
+
+/// A list of queued images that is too large for one answer keeps nobody's request from being found.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_are_too_large_are_passed_over() {
+    let _stage = stage::alone().await;
+    let tenant = Tenant::with_small_volumes(1).await;
+    let record = |count: usize, value: String| {
+        let mut record = json!({"disk_format": "raw", "container_format": "bare"});
+        for number in 0..count {
+            record[format!("p{number}")] = json!(value);
+        }
+        record
+    };
+    // 7.7 MB each: three pass the limit of an answer, one does not
+    let wide = record(120, "\u{e9}".repeat(32_000));
+    // Glance escapes a control character in six bytes: 18 MB, which is too much for one answer
+    let fat = record(50, "\u{1}".repeat(60_000));
+    let (mut wide_ids, mut fat_ids) = (Vec::new(), Vec::new());
+    for _ in 0..2 {
+        fat_ids.push(tenant.demo.create_image(&[], fat.clone()).await);
+        for _ in 0..2 {
+            wide_ids.push(tenant.demo.create_image(&[], wide.clone()).await);
+        }
+    }
+    // the daemon hears nothing: only its reconciler finds the request
+    let requests = tenant.request(1).await;
+    let daemon = telling("auto").set("messaging", "topics", "nothing").start().await;
+    tenant.await_active(&requests).await;
+    for id in &fat_ids {
+        daemon.await_log(&["passed over", id], seconds(60)).await;
+    }
+    for id in &wide_ids {
+        assert!(!daemon.log().contains(id), "{id} was read");
+    }
+    tenant.demo.delete_images(&[fat_ids, wide_ids].concat()).await;
+    tenant.gets(&daemon, &requests).await;
+}
+
 /// Two clouds with one jobs namespace would end each other's jobs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_of_another_cloud_is_refused() {
