@@ -1097,6 +1097,54 @@ trash('vms', NAME + '-c')",
     assert!(began.elapsed() > Duration::from_millis(900), "three headers, two a second");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_tell_the_tags_of_snapshots_that_are_gone_and_the_owners_of_images() {
+    let lab = Lab::new();
+    lab.python("for n in 'abc': create('vms', NAME + '-' + n, M)");
+    let client = lab.client().await;
+    let [plain, tagged, trashed] = ["a", "b", "c"].map(|n| ImageSpec::named("vms", format!("{}-{n}", lab.name)));
+    // other metadata, before the owner's key and behind it
+    for number in 0..4 {
+        client.set_metadata(&plain, &format!("a{number}"), "x").await.unwrap();
+        client.set_metadata(&tagged, &format!("z{number}"), "x").await.unwrap();
+    }
+    let snapshot = format!("{}-s", lab.name);
+    for image in [&tagged, &trashed] {
+        client.set_metadata(image, MARK, &format!("owner of {image}")).await.unwrap();
+        client.set_snapshot_tag(image, &snapshot, "tag").await.unwrap();
+    }
+    // one that is there is told of once
+    client.create_snapshot(&tagged, &snapshot).await.unwrap();
+    let id = client.image(&trashed, None).await.unwrap().unwrap().id;
+    lab.python("trash('vms', NAME + '-c')");
+    let in_trash = client.trash("vms").await.unwrap();
+    let name = in_trash.iter().find(|trashed| trashed.id == id).map(|trashed| trashed.name.clone());
+    assert_eq!(name, Some(format!("{}-c", lab.name)));
+
+    let by_id = ImageSpec::with_id("vms", id);
+    let page = client.snapshots("vms", &lab.name, 0, None, usize::MAX).await.unwrap();
+    let mine = |found: Vec<(ImageSpec, String)>| {
+        let mine = found.into_iter().filter(|(image, _)| [&plain, &tagged, &by_id].contains(&image));
+        let mut mine: Vec<_> = mine.map(|(image, text)| (image.to_string(), text)).collect();
+        mine.sort();
+        mine
+    };
+    let both = |text: &dyn Fn(&ImageSpec) -> String| {
+        let mut both = vec![(by_id.to_string(), text(&trashed)), (tagged.to_string(), text(&tagged))];
+        both.sort();
+        both
+    };
+    assert_eq!(mine(page.found), both(&|_| snapshot.clone()));
+    assert_eq!(mine(page.owned), both(&|image| format!("owner of {image}")));
+    assert_eq!(page.failed.len(), 0);
+
+    assert_eq!(client.remove_snapshot_tag(&by_id, &snapshot).await.unwrap(), Change::Made);
+    let page = client.snapshots("vms", &lab.name, 0, None, usize::MAX).await.unwrap();
+    assert_eq!(mine(page.found), [(tagged.to_string(), snapshot.clone())]);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
+    assert!(!client.in_trash(&by_id).await.unwrap());
+}
+
 fn key(cookie: &str) -> LockKey {
     LockKey { name: "rbd_offload.lease".into(), cookie: cookie.into() }
 }

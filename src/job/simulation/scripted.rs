@@ -379,6 +379,10 @@ fn an_image_whose_format_changes_after_the_inspection_is_deactivated() {
         assert_eq!(job.state, State::Failed, "{job:#?}");
         assert!(job.reason.as_ref().unwrap().contains("vmdk/bare"), "{job:#?}");
         assert_eq!(stage.image().image.status, "deactivated");
+        // a task of Glance saves what it read before
+        Stage::change_image(image, |record| record.image.status = "active".into())(&mut stage.world.lock());
+        sleep(Duration::from_secs(200)).await;
+        assert_eq!(stage.image().image.status, "deactivated");
         assert_eq!(stage.published(), Some((stage.content_of(0), false)), "its data are an image's");
         stage.is_tidy();
     });
