@@ -277,7 +277,7 @@ impl Job {
         let ending = Ending::new(State::Failed, wrong_format(image));
         let id = self.id.to_string();
         let before = self.snapshot().await;
-        if before.ending.as_ref() != Some(&ending) {
+        if before.ending.as_ref() != Some(&ending) || !before.deactivated {
             self.update(|record| {
                 record.ending = Some(ending.clone());
                 // Glance may save what it read before, long after the end

@@ -284,6 +284,31 @@ fn who_owns_the_source_counts_when_its_snapshot_exists() {
 }
 
 #[test]
+fn a_tag_that_is_set_while_a_declined_job_is_cleaned_up_is_a_new_request() {
+    play(|| async {
+        let stage = Stage::new();
+        let volume = stage.volumes[0];
+        let (mut declined, mut other) = (false, Some(stage.other_tag()));
+        stage.world.lock().script = Some(Box::new(move |world, call| {
+            if call.contains("create snapshot") && !std::mem::replace(&mut declined, true) {
+                world.cloud.disks.get_mut(&volume.to_string()).unwrap().volume.project_id = OTHER.into();
+            }
+            if call.contains("remove snapshot")
+                && let Some(other) = other.take()
+            {
+                other(world);
+            }
+        }));
+        let _daemon = stage.daemon("node", "clone");
+        stage.ask().await;
+        let job = stage.end().await;
+        assert_eq!((job.state, job.source), (State::Done, Some(Source::Volume(stage.volumes[1]))), "{job:#?}");
+        assert_eq!(stage.published(), Some((stage.content_of(1), false)));
+        stage.is_tidy();
+    });
+}
+
+#[test]
 fn an_image_that_is_given_away_during_the_copy_gets_nothing() {
     for moment in [&["flattened"][..], &["glance patch", "Remove"]] {
         play(|| async move {
