@@ -12,10 +12,7 @@ use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method};
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
-use crate::request::{self, Asked, Offer, Source, Trigger};
-
-/// Prefix of the properties that the daemon keeps on a queued record for the tenant.
-pub const PROPERTY_PREFIX: &str = "rbd_offload_";
+use crate::request::{self, Asked, Offer, PROPERTY_PREFIX, Source, Trigger};
 
 /// Image attributes that Cinder keeps among a volume's image metadata; they are no properties of the new image.
 const CORE_ATTRIBUTES: [&str; 9] =
@@ -546,10 +543,7 @@ fn backend_of(host: &str) -> Option<&str> {
 fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
     // Glance before 30 tells neither; the location's outcome tells then
     let silent = stores.iter().all(|store| store.pool.is_none());
-    let fits = stores.iter().any(|store| {
-        store.pool.as_deref() == Some(pool)
-            && store.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(fsid))
-    });
+    let fits = stores.iter().any(|store| store.pool.as_deref() == Some(pool) && store.may_be_in(fsid));
     if silent || fits {
         return Ok(());
     }

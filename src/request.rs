@@ -18,6 +18,9 @@ pub const HANDOVER_PREFIX: &str = "rbd-offload-handover:";
 /// By this tag the waiting service says that the prepared copy is to be published.
 pub const GO_TAG: &str = "rbd-offload-handover:go";
 
+/// Prefix of the properties that the daemon keeps on a queued record for the tenant.
+pub const PROPERTY_PREFIX: &str = "rbd_offload_";
+
 /// Whether a tag is one of ours, well-formed or not.
 pub fn is_ours(tag: &str) -> bool {
     tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX)

@@ -49,8 +49,8 @@ fn counts(bodies: &[String]) -> BTreeMap<String, usize> {
     for body in bodies {
         let what = match Notification::read(body.as_bytes(), Some("utf-8")).unwrap() {
             Notification::Irrelevant(event_type) => format!("- {event_type}"),
-            Notification::Relevant { event, message_id, unique_id, .. } => {
-                assert!(message_id.is_some() && unique_id.is_some());
+            Notification::Relevant { event, message_id, .. } => {
+                assert!(message_id.is_some());
                 kind(&event).to_owned()
             }
         };
@@ -215,9 +215,7 @@ async fn a_file_of_captures_is_replayed() {
     assert_eq!((summary.accepted, summary.irrelevant), (104, 701));
     assert!(summary.failed.is_empty());
     let events = sink.events.lock().unwrap();
-    assert!(
-        events.iter().any(|(_, meta)| meta.exchange == "nova" && meta.routing_key == "versioned_notifications.info")
-    );
+    assert!(events.iter().any(|(_, meta)| meta.exchange == "nova"));
 }
 
 #[tokio::test]

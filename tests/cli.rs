@@ -1,6 +1,9 @@
 //! The promises of the command line, with the real binary against the lab that `make test` starts.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/env.rs"]
+mod env;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -25,6 +28,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use env::lab_var;
+
 /// One `check` at a time: each makes snapshots in three pools, and has ten seconds for each.
 static CHECKING: Mutex<()> = Mutex::new(());
 
@@ -35,10 +40,6 @@ const NO_INPUT: i32 = 66;
 const UNAVAILABLE: i32 = 69;
 const TEMPORARY: i32 = 75;
 const CONFIG: i32 = 78;
-
-fn lab(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: these tests need the lab; run `make test`"))
-}
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(work)
@@ -60,10 +61,10 @@ impl Setup {
              region_name = RegionOne\n[ceph]\nconf = {}\nuser = rbd-offload\n[jobs]\nnamespace = {namespace}\n\
              [backend:ceph]\npool = volumes\n[backend:ceph2]\npool = volumes2\n\
              [backend:ceph-offload]\npool = volumes\n",
-            lab("RBDLAB_OFFLOAD_AMQP"),
-            lab("RBDLAB_KEYSTONE"),
-            lab("RBDLAB_OFFLOAD_PASSWORD"),
-            PathBuf::from(lab("RBDLAB_DIR")).join("ceph/ceph.conf").display(),
+            lab_var("RBDLAB_OFFLOAD_AMQP"),
+            lab_var("RBDLAB_KEYSTONE"),
+            lab_var("RBDLAB_OFFLOAD_PASSWORD"),
+            PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph/ceph.conf").display(),
         );
         let setup = Self { dir: tempfile::tempdir().unwrap(), namespace, text };
         setup.write();
@@ -101,7 +102,7 @@ impl Setup {
     }
 
     async fn objects(&self) -> Arc<dyn Objects> {
-        let ceph = PathBuf::from(lab("RBDLAB_DIR")).join("ceph/ceph.conf");
+        let ceph = PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph/ceph.conf");
         let client = Client::connect(&ceph, "rbd-offload").await.unwrap();
         Arc::new(client.objects("images", &self.namespace).unwrap())
     }
@@ -217,7 +218,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
     assert!(ran.out.ends_with("all checks passed\n") && !ran.out.contains('\x1b'), "{ran:?}");
     for row in [
         "configuration ",
-        &broker(&lab("RBDLAB_AMQP_PORT")),
+        &broker(&lab_var("RBDLAB_AMQP_PORT")),
         "RabbitMQ queue rbd-offload-test-",
         "RabbitMQ exchange glance ",
         "RabbitMQ exchange openstack ",
@@ -254,7 +255,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
 /// Images of probes, in all pools.
 async fn leftovers() -> Vec<String> {
     use rbd_offload::ceph::Storage;
-    let ceph = PathBuf::from(lab("RBDLAB_DIR")).join("ceph/ceph.conf");
+    let ceph = PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph/ceph.conf");
     let client = Client::connect(&ceph, "rbd-offload").await.unwrap();
     let mut images = Vec::new();
     for pool in ["images", "volumes", "volumes2", "vms"] {
@@ -265,8 +266,8 @@ async fn leftovers() -> Vec<String> {
 
 #[test]
 fn check_names_faults_of_each_broker_and_a_missing_role_and_capability() {
-    let port = lab("RBDLAB_AMQP_PORT");
-    let good = lab("RBDLAB_OFFLOAD_AMQP");
+    let port = lab_var("RBDLAB_AMQP_PORT");
+    let good = lab_var("RBDLAB_OFFLOAD_AMQP");
     // localhost: another row for the same broker
     let hosts = good.replace(&format!("@127.0.0.1:{port}/"), &format!("@127.0.0.1:1,offload:Wr0ng@localhost:{port},"));
     let hosts = format!("{hosts}{}", good.strip_prefix("rabbit://").unwrap());
@@ -296,13 +297,13 @@ fn check_names_faults_of_each_broker_and_a_missing_role_and_capability() {
 
 #[test]
 fn check_names_a_wrong_vhost_pool_and_backend_and_all_missing_roles() {
-    let good = lab("RBDLAB_OFFLOAD_AMQP");
+    let good = lab_var("RBDLAB_OFFLOAD_AMQP");
     let setup = Setup::new()
         .with(&good, &format!("{good}nosuch"))
         .with("username = offload", "username = offload-reader")
         .with("pool = volumes2", "pool = volumez\ndest_pool = vms");
     let checked = check(&setup);
-    checked.fault(&broker(&lab("RBDLAB_AMQP_PORT")), "no virtual host nosuch", "transport_url");
+    checked.fault(&broker(&lab_var("RBDLAB_AMQP_PORT")), "no virtual host nosuch", "transport_url");
     assert_eq!(checked.row("RabbitMQ exchange glance").0, "skipped");
     checked.fault("Keystone roles", "service", "openstack role add");
     checked.fault("Keystone roles", "admin", "openstack role add");
@@ -313,7 +314,7 @@ fn check_names_a_wrong_vhost_pool_and_backend_and_all_missing_roles() {
 #[test]
 fn check_names_a_wrong_password_key_and_exchange() {
     let setup = Setup::new()
-        .with(&format!("password = {}", lab("RBDLAB_OFFLOAD_PASSWORD")), "password = Wr0ng")
+        .with(&format!("password = {}", lab_var("RBDLAB_OFFLOAD_PASSWORD")), "password = Wr0ng")
         .with("exchanges = glance, openstack", "exchanges = glance, nosuch, nova")
         .with("user = rbd-offload", "user = nobody");
     let checked = check(&setup);
@@ -345,14 +346,14 @@ fn check_gives_up_on_silent_monitors_and_a_silent_keystone() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap();
     let setup = Setup::new();
-    let ceph = PathBuf::from(lab("RBDLAB_DIR")).join("ceph");
+    let ceph = PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph");
     let keyring = ceph.join("client.rbd-offload.keyring").display().to_string();
-    let conf = format!("[global]\nfsid = {}\nmon host = v2:{address}\nkeyring = {keyring}\n", lab("RBDLAB_FSID"));
+    let conf = format!("[global]\nfsid = {}\nmon host = v2:{address}\nkeyring = {keyring}\n", lab_var("RBDLAB_FSID"));
     std::fs::write(setup.path("ceph.conf"), conf).unwrap();
     let own = setup.path("ceph.conf").display().to_string();
     let setup = setup
         .with(&ceph.join("ceph.conf").display().to_string(), &own)
-        .with(&lab("RBDLAB_KEYSTONE"), &format!("http://{address}/v3"));
+        .with(&lab_var("RBDLAB_KEYSTONE"), &format!("http://{address}/v3"));
     let begun = Instant::now();
     let checked = check(&setup);
     // Keystone is asked twice, and a call on Ceph that was given up gets a few seconds to wind up
@@ -395,7 +396,7 @@ fn starts_late(target: &str, refusals: usize) -> String {
 
 #[test]
 fn check_waits_for_a_service_that_has_just_started_and_says_so() {
-    let keystone = lab("RBDLAB_KEYSTONE");
+    let keystone = lab_var("RBDLAB_KEYSTONE");
     let path = keystone.strip_prefix("http://").and_then(|rest| rest.split_once('/')).map_or("", |(_, path)| path);
     let late = format!("{}/{path}", starts_late(&keystone, 4));
     let checked = check(&Setup::new().with(&keystone, &late));
@@ -430,7 +431,7 @@ fn proxies_of_the_environment_are_ignored_unless_the_configuration_names_one() {
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.out.lines().any(|line| line.starts_with("Keystone ") && line.contains("FAULT")), "{ran:?}");
     // with one that is there every request goes through it
-    let proxy = starts_late(&lab("RBDLAB_KEYSTONE"), 0);
+    let proxy = starts_late(&lab_var("RBDLAB_KEYSTONE"), 0);
     let setup = setup.with("proxy = http://127.0.0.1:1", &format!("proxy = {proxy}"));
     let ran = setup.run(&["check"]);
     assert!(ran.out.lines().any(|line| line.starts_with("Keystone ") && line.contains("  ok")), "{ran:?}");
@@ -442,7 +443,7 @@ fn a_tenants_request_goes_through_the_proxy_of_the_environment_as_openstacks_own
         let mut command = Command::new(env!("CARGO_BIN_EXE_rbd-offload"));
         command.args(["request", "--volume", &Uuid::new_v4().to_string(), "--name", "proxied"]);
         command.envs([
-            ("OS_AUTH_URL", lab("RBDLAB_KEYSTONE").as_str()),
+            ("OS_AUTH_URL", lab_var("RBDLAB_KEYSTONE").as_str()),
             ("OS_USERNAME", "nobody"),
             ("OS_PASSWORD", "secret"),
             ("OS_PROJECT_NAME", "demo"),
@@ -461,7 +462,7 @@ fn a_tenants_request_goes_through_the_proxy_of_the_environment_as_openstacks_own
 fn check_names_each_missing_capability() {
     let setup = Setup::new();
     let user = format!("rbd-offload-{}", setup.namespace);
-    let ceph = PathBuf::from(lab("RBDLAB_DIR")).join("ceph");
+    let ceph = PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph");
     let admin = |arguments: &[&str]| {
         let output = Command::new("ceph")
             .arg("-c")
@@ -531,7 +532,7 @@ fn check_names_each_missing_capability() {
 fn check_sees_a_queue_of_another_type_and_one_that_grows() {
     let setup = Setup::new();
     let queue = setup.config().messaging.queue;
-    let url = TransportUrl::parse(&lab("RBDLAB_OFFLOAD_AMQP")).unwrap();
+    let url = TransportUrl::parse(&lab_var("RBDLAB_OFFLOAD_AMQP")).unwrap();
     let declare = async |kind: &str, messages: usize| {
         let connection =
             Connection::connect_uri(url.amqp_uri(&url.hosts[0]), ConnectionProperties::default()).await.unwrap();
@@ -763,7 +764,7 @@ impl Drop for Requested {
 
 /// Without a configuration file.
 fn request(arguments: &[&str]) -> Command {
-    lab("RBDLAB_DIR");
+    lab_var("RBDLAB_DIR");
     let mut command = Command::new(env!("CARGO_BIN_EXE_rbd-offload"));
     command.arg("request").args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command

@@ -1,6 +1,9 @@
 //! The OpenStack client against a real Keystone, Glance and Cinder: the lab that `make test` starts.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/env.rs"]
+mod env;
+
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,6 +14,8 @@ use rbd_offload::openstack::{
 };
 use reqwest::Method;
 use serde_json::{Value, json};
+
+use env::lab_var;
 
 /// What the lab tells in the environment.
 struct Lab {
@@ -24,9 +29,7 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let var = |name: &str| {
-            std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `make test`, which starts the lab"))
-        };
+        let var = lab_var;
         Self {
             ceph_conf: format!("{}/ceph/ceph.conf", var("RBDLAB_DIR")),
             keystone: var("RBDLAB_KEYSTONE"),

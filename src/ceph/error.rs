@@ -70,11 +70,6 @@ impl Error {
         self.kind = kind;
         self
     }
-
-    /// Whether it may pass by itself.
-    pub fn is_transient(&self) -> bool {
-        matches!(self.kind, ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other)
-    }
 }
 
 /// What to do when a pool is full.

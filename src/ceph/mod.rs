@@ -13,6 +13,7 @@ mod layers;
 mod objects;
 mod pace;
 mod pool;
+mod probe;
 mod rbd;
 mod storage;
 mod sys;
@@ -32,7 +33,7 @@ pub use fill::FillFault;
 pub use objects::{MAX_OBJECT, Namespace};
 pub use pace::{RateLimiter, Rates};
 pub use pool::ClientPool;
-pub use storage::Finding;
+pub use probe::Finding;
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
 /// the RBD image is for; that id is part of the RBD image's name.
@@ -284,8 +285,6 @@ pub struct Moved {
 pub trait Storage: Send + Sync + 'static {
     /// The cluster's fsid, as a lower-case UUID.
     async fn fsid(&self) -> Result<String>;
-
-    async fn pools(&self) -> Result<Vec<String>>;
 
     /// `None` when there is no such image. With `snapshot`, size, parent and overlap are those at the snapshot, and a
     /// missing snapshot is [`ErrorKind::NotFound`].

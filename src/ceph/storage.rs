@@ -32,10 +32,6 @@ impl Storage for Client {
         self.run("read the cluster's fsid", |cluster| cluster.fsid()).await
     }
 
-    async fn pools(&self) -> Result<Vec<String>> {
-        self.run("list the pools", |cluster| cluster.pools()).await
-    }
-
     async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>> {
         let (spec, snapshot) = (image.clone(), snapshot.map(str::to_owned));
         self.run(format!("look at {image}"), move |cluster| {
@@ -603,7 +599,7 @@ fn rename(io: &IoCtx, from: &str, to: &str, operation: &str) -> Result<()> {
 
 /// Removes an image with its snapshots. The pool's settings may turn librbd's removal into a move to the trash, and a
 /// removal may have broken off there, so that the trash is looked through each time.
-fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
+pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
     let operation = format!("remove {spec}");
     let io = IoCtx::open(cluster, &spec.pool)?;
     let (name, id) = match &spec.image {
@@ -795,90 +791,12 @@ fn contains(data: &[u8], text: &[u8]) -> bool {
     text.is_empty() || data.windows(text.len()).any(|window| window == text)
 }
 
-/// Something that this client cannot do in a pool, as [`Client::capabilities`] found it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    /// `create an image`
-    pub what: &'static str,
-    pub kind: ErrorKind,
-    pub error: String,
-    /// What the operator should do.
-    pub remedy: String,
-}
-
-impl Client {
-    /// What this client cannot do in a pool that it must be able to snapshot, write to and clean up: tries all of it
-    /// with a tiny image of its own. Empty when all is well; stops at the first thing that fails. For a pool that is
-    /// only read, `read_only` limits it to listing.
-    pub async fn capabilities(&self, pool: &str, read_only: bool) -> Result<Vec<Finding>> {
-        let pool = pool.to_owned();
-        self.run(format!("check pool {pool}"), move |cluster| {
-            let findings = probe(cluster, &pool, read_only);
-            // Being shut out is no matter of capabilities.
-            match findings {
-                Err((_, e)) if e.kind() == ErrorKind::Fenced => Err(e),
-                Err((what, e)) => {
-                    Ok(vec![Finding { what, kind: e.kind(), remedy: remedy(&pool, &e), error: e.to_string() }])
-                }
-                Ok(()) => Ok(Vec::new()),
-            }
-        })
-        .await
-    }
-}
-
-fn probe(cluster: &Arc<Cluster>, pool: &str, read_only: bool) -> std::result::Result<(), (&'static str, Error)> {
-    let io = IoCtx::open(cluster, pool).map_err(|e| ("open the pool", e))?;
-    rbd::list(&io, &format!("list the images of {pool}")).map_err(|e| ("list images", e))?;
-    if read_only {
-        return Ok(());
-    }
-    let name = format!("rbd-offload.check-{}", uuid::Uuid::new_v4());
-    let (clone_name, renamed_name) = (format!("{name}-clone"), format!("{name}-renamed"));
-    let [spec, clone, renamed] = [&name, &clone_name, &renamed_name].map(|name| ImageSpec::named(pool, name));
-    let result = rbd::create_default(&io, &spec, 1 << 20).map_err(|e| ("create an image", e)).and_then(|()| {
-        let image = Image::open_existing(cluster, &spec, Access::ReadWrite).map_err(|e| ("open an image", e))?;
-        image.create_snapshot("check").map_err(|e| ("create a snapshot", e))?;
-        image.protect_snapshot("check").map_err(|e| ("protect a snapshot", e))?;
-        drop(image);
-        let parent = Image::open_snapshot(cluster, &spec, "check").map_err(|e| ("open a snapshot", e))?;
-        let cloned = Options::published(&parent)
-            .and_then(|options| rbd::clone(parent.io(), &name, "check", &io, &clone, &options, "clone a snapshot"))
-            .map_err(|e| ("clone a snapshot", e))
-            .and_then(|()| {
-                rbd::rename(&io, &clone_name, &renamed_name, "rename an image").map_err(|e| ("rename an image", e))
-            });
-        drop(parent);
-        let removed = [&renamed, &clone].map(|spec| remove_image(cluster, spec).map_err(|e| ("remove an image", e)));
-        cloned?;
-        for removed in removed {
-            removed?;
-        }
-        let image = Image::open_existing(cluster, &spec, Access::ReadWrite).map_err(|e| ("open an image", e))?;
-        image.unprotect_snapshot("check").map_err(|e| ("unprotect a snapshot", e))?;
-        image.remove_snapshot("check").map_err(|e| ("remove a snapshot", e))
-    });
-    let removed = remove_image(cluster, &spec).map_err(|e| ("remove an image", e));
-    result.and(removed.map(drop))
-}
-
-fn remedy(pool: &str, error: &Error) -> String {
-    match error.kind() {
-        ErrorKind::NotFound => format!("create pool {pool}, or name another"),
-        ErrorKind::PermissionDenied => {
-            format!("ceph auth caps … mon 'profile rbd' mgr 'profile rbd' osd 'profile rbd pool={pool}, …'")
-        }
-        ErrorKind::NoSpace => super::error::MORE_SPACE.to_owned(),
-        _ => "see `ceph status`".to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_text_is_found_anywhere() {
+    fn contains_finds_a_part() {
         assert!(contains(b"\x08\0\0\0rbd-offload.1\0", b"rbd-offload."));
         assert!(!contains(b"rbd-offloa", b"rbd-offload."));
         assert!(contains(b"", b""));

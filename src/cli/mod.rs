@@ -158,8 +158,7 @@ fn store_problems(config: &Config, stores: &[openstack::Store], fsid: &str) -> V
                 "[backend:{name}] dest_pool = {pool}: no Glance store lies in that pool; Glance's pools: {}",
                 known.join(", ")
             ));
-        } else if same_pool.all(|store| store.fsid.as_deref().is_some_and(|theirs| !theirs.eq_ignore_ascii_case(fsid)))
-        {
+        } else if !same_pool.any(|store| store.may_be_in(fsid)) {
             problems.push(format!(
                 "[backend:{name}] dest_pool = {pool}: Glance's store of that pool lies in another Ceph cluster than [ceph] conf ({fsid})"
             ));

@@ -12,8 +12,7 @@ use uuid::Uuid;
 use super::{Failure, output};
 use crate::config;
 use crate::openstack::{Image, Tenant, is_reserved};
-use crate::plan::PROPERTY_PREFIX;
-use crate::request::{Source, parse_uuid};
+use crate::request::{PROPERTY_PREFIX, Source, parse_uuid};
 
 /// Between two looks at the record.
 const LOOK: Duration = Duration::from_secs(1);

@@ -8,8 +8,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::envelope::{self, Unreadable};
-use crate::plan::PROPERTY_PREFIX;
-use crate::request::{HANDOVER_PREFIX, TAG_PREFIX};
+use crate::request::{HANDOVER_PREFIX, PROPERTY_PREFIX, TAG_PREFIX, parse_uuid};
 
 /// Characters of a text that is kept; Glance's and Cinder's own limit.
 const MAX_TEXT: usize = 255;
@@ -19,17 +18,12 @@ const MAX_TAGS: usize = 8;
 /// What a notification says. Never trusted: owner, status and properties are read again from the services.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// `image.create` or `image.update`, and only of an image that is `queued` and either carries a request tag or an
-    /// offer, or was made by Nova for a snapshot. Any other image is irrelevant.
+    /// `image.create` or `image.update`, and only of an image that is `queued` and carries a request tag or an offer. Any
+    /// other image is irrelevant.
     ImageChanged {
         image_id: Uuid,
-        status: String,
         /// Only those that start with `rbd-offload:` or `rbd-offload-handover:`, well formed or not; 8 at most.
         tags: Vec<String>,
-        /// Nova's, of the instance that the image is a snapshot of.
-        instance_uuid: Option<Uuid>,
-        /// Nova's: `snapshot` or `backup`.
-        image_type: Option<String>,
         owner: Option<String>,
     },
     /// `image.activate` or `image.update` of an image that is active and still bears properties of ours: its owner
@@ -38,17 +32,9 @@ pub enum Event {
     /// `image.delete`
     ImageDeleted { image_id: Uuid },
     /// `volume.upload.start`, of the Cinder integration
-    VolumeUpload {
-        image_id: Uuid,
-        volume_id: Uuid,
-        /// `node@backend#pool`
-        host: String,
-        tenant_id: String,
-        /// The sender made an offer on the image record, and says when to publish (`docs/handover.md`).
-        handover: bool,
-    },
+    VolumeUpload { image_id: Uuid },
     /// `instance.snapshot.start`, versioned
-    InstanceSnapshot { image_id: Uuid, instance_id: Uuid },
+    InstanceSnapshot { image_id: Uuid },
     /// `compute.instance.snapshot.start`, which does not tell the image
     LegacyInstanceSnapshot { instance_id: Uuid },
 }
@@ -110,8 +96,6 @@ pub enum Notification {
         event_type: EventType,
         /// oslo.messaging's `message_id`, for the log.
         message_id: Option<String>,
-        /// oslo.messaging's `_unique_id`, for the log.
-        unique_id: Option<String>,
     },
 }
 
@@ -126,8 +110,6 @@ struct Message<'a> {
     payload: Option<&'a RawValue>,
     #[serde(borrow)]
     message_id: Option<&'a RawValue>,
-    #[serde(borrow, rename = "_unique_id")]
-    unique_id: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -145,8 +127,6 @@ struct Image {
 
 #[derive(Default)]
 struct Properties {
-    instance_uuid: Text,
-    image_type: Text,
     /// There is one that the daemon set.
     ours: bool,
 }
@@ -159,11 +139,6 @@ struct DeletedImage {
 #[derive(Deserialize)]
 struct Upload {
     image_id: Id,
-    volume_id: Id,
-    host: Text,
-    tenant_id: Text,
-    #[serde(default)]
-    handover: Flag,
 }
 
 #[derive(Deserialize)]
@@ -174,7 +149,6 @@ struct Versioned {
 
 #[derive(Deserialize)]
 struct SnapshotAction {
-    uuid: Id,
     snapshot_image_id: Id,
 }
 
@@ -216,12 +190,7 @@ impl Notification {
         }
         Ok(match event(event_type, payload)? {
             None => Notification::Irrelevant(event_type),
-            Some(event) => Notification::Relevant {
-                event,
-                event_type,
-                message_id: message_id(message.message_id),
-                unique_id: message_id(message.unique_id),
-            },
+            Some(event) => Notification::Relevant { event, event_type, message_id: message_id(message.message_id) },
         })
     }
 }
@@ -231,42 +200,19 @@ fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unr
     Ok(Some(match event_type {
         EventType::ImageCreate | EventType::ImageUpdate | EventType::ImageActivate => {
             let image: Image = parse(payload)?;
-            let instance_uuid = image.properties.instance_uuid.0.as_deref().and_then(uuid);
-            let of_interest = !image.tags.0.is_empty() || instance_uuid.is_some();
-            match image.status.0 {
-                Some(status) if status == "queued" && of_interest && event_type != EventType::ImageActivate => {
-                    Event::ImageChanged {
-                        image_id: image.id.checked()?,
-                        status,
-                        tags: image.tags.0,
-                        instance_uuid,
-                        image_type: image.properties.image_type.0,
-                        owner: image.owner.0,
-                    }
+            let is_asked_for = !image.tags.0.is_empty() && event_type != EventType::ImageActivate;
+            match image.status.0.as_deref() {
+                Some("queued") if is_asked_for => {
+                    Event::ImageChanged { image_id: image.id.checked()?, tags: image.tags.0, owner: image.owner.0 }
                 }
-                Some(status) if status == "active" && image.properties.ours => {
-                    Event::ImageActive { image_id: image.id.checked()? }
-                }
+                Some("active") if image.properties.ours => Event::ImageActive { image_id: image.id.checked()? },
                 _ => return Ok(None),
             }
         }
         EventType::ImageDelete => Event::ImageDeleted { image_id: parse::<DeletedImage>(payload)?.id.checked()? },
-        EventType::VolumeUploadStart => {
-            let upload: Upload = parse(payload)?;
-            Event::VolumeUpload {
-                image_id: upload.image_id.checked()?,
-                volume_id: upload.volume_id.checked()?,
-                host: upload.host.0.ok_or(Unreadable::PayloadShape)?,
-                tenant_id: upload.tenant_id.0.ok_or(Unreadable::PayloadShape)?,
-                handover: upload.handover.0,
-            }
-        }
+        EventType::VolumeUploadStart => Event::VolumeUpload { image_id: parse::<Upload>(payload)?.image_id.checked()? },
         EventType::InstanceSnapshotStart => {
-            let action = parse::<Versioned>(payload)?.data;
-            Event::InstanceSnapshot {
-                image_id: action.snapshot_image_id.checked()?,
-                instance_id: action.uuid.checked()?,
-            }
+            Event::InstanceSnapshot { image_id: parse::<Versioned>(payload)?.data.snapshot_image_id.checked()? }
         }
         EventType::ComputeInstanceSnapshotStart => {
             Event::LegacyInstanceSnapshot { instance_id: parse::<LegacyAction>(payload)?.instance_id.checked()? }
@@ -289,11 +235,6 @@ fn message_id(value: Option<&RawValue>) -> Option<String> {
     text_of(value).filter(|id| id.len() <= 64 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'))
 }
 
-/// A UUID as services write it: 36 characters with hyphens, nothing else.
-fn uuid(text: &str) -> Option<Uuid> {
-    (text.len() == 36).then(|| Uuid::try_parse(text).ok()).flatten()
-}
-
 /// An id that is a text; whether it is a UUID comes out in [`Id::checked`].
 struct Id(Option<Uuid>);
 
@@ -305,7 +246,7 @@ impl Id {
 
 impl<'de> Deserialize<'de> for Id {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(Id(Text::deserialize(deserializer)?.0.as_deref().and_then(uuid)))
+        Ok(Id(Text::deserialize(deserializer)?.0.as_deref().and_then(parse_uuid)))
     }
 }
 
@@ -364,16 +305,6 @@ impl<'de> Deserialize<'de> for Text {
     }
 }
 
-/// `true`; anything else is not.
-#[derive(Default)]
-struct Flag(bool);
-
-impl<'de> Deserialize<'de> for Flag {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(Flag(<&RawValue>::deserialize(deserializer)?.get() == "true"))
-    }
-}
-
 /// The tags that start as ours do. One that is too long, or has control characters, is cut to the prefix: malformed in
 /// any case.
 #[derive(Default)]
@@ -401,7 +332,7 @@ impl<'de> Deserialize<'de> for RequestTags {
     }
 }
 
-/// The few of interest. A tenant names and fills properties as they like, so nothing here fails but broken JSON.
+/// Only their names count. A tenant names and fills properties as they like, so nothing here fails but broken JSON.
 impl<'de> Deserialize<'de> for Properties {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Pairs;
@@ -420,14 +351,8 @@ impl<'de> Deserialize<'de> for Properties {
             fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Properties, A::Error> {
                 let mut properties = Properties::default();
                 while let Some(name) = map.next_key::<String>()? {
-                    match name.as_str() {
-                        "instance_uuid" => properties.instance_uuid = map.next_value()?,
-                        "image_type" => properties.image_type = map.next_value()?,
-                        _ => {
-                            properties.ours |= name.starts_with(PROPERTY_PREFIX);
-                            map.next_value::<IgnoredAny>()?;
-                        }
-                    }
+                    properties.ours |= name.starts_with(PROPERTY_PREFIX);
+                    map.next_value::<IgnoredAny>()?;
                 }
                 Ok(properties)
             }
@@ -463,9 +388,8 @@ mod tests {
 
     fn event(event_type: &str, payload: Value) -> Option<Event> {
         match read(event_type, payload).unwrap() {
-            Notification::Relevant { event, message_id, unique_id, .. } => {
+            Notification::Relevant { event, message_id, .. } => {
                 assert_eq!(message_id.as_deref(), Some(IMAGE));
-                assert!(unique_id.is_some());
                 Some(event)
             }
             Notification::Irrelevant(_) => None,
@@ -481,10 +405,7 @@ mod tests {
                 event(event_type, image("queued", json!(["x", tag]))),
                 Some(Event::ImageChanged {
                     image_id: IMAGE.parse().unwrap(),
-                    status: "queued".to_owned(),
                     tags: vec![tag.clone()],
-                    instance_uuid: None,
-                    image_type: None,
                     owner: Some("p".to_owned()),
                 })
             );
@@ -511,60 +432,31 @@ mod tests {
     }
 
     #[test]
-    fn an_image_of_a_snapshot() {
-        let image = |instance: Value| json!({"id": IMAGE, "status": "queued", "owner": null, "tags": [], "properties": {"instance_uuid": instance, "image_type": "backup"}});
-        let Some(Event::ImageChanged { instance_uuid, image_type, owner, .. }) =
-            event("image.create", image(json!(OTHER)))
-        else {
-            panic!("dropped");
-        };
-        assert_eq!((instance_uuid, image_type.as_deref(), owner), (Some(OTHER.parse().unwrap()), Some("backup"), None));
-        for nonsense in [
-            json!("x"),
-            json!(1),
-            json!(null),
-            json!({"a": [1, {}]}),
-            json!([OTHER]),
-            json!(1.5),
-            json!(-1),
-            json!(true),
-        ] {
-            assert_eq!(event("image.create", image(nonsense)), None);
+    fn an_image_without_a_tag_is_irrelevant_whatever_its_properties_are() {
+        for value in
+            [json!(OTHER), json!(1), json!(null), json!({"a": [1, {}]}), json!([OTHER]), json!(1.5), json!(true)]
+        {
+            let properties = json!({"instance_uuid": value, "image_type": "backup"});
+            let image = json!({"id": IMAGE, "status": "queued", "owner": null, "tags": [], "properties": properties});
+            assert_eq!(event("image.create", image), None);
         }
     }
 
     #[test]
-    fn the_others() {
+    fn deletions_uploads_and_snapshots_name_their_image() {
         let image_id: Uuid = IMAGE.parse().unwrap();
         let instance_id: Uuid = OTHER.parse().unwrap();
         assert_eq!(event("image.delete", json!({"id": IMAGE})), Some(Event::ImageDeleted { image_id }));
         assert_eq!(
-            event(
-                "volume.upload.start",
-                json!({"image_id": IMAGE, "volume_id": OTHER, "host": "n@b#p", "tenant_id": "t"})
-            ),
-            Some(Event::VolumeUpload {
-                image_id,
-                volume_id: instance_id,
-                host: "n@b#p".to_owned(),
-                tenant_id: "t".to_owned(),
-                handover: false,
-            })
+            event("volume.upload.start", json!({"image_id": IMAGE, "volume_id": OTHER, "host": {"a": 1}})),
+            Some(Event::VolumeUpload { image_id })
         );
-        for (said, read) in [(json!(true), true), (json!("true"), false), (json!({"a": 1}), false)] {
-            let upload =
-                json!({"image_id": IMAGE, "volume_id": OTHER, "host": "h", "tenant_id": "t", "handover": said});
-            let Some(Event::VolumeUpload { handover, .. }) = event("volume.upload.start", upload) else {
-                panic!("dropped");
-            };
-            assert_eq!(handover, read);
-        }
         assert_eq!(
             event(
                 "instance.snapshot.start",
                 json!({"nova_object.data": {"uuid": OTHER, "snapshot_image_id": IMAGE, "x": {}}})
             ),
-            Some(Event::InstanceSnapshot { image_id, instance_id })
+            Some(Event::InstanceSnapshot { image_id })
         );
         assert_eq!(
             event("compute.instance.snapshot.start", json!({"instance_id": OTHER})),

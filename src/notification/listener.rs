@@ -26,7 +26,7 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
 use metrics::{Counter, counter, gauge};
@@ -45,6 +45,7 @@ use super::permissions::Permissions;
 use super::sink::{Meta, Sink, SinkError};
 use super::status::Status;
 use super::transport_url::{self, FileError, Host, TransportUrl};
+use super::{is_hard_error, is_soft_error};
 use crate::config::{Messaging, QueueType};
 
 /// The pause after all hosts failed, and what it grows by each time up to the last: oslo.messaging's own figures.
@@ -263,7 +264,7 @@ impl Listener {
                 let _ = timeout(CLOSE_TIMEOUT, channel.close(200, "".into())).await;
                 Ok(())
             }
-            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::PRECONDITIONFAILED) => {
+            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
                 Err(Ended::QueueDiffers { queue: self.queue().to_owned(), wanted, error })
             }
             Err(ended) => Err(self.denied(ended)),
@@ -279,7 +280,7 @@ impl Listener {
 
     fn denied(&self, ended: Ended) -> Ended {
         match ended {
-            Ended::Call { what, error } if soft(&error, AMQPSoftError::ACCESSREFUSED) => {
+            Ended::Call { what, error } if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => {
                 let user = self.url.hosts.first().map_or("USER", |host| &host.user);
                 let command = Permissions::of(&self.config).command(user, &self.url.vhost);
                 Ended::Denied { what, command, error }
@@ -323,7 +324,7 @@ impl Listener {
             FieldTable::default(),
         );
         match call("remove a binding of the queue", unbound).await {
-            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => Ok(()),
+            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => Ok(()),
             other => other,
         }
     }
@@ -334,7 +335,7 @@ impl Listener {
         let declared = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
         match call("look for an exchange", declared).await {
             Ok(()) => {}
-            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
             Err(ended) => return Err(ended),
         }
         for topic in &self.config.topics {
@@ -344,7 +345,7 @@ impl Listener {
             match call("bind the queue to an exchange", bound).await {
                 Ok(()) => {}
                 // Deleted in between; a queue that is gone ends the consumer.
-                Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+                Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
                 Err(ended) => return Err(ended),
             }
         }
@@ -440,10 +441,10 @@ impl Run<'_> {
                 Err(Ended::ConnectTimeout { host: text })
             }
             Ok(Ok(Ok(connection))) => Ok(connection),
-            Ok(Ok(Err(error))) if soft(&error, AMQPSoftError::ACCESSREFUSED) => {
+            Ok(Ok(Err(error))) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => {
                 Err(Ended::Login { host: text, user: host.user.clone() })
             }
-            Ok(Ok(Err(error))) if hard(&error, AMQPHardError::NOTALLOWED) => {
+            Ok(Ok(Err(error))) if is_hard_error(&error, AMQPHardError::NOTALLOWED) => {
                 Err(Ended::Vhost { host: text, user: host.user.clone(), vhost: listener.url.vhost.clone(), error })
             }
             Ok(Ok(Err(error))) => Err(Ended::Connect { host: text, error }),
@@ -476,7 +477,7 @@ async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result
                     debug!("a binding that is gone is still remembered: {error}");
                 }
             }
-            Err(Ended::Call { error, .. }) if soft(&error, AMQPSoftError::ACCESSREFUSED) => warn!(
+            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => warn!(
                 "queue {queue:?} stays bound to exchange {exchange:?}, which the configuration no longer names: the user may not read that \
                  exchange any more. Allow it until the next connection, or delete the queue with `rabbitmqctl delete_queue` ({error})"
             ),
@@ -616,7 +617,6 @@ impl Pump<'_> {
                         }
                         next = consumer.next().now_or_never();
                     }
-                    self.listener.status.lock().last_delivery = Some(Instant::now());
                     if waiting == 0 {
                         flush_at = tokio::time::Instant::now() + ACK_DELAY;
                     }
@@ -652,17 +652,9 @@ impl Pump<'_> {
                 }
                 return self.acks.done(tag);
             }
-            Ok(Notification::Relevant { event, event_type, message_id, unique_id }) => (
-                event,
-                Meta {
-                    event_type,
-                    message_id,
-                    unique_id,
-                    exchange: delivery.exchange.as_str().to_owned(),
-                    routing_key: delivery.routing_key.as_str().to_owned(),
-                    redelivered: delivery.redelivered,
-                },
-            ),
+            Ok(Notification::Relevant { event, event_type, message_id }) => {
+                (event, Meta { event_type, message_id, exchange: delivery.exchange.as_str().to_owned() })
+            }
         };
         self.acks.hold(tag);
         let pace = self.listener.pace;
@@ -823,14 +815,6 @@ async fn call<T>(what: &'static str, call: impl Future<Output = lapin::Result<T>
         Ok(result) => result.map_err(|error| Ended::Call { what, error }),
         Err(_) => Err(Ended::CallTimeout { what }),
     }
-}
-
-fn soft(error: &lapin::Error, kind: AMQPSoftError) -> bool {
-    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(kind))
-}
-
-fn hard(error: &lapin::Error, kind: AMQPHardError) -> bool {
-    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Hard(kind))
 }
 
 /// What was logged when, so that the same thing does not fill the log.

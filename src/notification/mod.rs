@@ -18,6 +18,8 @@ mod sink;
 mod status;
 mod transport_url;
 
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+
 pub use bindings::{Binding, Bindings, BindingsError};
 pub use envelope::Unreadable;
 pub use event::{Event, EventType, Notification};
@@ -31,3 +33,17 @@ pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 /// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an exchange that
 /// does not exist yet included. What matters is logged here, once and with its remedy.
 pub const QUIET_TARGET: &str = "lapin";
+
+/// Whether the broker refused a call with this error and closed the channel.
+pub(crate) fn is_soft_error(error: &lapin::Error, kind: AMQPSoftError) -> bool {
+    is_protocol_error(error, &AMQPErrorKind::Soft(kind))
+}
+
+/// Whether the broker refused a call with this error and closed the connection.
+pub(crate) fn is_hard_error(error: &lapin::Error, kind: AMQPHardError) -> bool {
+    is_protocol_error(error, &AMQPErrorKind::Hard(kind))
+}
+
+fn is_protocol_error(error: &lapin::Error, kind: &AMQPErrorKind) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if error.kind() == kind)
+}

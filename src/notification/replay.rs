@@ -44,8 +44,6 @@ struct Captured<'a> {
 #[serde(default)]
 struct DeliveryInfo {
     exchange: String,
-    routing_key: String,
-    redelivered: bool,
 }
 
 /// Reads to the end. Each line is a captured delivery (`body_raw`, `delivery_info`), an envelope or a bare message; empty lines are
@@ -84,15 +82,8 @@ async fn feed(text: &[u8], sink: &dyn Sink) -> Result<bool, LineError> {
     };
     match Notification::read(&body, None)? {
         Notification::Irrelevant(_) => Ok(false),
-        Notification::Relevant { event, event_type, message_id, unique_id } => {
-            let meta = Meta {
-                event_type,
-                message_id,
-                unique_id,
-                exchange: delivery.exchange,
-                routing_key: delivery.routing_key,
-                redelivered: delivery.redelivered,
-            };
+        Notification::Relevant { event, event_type, message_id } => {
+            let meta = Meta { event_type, message_id, exchange: delivery.exchange };
             sink.accept(event, meta).await?;
             Ok(true)
         }

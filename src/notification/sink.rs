@@ -10,13 +10,9 @@ use super::event::{Event, EventType};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Meta {
     pub event_type: EventType,
-    /// oslo.messaging's `message_id` and `_unique_id`, where they are ids.
+    /// oslo.messaging's `message_id`, where it is an id.
     pub message_id: Option<String>,
-    pub unique_id: Option<String>,
     pub exchange: String,
-    pub routing_key: String,
-    /// The broker has handed it out before, to us or to another controller.
-    pub redelivered: bool,
 }
 
 /// Takes events over from the broker.

@@ -16,7 +16,6 @@ pub struct State {
     pub host: Option<String>,
     /// Consuming since; None: not connected.
     pub connected_since: Option<Instant>,
-    pub last_delivery: Option<Instant>,
     /// Connections lost or refused since the start.
     pub reconnects: u64,
     /// The queue exists and is of the right type.

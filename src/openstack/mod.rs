@@ -111,6 +111,13 @@ pub struct Store {
     pub default: bool,
 }
 
+impl Store {
+    /// `false` where Glance says that the store is in another Ceph cluster than this one.
+    pub fn may_be_in(&self, fsid: &str) -> bool {
+        self.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(fsid))
+    }
+}
+
 /// What all daemons of one cloud see alike, and those of another cloud do not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CloudId {

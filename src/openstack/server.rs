@@ -27,15 +27,6 @@ impl Session {
         let call = answer.call.clone();
         answer.json_if_found()?.map(|body| server(&call, &body)).transpose()
     }
-
-    /// Whether Nova answers us.
-    pub async fn probe_compute(&self) -> Result<()> {
-        let request =
-            Request::get(Service::Compute, "list one server", &["servers"]).query(vec![("limit", "1".to_owned())]);
-        let answer = self.wire.send(request).await?;
-        let call = answer.call.clone();
-        Fields::new(&call, &answer.json()?)?.array("servers").map(drop)
-    }
 }
 
 fn server(call: &str, body: &Value) -> Result<Server> {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use crate::openstack::{Image, ImageChange};
-use crate::plan::PROPERTY_PREFIX;
+use crate::request::PROPERTY_PREFIX;
 use crate::request::{self, Asked, Source};
 
 const STATUS: &str = "rbd_offload_status";

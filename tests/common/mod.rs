@@ -6,6 +6,7 @@ pub mod census;
 pub mod cloud;
 pub mod daemon;
 pub mod disk;
+pub mod env;
 pub mod gate;
 pub mod published;
 pub mod stage;
@@ -36,10 +37,7 @@ pub struct Lab {
 }
 
 static LAB: LazyLock<Lab> = LazyLock::new(|| {
-    let var = |name: &str| {
-        std::env::var(name)
-            .unwrap_or_else(|_| panic!("{name} is not set: run `make test`, which starts the lab that this needs"))
-    };
+    let var = env::lab_var;
     Lab {
         dir: var("RBDLAB_DIR").into(),
         commands: var("RBDLAB_HERE").into(),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use secrecy::ExposeSecret;
@@ -11,7 +11,7 @@ use secrecy::ExposeSecret;
 use super::report::{Row, Verdict};
 use super::within;
 use crate::config::{Config, Messaging};
-use crate::notification::{Host, Permissions, TransportUrl};
+use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
 
 /// Between two looks at a queue that somebody consumes.
 const GROWTH: Duration = Duration::from_secs(1);
@@ -92,14 +92,14 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Opti
 
 fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, error: &lapin::Error) -> Row {
     let (user, vhost) = (&host.user, &url.vhost);
-    if soft(error, AMQPSoftError::ACCESSREFUSED) {
+    if is_soft_error(error, AMQPSoftError::ACCESSREFUSED) {
         return Row::fault(
             name,
             format!("wrong user or password: RabbitMQ refused user {user}"),
             format!("fix transport_url in [messaging]; `rabbitmqctl authenticate_user {user}` tries a password"),
         );
     }
-    if hard(error, AMQPHardError::NOTALLOWED) {
+    if is_hard_error(error, AMQPHardError::NOTALLOWED) {
         return match error.to_string().contains("not found") {
             true => Row::fault(
                 name,
@@ -135,7 +135,7 @@ async fn queue(connection: &Connection, config: &Config) -> Row {
         .await
         {
             Ok(row) => row,
-            Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
+            Err(error) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
             Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
         });
     row.await
@@ -169,7 +169,7 @@ async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Resul
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     match connection.create_channel().await?.queue_declare(queue.as_str().into(), options, arguments).await {
         Ok(_) => {}
-        Err(error) if soft(&error, AMQPSoftError::PRECONDITIONFAILED) => {
+        Err(error) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
             return Ok(Row::fault(
                 name,
                 format!("it exists and is not a durable queue of type {wanted}"),
@@ -212,7 +212,7 @@ async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Dep
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     match connection.create_channel().await?.queue_declare(queue.into(), passive, FieldTable::default()).await {
         Ok(queue) => Ok(Some(Depth { messages: queue.message_count(), consumers: queue.consumer_count() })),
-        Err(error) if soft(&error, AMQPSoftError::NOTFOUND) => Ok(None),
+        Err(error) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -227,8 +227,8 @@ async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> R
         };
         match declared.await {
             Ok(()) => Row::ok(&name, ""),
-            Err(error) if soft(&error, AMQPSoftError::NOTFOUND) => missing(&name, exchange, config),
-            Err(error) if soft(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
+            Err(error) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => missing(&name, exchange, config),
+            Err(error) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
             Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
         }
     })
@@ -268,14 +268,6 @@ fn stand_in(config: &Config, mut rows: Vec<Row>) -> Vec<Row> {
         }
     }
     rows
-}
-
-fn soft(error: &lapin::Error, kind: AMQPSoftError) -> bool {
-    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(kind))
-}
-
-fn hard(error: &lapin::Error, kind: AMQPHardError) -> bool {
-    matches!(error.kind(), lapin::ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Hard(kind))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::report::{Row, Verdict};
 use super::within_once;
-use crate::ceph::{Client, Error, ErrorKind, LockKey, Locked, Objects, Storage};
+use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, Objects, Storage};
 use crate::config::Config;
 use crate::job::deployment;
 use crate::openstack::CloudId;
@@ -171,36 +171,23 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
         &name,
         "see `ceph status`: placement groups that are not active keep operations waiting",
         async || {
-            let findings = match client.capabilities(pool, false).await {
-                Ok(findings) => findings,
+            let finding = match client.probe_pool(pool).await {
+                Ok(None) => return Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
+                Ok(Some(finding)) => finding,
                 Err(error) => {
                     return Row::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
                         .transient_if(may_pass(error.kind()));
                 }
             };
-            match findings.into_iter().next() {
-                None => Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
-                Some(finding) => Row::fault(
-                    &name,
-                    match finding.kind {
-                        ErrorKind::PermissionDenied => {
-                            format!(
-                                "missing: osd 'profile rbd pool={pool}': cannot {} ({})",
-                                finding.what, finding.error
-                            )
-                        }
-                        _ => format!("cannot {}: {}", finding.what, finding.error),
-                    },
-                    match finding.kind {
-                        ErrorKind::PermissionDenied => caps(config),
-                        ErrorKind::NotFound => {
-                            format!("name the right pool in {}, or create it", used_by(config, pool))
-                        }
-                        _ => finding.remedy,
-                    },
-                )
-                .transient_if(may_pass(finding.kind)),
-            }
+            let Finding { what, error } = &finding;
+            let detail = match error.kind() {
+                ErrorKind::PermissionDenied => {
+                    format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})")
+                }
+                _ => format!("cannot {what}: {error}"),
+            };
+            Row::fault(&name, detail, remedy(config, error, &used_by(config, pool)))
+                .transient_if(may_pass(error.kind()))
         },
     );
     row.await

@@ -335,10 +335,6 @@ impl Storage for Handle {
         Ok(FSID.into())
     }
 
-    async fn pools(&self) -> Result<Vec<String>> {
-        Ok(vec!["images".into(), "volumes".into(), "ssd".into()])
-    }
-
     async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>> {
         self.ceph(
             Kind::Read,

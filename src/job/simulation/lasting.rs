@@ -124,10 +124,6 @@ impl Storage for Lasting {
         self.0.fsid().await
     }
 
-    async fn pools(&self) -> ceph::Result<Vec<String>> {
-        self.0.pools().await
-    }
-
     async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> ceph::Result<Option<ImageInfo>> {
         let (handle, image, snapshot) = (self.0.clone(), image.clone(), snapshot.map(str::to_owned));
         self.run(async move { Storage::image(&handle, &image, snapshot.as_deref()).await }).await

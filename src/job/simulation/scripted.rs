@@ -535,21 +535,9 @@ fn an_announced_upload_counts_by_the_offer_on_the_record_alone() {
             })(&mut stage.world.lock());
             let before = stage.image().image;
             let daemon = stage.daemon("node", "clone");
-            let event = Event::VolumeUpload {
-                image_id: image,
-                volume_id: volume,
-                host: "node@ceph#ceph".into(),
-                tenant_id: OTHER.into(),
-                handover: !offered,
-            };
-            let meta = Meta {
-                event_type: EventType::VolumeUploadStart,
-                message_id: None,
-                unique_id: None,
-                exchange: "openstack".into(),
-                routing_key: "notifications.info".into(),
-                redelivered: false,
-            };
+            let event = Event::VolumeUpload { image_id: image };
+            let meta =
+                Meta { event_type: EventType::VolumeUploadStart, message_id: None, exchange: "openstack".into() };
             daemon.intake.accept(event, meta).await.unwrap();
             assert_eq!(stage.job().is_some(), offered);
             if !offered {
