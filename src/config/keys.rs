@@ -1,11 +1,14 @@
-//! Every key of the configuration: its section, default, what it takes, and what it is for. Defaults, errors, the
-//! sample file and the manual page all come from this table.
+//! The keys of all sections as one table, and the kinds of values: what each accepts, and how an error says that.
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use super::{Hash, Interface, LogFormat, LogLevel, Method, QueueType, Register, Verify, values};
+use super::sections::{
+    Backend, Ceph, Cinder, Glance, Jobs, KeystoneKeys, Log, Messaging, Metrics, Nova, Offload, Section as _,
+};
+use super::values;
 
 /// The section that stands for every `[backend:…]`.
 pub const BACKEND: &str = "backend:NAME";
@@ -77,19 +80,7 @@ pub enum Kind {
 /// One day, in seconds.
 const DAY: u64 = 24 * 60 * 60;
 
-const fn key(section: &'static str, name: &'static str, default: &'static str, kind: Kind, about: &'static str) -> Key {
-    Key { section, name, default, kind, need: Need::Optional, reload: false, about }
-}
-
 impl Key {
-    const fn needed(self, need: Need) -> Key {
-        Key { need, ..self }
-    }
-
-    const fn reloads(self) -> Key {
-        Key { reload: true, ..self }
-    }
-
     /// What it takes, in words: `one of auto, server-copy, copy, clone`.
     pub fn allowed(&self) -> String {
         self.kind.to_string()
@@ -103,7 +94,7 @@ impl Key {
 
 /// All keys, in the order of the sample file.
 pub fn keys() -> &'static [Key] {
-    KEYS
+    &KEYS
 }
 
 /// The keys of one section, as a file names it.
@@ -119,326 +110,22 @@ pub fn sections() -> Vec<&'static str> {
     sections
 }
 
-const KEYS: &[Key] = &[
-    key("DEFAULT", "log_level", "info", Kind::OneOf(LogLevel::NAMES), "How much is logged.").reloads(),
-    key(
-        "DEFAULT",
-        "log_format",
-        "text",
-        Kind::OneOf(LogFormat::NAMES),
-        "How the log is written: lines on standard error, as text or as JSON, or records sent to the journal.",
-    )
-    .reloads(),
-    key(
-        "messaging",
-        "transport_url",
-        "",
-        Kind::TransportUrl,
-        "The message bus that the services notify on, as in their own configuration: \
-         rabbit://USER:PASSWORD@HOST:5672,USER:PASSWORD@HOST:5672/VHOST, with %-escapes in its parts, ?ssl=1 for TLS.",
-    )
-    .needed(Need::Required),
-    key(
-        "messaging",
-        "queue",
-        "rbd-offload",
-        Kind::Word,
-        "The queue that all controllers share. Never one that another service consumes, such as notifications.info.",
-    ),
-    key(
-        "messaging",
-        "queue_type",
-        "quorum",
-        Kind::OneOf(QueueType::NAMES),
-        "The type of that queue. RabbitMQ cannot change the type of a queue that exists: delete the old one.",
-    ),
-    key(
-        "messaging",
-        "exchanges",
-        "glance,openstack,cinder,nova",
-        Kind::List,
-        "The exchanges to listen to: the control_exchange of Glance, Cinder (openstack unless set) and Nova.",
-    ),
-    key(
-        "messaging",
-        "topics",
-        "notifications,versioned_notifications",
-        Kind::List,
-        "The notification topics of these services.",
-    ),
-    key(
-        "messaging",
-        "prefetch",
-        "128",
-        Kind::Whole { min: 1, max: 65_535 },
-        "Deliveries that this controller holds unacknowledged at a time.",
-    ),
-    key(
-        "messaging",
-        "ssl_ca_file",
-        "",
-        Kind::Text,
-        "The certificate authorities that vouch for the message bus, a PEM file. Not set: those of the system.",
-    ),
-    key("keystone", "auth_url", "", Kind::HttpUrl, "Keystone, for example https://keystone.example:5000/v3.")
-        .needed(Need::Required),
-    key("keystone", "username", "", Kind::Text, "The user that the daemon logs in as.").needed(Need::Password),
-    key("keystone", "password", "", Kind::Secret, "That user's password.").needed(Need::Password),
-    key("keystone", "project_name", "", Kind::Text, "The project that the daemon logs in to, usually service.")
-        .needed(Need::Password),
-    key("keystone", "user_domain_name", "Default", Kind::Text, "The domain of the user."),
-    key("keystone", "project_domain_name", "Default", Kind::Text, "The domain of the project."),
-    key(
-        "keystone",
-        "application_credential_id",
-        "",
-        Kind::Word,
-        "An application credential, instead of username, password and project_name.",
-    )
-    .needed(Need::ApplicationCredential),
-    key("keystone", "application_credential_secret", "", Kind::Secret, "The secret of the application credential.")
-        .needed(Need::ApplicationCredential),
-    key(
-        "keystone",
-        "region_name",
-        "",
-        Kind::Text,
-        "The region whose endpoints are used. Not set: the first that the catalog lists.",
-    ),
-    key("keystone", "interface", "internal", Kind::OneOf(Interface::NAMES), "The kind of endpoint that is used."),
-    key(
-        "keystone",
-        "cafile",
-        "",
-        Kind::Text,
-        "The certificate authorities that vouch for OpenStack's services, a PEM file. Not set: those of the system.",
-    ),
-    key(
-        "keystone",
-        "proxy",
-        "",
-        Kind::HttpUrl,
-        "The HTTP proxy on the way to Keystone, Glance, Cinder and Nova. Not set: none; http_proxy and the like in the \
-         environment are ignored.",
-    ),
-    key(
-        "keystone",
-        "timeout",
-        "30s",
-        Kind::Span { min: 1, max: 600 },
-        "How long one request to Keystone, Glance, Cinder or Nova may take.",
-    ),
-    key("glance", "pool", "images", Kind::Pool, "The Ceph pool of Glance's RBD store."),
-    key("glance", "endpoint_override", "", Kind::HttpUrl, "Glance's own URL, when the catalog's is not to be used."),
-    key(
-        "glance",
-        "register",
-        "auto",
-        Kind::OneOf(Register::NAMES),
-        "How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. \
-         auto takes the location API where Glance has it.",
-    ),
-    key("ceph", "conf", "/etc/ceph/ceph.conf", Kind::Text, "Ceph's configuration file."),
-    key(
-        "ceph",
-        "user",
-        "rbd-offload",
-        Kind::CephUser,
-        "The cephx user that the daemon is to Ceph, without \"client.\".",
-    ),
-    key(
-        "offload",
-        "method",
-        "auto",
-        Kind::OneOf(Method::NAMES),
-        "How the bytes get to the image: server-copy lets the OSDs copy, clone flattens a clone, copy reads and writes \
-         through this host. auto takes the first that can do the source.",
-    )
-    .reloads(),
-    key("offload", "max_jobs", "4", Kind::Whole { min: 1, max: 256 }, "Jobs that run at a time on this controller.")
-        .reloads(),
-    key(
-        "offload",
-        "max_jobs_per_pool",
-        "0",
-        Kind::Whole { min: 0, max: 256 },
-        "Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "max_jobs_per_project",
-        "0",
-        Kind::Whole { min: 0, max: 256 },
-        "Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "max_takeovers",
-        "3",
-        Kind::Whole { min: 0, max: 100 },
-        "How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that got \
-         further than before is not counted. 0: no limit.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "hang_limit",
-        "30m",
-        Kind::Span { min: 60, max: DAY },
-        "How long a job may make no progress before it is given up and tried again. Its Ceph client is fenced first.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "allow_in_use",
-        "false",
-        Kind::Flag,
-        "Whether a volume that is attached may be the source: its image is as a disk after a power cut.",
-    )
-    .reloads(),
-    key("offload", "concurrency", "16", Kind::Whole { min: 1, max: 256 }, "Objects in flight per job.").reloads(),
-    key(
-        "offload",
-        "bandwidth_limit",
-        "0",
-        Kind::Size,
-        "Bytes a second that all jobs of this controller together read for the method copy. 0: no limit.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "objects_per_second",
-        "0",
-        Kind::Whole { min: 0, max: 1_000_000 },
-        "RADOS objects a second that all jobs of this controller together have the OSDs work on. A question about an \
-         object counts a tenth; a flatten is not limited. 0: no limit.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "retries",
-        "5",
-        Kind::Whole { min: 0, max: 100 },
-        "Attempts after the first when a service or Ceph is away; the pause between them grows.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "hash",
-        "none",
-        Kind::OneOf(Hash::NAMES),
-        "The hash that is registered with the image. sha512 reads every byte of it through this host.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "verify",
-        "sample",
-        Kind::OneOf(Verify::NAMES),
-        "How much of an image is read again and compared with its source before it is published.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "reconcile_interval",
-        "60s",
-        Kind::Span { min: 1, max: DAY },
-        "How often requests whose notification got lost, and leftovers, are looked for.",
-    )
-    .reloads(),
-    key(
-        "offload",
-        "dry_run",
-        "false",
-        Kind::Flag,
-        "Dry run: requests are planned, counted and logged, and nothing is written.",
-    )
-    .reloads(),
-    key("jobs", "pool", "images", Kind::Pool, "The pool that keeps the jobs' records."),
-    key("jobs", "namespace", "rbd-offload", Kind::Word, "The RADOS namespace of these records."),
-    key(
-        "jobs",
-        "lease",
-        "30s",
-        Kind::Span { min: 5, max: 600 },
-        "How long a controller that has stopped answering keeps a job from the others.",
-    ),
-    key(
-        "jobs",
-        "retention",
-        "7d",
-        Kind::Span { min: 60, max: 3_650 * DAY },
-        "How long the record of an ended job is kept.",
-    ),
-    key(
-        "cinder",
-        "integration",
-        "false",
-        Kind::Flag,
-        "Whether Cinder hands its uploads over, which takes the rbd-offload integration on the cinder-volume hosts.",
-    )
-    .reloads(),
-    key(
-        "nova",
-        "integration",
-        "false",
-        Kind::Flag,
-        "Whether Nova hands its instance snapshots over, which takes the rbd-offload integration on the compute hosts.",
-    )
-    .reloads(),
-    key("nova", "pool", "vms", Kind::Pool, "The pool of the instances' disks (Nova's images_rbd_pool).").reloads(),
-    key(
-        "nova",
-        "image_name",
-        "{id}_disk",
-        Kind::ImageName,
-        "The RBD image of an instance's disk; {id} stands for the instance.",
-    )
-    .reloads(),
-    key(
-        "metrics",
-        "listen",
-        "127.0.0.1:9469",
-        Kind::Listen,
-        "Where /metrics and /healthz are served. An empty value turns them off.",
-    ),
-    key(BACKEND, "pool", "volumes", Kind::Pool, "The pool of the backend's volumes (Cinder's rbd_pool).").reloads(),
-    key(
-        BACKEND,
-        "image_name",
-        "volume-{id}",
-        Kind::ImageName,
-        "The RBD image of a volume; {id} stands for the volume.",
-    )
-    .reloads(),
-    key(
-        BACKEND,
-        "dest_pool",
-        "",
-        Kind::Pool,
-        "The pool that images of these volumes are put in; it must belong to a Glance store. Not set: [glance] pool.",
-    )
-    .reloads(),
-    key(
-        BACKEND,
-        "method",
-        "",
-        Kind::OneOf(Method::NAMES),
-        "As [offload] method, for this backend alone. Not set: [offload] method.",
-    )
-    .reloads(),
-    key(
-        BACKEND,
-        "anchor",
-        "true",
-        Kind::Flag,
-        "Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during the \
-         copy. Never false for a pool that Cinder manages.",
-    )
-    .reloads(),
-];
+static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
+    [
+        Log::KEYS,
+        Messaging::KEYS,
+        KeystoneKeys::KEYS,
+        Glance::KEYS,
+        Ceph::KEYS,
+        Offload::KEYS,
+        Jobs::KEYS,
+        Cinder::KEYS,
+        Nova::KEYS,
+        Metrics::KEYS,
+        Backend::KEYS,
+    ]
+    .concat()
+});
 
 impl Kind {
     /// Whether `text`, trimmed and not empty, is a value of this kind.

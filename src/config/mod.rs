@@ -1,26 +1,25 @@
 //! The configuration: read from the file, `conf.d`, credentials and the environment, checked as a whole, then used as plain types.
 //!
 //! ```text
-//! files, credentials, environment → read (text with its origin, every value judged by `keys`)
-//!   → fragments (one section, as written over the defaults) → check (what holds between keys) → Config
+//! files, credentials, environment → read (text with its origin, every value judged by its kind)
+//!   → check (values over their defaults, and what holds between keys) → Config
 //! ```
 //!
-//! `keys` is the one place that knows which keys exist, their defaults and what they take; `report` holds everything
-//! that is wrong, so that a person mends a file once.
+//! `sections` declares every key once, `keys` says what each kind of value accepts. `report` holds everything that is
+//! wrong, so that the operator can fix the file in one pass.
 
 mod check;
-mod fragments;
 mod keys;
 mod read;
 mod reload;
 mod report;
+mod sections;
 #[cfg(test)]
 mod tests;
 mod values;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -28,6 +27,7 @@ use secrecy::SecretString;
 
 pub use keys::{Key, Kind, Need, keys};
 pub use report::{Error, Origin, Problem, Report};
+pub use sections::{Backend, Ceph, Cinder, Glance, Jobs, Log, Messaging, Metrics, Nova, Offload};
 pub use values::duration;
 
 /// Where the packages put the file.
@@ -59,7 +59,7 @@ impl Config {
         let environment: Vec<_> = environment.into_iter().collect();
         let credentials = read::credentials(&environment)?;
         let mut report = Report::default();
-        let mut written = read::Written::default();
+        let mut written = read::RawConfig::default();
         for file in &files {
             written.add_file(file, &mut report);
         }
@@ -73,7 +73,7 @@ impl Config {
     /// One text alone, without `conf.d` and environment; `name` stands for it in errors.
     pub fn parse(name: &Path, text: &str) -> Result<Config, Error> {
         let mut report = Report::default();
-        let mut written = read::Written::default();
+        let mut written = read::RawConfig::default();
         written.add_file(&read::File { path: name.to_path_buf(), bytes: text.as_bytes().to_vec() }, &mut report);
         check::check(written, name, &|_| Ok(()), report)
     }
@@ -96,11 +96,18 @@ pub struct Config {
     pub metrics: Metrics,
 }
 
-/// `[DEFAULT]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Log {
-    pub level: LogLevel,
-    pub format: LogFormat,
+/// `[keystone]`
+#[derive(Debug, Clone)]
+pub struct Keystone {
+    pub auth_url: String,
+    pub credentials: Credentials,
+    pub region_name: Option<String>,
+    pub interface: Interface,
+    pub cafile: Option<PathBuf>,
+    /// A URL.
+    pub proxy: Option<String>,
+    /// Of one request.
+    pub timeout: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,20 +130,6 @@ pub enum LogFormat {
 
 values::choices!(LogFormat { Text = "text", Json = "json", Journald = "journald" });
 
-/// `[messaging]`
-#[derive(Debug, Clone)]
-pub struct Messaging {
-    /// In oslo.messaging's grammar; holds the password.
-    pub transport_url: SecretString,
-    pub queue: String,
-    pub queue_type: QueueType,
-    pub exchanges: Vec<String>,
-    pub topics: Vec<String>,
-    /// Deliveries unacknowledged at a time.
-    pub prefetch: u16,
-    pub ssl_ca_file: Option<PathBuf>,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueueType {
     Quorum,
@@ -144,20 +137,6 @@ pub enum QueueType {
 }
 
 values::choices!(QueueType { Quorum = "quorum", Classic = "classic" });
-
-/// `[keystone]`
-#[derive(Debug, Clone)]
-pub struct Keystone {
-    pub auth_url: String,
-    pub credentials: Credentials,
-    pub region_name: Option<String>,
-    pub interface: Interface,
-    pub cafile: Option<PathBuf>,
-    /// A URL.
-    pub proxy: Option<String>,
-    /// Of one request.
-    pub timeout: Duration,
-}
 
 #[derive(Debug, Clone)]
 pub enum Credentials {
@@ -183,14 +162,6 @@ pub enum Interface {
 
 values::choices!(Interface { Public = "public", Internal = "internal", Admin = "admin" });
 
-/// `[glance]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Glance {
-    pub pool: String,
-    pub endpoint_override: Option<String>,
-    pub register: Register,
-}
-
 /// How a location is told to Glance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Register {
@@ -201,44 +172,6 @@ pub enum Register {
 }
 
 values::choices!(Register { Auto = "auto", LocationsApi = "locations-api", Patch = "patch" });
-
-/// `[ceph]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ceph {
-    pub conf: PathBuf,
-    /// The cephx id, without `client.`.
-    pub user: String,
-}
-
-/// `[offload]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Offload {
-    pub method: Method,
-    /// Jobs that run at a time on this controller.
-    pub max_jobs: usize,
-    pub allow_in_use: bool,
-    /// Objects in flight per job.
-    pub concurrency: usize,
-    /// Bytes a second, only for `copy`, all jobs of this controller together; 0: no limit.
-    pub bandwidth_limit: u64,
-    /// Attempts after the first for what may pass.
-    pub retries: u32,
-    pub hash: Hash,
-    pub reconcile_interval: Duration,
-    pub verify: Verify,
-    /// RADOS objects a second, all jobs of this controller together; 0: no limit.
-    pub objects_per_second: u64,
-    /// Jobs that run at a time into one destination pool; 0: only `max_jobs` counts.
-    pub max_jobs_per_pool: usize,
-    /// Jobs of one project that run at a time here; 0: only `max_jobs` counts.
-    pub max_jobs_per_project: usize,
-    /// Take-overs in a row from owners that did not release the job; 0: no limit.
-    pub max_takeovers: u32,
-    /// How long a job may make no progress before it is given up and tried again.
-    pub hang_limit: Duration,
-    /// Only look: requests are planned, counted and logged, nothing is written.
-    pub dry_run: bool,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
@@ -269,48 +202,3 @@ pub enum Verify {
 }
 
 values::choices!(Verify { None = "none", Sample = "sample", Full = "full" });
-
-/// `[jobs]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Jobs {
-    pub pool: String,
-    pub namespace: String,
-    pub lease: Duration,
-    /// How long the record of an ended job is kept.
-    pub retention: Duration,
-}
-
-/// `[cinder]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cinder {
-    pub integration: bool,
-}
-
-/// `[nova]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Nova {
-    pub integration: bool,
-    pub pool: String,
-    /// `{id}` stands for the instance's uuid.
-    pub image_name: String,
-}
-
-/// `[backend:NAME]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backend {
-    pub pool: String,
-    /// `{id}` stands for the volume's id.
-    pub image_name: String,
-    /// `[glance] pool` when not given.
-    pub dest_pool: String,
-    pub method: Option<Method>,
-    /// Clones are made from a clone in the backend's own pool, so that Cinder can delete the source meanwhile.
-    pub anchor: bool,
-}
-
-/// `[metrics]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Metrics {
-    /// `None`: off.
-    pub listen: Option<SocketAddr>,
-}

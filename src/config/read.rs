@@ -1,10 +1,5 @@
 //! What was written, and where: the file, `conf.d` beside it, credentials and the environment, one laid over the other.
 //!
-//! The `config` crate reads the INI syntax, with three traps around which this file goes: rust-ini takes `\` for an
-//! escape and quotes for its own (a password is full of them), a section that comes twice loses its first half, and a
-//! key that comes twice loses silently. So lines are looked at first, and each section is handed over once, quoted and
-//! escaped.
-//!
 //! - A line is `key = value`, `[section]`, a comment that starts with `#` or `;`, or empty. There are no comments behind
 //!   a value and no continued lines.
 //! - A value is taken as it is, without the blanks around it and, as in oslo.config, without a pair of quotes around all
@@ -22,8 +17,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-
-use config::Source as _;
 
 use super::keys::{self, BACKEND, BACKEND_PREFIX, Key};
 use super::report::{Error, Origin, Problem, Report, Shown};
@@ -50,7 +43,7 @@ pub struct Value {
 
 /// Known keys with values that their keys accept, later ones over earlier ones.
 #[derive(Default)]
-pub struct Written {
+pub struct RawConfig {
     sections: BTreeMap<String, BTreeMap<&'static str, Value>>,
 }
 
@@ -110,7 +103,7 @@ fn file(path: &Path, opened: io::Result<fs::File>) -> Result<File, Error> {
     }
 }
 
-impl Written {
+impl RawConfig {
     /// A value that is there and not empty, or the empty one of a key for which that means something.
     pub fn get(&self, section: &str, key: &str) -> Option<&Value> {
         self.sections.get(section)?.get(key)
@@ -141,15 +134,8 @@ impl Written {
             if !self.begin_section(&section, at(lines.header), report) {
                 continue;
             }
-            let Some(values) = read_section(&section, &lines.values) else {
-                report.add(Problem::at(at(lines.header), "cannot be read as INI").section(&section));
-                continue;
-            };
             // In the order of the file, not of the alphabet.
-            let mut values: Vec<_> = values
-                .into_iter()
-                .map(|(key, text)| (lines.values.get(&key).map_or(0, |(line, _)| *line), key, text))
-                .collect();
+            let mut values: Vec<_> = lines.values.into_iter().map(|(key, (line, text))| (line, key, text)).collect();
             values.sort();
             for (line, key, text) in values {
                 self.add(&section, &key, text, at(line), report);
@@ -196,7 +182,7 @@ impl Written {
             let Some(rest) = strip_prefix_in_any_case(&name, ENVIRONMENT_PREFIX) else { continue };
             let origin = Origin::Variable(name.clone());
             let Some((section, key)) = rest.rsplit_once("__") else {
-                if let Some(key) = one_underscore(rest) {
+                if let Some(key) = key_of_one_underscore(rest) {
                     let meant = format!("{ENVIRONMENT_PREFIX}{}__{}", key.section, key.name).to_ascii_uppercase();
                     report.add(Problem::at(origin, format!("unknown; did you mean {meant}, with two underscores?")));
                 }
@@ -377,18 +363,6 @@ fn without_quotes(value: &str) -> &str {
     ['"', '\''].into_iter().find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote)).unwrap_or(value)
 }
 
-/// Reads one section with the `config` crate. Its `collect`, not its builder: that takes a dot in a name for a path.
-fn read_section(section: &str, values: &BTreeMap<String, (usize, String)>) -> Option<BTreeMap<String, String>> {
-    let mut text = format!("[{section}]\n");
-    for (key, (_, value)) in values {
-        let literal = value.replace('\\', "\\\\").replace('"', "\\\"");
-        text.push_str(&format!("{key} = \"{literal}\"\n"));
-    }
-    let mut read = config::File::from_str(&text, config::FileFormat::Ini).collect().ok()?;
-    let table = read.remove(section)?.into_table().ok()?;
-    table.into_iter().map(|(key, value)| Some((key, value.into_string().ok()?))).collect()
-}
-
 /// Why a key does not take a value.
 fn refusal(key: &Key, text: &str) -> String {
     let allowed = key.allowed();
@@ -422,7 +396,7 @@ fn in_variable(name: &str) -> String {
 }
 
 /// The key that a variable with one underscore too few means.
-fn one_underscore(rest: &str) -> Option<&'static Key> {
+fn key_of_one_underscore(rest: &str) -> Option<&'static Key> {
     keys::keys().iter().find(|key| rest.eq_ignore_ascii_case(&format!("{}_{}", key.section, key.name)))
 }
 

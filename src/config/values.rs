@@ -73,21 +73,16 @@ macro_rules! choices {
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
             }
+
+            /// In any case of its letters.
+            pub(super) fn from_name(text: &str) -> Option<Self> {
+                [$(Self::$variant),+].into_iter().find(|choice| text.eq_ignore_ascii_case(choice.as_str()))
+            }
         }
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.pad(self.as_str())
-            }
-        }
-
-        impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = <String as serde::Deserialize>::deserialize(deserializer)?;
-                $(if text.eq_ignore_ascii_case($text) {
-                    return Ok(Self::$variant);
-                })+
-                Err(serde::de::Error::custom("not one of the choices"))
             }
         }
     };

@@ -34,11 +34,11 @@ pub struct LogHandle {
 impl LogHandle {
     /// Another level or format, from now on.
     pub fn set(&self, log: &Log) {
-        match Output::open(log.format) {
+        match Output::open(log.log_format) {
             Ok(output) => *self.output.write().unwrap_or_else(PoisonError::into_inner) = output,
             Err(error) => tracing::warn!(%error, "the log keeps its format"),
         }
-        if self.level.reload(targets(log.level)).is_err() {
+        if self.level.reload(targets(log.log_level)).is_err() {
             tracing::warn!("the log's level could not be changed");
         }
     }
@@ -49,8 +49,8 @@ impl LogHandle {
 /// # Errors
 /// When journald is asked for and its socket is not there.
 pub fn start_logging(log: &Log) -> io::Result<LogHandle> {
-    let (filter, level) = reload::Layer::new(targets(log.level));
-    let (writer, output) = Writer::new(Output::open(log.format)?);
+    let (filter, level) = reload::Layer::new(targets(log.log_level));
+    let (writer, output) = Writer::new(Output::open(log.log_format)?);
     tracing_subscriber::registry().with(filter).with(writer).try_init().map_err(io::Error::other)?;
     Ok(LogHandle { level, output })
 }

@@ -1,0 +1,356 @@
+//! Every key of the configuration, declared once: its section, name, type, default, what it takes, whether it must be
+//! there and what it is for. The structs that the program uses, the reader, the manual page, what a reload applies and
+//! the tests of the sample file all come from these declarations.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::check::Reader;
+use super::keys::Kind::{
+    CephUser, Flag, HttpUrl, ImageName, List, Listen, OneOf, Pool, Secret, Size, Span, Text, TransportUrl, Whole, Word,
+};
+use super::keys::Need::{ApplicationCredential, Password, Required};
+use super::keys::{BACKEND, Key, Kind, Need};
+use super::{Hash, Interface, LogFormat, LogLevel, Method, QueueType, Register, Verify, values};
+
+/// One day, in seconds.
+const DAY: u64 = 24 * 60 * 60;
+
+/// A section of the configuration.
+pub trait Section: Sized {
+    const KEYS: &'static [Key];
+
+    /// The values of all keys. The reader reports a required key that is missing, and goes on.
+    fn read(reader: &mut Reader<'_, '_>) -> Option<Self>;
+
+    /// The keys whose values in `new` differ.
+    fn changed(&self, new: &Self) -> Vec<&'static Key>;
+}
+
+/// The type of a key's value.
+pub trait Setting: Sized {
+    /// `None`: `text` is no value of this kind.
+    fn from_text(kind: Kind, text: &str) -> Option<Self>;
+
+    /// What stands for a key that is not set and has no default; `None`: keys of this type have one.
+    fn unset() -> Option<Self> {
+        None
+    }
+
+    fn is_same(&self, other: &Self) -> bool;
+}
+
+/// Declares a section's struct and its keys:
+/// `name: type = "default", kind;` or `name: type = "default", kind, need;` below what the key is for.
+/// SIGHUP applies changes in a section marked `reload`; changes in one marked `restart` take a restart.
+macro_rules! section {
+    (
+        $(#[$meta:meta])*
+        pub struct $struct:ident in $section:expr, $change:ident {
+            $($(#[doc = $about:literal])+ $name:ident: $type:ty = $default:literal, $kind:expr $(, $need:ident)?;)+
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone)]
+        pub struct $struct {
+            $($(#[doc = $about])+ pub $name: $type,)+
+        }
+
+        impl Section for $struct {
+            const KEYS: &'static [Key] = &[$(Key {
+                section: $section,
+                name: stringify!($name),
+                default: $default,
+                kind: $kind,
+                need: section!(@need $($need)?),
+                reload: section!(@reload $change),
+                about: concat!($($about),+).trim_ascii_start(),
+            }),+];
+
+            fn read(reader: &mut Reader<'_, '_>) -> Option<Self> {
+                let mut keys = Self::KEYS.iter();
+                Some(Self { $($name: reader.value(keys.next()?)?),+ })
+            }
+
+            fn changed(&self, new: &Self) -> Vec<&'static Key> {
+                let same = [$(Setting::is_same(&self.$name, &new.$name)),+];
+                Self::KEYS.iter().zip(same).filter(|(_, same)| !same).map(|(key, _)| key).collect()
+            }
+        }
+    };
+    (@need) => { Need::Optional };
+    (@need $need:ident) => { $need };
+    (@reload reload) => { true };
+    (@reload restart) => { false };
+}
+
+section! {
+    /// `[DEFAULT]`
+    #[derive(PartialEq, Eq)]
+    pub struct Log in "DEFAULT", reload {
+        /// How much is logged.
+        log_level: LogLevel = "info", OneOf(LogLevel::NAMES);
+        /// How the log is written: lines on standard error, as text or as JSON, or records sent to the journal.
+        log_format: LogFormat = "text", OneOf(LogFormat::NAMES);
+    }
+}
+
+section! {
+    /// `[messaging]`
+    pub struct Messaging in "messaging", restart {
+        /// The message bus that the services notify on, as in their own configuration:
+        /// rabbit://USER:PASSWORD@HOST:5672,USER:PASSWORD@HOST:5672/VHOST, with %-escapes in its parts, ?ssl=1 for TLS.
+        transport_url: SecretString = "", TransportUrl, Required;
+        /// The queue that all controllers share. Never one that another service consumes, such as notifications.info.
+        queue: String = "rbd-offload", Word;
+        /// The type of that queue. RabbitMQ cannot change the type of a queue that exists: delete the old one.
+        queue_type: QueueType = "quorum", OneOf(QueueType::NAMES);
+        /// The exchanges to listen to: the control_exchange of Glance, Cinder (openstack unless set) and Nova.
+        exchanges: Vec<String> = "glance,openstack,cinder,nova", List;
+        /// The notification topics of these services.
+        topics: Vec<String> = "notifications,versioned_notifications", List;
+        /// Deliveries that this controller holds unacknowledged at a time.
+        prefetch: u16 = "128", Whole { min: 1, max: 65_535 };
+        /// The certificate authorities that vouch for the message bus, a PEM file. Not set: those of the system.
+        ssl_ca_file: Option<PathBuf> = "", Text;
+    }
+}
+
+section! {
+    /// `[keystone]` as written; [`Keystone`](super::Keystone) has the one way to log in.
+    pub struct KeystoneKeys in "keystone", restart {
+        /// Keystone, for example https://keystone.example:5000/v3.
+        auth_url: String = "", HttpUrl, Required;
+        /// The user that the daemon logs in as.
+        username: Option<String> = "", Text, Password;
+        /// That user's password.
+        password: Option<SecretString> = "", Secret, Password;
+        /// The project that the daemon logs in to, usually service.
+        project_name: Option<String> = "", Text, Password;
+        /// The domain of the user.
+        user_domain_name: String = "Default", Text;
+        /// The domain of the project.
+        project_domain_name: String = "Default", Text;
+        /// An application credential, instead of username, password and project_name.
+        application_credential_id: Option<String> = "", Word, ApplicationCredential;
+        /// The secret of the application credential.
+        application_credential_secret: Option<SecretString> = "", Secret, ApplicationCredential;
+        /// The region whose endpoints are used. Not set: the first that the catalog lists.
+        region_name: Option<String> = "", Text;
+        /// The kind of endpoint that is used.
+        interface: Interface = "internal", OneOf(Interface::NAMES);
+        /// The certificate authorities that vouch for OpenStack's services, a PEM file. Not set: those of the system.
+        cafile: Option<PathBuf> = "", Text;
+        /// The HTTP proxy on the way to Keystone, Glance, Cinder and Nova. Not set: none; http_proxy and the like in
+        /// the environment are ignored.
+        proxy: Option<String> = "", HttpUrl;
+        /// How long one request to Keystone, Glance, Cinder or Nova may take.
+        timeout: Duration = "30s", Span { min: 1, max: 600 };
+    }
+}
+
+section! {
+    /// `[glance]`
+    #[derive(PartialEq, Eq)]
+    pub struct Glance in "glance", restart {
+        /// The Ceph pool of Glance's RBD store.
+        pool: String = "images", Pool;
+        /// Glance's own URL, when the catalog's is not to be used.
+        endpoint_override: Option<String> = "", HttpUrl;
+        /// How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. auto
+        /// takes the location API where Glance has it.
+        register: Register = "auto", OneOf(Register::NAMES);
+    }
+}
+
+section! {
+    /// `[ceph]`
+    #[derive(PartialEq, Eq)]
+    pub struct Ceph in "ceph", restart {
+        /// Ceph's configuration file.
+        conf: PathBuf = "/etc/ceph/ceph.conf", Text;
+        /// The cephx user that the daemon is to Ceph, without "client.".
+        user: String = "rbd-offload", CephUser;
+    }
+}
+
+section! {
+    /// `[offload]`
+    #[derive(PartialEq, Eq)]
+    pub struct Offload in "offload", reload {
+        /// How the bytes get to the image: server-copy lets the OSDs copy, clone flattens a clone, copy reads and
+        /// writes through this host. auto takes the first that can do the source.
+        method: Method = "auto", OneOf(Method::NAMES);
+        /// Jobs that run at a time on this controller.
+        max_jobs: usize = "4", Whole { min: 1, max: 256 };
+        /// Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.
+        max_jobs_per_pool: usize = "0", Whole { min: 0, max: 256 };
+        /// Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.
+        max_jobs_per_project: usize = "0", Whole { min: 0, max: 256 };
+        /// How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that
+        /// got further than before is not counted. 0: no limit.
+        max_takeovers: u32 = "3", Whole { min: 0, max: 100 };
+        /// How long a job may make no progress before it is given up and tried again. Its Ceph client is fenced first.
+        hang_limit: Duration = "30m", Span { min: 60, max: DAY };
+        /// Whether a volume that is attached may be the source: its image is as a disk after a power cut.
+        allow_in_use: bool = "false", Flag;
+        /// Objects in flight per job.
+        concurrency: usize = "16", Whole { min: 1, max: 256 };
+        /// Bytes a second that all jobs of this controller together read for the method copy. 0: no limit.
+        bandwidth_limit: u64 = "0", Size;
+        /// RADOS objects a second that all jobs of this controller together have the OSDs work on. A question about an
+        /// object counts a tenth; a flatten is not limited. 0: no limit.
+        objects_per_second: u64 = "0", Whole { min: 0, max: 1_000_000 };
+        /// Attempts after the first when a service or Ceph is away; the pause between them grows.
+        retries: u32 = "5", Whole { min: 0, max: 100 };
+        /// The hash that is registered with the image. sha512 reads every byte of it through this host.
+        hash: Hash = "none", OneOf(Hash::NAMES);
+        /// How much of an image is read again and compared with its source before it is published.
+        verify: Verify = "sample", OneOf(Verify::NAMES);
+        /// How often requests whose notification got lost, and leftovers, are looked for.
+        reconcile_interval: Duration = "60s", Span { min: 1, max: DAY };
+        /// Dry run: requests are planned, counted and logged, and nothing is written.
+        dry_run: bool = "false", Flag;
+    }
+}
+
+section! {
+    /// `[jobs]`
+    #[derive(PartialEq, Eq)]
+    pub struct Jobs in "jobs", restart {
+        /// The pool that keeps the jobs' records.
+        pool: String = "images", Pool;
+        /// The RADOS namespace of these records.
+        namespace: String = "rbd-offload", Word;
+        /// How long a controller that has stopped answering keeps a job from the others.
+        lease: Duration = "30s", Span { min: 5, max: 600 };
+        /// How long the record of an ended job is kept.
+        retention: Duration = "7d", Span { min: 60, max: 3_650 * DAY };
+    }
+}
+
+section! {
+    /// `[cinder]`
+    #[derive(PartialEq, Eq)]
+    pub struct Cinder in "cinder", reload {
+        /// Whether Cinder hands its uploads over, which takes the rbd-offload integration on the cinder-volume hosts.
+        integration: bool = "false", Flag;
+    }
+}
+
+section! {
+    /// `[nova]`
+    #[derive(PartialEq, Eq)]
+    pub struct Nova in "nova", reload {
+        /// Whether Nova hands its instance snapshots over, which takes the rbd-offload integration on the compute
+        /// hosts.
+        integration: bool = "false", Flag;
+        /// The pool of the instances' disks (Nova's images_rbd_pool).
+        pool: String = "vms", Pool;
+        /// The RBD image of an instance's disk; {id} stands for the instance.
+        image_name: String = "{id}_disk", ImageName;
+    }
+}
+
+section! {
+    /// `[metrics]`
+    #[derive(PartialEq, Eq)]
+    pub struct Metrics in "metrics", restart {
+        /// Where /metrics and /healthz are served. An empty value turns them off.
+        listen: Option<SocketAddr> = "127.0.0.1:9469", Listen;
+    }
+}
+
+section! {
+    /// `[backend:NAME]`
+    #[derive(PartialEq, Eq)]
+    pub struct Backend in BACKEND, reload {
+        /// The pool of the backend's volumes (Cinder's rbd_pool).
+        pool: String = "volumes", Pool;
+        /// The RBD image of a volume; {id} stands for the volume.
+        image_name: String = "volume-{id}", ImageName;
+        /// The pool that images of these volumes are put in; it must belong to a Glance store. Not set: [glance] pool.
+        dest_pool: String = "", Pool;
+        /// As [offload] method, for this backend alone. Not set: [offload] method.
+        method: Option<Method> = "", OneOf(Method::NAMES);
+        /// Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during
+        /// the copy. Never false for a pool that Cinder manages.
+        anchor: bool = "true", Flag;
+    }
+}
+
+/// Types whose values are compared with `==`, and how each is read.
+macro_rules! settings {
+    ($($type:ty = $read:expr $(, unset $unset:expr)?;)+) => {$(
+        impl Setting for $type {
+            $(fn unset() -> Option<Self> {
+                Some($unset)
+            })?
+
+            fn from_text(kind: Kind, text: &str) -> Option<Self> {
+                let read: fn(Kind, &str) -> Option<Self> = $read;
+                read(kind, text)
+            }
+
+            fn is_same(&self, other: &Self) -> bool {
+                self == other
+            }
+        }
+    )+};
+}
+
+settings! {
+    String = |_, text| Some(text.to_owned()), unset String::new();
+    PathBuf = |_, text| Some(text.into());
+    SocketAddr = |_, text| text.parse().ok();
+    bool = |_, text| values::flag(text);
+    Duration = |_, text| values::duration(text);
+    Vec<String> = |_, text| values::list(text);
+    u16 = |_, text| values::whole(text)?.try_into().ok();
+    u32 = |_, text| values::whole(text)?.try_into().ok();
+    u64 = |kind, text| if matches!(kind, Kind::Size) { values::size(text) } else { values::whole(text) };
+    usize = |_, text| values::whole(text)?.try_into().ok();
+    LogLevel = |_, text| Self::from_name(text);
+    LogFormat = |_, text| Self::from_name(text);
+    QueueType = |_, text| Self::from_name(text);
+    Interface = |_, text| Self::from_name(text);
+    Register = |_, text| Self::from_name(text);
+    Method = |_, text| Self::from_name(text);
+    Hash = |_, text| Self::from_name(text);
+    Verify = |_, text| Self::from_name(text);
+}
+
+impl Setting for SecretString {
+    fn from_text(_: Kind, text: &str) -> Option<Self> {
+        Some(text.into())
+    }
+
+    fn unset() -> Option<Self> {
+        Some(SecretString::default())
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.expose_secret() == other.expose_secret()
+    }
+}
+
+impl<T: Setting> Setting for Option<T> {
+    fn from_text(kind: Kind, text: &str) -> Option<Self> {
+        T::from_text(kind, text).map(Some)
+    }
+
+    fn unset() -> Option<Self> {
+        Some(None)
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Some(one), Some(other)) => one.is_same(other),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+}
