@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use openstack_sdk::config::{Auth as ConfigAuth, CloudConfig};
+use openstack_sdk_core::config::{Auth as ConfigAuth, CloudConfig};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;

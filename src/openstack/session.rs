@@ -1,4 +1,4 @@
-//! The way to the services: a login at Keystone by openstack_sdk, the catalog's endpoints, and bounded HTTP requests.
+//! The way to the services: a login at Keystone by the plugins of openstack_sdk, the catalog's endpoints, and bounded HTTP requests.
 //!
 //! openstack_sdk's plugins do the login. Requests do not go through its session: that one reads answers of any length,
 //! hides why a renewal failed, keeps state in the home directory, and refuses a whole catalog for one bad URL. A login
@@ -13,13 +13,13 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use jiff::Timestamp;
 use jiff::fmt::rfc2822;
-use openstack_sdk::auth::authtoken::AuthTokenScope;
-use openstack_sdk::auth::{Auth, AuthError};
-use openstack_sdk::config::CloudConfig;
 use openstack_sdk_auth_applicationcredential::ApplicationCredentialAuthenticator;
 use openstack_sdk_auth_core::OpenStackAuthType;
+use openstack_sdk_auth_core::authtoken_scope::AuthTokenScope;
+use openstack_sdk_auth_core::{Auth, AuthError};
 use openstack_sdk_auth_password::PasswordAuthenticator;
 use openstack_sdk_auth_token::TokenAuthenticator;
+use openstack_sdk_core::config::CloudConfig;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 use tokio::sync::Mutex;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
-use openstack_sdk::config::{CloudConfig, ConfigFile};
+use openstack_sdk_core::config::{CloudConfig, ConfigFile};
 use secrecy::SecretString;
 use serde_json::{Value, json};
 
