@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use http::{Method, StatusCode};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny};
 use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result};
-use super::json::Fields;
-use super::session::{Page, Request, Service, Session, Wire};
-use super::{Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Store, Validation};
+use super::session::{Request, Service, Session, Wire};
+use super::{Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Store, Validation, json};
 use crate::config::Register;
 
 const JSON_PATCH: &str = "application/openstack-images-v2.1-json-patch";
@@ -161,18 +162,9 @@ impl Session {
             StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
                 let path = ["images", id];
                 let answer = self.wire.send(Request::get(Service::Image, what(), &path)).await?;
-                let call = answer.call.clone();
-                match answer.json_if_found()? {
-                    None => Ok(None),
-                    Some(record) => shown_locations(&call, &record),
-                }
+                Ok(answer.read_if_found::<Locations>()?.and_then(Locations::shown))
             }
-            _ => {
-                let call = answer.call.clone();
-                let body = answer.json()?;
-                let items = body.as_array().ok_or_else(|| Error::protocol(&call, "expected an array"))?;
-                urls(&call, items).map(Some)
-            }
+            _ => answer.read().map(urls).map(Some),
         }
     }
 
@@ -189,11 +181,7 @@ impl Session {
     pub(super) async fn list_tasks(&self, id: &str) -> Result<Vec<ImageTask>> {
         let path = ["images", id, "tasks"];
         let answer = self.wire.send(Request::get(Service::Image, format!("tasks of image {id}"), &path)).await?;
-        let call = answer.call.clone();
-        match answer.json_if_found()? {
-            None => Ok(Vec::new()),
-            Some(body) => tasks(&call, &body),
-        }
+        Ok(answer.read_if_found()?.map(tasks).unwrap_or_default())
     }
 
     /// Glance lists hidden images only when asked for them, so the list is the shown ones and then the hidden ones.
@@ -211,10 +199,10 @@ impl Session {
         let mut page = ImagePage { next: listed.next, ..ImagePage::default() };
         page.skipped.extend(listed.too_large);
         for item in &listed.items {
-            match image(&listed.call, item) {
+            match json::read(&listed.call, item) {
                 Ok(image) => page.images.push(image),
-                Err(error) => match Fields::new(&listed.call, item).and_then(|fields| fields.text("id")) {
-                    Ok(id) => page.skipped.push(id),
+                Err(error) => match json::read(&listed.call, item) {
+                    Ok(Named { id }) => page.skipped.push(id),
                     Err(_) => return Err(error),
                 },
             }
@@ -236,10 +224,9 @@ impl Session {
                 return Err(Error::new(listed.call, ErrorKind::Refused, detail));
             }
             for item in &listed.items {
-                let fields = Fields::new(&listed.call, item)?;
                 // A Glance that ignored the filter must not charge one project for another.
-                if fields.text_or_none("owner")?.as_deref() == Some(project_id) {
-                    total = total.saturating_add(stored(&fields)?);
+                if json::read::<Owned, _>(&listed.call, item)?.owner.as_deref() == Some(project_id) {
+                    total = total.saturating_add(json::read::<Usage, _>(&listed.call, item)?.bytes());
                 }
             }
             next = listed.next;
@@ -269,22 +256,24 @@ impl Session {
                 ("limit", limit.to_string()),
             ]);
             query.extend(cursor.marker.clone().map(|marker| ("marker", marker)));
-            let (call, items, more, too_large) =
-                match self.wire.list(Service::Image, what, PATH, "images", &query).await {
-                    Ok(Page { call, items, more }) => (call, items, more, None),
-                    Err(error) if error.kind() == ErrorKind::TooLarge && limit > 1 => {
-                        limit = (limit / SHRINK).max(1);
-                        continue;
-                    }
-                    Err(error) if error.kind() == ErrorKind::TooLarge => {
-                        let id = self.wire.marker_after(Service::Image, what, PATH, &query).await?;
-                        (format!("Glance: {what}"), Vec::new(), true, Some(id))
-                    }
-                    Err(error) => return Err(error),
-                };
+            let (call, items, more, too_large) = match self.page(what, PATH, &query).await {
+                Ok((call, Page { images, next })) => {
+                    let more = !images.is_empty() && next.is_some();
+                    (call, images, more, None)
+                }
+                Err(error) if error.kind() == ErrorKind::TooLarge && limit > 1 => {
+                    limit = (limit / SHRINK).max(1);
+                    continue;
+                }
+                Err(error) if error.kind() == ErrorKind::TooLarge => {
+                    let id = self.wire.marker_after(Service::Image, what, PATH, &query).await?;
+                    (format!("Glance: {what}"), Vec::new(), true, Some(id))
+                }
+                Err(error) => return Err(error),
+            };
             let last = match (&too_large, items.last()) {
                 (Some(id), _) => Some(id.clone()),
-                (None, Some(item)) => Some(Fields::new(&call, item)?.text("id")?),
+                (None, Some(item)) => Some(json::read::<Named, _>(&call, item)?.id),
                 (None, None) => None,
             };
             let next = match (last, more) {
@@ -301,14 +290,16 @@ impl Session {
         }
     }
 
+    /// One answer of a list of images, and the call that it answers.
+    async fn page(&self, what: &str, path: &[&str], query: &[(&'static str, String)]) -> Result<(String, Page)> {
+        let answer = self.wire.send(Request::get(Service::Image, what, path).query(query.to_vec())).await?;
+        Ok((answer.call.clone(), answer.read()?))
+    }
+
     pub(super) async fn list_stores(&self) -> Result<Vec<Store>> {
         let path = ["info", "stores", "detail"];
         let answer = self.wire.send(Request::get(Service::Image, "list stores", &path)).await?;
-        let call = answer.call.clone();
-        match answer.json_if_found()? {
-            None => Ok(Vec::new()),
-            Some(body) => stores(&call, &body),
-        }
+        Ok(answer.read_if_found()?.map(stores).unwrap_or_default())
     }
 
     /// Whether this Glance has the location API: for a path that it knows it refuses HEAD with 405, for another with 404.
@@ -326,7 +317,7 @@ impl Session {
     /// Whether Glance answers us: the cheapest call that takes a token.
     pub async fn probe_image(&self) -> Result<()> {
         let query = vec![("limit", "1".to_owned()), ("status", "queued".to_owned())];
-        self.wire.list(Service::Image, "list one image", &["images"], "images", &query).await.map(drop)
+        self.page("list one image", &["images"], &query).await.map(drop)
     }
 }
 
@@ -345,8 +336,7 @@ pub(super) async fn get(wire: &Wire, id: &str) -> Result<Option<Image>> {
 }
 
 fn image_if_found(answer: super::session::Answer) -> Result<Option<Image>> {
-    let call = answer.call.clone();
-    answer.json_if_found()?.map(|body| image(&call, &body)).transpose()
+    answer.read_if_found()
 }
 
 fn patch<'a>(what: String, path: &'a [&'a str], operations: Vec<Value>) -> Request<'a> {
@@ -381,99 +371,141 @@ fn operation(change: &ImageChange) -> std::result::Result<Value, String> {
     })
 }
 
-pub(super) fn image(call: &str, value: &Value) -> Result<Image> {
-    let fields = Fields::new(call, value)?;
-    let mut tags = Vec::new();
-    if fields.optional("tags").is_some() {
-        for tag in fields.array("tags")? {
-            tags.push(tag.as_str().map(str::to_owned).ok_or_else(|| fields.wrong("tags", "strings", tag))?);
-        }
-    }
-    let properties: BTreeMap<String, String> = fields
-        .iter()
-        .filter(|(name, _)| !ATTRIBUTES.contains(&name.as_str()))
-        .filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())))
-        .collect();
-    Ok(Image {
-        id: fields.text("id")?,
-        name: fields.text_or_none("name")?,
-        status: fields.text("status")?,
-        owner: fields.text_or_none("owner")?,
-        disk_format: fields.text_or_none("disk_format")?,
-        container_format: fields.text_or_none("container_format")?,
-        min_disk: fields.number_or_none("min_disk")?.unwrap_or(0),
-        min_ram: fields.number_or_none("min_ram")?.unwrap_or(0),
-        size: fields.number_or_none("size")?,
-        tags,
-        properties,
-    })
+/// What of a record is a property: every string that is not one of Glance's own attributes.
+pub(super) fn properties<'de, D: Deserializer<'de>>(
+    json: D,
+) -> std::result::Result<BTreeMap<String, String>, D::Error> {
+    let mut properties = json::texts(json)?;
+    properties.retain(|name, _| !ATTRIBUTES.contains(&name.as_str()));
+    Ok(properties)
 }
 
-/// Bytes that an image of a list takes. Locations are shown or not as Glance is configured; `stores` names one store
-/// a location.
-fn stored(fields: &Fields<'_>) -> Result<u64> {
-    let size = fields.number_or_none("size")?.unwrap_or(0);
-    let status = fields.text("status")?;
-    let copies = if matches!(status.as_str(), "killed" | "deleted" | "pending_delete") {
-        0
-    } else if fields.optional("locations").is_some() {
-        fields.array("locations")?.len()
-    } else if let Some(stores) = fields.text_or_none("stores")? {
-        stores.split(',').filter(|store| !store.trim().is_empty()).count()
-    } else {
-        // A queued record may keep the size of a failed try; it has no location.
-        usize::from(status != "queued")
-    };
-    Ok(size.saturating_mul(copies as u64))
+/// A page of a list of images.
+#[derive(Deserialize)]
+struct Page {
+    images: Vec<Value>,
+    #[serde(default)]
+    next: Option<String>,
 }
 
-/// The locations that an image record shows: `locations`, or `direct_url`, which is the first of them.
-fn shown_locations(call: &str, record: &Value) -> Result<Option<Vec<String>>> {
-    let fields = Fields::new(call, record)?;
-    if fields.optional("locations").is_some() {
-        return urls(call, fields.array("locations")?).map(Some);
-    }
-    Ok(fields.text_or_none("direct_url")?.map(|url| vec![url]))
+#[derive(Deserialize)]
+struct Named {
+    id: String,
 }
 
-fn urls(call: &str, locations: &[Value]) -> Result<Vec<String>> {
-    locations.iter().map(|location| Fields::new(call, location)?.text("url")).collect()
+#[derive(Deserialize)]
+struct Owned {
+    #[serde(default)]
+    owner: Option<String>,
 }
 
-fn tasks(call: &str, body: &Value) -> Result<Vec<ImageTask>> {
-    let mut tasks = Vec::new();
-    for item in Fields::new(call, body)?.array("tasks")? {
-        let fields = Fields::new(call, item)?;
-        let task = ImageTask {
-            id: fields.text("id")?,
-            status: fields.text("status")?,
-            message: fields.text_or_none("message")?.unwrap_or_default(),
+/// What tells how much an image takes.
+#[derive(Deserialize)]
+struct Usage {
+    #[serde(default)]
+    size: Option<u64>,
+    status: String,
+    #[serde(default)]
+    locations: Option<Vec<IgnoredAny>>,
+    /// The names of stores, one a location, separated by commas.
+    #[serde(default)]
+    stores: Option<String>,
+}
+
+impl Usage {
+    /// Locations are shown or not as Glance is configured.
+    fn bytes(&self) -> u64 {
+        let copies = match (self.status.as_str(), &self.locations, &self.stores) {
+            ("killed" | "deleted" | "pending_delete", _, _) => 0,
+            (_, Some(locations), _) => locations.len(),
+            (_, None, Some(stores)) => stores.split(',').filter(|store| !store.trim().is_empty()).count(),
+            // A queued record may keep the size of a failed try; it has no location.
+            (status, None, None) => usize::from(status != "queued"),
         };
-        tasks.push((fields.text_or_none("created_at")?, task));
+        self.size.unwrap_or(0).saturating_mul(copies as u64)
     }
-    tasks.sort_by(|(one, _), (other, _)| other.cmp(one));
-    Ok(tasks.into_iter().map(|(_, task)| task).collect())
 }
 
-fn stores(call: &str, body: &Value) -> Result<Vec<Store>> {
-    let mut stores = Vec::new();
-    for item in Fields::new(call, body)?.array("stores")? {
-        let fields = Fields::new(call, item)?;
-        let (mut pool, mut fsid) = (None, None);
-        if fields.optional("properties").is_some() {
-            let properties = fields.object("properties")?;
-            pool = properties.text_or_none("pool")?;
-            fsid = properties.text_or_none("fsid")?;
-        }
-        stores.push(Store {
-            id: fields.text("id")?,
-            kind: fields.text_or_none("type")?.unwrap_or_default(),
-            pool,
-            fsid,
-            default: fields.flag("default")?,
-        });
+/// The locations that an image record shows.
+#[derive(Deserialize)]
+struct Locations {
+    #[serde(default)]
+    locations: Option<Vec<Location>>,
+    /// The URL of the first of them.
+    #[serde(default)]
+    direct_url: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Location {
+    url: String,
+}
+
+impl Locations {
+    fn shown(self) -> Option<Vec<String>> {
+        self.locations.map(urls).or_else(|| self.direct_url.map(|url| vec![url]))
     }
-    Ok(stores)
+}
+
+fn urls(locations: Vec<Location>) -> Vec<String> {
+    locations.into_iter().map(|location| location.url).collect()
+}
+
+#[derive(Deserialize)]
+struct Tasks {
+    tasks: Vec<TaskRecord>,
+}
+
+#[derive(Deserialize)]
+struct TaskRecord {
+    id: String,
+    status: String,
+    #[serde(default, deserialize_with = "json::or_default")]
+    message: String,
+    #[serde(default)]
+    created_at: Option<String>,
+}
+
+/// The newest first.
+fn tasks(mut answer: Tasks) -> Vec<ImageTask> {
+    answer.tasks.sort_by(|one, other| other.created_at.cmp(&one.created_at));
+    let task = |TaskRecord { id, status, message, .. }| ImageTask { id, status, message };
+    answer.tasks.into_iter().map(task).collect()
+}
+
+#[derive(Deserialize)]
+struct Stores {
+    stores: Vec<StoreRecord>,
+}
+
+#[derive(Deserialize)]
+struct StoreRecord {
+    id: String,
+    #[serde(default, rename = "type", deserialize_with = "json::or_default")]
+    kind: String,
+    #[serde(default, deserialize_with = "json::or_default")]
+    properties: StoreProperties,
+    #[serde(default, deserialize_with = "json::flag")]
+    default: bool,
+}
+
+#[derive(Default, Deserialize)]
+struct StoreProperties {
+    #[serde(default)]
+    pool: Option<String>,
+    #[serde(default)]
+    fsid: Option<String>,
+}
+
+fn stores(answer: Stores) -> Vec<Store> {
+    let store = |StoreRecord { id, kind, properties: StoreProperties { pool, fsid }, default }| Store {
+        id,
+        kind,
+        pool,
+        fsid,
+        default,
+    };
+    answer.stores.into_iter().map(store).collect()
 }
 
 #[cfg(test)]
@@ -483,6 +515,10 @@ mod tests {
     use super::super::fake::{base_of, serve, token, wire};
     use super::super::json::hostile;
     use super::*;
+
+    fn image(call: &str, record: &Value) -> Result<Image> {
+        json::read(call, record)
+    }
 
     const NAMES: &[&str] = &[
         "id",
@@ -530,21 +566,31 @@ mod tests {
     #[test]
     fn an_error_names_the_field() {
         for (field, value, says) in [
-            ("status", json!(5), r#"field "status": expected a string, found a number"#),
-            ("size", json!(-1), r#"field "size": expected a whole number, found a number"#),
-            ("min_disk", json!("3"), r#"field "min_disk": expected a whole number, found a string"#),
-            ("tags", json!([1]), r#"field "tags": expected strings, found a number"#),
-            ("tags", json!({}), r#"field "tags": expected an array, found an object"#),
+            ("status", json!(5), "invalid type: integer `5`, expected a string"),
+            ("size", json!(-1), "invalid value: integer `-1`, expected u64"),
+            ("min_disk", json!("3"), "invalid type: string \"3\", expected u64"),
+            ("tags", json!({}), "invalid type: map, expected a sequence"),
         ] {
             let mut record = record();
             record[field] = value;
             let error = image("Glance: get image 1", &record).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Protocol);
-            assert_eq!(error.to_string(), format!("Glance: get image 1: {says}"));
+            assert_eq!(error.to_string(), format!("Glance: get image 1: field {field:?}: {says}"));
         }
+        let mut record = record();
+        record["tags"] = json!(["x", 1]);
+        let error = image("x", &record).unwrap_err();
+        assert_eq!(error.to_string(), "x: field \"tags[1]\": invalid type: integer `1`, expected a string");
         let error = image("x", &json!({"id": "1"})).unwrap_err();
-        assert_eq!(error.to_string(), r#"x: the answer has no field "status""#);
-        assert_eq!(image("x", &json!([])).unwrap_err().to_string(), "x: expected an object, found an array");
+        assert_eq!(error.to_string(), "x: the answer: missing field `status`");
+        assert_eq!(image("x", &json!(5)).unwrap_err().kind(), ErrorKind::Protocol);
+    }
+
+    #[test]
+    fn an_error_stays_short_and_on_one_line() {
+        let error = image("x", &json!({"id": "1", "status": "s", "size": "\n\u{202e}".repeat(1000)})).unwrap_err();
+        let text = error.to_string();
+        assert!(text.chars().count() < 300 && !text.contains(['\n', '\u{202e}']), "{text}");
     }
 
     #[test]
@@ -578,7 +624,7 @@ mod tests {
             (json!({"size": null, "status": "active"}), 0),
             (json!({"size": u64::MAX, "status": "active", "stores": "a,b"}), u64::MAX),
         ] {
-            assert_eq!(stored(&Fields::new("x", &record).unwrap()).unwrap(), bytes, "{record}");
+            assert_eq!(json::read::<Usage, _>("x", &record).unwrap().bytes(), bytes, "{record}");
         }
     }
 
@@ -588,19 +634,19 @@ mod tests {
             {"id": "a", "status": "failure", "message": "no", "created_at": "2025-01-01T00:00:01Z"},
             {"id": "b", "status": "success", "message": null, "created_at": "2025-01-01T00:00:02Z"},
         ]});
-        let ids: Vec<_> = tasks("x", &body).unwrap().into_iter().map(|task| task.id).collect();
+        let ids: Vec<_> = tasks(json::read("x", &body).unwrap()).into_iter().map(|task| task.id).collect();
         assert_eq!(ids, ["b", "a"]);
     }
 
     #[test]
     fn a_record_shows_its_locations_or_not() {
-        let shown = |record: Value| shown_locations("x", &record).unwrap();
+        let shown = |record: Value| json::read::<Locations, _>("x", &record).unwrap().shown();
         let url = || Some(vec!["rbd://f/p/i/snap".to_owned()]);
         assert_eq!(shown(json!({"locations": [{"url": "rbd://f/p/i/snap", "metadata": {}}]})), url());
         assert_eq!(shown(json!({"direct_url": "rbd://f/p/i/snap"})), url());
         assert_eq!(shown(json!({"locations": [], "direct_url": "rbd://f/p/i/snap"})), Some(Vec::new()));
         assert_eq!(shown(json!({"status": "active"})), None);
-        assert!(shown_locations("x", &json!({"locations": [{"url": 5}]})).is_err());
+        assert!(json::read::<Locations, _>("x", &json!({"locations": [{"url": 5}]})).is_err());
     }
 
     #[test]
@@ -609,7 +655,7 @@ mod tests {
             {"id": "ceph", "type": "rbd", "default": "true", "properties": {"pool": "images", "fsid": "f"}},
             {"id": "web", "type": "http"},
         ]});
-        let stores = stores("x", &body).unwrap();
+        let stores = stores(json::read("x", &body).unwrap());
         assert_eq!(stores[0].pool.as_deref(), Some("images"));
         assert_eq!(stores[0].fsid.as_deref(), Some("f"));
         assert!(stores[0].default && !stores[1].default);
@@ -739,9 +785,11 @@ mod tests {
         #[test]
         fn nothing_in_an_answer_breaks_it(value in hostile::value(NAMES)) {
             for outcome in [
-                image("x", &value).map(drop), tasks("x", &value).map(drop), stores("x", &value).map(drop),
-                Fields::new("x", &value).and_then(|fields| stored(&fields)).map(drop),
-                shown_locations("x", &value).map(drop),
+                image("x", &value).map(drop),
+                json::read::<Tasks, _>("x", &value).map(drop),
+                json::read::<Stores, _>("x", &value).map(drop),
+                json::read::<Usage, _>("x", &value).map(drop),
+                json::read::<Locations, _>("x", &value).map(drop),
             ] {
                 if let Err(error) = outcome {
                     prop_assert_eq!(error.kind(), ErrorKind::Protocol);

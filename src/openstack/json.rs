@@ -1,109 +1,56 @@
-//! Reading JSON answers: a field that is missing or of another type becomes an error that names it.
+//! Reading JSON answers into structs: a field that is missing or of another type becomes an error that names it.
 
-use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
-use super::error::{Error, Result};
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde_json::Value;
 
-/// The fields of a JSON object in the answer to `call`.
-#[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
-    call: &'a str,
-    object: &'a Map<String, Value>,
+use super::error::{Error, Result, shorten};
+
+/// Reads the answer to `call`.
+pub(super) fn read<'de, T, D>(call: &str, json: D) -> Result<T>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de, Error = serde_json::Error>,
+{
+    serde_path_to_error::deserialize(json).map_err(|error| {
+        let path = error.path().to_string();
+        let error = error.into_inner();
+        let detail = match (error.is_data(), path.as_str()) {
+            (false, _) => format!("the body is no JSON: {error}"),
+            (true, ".") => format!("the answer: {error}"),
+            (true, path) => format!("field {path:?}: {error}"),
+        };
+        Error::protocol(call, shorten(&detail))
+    })
 }
 
-impl<'a> Fields<'a> {
-    pub(super) fn new(call: &'a str, value: &'a Value) -> Result<Self> {
-        match value.as_object() {
-            Some(object) => Ok(Self { call, object }),
-            None => Err(Error::protocol(call, format!("expected an object, found {}", kind(value)))),
-        }
-    }
+/// The default for null too, not only for a field that is missing.
+pub(super) fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+    json: D,
+) -> std::result::Result<T, D::Error> {
+    Option::deserialize(json).map(Option::unwrap_or_default)
+}
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
-        self.object.iter()
-    }
-
-    /// The object under `name`.
-    pub(super) fn object(&self, name: &str) -> Result<Fields<'a>> {
-        let value = self.required(name)?;
-        match value.as_object() {
-            Some(object) => Ok(Self { call: self.call, object }),
-            None => Err(self.wrong(name, "an object", value)),
-        }
-    }
-
-    pub(super) fn array(&self, name: &str) -> Result<&'a [Value]> {
-        let value = self.required(name)?;
-        value.as_array().map(Vec::as_slice).ok_or_else(|| self.wrong(name, "an array", value))
-    }
-
-    pub(super) fn text(&self, name: &str) -> Result<String> {
-        let value = self.required(name)?;
-        value.as_str().map(str::to_owned).ok_or_else(|| self.wrong(name, "a string", value))
-    }
-
-    /// `None` for null or a missing field.
-    pub(super) fn text_or_none(&self, name: &str) -> Result<Option<String>> {
-        match self.optional(name) {
-            None => Ok(None),
-            Some(value) => {
-                value.as_str().map(|text| Some(text.to_owned())).ok_or_else(|| self.wrong(name, "a string", value))
-            }
-        }
-    }
-
-    pub(super) fn number(&self, name: &str) -> Result<u64> {
-        let value = self.required(name)?;
-        value.as_u64().ok_or_else(|| self.wrong(name, "a whole number", value))
-    }
-
-    /// `None` for null or a missing field.
-    pub(super) fn number_or_none(&self, name: &str) -> Result<Option<u64>> {
-        match self.optional(name) {
-            None => Ok(None),
-            Some(value) => value.as_u64().map(Some).ok_or_else(|| self.wrong(name, "a whole number", value)),
-        }
-    }
-
-    pub(super) fn integer(&self, name: &str) -> Result<i64> {
-        let value = self.required(name)?;
-        value.as_i64().ok_or_else(|| self.wrong(name, "a whole number", value))
-    }
-
-    /// `false` for null or a missing field; services write `true` and `"true"`.
-    pub(super) fn flag(&self, name: &str) -> Result<bool> {
-        match self.optional(name) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(Value::String(text)) if text.eq_ignore_ascii_case("true") => Ok(true),
-            Some(Value::String(text)) if text.eq_ignore_ascii_case("false") => Ok(false),
-            Some(value) => Err(self.wrong(name, "true or false", value)),
-        }
-    }
-
-    /// The field, unless it is missing or null.
-    pub(super) fn optional(&self, name: &str) -> Option<&'a Value> {
-        self.object.get(name).filter(|value| !value.is_null())
-    }
-
-    fn required(&self, name: &str) -> Result<&'a Value> {
-        self.object.get(name).ok_or_else(|| Error::protocol(self.call, format!("the answer has no field {name:?}")))
-    }
-
-    pub(super) fn wrong(&self, name: &str, expected: &str, value: &Value) -> Error {
-        Error::protocol(self.call, format!("field {name:?}: expected {expected}, found {}", kind(value)))
+/// `false` for null; services write `true` and `"true"`.
+pub(super) fn flag<'de, D: Deserializer<'de>>(json: D) -> std::result::Result<bool, D::Error> {
+    match Value::deserialize(json)? {
+        Value::Null => Ok(false),
+        Value::Bool(flag) => Ok(flag),
+        Value::String(text) if text.eq_ignore_ascii_case("true") => Ok(true),
+        Value::String(text) if text.eq_ignore_ascii_case("false") => Ok(false),
+        _ => Err(D::Error::custom("expected true or false")),
     }
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
+/// The strings of an object; values of other types are left out.
+pub(super) fn texts<'de, D: Deserializer<'de>>(json: D) -> std::result::Result<BTreeMap<String, String>, D::Error> {
+    let values: BTreeMap<String, Value> = or_default(json)?;
+    let text = |(name, value)| match value {
+        Value::String(text) => Some((name, text)),
+        _ => None,
+    };
+    Ok(values.into_iter().filter_map(text).collect())
 }
 
 #[cfg(test)]

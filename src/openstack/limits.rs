@@ -1,9 +1,8 @@
 //! Keystone's unified limits: how much a project's images may take.
 
-use serde_json::Value;
+use serde::Deserialize;
 
 use super::error::Result;
-use super::json::Fields;
 use super::session::{Request, Service, Session};
 
 /// Glance's name of the limit; nobody else's.
@@ -20,17 +19,13 @@ impl Session {
         let registered = Request::get(Service::Identity, "list registered limits", &["registered_limits"])
             .query(vec![("resource_name", RESOURCE.to_owned())]);
         let answer = self.wire.send(registered).await?;
-        let call = answer.call.clone();
-        let Some(default) =
-            choose(&call, &answer.json()?, "registered_limits", "default_limit", region.as_deref(), None)?
-        else {
+        let Some(default) = choose(&answer.read::<Limits>()?.limits, region.as_deref(), None) else {
             return Ok(None);
         };
         let own = Request::get(Service::Identity, format!("list limits of project {project_id}"), &["limits"])
             .query(vec![("resource_name", RESOURCE.to_owned()), ("project_id", project_id.to_owned())]);
         let answer = self.wire.send(own).await?;
-        let call = answer.call.clone();
-        let own = choose(&call, &answer.json()?, "limits", "resource_limit", region.as_deref(), Some(project_id))?;
+        let own = choose(&answer.read::<Limits>()?.limits, region.as_deref(), Some(project_id));
         Ok(bytes(own.unwrap_or(default)))
     }
 }
@@ -40,42 +35,51 @@ fn bytes(limit: i64) -> Option<u64> {
     u64::try_from(limit).ok().map(|limit| limit.saturating_mul(UNIT))
 }
 
+#[derive(Deserialize)]
+struct Limits {
+    #[serde(alias = "registered_limits")]
+    limits: Vec<Limit>,
+}
+
+#[derive(Deserialize)]
+struct Limit {
+    resource_name: String,
+    #[serde(default)]
+    region_id: Option<String>,
+    #[serde(default)]
+    project_id: Option<String>,
+    #[serde(alias = "default_limit")]
+    resource_limit: i64,
+}
+
 /// The limit of our region, else the one of no region.
-fn choose(
-    call: &str,
-    body: &Value,
-    list: &str,
-    field: &str,
-    region: Option<&str>,
-    project: Option<&str>,
-) -> Result<Option<i64>> {
+fn choose(limits: &[Limit], region: Option<&str>, project: Option<&str>) -> Option<i64> {
     let mut everywhere = None;
-    for item in Fields::new(call, body)?.array(list)? {
-        let fields = Fields::new(call, item)?;
-        if fields.text("resource_name")? != RESOURCE {
+    for limit in limits {
+        if limit.resource_name != RESOURCE || (project.is_some() && limit.project_id.as_deref() != project) {
             continue;
         }
-        if project.is_some() && fields.text_or_none("project_id")?.as_deref() != project {
-            continue;
-        }
-        let limit = fields.integer(field)?;
-        match fields.text_or_none("region_id")? {
-            None => everywhere = Some(limit),
-            Some(here) if region.is_none_or(|region| region == here) => return Ok(Some(limit)),
+        match limit.region_id.as_deref() {
+            None => everywhere = Some(limit.resource_limit),
+            Some(here) if region.is_none_or(|region| region == here) => return Some(limit.resource_limit),
             Some(_) => {}
         }
     }
-    Ok(everywhere)
+    everywhere
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::super::ErrorKind;
-    use super::super::json::hostile;
+    use super::super::json::{self, hostile};
     use super::*;
+
+    fn chosen(body: &Value, region: Option<&str>, project: Option<&str>) -> Result<Option<i64>> {
+        json::read::<Limits, _>("x", body).map(|limits| choose(&limits.limits, region, project))
+    }
 
     fn limit(region: Option<&str>, project: Option<&str>, value: i64) -> Value {
         json!({"resource_name": RESOURCE, "region_id": region, "project_id": project, "resource_limit": value})
@@ -84,15 +88,14 @@ mod tests {
     #[test]
     fn the_region_wins_over_no_region() {
         let body = json!({"limits": [limit(None, Some("p"), 1), limit(Some("other"), Some("p"), 2), limit(Some("here"), Some("p"), 3)]});
-        let chosen = |region| choose("x", &body, "limits", "resource_limit", region, Some("p")).unwrap();
-        assert_eq!(chosen(Some("here")), Some(3));
-        assert_eq!(chosen(Some("nowhere")), Some(1));
+        assert_eq!(chosen(&body, Some("here"), Some("p")).unwrap(), Some(3));
+        assert_eq!(chosen(&body, Some("nowhere"), Some("p")).unwrap(), Some(1));
     }
 
     #[test]
     fn another_projects_limit_does_not_count() {
         let body = json!({"limits": [limit(None, Some("q"), 1)]});
-        assert_eq!(choose("x", &body, "limits", "resource_limit", None, Some("p")).unwrap(), None);
+        assert_eq!(chosen(&body, None, Some("p")).unwrap(), None);
     }
 
     #[test]
@@ -109,7 +112,7 @@ mod tests {
             value in hostile::value(&["limits", "resource_name", "region_id", "project_id", "resource_limit"]),
         ) {
             for body in [value.clone(), json!({"limits": value}), json!({"limits": [value]})] {
-                if let Err(error) = choose("x", &body, "limits", "resource_limit", None, None) {
+                if let Err(error) = chosen(&body, None, None) {
                     prop_assert_eq!(error.kind(), ErrorKind::Protocol);
                 }
             }

@@ -27,24 +27,33 @@ pub use session::Session;
 pub use tenant::Tenant;
 
 /// A Glance image record.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Image {
     pub id: String,
+    #[serde(default)]
     pub name: Option<String>,
     /// `queued`, `saving`, `importing`, `active`, `deactivated`, `killed`, `deleted`, `pending_delete`.
     pub status: String,
     /// Project id.
+    #[serde(default)]
     pub owner: Option<String>,
+    #[serde(default)]
     pub disk_format: Option<String>,
+    #[serde(default)]
     pub container_format: Option<String>,
     /// GiB.
+    #[serde(default, deserialize_with = "json::or_default")]
     pub min_disk: u64,
     /// MiB.
+    #[serde(default, deserialize_with = "json::or_default")]
     pub min_ram: u64,
     /// Bytes.
+    #[serde(default)]
     pub size: Option<u64>,
+    #[serde(default, deserialize_with = "json::or_default")]
     pub tags: Vec<String>,
     /// Every property that is not one of Glance's own attributes; values that are no strings are left out.
+    #[serde(flatten, deserialize_with = "image::properties")]
     pub properties: BTreeMap<String, String>,
 }
 
@@ -159,29 +168,33 @@ pub struct ImagePage {
 }
 
 /// A Cinder volume.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Volume {
     pub id: String,
-    /// `os-vol-tenant-attr:tenant_id`.
+    #[serde(rename = "os-vol-tenant-attr:tenant_id")]
     pub project_id: String,
     pub status: String,
     /// GiB.
     pub size: u64,
-    /// `os-vol-host-attr:host`: `node@backend#pool`.
+    /// `node@backend#pool`.
+    #[serde(default, rename = "os-vol-host-attr:host")]
     pub host: Option<String>,
-    /// `os-vol-mig-status-attr:name_id`: the id in the RBD image's name after a migration.
+    /// The id in the RBD image's name after a migration.
+    #[serde(default, rename = "os-vol-mig-status-attr:name_id")]
     pub name_id: Option<String>,
+    #[serde(default, deserialize_with = "json::flag")]
     pub encrypted: bool,
-    /// `volume_image_metadata` as the API gives it, Glance's own attributes (`min_disk`, `image_id`, `size`, …) included.
+    /// As the API gives it, Glance's own attributes (`min_disk`, `image_id`, `size`, …) included.
+    #[serde(default, rename = "volume_image_metadata", deserialize_with = "volume::image_metadata")]
     pub image_metadata: BTreeMap<String, String>,
 }
 
 /// A Cinder snapshot.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct VolumeSnapshot {
     pub id: String,
     pub volume_id: String,
-    /// `os-extended-snapshot-attributes:project_id`.
+    #[serde(rename = "os-extended-snapshot-attributes:project_id")]
     pub project_id: String,
     pub status: String,
     /// GiB.

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use http::StatusCode;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
 use serde_json::Value;
 
-use super::Server;
 use super::error::Result;
-use super::json::Fields;
 use super::session::{Request, Service, Session};
+use super::{Server, json};
 
 /// The newest first: from 2.98 on a server holds the properties that its image had when it was made, from 2.47 on (Pike) its
 /// flavor's numbers.
@@ -24,46 +25,75 @@ impl Session {
         if answer.status == StatusCode::NOT_ACCEPTABLE {
             answer = self.wire.send(request(oldest)).await?;
         }
-        let call = answer.call.clone();
-        answer.json_if_found()?.map(|body| server(&call, &body)).transpose()
+        Ok(answer.read_if_found::<Answer>()?.map(|answer| answer.server.into()))
     }
 }
 
-fn server(call: &str, body: &Value) -> Result<Server> {
-    let fields = Fields::new(call, body)?.object("server")?;
-    // Nova writes "" for a server that boots from a volume.
-    let image = match fields.optional("image") {
-        None => None,
-        Some(Value::String(text)) if text.is_empty() => None,
-        Some(_) => Some(fields.object("image")?),
-    };
-    let flavor = match fields.optional("flavor") {
-        None => None,
-        Some(_) => Some(fields.object("flavor")?),
-    };
-    let image_properties = texts_of(image.as_ref(), "properties")?;
-    let extra_specs = texts_of(flavor.as_ref(), "extra_specs")?;
-    let is_set = |value: Option<&String>| value.is_some_and(|value| value.eq_ignore_ascii_case("true"));
-    Ok(Server {
-        id: fields.text("id")?,
-        project_id: fields.text("tenant_id")?,
-        user_id: fields.text_or_none("user_id")?,
-        status: fields.text("status")?,
-        task_state: fields.text_or_none("OS-EXT-STS:task_state")?,
-        host: fields.text_or_none("OS-EXT-SRV-ATTR:host")?,
-        image_id: image.map(|image| image.text("id")).transpose()?,
-        root_disk: flavor.map(|flavor| flavor.number_or_none("disk")).transpose()?.flatten(),
-        encrypted: is_set(image_properties.get("hw_ephemeral_encryption"))
-            || is_set(extra_specs.get("hw:ephemeral_encryption")),
-        image_properties,
-    })
+#[derive(Deserialize)]
+struct Answer {
+    server: ServerRecord,
 }
 
-/// The strings in an object that may be missing.
-fn texts_of(fields: Option<&Fields<'_>>, name: &str) -> Result<BTreeMap<String, String>> {
-    let Some(fields) = fields.filter(|fields| fields.optional(name).is_some()) else { return Ok(BTreeMap::new()) };
-    let texts = fields.object(name)?;
-    Ok(texts.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect())
+#[derive(Deserialize)]
+struct ServerRecord {
+    id: String,
+    tenant_id: String,
+    #[serde(default)]
+    user_id: Option<String>,
+    status: String,
+    #[serde(default, rename = "OS-EXT-STS:task_state")]
+    task_state: Option<String>,
+    #[serde(default, rename = "OS-EXT-SRV-ATTR:host")]
+    host: Option<String>,
+    #[serde(default, deserialize_with = "image")]
+    image: Option<ImageRecord>,
+    #[serde(default, deserialize_with = "json::or_default")]
+    flavor: Flavor,
+}
+
+#[derive(Deserialize)]
+struct ImageRecord {
+    id: String,
+    #[serde(default, deserialize_with = "json::texts")]
+    properties: BTreeMap<String, String>,
+}
+
+#[derive(Default, Deserialize)]
+struct Flavor {
+    #[serde(default)]
+    disk: Option<u64>,
+    #[serde(default, deserialize_with = "json::texts")]
+    extra_specs: BTreeMap<String, String>,
+}
+
+/// Nova writes "" for a server that boots from a volume.
+fn image<'de, D: Deserializer<'de>>(json: D) -> std::result::Result<Option<ImageRecord>, D::Error> {
+    match Value::deserialize(json)? {
+        Value::Null => Ok(None),
+        Value::String(text) if text.is_empty() => Ok(None),
+        other => serde_json::from_value(other).map(Some).map_err(D::Error::custom),
+    }
+}
+
+impl From<ServerRecord> for Server {
+    fn from(record: ServerRecord) -> Self {
+        let is_set = |value: Option<&String>| value.is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        let (image_id, image_properties) = record.image.map(|image| (image.id, image.properties)).unzip();
+        let image_properties = image_properties.unwrap_or_default();
+        Self {
+            id: record.id,
+            project_id: record.tenant_id,
+            user_id: record.user_id,
+            status: record.status,
+            task_state: record.task_state,
+            host: record.host,
+            image_id,
+            root_disk: record.flavor.disk,
+            encrypted: is_set(image_properties.get("hw_ephemeral_encryption"))
+                || is_set(record.flavor.extra_specs.get("hw:ephemeral_encryption")),
+            image_properties,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +104,10 @@ mod tests {
     use super::super::json::hostile;
     use super::super::{DiskChange, ErrorKind};
     use super::*;
+
+    fn server(call: &str, body: &Value) -> Result<Server> {
+        json::read::<Answer, _>(call, body).map(|answer| answer.server.into())
+    }
 
     const NAMES: &[&str] = &[
         "id",

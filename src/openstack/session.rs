@@ -2,7 +2,7 @@
 //!
 //! openstack_sdk's plugins do the login. Requests do not go through its session: that one reads answers of any length,
 //! hides why a renewal failed, keeps state in the home directory, and refuses a whole catalog for one bad URL. A login
-//! lasts until a service answers 401: then one new login is made, whoever waits shares its outcome, and the request is
+//! lasts until a service answers 401: then one new login is made, all callers share its outcome, and the request is
 //! repeated once.
 
 use std::collections::HashMap;
@@ -21,6 +21,7 @@ use openstack_sdk_auth_password::PasswordAuthenticator;
 use openstack_sdk_auth_token::TokenAuthenticator;
 use openstack_sdk_core::config::CloudConfig;
 use secrecy::{ExposeSecret, SecretString};
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -28,7 +29,7 @@ use url::Url;
 
 use super::CloudId;
 use super::error::{Error, ErrorKind, Result, shorten};
-use super::json::Fields;
+use super::json;
 use crate::config::{Credentials, Glance, Interface, Keystone, Register};
 
 /// Longest answer that is read, in bytes.
@@ -132,7 +133,7 @@ impl Session {
 
     /// Whether Keystone answers, without a login.
     pub async fn probe_identity(&self) -> Result<()> {
-        self.wire.send(Request::get(Service::IdentityVersion, "version", &[])).await?.json().map(drop)
+        self.wire.send(Request::get(Service::IdentityVersion, "version", &[])).await?.read::<IgnoredAny>().map(drop)
     }
 
     /// What time it is by Keystone's host, to the second; `None` when it does not say.
@@ -268,19 +269,18 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// The JSON body of a success.
-    pub(super) fn json(self) -> Result<Value> {
-        let Answer { call, status, body, .. } = self.success()?;
-        serde_json::from_slice(&body)
-            .map_err(|error| Error::protocol(call, format!("{}: the body is no JSON: {error}", status.as_u16())))
+    /// What the JSON body of a success says.
+    pub(super) fn read<T: DeserializeOwned>(self) -> Result<T> {
+        let Answer { call, body, .. } = self.success()?;
+        json::read(&call, &mut serde_json::Deserializer::from_slice(&body))
     }
 
-    /// Like [`Answer::json`], with `None` for 404.
-    pub(super) fn json_if_found(self) -> Result<Option<Value>> {
+    /// Like [`Answer::read`], with `None` for 404.
+    pub(super) fn read_if_found<T: DeserializeOwned>(self) -> Result<Option<T>> {
         if self.status == StatusCode::NOT_FOUND {
             return Ok(None);
         }
-        self.json().map(Some)
+        self.read().map(Some)
     }
 
     /// The answer itself when it is a success, whatever its body.
@@ -691,23 +691,6 @@ impl Wire {
         }
     }
 
-    /// Follows `next` links by their markers: every item of the list `key`, through `each`.
-    pub(super) async fn list(
-        &self,
-        service: Service,
-        what: &str,
-        path: &[&str],
-        key: &'static str,
-        query: &[(&'static str, String)],
-    ) -> Result<Page> {
-        let answer = self.send(Request::get(service, what, path).query(query.to_vec())).await?;
-        let call = answer.call.clone();
-        let body = answer.json()?;
-        let fields = Fields::new(&call, &body)?;
-        let items = fields.array(key)?.to_vec();
-        Ok(Page { call: call.clone(), more: !items.is_empty() && fields.text_or_none("next")?.is_some(), items })
-    }
-
     /// The marker after the first item of a list whose item is too large to be read: the service names it at the end of
     /// its answer. `query` asks for one item.
     pub(super) async fn marker_after(
@@ -752,14 +735,6 @@ fn credentials(config: &CloudConfig) -> HashMap<String, SecretString> {
     .into_iter()
     .filter_map(|(name, value)| Some((name.to_owned(), value?)))
     .collect()
-}
-
-/// One page of a list, in Glance's manner.
-pub(super) struct Page {
-    pub(super) call: String,
-    pub(super) items: Vec<Value>,
-    /// Whether the service says that more follow.
-    pub(super) more: bool,
 }
 
 fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Duration) -> Result<reqwest::Client> {
@@ -1023,7 +998,7 @@ mod tests {
         let wire = wire(&url, SECOND * 5);
         let asked = futures::future::join_all((0..4).map(|_| wire.send(get_image(&["images", "1"])))).await;
         for answer in asked {
-            assert_eq!(answer.unwrap().json().unwrap(), json!({"id": "1"}));
+            assert_eq!(answer.unwrap().read::<Value>().unwrap(), json!({"id": "1"}));
         }
         assert_eq!(logins.load(Ordering::SeqCst), 2);
     }
@@ -1112,9 +1087,9 @@ mod tests {
         let wire = wire(&url, SECOND * 20);
         let error = wire.send(get_image(&["images", "long"])).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TooLarge);
-        let error = wire.send(get_image(&["images", "1"])).await.unwrap().json().unwrap_err();
+        let error = wire.send(get_image(&["images", "1"])).await.unwrap().read::<Value>().unwrap_err();
         assert_eq!(error.to_string(), "Glance: get image 1: 500 Internal Server Error: failed for ***");
-        let error = wire.send(get_image(&["images", "moved"])).await.unwrap().json().unwrap_err();
+        let error = wire.send(get_image(&["images", "moved"])).await.unwrap().read::<Value>().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol);
     }
 }

@@ -78,9 +78,7 @@ impl Tenant {
             record[property.as_str()] = Value::from(value.as_str());
         }
         let request = Request::send(Method::POST, Service::Image, WHAT, &["images"]).body(image::JSON, record);
-        let answer = self.wire.send(request).await?;
-        let call = answer.call.clone();
-        image::image(&call, &answer.json()?)
+        self.wire.send(request).await?.read()
     }
 
     /// `None` when there is no such image, or not for this tenant.

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny};
 use serde_json::Value;
 
 use super::error::Result;
-use super::json::Fields;
+use super::json;
 use super::session::{Request, Service, Session};
 use super::{Volume, VolumeSnapshot};
 
@@ -13,110 +15,108 @@ impl Session {
     pub(super) async fn get_volume(&self, id: &str) -> Result<Option<Volume>> {
         let path = ["volumes", id];
         let answer = self.wire.send(Request::get(Service::BlockStorage, format!("get volume {id}"), &path)).await?;
-        let call = answer.call.clone();
-        answer.json_if_found()?.map(|body| volume(&call, &body)).transpose()
+        Ok(answer.read_if_found::<VolumeAnswer>()?.map(|answer| answer.volume))
     }
 
     pub(super) async fn get_snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
         let path = ["snapshots", id];
         let answer = self.wire.send(Request::get(Service::BlockStorage, format!("get snapshot {id}"), &path)).await?;
-        let call = answer.call.clone();
-        answer.json_if_found()?.map(|body| snapshot(&call, &body)).transpose()
+        Ok(answer.read_if_found::<SnapshotAnswer>()?.map(|answer| answer.snapshot))
     }
 
     /// Whether Cinder answers us.
     pub async fn probe_volume(&self) -> Result<()> {
         let request =
             Request::get(Service::BlockStorage, "list one volume", &["volumes"]).query(vec![("limit", "1".to_owned())]);
-        let answer = self.wire.send(request).await?;
-        let call = answer.call.clone();
-        Fields::new(&call, &answer.json()?)?.array("volumes").map(drop)
+        self.wire.send(request).await?.read::<Volumes>().map(drop)
     }
 
     /// Hosts of cinder-volume as `node@backend`, those that are down or disabled too. Needs the role `admin`.
     pub async fn volume_backends(&self) -> Result<Vec<String>> {
         let request = Request::get(Service::BlockStorage, "list services", &["os-services"])
             .query(vec![("binary", "cinder-volume".to_owned())]);
-        let answer = self.wire.send(request).await?;
-        let call = answer.call.clone();
-        backends(&call, &answer.json()?)
+        self.wire.send(request).await?.read().map(backends)
     }
-}
 
-impl Session {
     /// Those of the backends, as `node@backend`, that say that they are not on Ceph. Needs the role `admin`; a backend
     /// that is down says nothing.
     pub async fn other_backends(&self) -> Result<Vec<String>> {
         let request = Request::get(Service::BlockStorage, "list pools", &["scheduler-stats", "get_pools"])
             .query(vec![("detail", "true".to_owned())]);
-        let answer = self.wire.send(request).await?;
-        let call = answer.call.clone();
-        others(&call, &answer.json()?)
+        self.wire.send(request).await?.read().map(others)
     }
 }
 
-fn others(call: &str, body: &Value) -> Result<Vec<String>> {
-    let mut hosts = Vec::new();
-    for item in Fields::new(call, body)?.array("pools")? {
-        let pool = Fields::new(call, item)?;
-        let protocol = item.pointer("/capabilities/storage_protocol").and_then(Value::as_str);
-        if protocol.is_some_and(|protocol| !protocol.eq_ignore_ascii_case("ceph")) {
-            let name = pool.text("name")?;
-            hosts.push(name.split('#').next().unwrap_or(&name).to_owned());
-        }
-    }
-    Ok(hosts)
+#[derive(Deserialize)]
+struct VolumeAnswer {
+    volume: Volume,
 }
 
-fn backends(call: &str, body: &Value) -> Result<Vec<String>> {
-    let mut hosts = Vec::new();
-    for item in Fields::new(call, body)?.array("services")? {
-        let fields = Fields::new(call, item)?;
-        if fields.text_or_none("binary")?.is_none_or(|binary| binary == "cinder-volume") {
-            hosts.push(fields.text("host")?);
-        }
-    }
+#[derive(Deserialize)]
+struct SnapshotAnswer {
+    snapshot: VolumeSnapshot,
+}
+
+#[derive(Deserialize)]
+struct Volumes {
+    #[serde(rename = "volumes")]
+    _volumes: Vec<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Services {
+    services: Vec<ServiceRecord>,
+}
+
+#[derive(Deserialize)]
+struct ServiceRecord {
+    #[serde(default)]
+    binary: Option<String>,
+    host: String,
+}
+
+#[derive(Deserialize)]
+struct Pools {
+    pools: Vec<Pool>,
+}
+
+#[derive(Deserialize)]
+struct Pool {
+    name: String,
+    #[serde(default, deserialize_with = "json::texts")]
+    capabilities: BTreeMap<String, String>,
+}
+
+fn others(answer: Pools) -> Vec<String> {
+    let is_other = |pool: &Pool| {
+        pool.capabilities.get("storage_protocol").is_some_and(|protocol| !protocol.eq_ignore_ascii_case("ceph"))
+    };
+    let host = |pool: Pool| pool.name.split('#').next().unwrap_or_default().to_owned();
+    answer.pools.into_iter().filter(is_other).map(host).collect()
+}
+
+fn backends(answer: Services) -> Vec<String> {
+    let is_volume = |service: &ServiceRecord| service.binary.as_deref().is_none_or(|binary| binary == "cinder-volume");
+    let mut hosts: Vec<String> = answer.services.into_iter().filter(is_volume).map(|service| service.host).collect();
     hosts.sort();
     hosts.dedup();
-    Ok(hosts)
+    hosts
 }
 
-fn volume(call: &str, body: &Value) -> Result<Volume> {
-    let fields = Fields::new(call, body)?.object("volume")?;
-    let mut image_metadata = BTreeMap::new();
-    if fields.optional("volume_image_metadata").is_some() {
-        let metadata = fields.object("volume_image_metadata")?;
-        for (name, value) in metadata.iter() {
-            match value {
-                Value::String(text) => drop(image_metadata.insert(name.clone(), text.clone())),
-                Value::Number(_) | Value::Bool(_) => drop(image_metadata.insert(name.clone(), value.to_string())),
-                // Cinder writes what the image did not have as null.
-                Value::Null => {}
-                other => return Err(metadata.wrong(name, "a string", other)),
-            }
+/// Image metadata of a volume, as texts. Cinder writes what the image did not have as null.
+pub(super) fn image_metadata<'de, D: Deserializer<'de>>(
+    json: D,
+) -> std::result::Result<BTreeMap<String, String>, D::Error> {
+    let mut metadata = BTreeMap::new();
+    for (name, value) in json::or_default::<_, BTreeMap<String, Value>>(json)? {
+        match value {
+            Value::String(text) => drop(metadata.insert(name, text)),
+            Value::Number(_) | Value::Bool(_) => drop(metadata.insert(name, value.to_string())),
+            Value::Null => {}
+            _ => return Err(D::Error::custom(format!("{name:?}: expected a string"))),
         }
     }
-    Ok(Volume {
-        id: fields.text("id")?,
-        project_id: fields.text("os-vol-tenant-attr:tenant_id")?,
-        status: fields.text("status")?,
-        size: fields.number("size")?,
-        host: fields.text_or_none("os-vol-host-attr:host")?,
-        name_id: fields.text_or_none("os-vol-mig-status-attr:name_id")?,
-        encrypted: fields.flag("encrypted")?,
-        image_metadata,
-    })
-}
-
-fn snapshot(call: &str, body: &Value) -> Result<VolumeSnapshot> {
-    let fields = Fields::new(call, body)?.object("snapshot")?;
-    Ok(VolumeSnapshot {
-        id: fields.text("id")?,
-        volume_id: fields.text("volume_id")?,
-        project_id: fields.text("os-extended-snapshot-attributes:project_id")?,
-        status: fields.text("status")?,
-        size: fields.number("size")?,
-    })
+    Ok(metadata)
 }
 
 #[cfg(test)]
@@ -127,6 +127,10 @@ mod tests {
     use super::super::ErrorKind;
     use super::super::json::hostile;
     use super::*;
+
+    fn volume(call: &str, body: &Value) -> Result<Volume> {
+        json::read::<VolumeAnswer, _>(call, body).map(|answer| answer.volume)
+    }
 
     const NAMES: &[&str] = &[
         "volume",
@@ -152,7 +156,7 @@ mod tests {
             { "name": "n@silent#silent", "capabilities": {} },
             { "name": "n@older#older" },
         ] });
-        assert_eq!(others("list pools", &body).unwrap(), ["n@lvm"]);
+        assert_eq!(others(json::read("list pools", &body).unwrap()), ["n@lvm"]);
     }
 
     #[test]
@@ -176,7 +180,7 @@ mod tests {
         let error = volume("Cinder: get volume v", &body).unwrap_err();
         assert_eq!(
             error.to_string(),
-            r#"Cinder: get volume v: the answer has no field "os-vol-tenant-attr:tenant_id""#
+            r#"Cinder: get volume v: field "volume": missing field `os-vol-tenant-attr:tenant_id`"#
         );
     }
 
@@ -186,7 +190,7 @@ mod tests {
             {"binary": "cinder-volume", "host": "b@ceph"}, {"binary": "cinder-scheduler", "host": "b"},
             {"binary": "cinder-volume", "host": "a@ceph"},
         ]});
-        assert_eq!(backends("x", &body).unwrap(), ["a@ceph", "b@ceph"]);
+        assert_eq!(backends(json::read("x", &body).unwrap()), ["a@ceph", "b@ceph"]);
     }
 
     proptest! {
@@ -194,7 +198,10 @@ mod tests {
         fn nothing_in_an_answer_breaks_it(value in hostile::value(NAMES)) {
             for body in [value.clone(), json!({"volume": value}), json!({"snapshot": value}), json!({"services": [value]})] {
                 for outcome in [
-                    volume("x", &body).map(drop), snapshot("x", &body).map(drop), backends("x", &body).map(drop),
+                    volume("x", &body).map(drop),
+                    json::read::<SnapshotAnswer, _>("x", &body).map(drop),
+                    json::read("x", &body).map(backends).map(drop),
+                    json::read("x", &body).map(others).map(drop),
                 ] {
                     if let Err(error) = outcome {
                         prop_assert_eq!(error.kind(), ErrorKind::Protocol);
