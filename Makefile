@@ -61,7 +61,9 @@ lint: deps
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
-		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/*
+		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* lint/words
+	lint/words
+	@if command -v typos >/dev/null; then typos; else echo "typos is not installed: cargo install typos-cli"; fi
 	@if command -v cargo-deny >/dev/null; then \
 		$(CARGO) fetch --locked --quiet && $(CARGO) deny --offline check licenses bans sources; \
 	else echo "cargo-deny is not installed: cargo install cargo-deny"; fi

@@ -25,7 +25,7 @@ LOST_LOOKS = 3
 SETTLE = 1
 #: Seconds to try to take our marks off.
 PATIENCE = 60
-#: Characters of somebody else's text in one line of the log. The daemon's own messages are shorter.
+#: Characters of another program's text in one line of the log. The daemon's own messages are shorter.
 SHOWN = 500
 #: What the daemon says while it works or ends. Other texts are the tenant's own and are not logged as its progress.
 STATES = ('accepted', 'copying', 'publishing', 'declined', 'failed')
@@ -33,7 +33,7 @@ PERCENTS = frozenset(str(percent) for percent in range(101))
 
 #: Seconds: until a daemon must have taken the offer; without any change of the record; in all; after `go`; until the
 #: copy must have started.
-Limits = collections.namedtuple('Limits', 'claim stall total doubt start')
+Limits = collections.namedtuple('Limits', 'claim stall total commit start')
 Limits.__new__.__defaults__ = (10, 120, 21600, 300, 30)
 
 ACTIVE = 'active'
@@ -44,7 +44,7 @@ class Gone(Exception):
     """The image was deleted."""
 
 
-class TheStockWay(Exception):
+class Fallback(Exception):
     """The reason why the service does the work itself."""
 
 
@@ -100,7 +100,7 @@ class _Look:
         return bool(self.tags or self.properties)
 
     def face(self):
-        """What changes while somebody works."""
+        """What changes while the daemon works."""
         return self.status, self.says, self.progress, self.updated_at
 
 
@@ -125,7 +125,7 @@ class Handover:
 
     def run(self, announce):
         """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: nobody
-        else writes it, none of our marks is on it, do it the stock way. Raises Gone."""
+        else writes it, none of our marks is on it, use the native path. Raises Gone."""
         self._began = self._clock()
         try:
             if not self._make_offer():
@@ -133,15 +133,15 @@ class Handover:
             self._tell_daemons(announce)
             if self._await_prepared() == PREPARED:
                 self._await_active()
-        except TheStockWay as reason:
-            LOG.info('%s: the stock way: %s', self._offer, printable(reason))
+        except Fallback as reason:
+            LOG.info('%s: the native path: %s', self._offer, printable(reason))
             return self._withdraw()
         LOG.info('%s: the image is active after %.1f s', self._offer, self._clock() - self._began)
         self._tidy()
         return True
 
     def _make_offer(self):
-        """False: somebody else has begun to write the image, and the stock way will say so."""
+        """False: another client has begun to write the image, and the native path will say so."""
         try:
             look = _Look(self._record.read())
             if look.status != 'queued':
@@ -153,7 +153,7 @@ class Handover:
         except Gone:
             raise
         except Exception as error:
-            raise TheStockWay('the offer could not be made: %s' % error)
+            raise Fallback('the offer could not be made: %s' % error)
         return True
 
     def _tell_daemons(self, announce):
@@ -174,26 +174,26 @@ class Handover:
                 if look.active:
                     return ACTIVE
                 if look.declined:
-                    raise TheStockWay('%s: %s' % (look.says, look.message))
+                    raise Fallback('%s: %s' % (look.says, look.message))
                 if look.status != 'queued':
-                    raise TheStockWay('somebody else writes the image: it is %s' % look.status)
+                    raise Fallback('another client writes the image: it is %s' % look.status)
                 if look.says is None and now - offered >= self._limits.claim:
-                    raise TheStockWay('no daemon took it within %s s' % self._limits.claim)
+                    raise Fallback('no daemon took it within %s s' % self._limits.claim)
                 lost = 0 if self._offer in look.tags else lost + 1
                 if lost >= LOST_LOOKS:
-                    raise TheStockWay('the offer was taken off the image')
+                    raise Fallback('the offer was taken off the image')
                 if look.says == 'publishing' and not lost:
                     return PREPARED
                 if look.started:
                     waiting = now
                 elif now - waiting >= self._limits.start:
-                    raise TheStockWay('the copy has not started for %s s' % self._limits.start)
+                    raise Fallback('the copy has not started for %s s' % self._limits.start)
                 if look.face() != face:
                     face, changed = look.face(), now
             if now - changed >= self._limits.stall:
-                raise TheStockWay('nothing has moved for %s s' % self._limits.stall)
+                raise Fallback('nothing has moved for %s s' % self._limits.stall)
             if now - self._began >= self._limits.total:
-                raise TheStockWay('not done within %s s' % self._limits.total)
+                raise Fallback('not done within %s s' % self._limits.total)
             self._pause(now - offered)
 
     def _await_active(self):
@@ -202,19 +202,19 @@ class Handover:
         while True:
             look = self._look()
             now = self._clock()
-            late = now - said >= self._limits.doubt
+            late = now - said >= self._limits.commit
             if look is not None:
                 if look.active:
                     return
                 if look.declined:
-                    raise TheStockWay('%s: %s' % (look.says, look.message))
+                    raise Fallback('%s: %s' % (look.says, look.message))
                 if late and not look.glance_works:
-                    raise TheStockWay('no answer for %s s after go' % self._limits.doubt)
+                    raise Fallback('no answer for %s s after go' % self._limits.commit)
                 if look.says == 'publishing' and GO not in look.tags:
                     # a concurrent change of the record lost it: a daemon that saw it took `publishing` off with it
                     self._say_go()
             if late and now - self._began >= self._limits.total:
-                raise TheStockWay('not done within %s s' % self._limits.total)
+                raise Fallback('not done within %s s' % self._limits.total)
             self._pause(now - said)
 
     def _say_go(self):

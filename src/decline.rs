@@ -1,6 +1,6 @@
 //! Why a request is declined, in a word: for counts.
 //!
-//! The sentence that goes with it is for whoever asked. Here nothing is told of a tenant, and there are few values.
+//! The human-readable reason goes to the requester. This enum is a metric label: few values, and no tenant data.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub enum Decline {
     /// The tags ask for nothing, for several things, or cannot be read.
     Request,
-    /// The image is not queued, or somebody else writes it.
+    /// The image is not queued, or another client writes it.
     OtherWriter,
     /// The service that handed its work over took it back, changed it, or does not answer.
     Handover,

@@ -132,7 +132,7 @@ pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
     if image.status != "queued" {
         return declined(
             Decline::OtherWriter,
-            format!("the image is {}, not queued: somebody else writes it or has written it", image.status),
+            format!("the image is {}, not queued: another client writes it or has written it", image.status),
         );
     }
     if question.offered {
@@ -230,7 +230,7 @@ pub async fn make(
     })
 }
 
-/// Reads the source again once its snapshot exists: owner, status and place must be those of the plan. Somebody else
+/// Reads the source again once its snapshot exists: owner, status and place must be those of the plan. Another user
 /// may own the source since, and what the snapshot holds is theirs then.
 ///
 /// # Errors
@@ -495,7 +495,7 @@ fn no_disk(source: Source) -> String {
     }
 }
 
-/// The same sentence whether it is not there or somebody else's.
+/// The same sentence whether it is not there or another project's.
 ///
 /// # Errors
 /// Always: [`NoPlan::Declined`].
@@ -741,8 +741,8 @@ mod tests {
             ("os_type", "linux"),
             ("cache_in_nova", "True"),
             ("instance_uuid", "another"),
-            ("user_id", "somebody"),
-            ("owner_user_name", "somebody"),
+            ("user_id", "another-user"),
+            ("owner_user_name", "another-user"),
             ("boot_roles", "member"),
             ("img_signature", "x"),
         ] {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// A character that a terminal acts upon, that ends a line, or that changes the order in which a line is read
-/// (Unicode's bidirectional marks): what somebody else wrote could otherwise look like our own words.
+/// (Unicode's bidirectional marks): untrusted text could otherwise look like our own words.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

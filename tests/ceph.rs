@@ -1264,7 +1264,7 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
     eprintln!("address: {address}");
     assert_ne!(address, one.address().await.unwrap());
 
-    // It is shut out in the middle of a copy.
+    // It is fenced in the middle of a copy.
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let slow = limits(8, 8 * MIB, 0);
     let fence = async {

@@ -244,7 +244,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
         assert!(line.contains("  ok"), "{line}");
     }
     assert_eq!(block_on(async { setup.objects().await.list().await.unwrap() }), Vec::<String>::new());
-    // somebody else's check may run in this lab: its images go
+    // another check may run in this lab: its images go
     let left = |_: &u32| {
         std::thread::sleep(Duration::from_millis(500));
         block_on(leftovers()).iter().any(|image| !before.contains(image))
@@ -513,10 +513,10 @@ fn check_names_each_missing_capability() {
             );
         }
         // instances can be asked for, but need not be
-        let (verdict, detail, mend) = checked.row("Ceph pool vms");
+        let (verdict, detail, remedy) = checked.row("Ceph pool vms");
         assert_eq!(verdict, "warning", "{}", checked.text);
         assert!(detail.contains("instances cannot be a source") && detail.contains(lacks_vms), "{detail}");
-        assert!(mend.contains("profile rbd pool=vms"), "{mend}");
+        assert!(remedy.contains("profile rbd pool=vms"), "{remedy}");
     }
     caps("profile rbd", &format!("{sources}, profile rbd pool=images"));
     let elsewhere = setup.with("[jobs]", "[nova]\npool = nosuch\n[jobs]");

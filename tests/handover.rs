@@ -122,7 +122,7 @@ fn cinder_log(volume: &Volume) -> String {
 /// Cinder made the image itself, for this reason.
 fn went_the_stock_way(volume: &Volume, reason: &str) {
     let log = cinder_log(volume);
-    let told = log.lines().any(|line| line.contains("the stock way") && line.contains(reason));
+    let told = log.lines().any(|line| line.contains("the native path") && line.contains(reason));
     assert!(told, "no {reason:?}:\n{log}");
 }
 
@@ -131,7 +131,7 @@ async fn was_handed_over(daemon: &Daemon, volume: &Volume, image: &str) {
     let job = daemon.await_job(image, "done").await;
     assert_eq!(job["source"]["id"], volume.id.as_str(), "{job:#}");
     let log = cinder_log(volume);
-    assert!(log.contains("the image is active after") && !log.contains("the stock way"), "{log}");
+    assert!(log.contains("the image is active after") && !log.contains("the native path"), "{log}");
 }
 
 mod together {
@@ -632,7 +632,7 @@ mod alone {
             pause(seconds(2)).await;
         }
         assert!(says.len() > 2, "{says:?}");
-        assert_eq!(cinder_log(&volume).lines().filter(|line| line.contains("the stock way")).count(), 0);
+        assert_eq!(cinder_log(&volume).lines().filter(|line| line.contains("the native path")).count(), 0);
         assert_eq!(demo.delete_image(&id).await, 204);
         assert_eq!(end_of_upload(&demo, &volume, &id).await, Value::Null);
         daemon.await_job(&id, "cancelled").await;

@@ -20,7 +20,7 @@ enum Fault {
     TakesGoForDone,
     /// The daemon does not store that go was said, so that the next one may decline by timeout while the copy is out.
     ForgetsGo,
-    /// A daemon that lost its lease is not shut out of Ceph.
+    /// A daemon that lost its lease is not fenced.
     NoFence,
     /// The daemon takes the name whatever it finds there.
     OverwritesTheName,
@@ -73,7 +73,7 @@ struct Job {
     copy: bool,
     /// Who has the RBD image of the final name.
     name: Option<Writer>,
-    /// The daemon that holds the lease; the other is shut out of Ceph.
+    /// The daemon that holds the lease; the other is fenced.
     owner: usize,
     takeovers: u8,
 }
@@ -326,7 +326,7 @@ impl World {
                 if !self.said_go || fault == Fault::FallsBackAfterGo {
                     worlds.push(go_to(Service::TakeOff));
                 } else {
-                    // minutes of silence, though somebody may still be at work
+                    // minutes of silence, though a daemon may still be at work
                     worlds.push(self.with(|w| (w.doubted, w.service) = (true, Service::TakeOff)));
                 }
             }

@@ -268,7 +268,7 @@ mod disks_that_nova_takes {
 mod handed_over {
     use super::*;
 
-    /// Its `doubt_timeout`, in seconds.
+    /// Its `commit_timeout`, in seconds.
     const DOUBT: u64 = 30;
 
     /// nova-compute as it is without us, or with the integration and some patience.
@@ -289,7 +289,7 @@ mod handed_over {
                 }
                 Self::Integrated => {
                     "[oslo_messaging_notifications]\ndriver = rbd_offload\n\
-                     [rbd_offload]\nclaim_timeout = 15\nstall_timeout = 45\ndoubt_timeout = 30\n"
+                     [rbd_offload]\nclaim_timeout = 15\nstall_timeout = 45\ncommit_timeout = 30\n"
                 }
             }
         }
@@ -375,7 +375,7 @@ mod handed_over {
     fn went_the_stock_way(instance: &Instance, reason: &str) {
         let (log, about) = (compute_log(), format!("instance:{}", instance.id));
         let lines: Vec<_> = log.lines().filter(|line| line.contains(&about)).collect();
-        let told = lines.iter().any(|line| line.contains("the stock way") && line.contains(reason));
+        let told = lines.iter().any(|line| line.contains("the native path") && line.contains(reason));
         assert!(told, "no {reason:?}: {lines:#?}");
     }
 
@@ -691,7 +691,7 @@ mod handed_over {
         await_tidy(&id, &instance.disk).await;
         daemon.await_idle().await;
         pause(seconds(6)).await;
-        // frozen after its rename it keeps the name: then the stock way fails, and Nova deletes the record
+        // frozen after its rename it keeps the name: then the native path fails, and Nova deletes the record
         match demo.image(&id).await {
             Value::Null => {
                 assert_ne!(job["handover"], "offered", "{job:#}");

@@ -384,7 +384,7 @@ async fn a_missing_exchange_is_not_created_and_bound_when_it_comes() {
         eventually("the event comes", async || store.images().contains(&image)).await;
         assert_eq!(running.status.get().reconnects, 0);
 
-        // Deleted by somebody and declared again: bound again, at the latest with the sixth look.
+        // Deleted by another client and declared again: bound again, at the latest with the sixth look.
         let channel = broker.channel().await;
         channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
         broker.declare_exchange().await;

@@ -1,4 +1,4 @@
-//! What others feel of a transfer: the latency of somebody who writes 4 KiB at random places of the same pool.
+//! Impact of a transfer on other clients: the latency of a client that writes 4 KiB at random places of the same pool.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};

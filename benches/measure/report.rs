@@ -163,7 +163,7 @@ fn transfers(text: &mut String, part: &Value, limits: &Value) {
     let _ = writeln!(
         text,
         "## One volume becomes an image\n\n`rados bench` writes {:.0} MiB/s into the pool and reads {:.0} MiB/s (objects of 4 MiB, 16 in \
-         flight). Whoever copies has to do both: {:.0} MiB/s are the limit that the last column is a share of. *To active*: from the POST of the record (for stock: of `os-volume_upload_image`) until \
+         flight). A copy has to do both: {:.0} MiB/s are the limit that the last column is a share of. *To active*: from the POST of the record (for stock: of `os-volume_upload_image`) until \
          Glance says `active`. *Network*: through the sockets of what moves the data, which is the daemon, or cinder-volume and glance-api. \
          *Memory*: peak of the same.\n",
         number(&limits["write"]) / MIB,

@@ -1,7 +1,7 @@
 # Ceph: one monitor, one manager, a few OSDs, each on a sparse file. Three OSDs by default: the EC pool wants three.
 # shellcheck shell=bash
 
-# ceph_ …: the ceph command with limits, since it waits for a monitor for ever.
+# ceph_ …: the ceph command with limits, since it waits for a monitor without end.
 ceph_() { timeout 60 ceph --connect-timeout 20 "$@"; }
 
 # --- the processes ---------------------------------------------------------------------------------------------------

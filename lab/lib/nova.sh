@@ -73,7 +73,7 @@ stop_guests() {
   local file pid
   for file in "$DIR"/nova/libvirt/run/qemu/*.pid; do
     pid=$(cat "$file" 2>/dev/null) || continue
-    # not somebody else's, after a reboot
+    # not another process's, after a reboot
     ! grep -qs qemu-system "/proc/$pid/cmdline" || kill -KILL "$pid"
   done
 }

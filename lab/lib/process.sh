@@ -26,7 +26,7 @@ born() {
 
 pid_of() { cat "$DIR/run/$1.pid" 2>/dev/null; }
 
-# A pid alone is not enough: after a reboot it may be somebody else's.
+# A pid alone is not enough: after a reboot it may be another process's.
 alive() {
   local pid
   pid=$(pid_of "$1") && [ -n "$pid" ] && [ "$(born "$pid")" = "$(cat "$DIR/run/$1.born" 2>/dev/null)" ] && born "$pid" >/dev/null

@@ -1,8 +1,8 @@
 //! The connection to a cluster: handles that close themselves, running blocking calls off the runtime, who we are to
 //! the OSDs, and shutting others out.
 //!
-//! A client that was itself shut out (blocklisted) stays so until [`Client::reconnect`] is called: every call answers
-//! [`ErrorKind::Fenced`] at once. That is on purpose. Whoever was fenced has lost its leases, and everything that still
+//! A client that was fenced (blocklisted) itself stays so until [`Client::reconnect`] is called: every call answers
+//! [`ErrorKind::Fenced`] at once. That is on purpose. A fenced client has lost its leases, and everything that still
 //! runs under them must be given up first; a silent new connection would let such work through to the images again.
 #![allow(unsafe_code)]
 
@@ -42,7 +42,7 @@ const OPTIONS: &[(&str, &str)] = &[
     ("rbd_default_stripe_count", "0"),
 ];
 
-/// How long a fenced client stays shut out. Its address never comes back, so a long time costs nothing.
+/// How long a client stays fenced. Its address never comes back, so a long time costs nothing.
 const FENCE_SECONDS: u32 = 24 * 3600;
 
 /// How often the progress of a running transfer is shown to its caller.
@@ -132,13 +132,13 @@ impl Client {
         self.cluster().addresses()
     }
 
-    /// Whether this client was found to be shut out of the cluster.
+    /// Whether this client was found to be fenced.
     pub fn is_fenced(&self) -> bool {
         self.cluster().is_fenced()
     }
 
-    /// Replaces the connection of a client that was shut out by a new one, under a new address. Call it once all work
-    /// that ran over the old one has been given up. `AlreadyThere` when the client is not shut out.
+    /// Replaces the connection of a client that was fenced by a new one, under a new address. Call it once all work
+    /// that ran over the old one has been given up. `AlreadyThere` when the client is not fenced.
     pub async fn reconnect(&self) -> Result<Change> {
         let _one = self.shared.reconnecting.lock().await;
         if !self.is_fenced() {
@@ -246,7 +246,7 @@ impl Client {
         }
     }
 
-    /// Shuts out all addresses of another client, and waits for the map that says so.
+    /// Fences all addresses of another client, and waits for the map that says so.
     pub(super) async fn fence_address(&self, address: &str) -> Result<Change> {
         let operation = format!("fence client {address}");
         if lock(&self.shared.fenced).contains(address) {
@@ -307,7 +307,7 @@ pub fn make_undumpable() -> std::io::Result<()> {
 pub(super) struct Cluster {
     raw: rados_t,
     fenced: AtomicBool,
-    /// A pool that was used, to ask an OSD whether we are shut out.
+    /// A pool that was used, to ask an OSD whether we are fenced.
     pool: Mutex<Option<String>>,
 }
 
@@ -385,7 +385,7 @@ impl Cluster {
         self.fenced.load(Ordering::Acquire)
     }
 
-    /// Runs `work`, and remembers when its failure shows that this client was shut out. librbd hides that behind other
+    /// Runs `work`, and remembers when its failure shows that this client was fenced. librbd hides that behind other
     /// errors at times (EROFS, EIO), so a failure without a name is checked against an OSD.
     fn watch_for_fence<T>(self: Arc<Self>, work: impl FnOnce(&Arc<Self>) -> Result<T>) -> Result<T> {
         let result = work(&self);
@@ -594,7 +594,7 @@ fn entity_addresses(text: &str) -> Vec<String> {
 }
 
 pub(super) fn fenced(operation: impl Into<String>) -> Error {
-    Error::new(operation, ErrorKind::Fenced, "this client was shut out of the cluster (blocklisted)")
+    Error::new(operation, ErrorKind::Fenced, "this client was fenced (blocklisted)")
 }
 
 pub(super) fn cancelled(operation: impl Into<String>) -> Error {

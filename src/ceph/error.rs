@@ -26,7 +26,7 @@ pub enum ErrorKind {
     /// The cephx user's capabilities do not allow it.
     PermissionDenied,
     NoSpace,
-    /// This client was shut out of the cluster (blocklisted).
+    /// This client was fenced (blocklisted).
     Fenced,
     /// Stopped by its caller.
     Cancelled,

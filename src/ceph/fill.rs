@@ -9,7 +9,7 @@
 //! An object is taken from a parent only when every nearer layer is known not to hold it (see `layers`).
 //!
 //! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the clone
-//! has already sees them too. librbd knows nothing of these writes, so the object map is off meanwhile and made anew at
+//! has already sees them too. librbd knows nothing of these writes, so the object map is off during the fill and rebuilt at
 //! the end: a map that knows less than there is would make a removal of the half filled clone leave objects behind.
 #![allow(unsafe_code)]
 

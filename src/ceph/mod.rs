@@ -185,7 +185,7 @@ pub enum Change {
     AlreadyThere,
 }
 
-/// Progress of a transfer in bytes, shared between the thread that moves them and whoever shows them.
+/// Progress of a transfer in bytes, shared between the thread that moves them and the readers that show them.
 #[derive(Debug, Default)]
 pub struct Progress {
     total: AtomicU64,
@@ -395,7 +395,7 @@ pub trait Storage: Send + Sync + 'static {
 
     /// Removes the image with all its snapshots, also where the pool's settings turn a removal into a move to the trash,
     /// and where an earlier removal left it there. A name that a broken-off rename left beside another is removed alone.
-    /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or somebody has the image open.
+    /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or another client has the image open.
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
 
     /// Finishes removals of an image of that name that broke off and left it in the trash. An image that has the name
@@ -409,7 +409,7 @@ pub trait Storage: Send + Sync + 'static {
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
 
     /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it has
-    /// no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while somebody has it open.
+    /// no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while another client has it open.
     async fn purge(&self, image: &ImageSpec) -> Result<Change>;
 
     /// `None` when the key (or the image) is not there.
@@ -445,8 +445,8 @@ pub trait Storage: Send + Sync + 'static {
     /// operation here goes by a map that says so. `AlreadyThere` if this handle has done it before.
     async fn fence(&self, address: &str) -> Result<Change>;
 
-    /// Comes back after having been shut out ([`ErrorKind::Fenced`]), under a new address. Only once all work over the
-    /// old connection was given up. `AlreadyThere` when this client is not shut out.
+    /// Reconnects after having been fenced ([`ErrorKind::Fenced`]), under a new address. Only once all work over the
+    /// old connection was given up. `AlreadyThere` when this client is not fenced.
     async fn reconnect(&self) -> Result<Change>;
 }
 
@@ -498,7 +498,7 @@ pub struct LockKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Locked {
     Acquired,
-    /// Somebody else holds it, and its time has not run out by the OSD's clock.
+    /// Another client holds it, and its time has not run out by the OSD's clock.
     Held,
     /// There is no such object.
     NoObject,
@@ -524,7 +524,7 @@ pub trait Objects: Send + Sync + 'static {
     /// same key renews it.
     async fn lock(&self, object: &str, lock: &LockKey, description: &str, duration: Duration) -> Result<Locked>;
 
-    /// Prolongs a lock that is still held: [`ErrorKind::NotLocked`] once it ran out or somebody else has it.
+    /// Prolongs a lock that is still held: [`ErrorKind::NotLocked`] once it ran out or another client has it.
     async fn renew(&self, object: &str, lock: &LockKey, description: &str, duration: Duration) -> Result<()>;
 
     /// `AlreadyThere` when it was not held any more.

@@ -222,7 +222,7 @@ impl Objects for Namespace {
             let op = WriteOp::new();
             op.assert_exists();
             op.exec(c"lock", c"lock", &input);
-            // ENOENT: not the holder any more, or the object is gone. EBUSY: somebody else's lock.
+            // ENOENT: not the holder any more, or the object is gone. EBUSY: another client's lock.
             object.write(&op).map_err(|e| match e.kind() {
                 ErrorKind::NotFound | ErrorKind::Busy => not_locked(&object.operation),
                 _ => e,

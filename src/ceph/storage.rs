@@ -93,7 +93,7 @@ impl Storage for Client {
             drop(image);
             let Some(image) = Image::open(cluster, &spec, Access::ReadWrite)? else { return Ok(Change::AlreadyThere) };
             let mut change = if there { remove_snapshot(&image, &snapshot)? } else { Change::AlreadyThere };
-            // whoever removed it before was stopped half way
+            // an earlier removal was stopped half way
             for id in discarded {
                 if made_unless(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Change::Made {
                     change = Change::Made;
@@ -628,7 +628,7 @@ pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<C
     if empty_trash_of(cluster, &io, &spec.pool, name.as_deref(), id.as_deref(), &operation)? == Change::Made {
         change = Change::Made;
     }
-    // A name that leads nowhere would be taken for ever.
+    // A name that leads nowhere would never be free again.
     if let (Some(name), Some(id)) = (&name, &id)
         && rbd::id_of_name(&io, name, &operation)?.as_ref() == Some(id)
         && rbd::name_in_directory(&io, id, &operation)?.is_none()

@@ -1,4 +1,4 @@
-//! `cancel`: asks whoever works on a job to stop it and to remove what it made.
+//! `cancel`: asks the daemon that works on a job to stop it and to remove what it made.
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration: every problem with its place and its mend. Secrets never get in here.
+//! What is wrong with a configuration: every problem with its place and its remedy. Secrets never get in here.
 
 use std::fmt;
 use std::io;

@@ -71,7 +71,7 @@ impl Intake {
     }
 
     /// A service offers its work. Without the integration in the configuration it is left alone: stock services write
-    /// these images themselves, and delete them when somebody else does.
+    /// these images themselves, and delete them when another client does.
     async fn offered(&self, new: NewJob) -> Result<()> {
         let image_id = new.image_id;
         let source = new.source.map(|source| source.to_string());
@@ -127,7 +127,7 @@ impl Intake {
                     source = source.map(|s| s.to_string()), "request stored");
                 metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => trigger.as_str()).increment(1);
             }
-            Submitted::AskedAgain => tracing::info!(%image_id, "the image was heard of again; looked at anew"),
+            Submitted::AskedAgain => tracing::info!(%image_id, "request received again; rechecking the image"),
             Submitted::Running => return Ok(()),
         }
         self.wake(image_id);

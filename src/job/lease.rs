@@ -1,7 +1,7 @@
 //! The lease on a job: a cls lock on its object, with a duration that the OSD counts, renewed at a third of it.
 //!
 //! Two things keep a daemon that lost its lease from doing harm. Before every step that others can see it renews the
-//! lease and stops when that is refused. And whoever takes over from an owner that did not let go shuts that owner's
+//! lease and stops when that is refused. And a daemon that takes over from an owner that did not release the job fences that owner's
 //! Ceph client out first (`osd blocklist`), so that even an operation that was already on its way does nothing.
 
 use std::sync::Mutex;
@@ -21,7 +21,7 @@ const LOCK: &str = "lease";
 /// Who holds leases: one daemon's life.
 #[derive(Debug, Clone)]
 pub struct Identity {
-    /// Made anew at each start.
+    /// A new one at each start.
     pub instance: Uuid,
     pub host: String,
     pub pid: u32,
@@ -88,7 +88,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Takes the lease on a job. `None` when somebody else holds it, or there is no such job.
+    /// Takes the lease on a job. `None` when another daemon holds it, or there is no such job.
     pub async fn take(
         objects: &dyn Objects,
         image_id: Uuid,

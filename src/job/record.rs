@@ -26,7 +26,7 @@ pub enum State {
     Publishing,
     /// The image is active and whole. The end.
     Done,
-    /// Cannot be done here, for a reason that waiting does not mend. The end, until asked again.
+    /// Cannot be done here, for a reason that waiting does not change. The end, until asked again.
     Declined,
     /// What may pass did not, or something broke. The end, until asked again or retried.
     Failed,
@@ -54,9 +54,9 @@ impl State {
         use State::*;
         match (self, next) {
             (Accepted, Copying | Declined | Failed | Cancelled) => true,
-            // back to Accepted: the plan no longer holds and is made anew
+            // back to Accepted: the plan no longer holds and is made again
             (Copying, Publishing | Accepted | Declined | Failed | Cancelled) => true,
-            // back to Copying: Glance removed the copy after a failed task, or somebody lost it
+            // back to Copying: Glance removed the copy after a failed task, or it was lost
             (Publishing, Done | Copying | Declined | Failed | Cancelled) => true,
             // a new request, or `retry`
             (Declined | Failed | Cancelled, Accepted) => true,
@@ -84,7 +84,7 @@ impl fmt::Display for State {
     }
 }
 
-/// A decision to end a job, stored before anything is taken down, so that whoever goes on ends it the same way.
+/// A decision to end a job, stored before anything is taken down, so that the next owner ends it the same way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
     /// `declined`, `failed` or `cancelled`.
@@ -181,7 +181,7 @@ pub enum Handover {
 pub struct Record {
     pub version: u32,
     pub image_id: Uuid,
-    /// Made anew for each request; follows it through the logs, and marks what the job makes.
+    /// A new one for each request; follows it through the logs, and marks what the job makes.
     pub request_id: Uuid,
     /// `None` while no request could be read from the image's tags.
     pub source: Option<Source>,
@@ -209,7 +209,7 @@ pub struct Record {
     #[serde(default)]
     pub stages: Vec<Stage>,
 
-    /// Address of the owner's Ceph client, which the next owner shuts out before it goes on.
+    /// Address of the owner's Ceph client, which the next owner fences before it goes on.
     #[serde(default)]
     pub owner_address: Option<String>,
     #[serde(default)]

@@ -1,6 +1,6 @@
 //! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
 //!
-//! The object is the truth. `index.live` and `index.ended` are hints: whoever reads an index reads the object before it
+//! The object is the truth. `index.live` and `index.ended` are hints: a reader of an index reads the object before it
 //! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the OSDs
 //! walk the whole pool, which holds millions of objects.)
 
@@ -194,7 +194,7 @@ impl Store {
             // what a service offers is stored once the reconciler is through, in a moment
             return Err(Error::Contended(image_id));
         }
-        // also when nothing was changed: the index entry may have been lost with whoever wrote the record
+        // also when nothing was changed: the index entry may have been lost with the daemon that wrote the record
         if !record.is_settled() {
             self.index_live(&record).await?;
         }
@@ -256,7 +256,7 @@ impl Store {
         Ok(self.objects.set_omap(LIVE, &[(record.image_id.to_string(), summary)]).await?)
     }
 
-    /// The jobs that somebody has to work on, in the order of their ids.
+    /// The jobs that a daemon has to work on, in the order of their ids.
     pub async fn live(&self) -> Result<Vec<(Uuid, Summary)>> {
         let entries = self.entries(LIVE).await?;
         Ok(entries.into_iter().map(|(id, value)| (id, serde_json::from_slice(&value).unwrap_or_default())).collect())
@@ -357,7 +357,7 @@ impl Store {
         }
     }
 
-    /// Asks whoever works on the job to end it and take everything down; one that waits is taken up for that at once.
+    /// Asks the daemon that works on the job to end it and take everything down; one that waits is taken up for that at once.
     /// `None`: there is no such job.
     pub async fn cancel(&self, image_id: Uuid) -> Result<Option<Cancelled>> {
         let mut outcome = Cancelled::Asked;

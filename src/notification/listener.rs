@@ -1,4 +1,4 @@
-//! Consumes the notifications from RabbitMQ: an own durable queue, bound to the services' exchanges, for ever.
+//! Consumes the notifications from RabbitMQ: an own durable queue, bound to the services' exchanges, until it is stopped.
 //!
 //! ```text
 //! run      one host after the other, with growing pauses
@@ -52,7 +52,7 @@ use crate::config::{Messaging, QueueType};
 const RECONNECT_FIRST: Duration = Duration::from_secs(1);
 const RECONNECT_STEP: Duration = Duration::from_secs(2);
 const RECONNECT_LAST: Duration = Duration::from_secs(30);
-/// A session that consumed this long counts as a success: the pause starts anew.
+/// A session that consumed this long counts as a success: the pause starts from the shortest again.
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// For TCP, TLS and login together.
@@ -69,7 +69,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const LOG_AGAIN: Duration = Duration::from_secs(600);
 /// Acknowledgements wait this long for company.
 const ACK_DELAY: Duration = Duration::from_millis(20);
-/// Every so many looks for missing exchanges, all are bound anew: somebody may have deleted and declared one again.
+/// Every so many polls for missing exchanges, all are bound again: one may have been deleted and declared again.
 const REBIND_ALL: u32 = 12;
 
 /// What stands for the memory of the bindings among the names of exchanges that were warned of.

@@ -1,4 +1,4 @@
-//! Where relevant events go: whoever stores a job for them.
+//! Where relevant events go: to the code that stores a job for them.
 
 use std::fmt;
 

@@ -102,7 +102,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
     (
         Kind::Counter,
         "rbd_offload_reconciler_findings_total",
-        "What the reconciler found and put right, by kind: request (its notification was lost), record, repaired, image, \
+        "What the reconciler found and repaired, by kind: request (its notification was lost), record, repaired, image, \
          snapshot, expired.",
     ),
 ];

@@ -22,7 +22,7 @@ const TAG: &str = "rbd-offload:";
 /// Images that are made or deleted at a time.
 pub const AT_A_TIME: usize = 8;
 
-/// Somebody's token. What it made is deleted when it is dropped, the latest first.
+/// A user's token. What it made is deleted when it is dropped, the latest first.
 pub struct Account {
     http: Client,
     token: String,

@@ -124,7 +124,7 @@ impl Setup {
             .stderr(File::create(&log).unwrap())
             .spawn()
             .unwrap();
-        // for whoever has to tidy up after tests that were killed
+        // so that one can tidy up after tests that were killed
         std::fs::write(dir.join("pid"), child.id().to_string()).unwrap();
         Daemon {
             namespace: self.name.clone(),

@@ -166,7 +166,7 @@ def jobs(pool, namespace):
 
 
 def leases(pool, namespace, expired):
-    """Objects of a namespace on which somebody holds a cls lock; those too, if asked for, of which the time ran out."""
+    """Objects of a namespace on which a client holds a cls lock; those too, if asked for, of which the time ran out."""
     io, held = open_pool(pool, namespace), []
     for entry in io.list_objects():
         for name, value in io.get_xattrs(entry.key):

@@ -180,7 +180,7 @@ pub async fn jobs(namespace: &str) -> BTreeMap<String, String> {
     ask("jobs", json!({"pool": "images", "namespace": namespace})).await
 }
 
-/// Objects of the namespace that somebody holds a lock on.
+/// Objects of the namespace that a client holds a lock on.
 pub async fn leases(namespace: &str) -> Vec<String> {
     ask("leases", json!({"pool": "images", "namespace": namespace, "expired": true})).await
 }

@@ -21,7 +21,7 @@ OFFLOAD_OPTS = [
                help='Seconds without any sign of progress, after which Cinder does the upload itself.'),
     cfg.IntOpt('rbd_offload_timeout', default=21600, min=1,
                help='Seconds for an upload in all, after which Cinder does it itself.'),
-    cfg.IntOpt('rbd_offload_doubt_timeout', default=300, min=1,
+    cfg.IntOpt('rbd_offload_commit_timeout', default=300, min=1,
                help='Seconds for a copy that is ready to become an active image.'),
 ]
 
@@ -29,7 +29,7 @@ cfg.CONF.register_opts(OFFLOAD_OPTS, group=configuration.SHARED_CONF_GROUP)
 
 
 class RBDOffloadDriver(rbd.RBDDriver):
-    """Offers each upload as raw and bare to rbd-offload. What is declined, and everything else, goes the stock way."""
+    """Offers each upload as raw and bare to rbd-offload. What is declined, and everything else, falls back to the native path."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -75,6 +75,6 @@ class RBDOffloadDriver(rbd.RBDDriver):
         limits = handover.Limits(claim=self.configuration.rbd_offload_claim_timeout,
                                  stall=self.configuration.rbd_offload_stall_timeout,
                                  total=self.configuration.rbd_offload_timeout,
-                                 doubt=self.configuration.rbd_offload_doubt_timeout,
+                                 commit=self.configuration.rbd_offload_commit_timeout,
                                  start=self.configuration.rbd_offload_start_timeout)
         return handover.Handover(image, handover.volume_offer(volume.id, fsid), limits).run(announce)

@@ -1,5 +1,5 @@
 """Nova's snapshot of an RBD disk, with one way more: offered to rbd-offload first. What is declined, and everything
-else, goes the stock way."""
+else, falls back to the native path."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ OPTIONS = [
                help='Seconds without any sign of progress, after which Nova does the snapshot itself.'),
     cfg.IntOpt('timeout', default=3600, min=1,
                help='Seconds for a snapshot in all, after which Nova does it itself.'),
-    cfg.IntOpt('doubt_timeout', default=300, min=1,
+    cfg.IntOpt('commit_timeout', default=300, min=1,
                help='Seconds for a copy that is ready to become an active image.'),
 ]
 
@@ -52,7 +52,7 @@ def register_options(conf):
 
 
 def install(conf):
-    """Wraps the stock way, once, and where there is one that is known."""
+    """Wraps the native path, once, and where there is one that is known."""
     global _refused
     stock = getattr(getattr(sys.modules.get(MODULE), 'Rbd', None), 'direct_snapshot', None)
     if stock is None or _refused or hasattr(stock, 'rbd_offload'):
@@ -125,7 +125,7 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
         return False
     instance_id = name.group(1)
     if getattr(_THIS_SNAPSHOT, 'suspended', False):
-        LOG.info('instance:%s: the stock way: the guest is suspended for this snapshot', instance_id)
+        LOG.info('instance:%s: the native path: the guest is suspended for this snapshot', instance_id)
         return False
     image = record.ImageRecord(context, image_id)
     try:
@@ -145,7 +145,7 @@ def _is_made_elsewhere(disk, context, image_format, image_id, conf):
 
     options = conf[GROUP]
     limits = handover.Limits(claim=options.claim_timeout, stall=options.stall_timeout, total=options.timeout,
-                             doubt=options.doubt_timeout, start=options.start_timeout)
+                             commit=options.commit_timeout, start=options.start_timeout)
     offer = handover.instance_offer(instance_id, fsid)
     try:
         # Nova has announced the snapshot already

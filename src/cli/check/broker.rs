@@ -13,7 +13,7 @@ use super::within;
 use crate::config::{Config, Messaging};
 use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
 
-/// Between two looks at a queue that somebody consumes.
+/// Between two looks at a queue that a daemon consumes.
 const GROWTH: Duration = Duration::from_secs(1);
 
 /// Messages that a daemon which keeps up never leaves waiting.

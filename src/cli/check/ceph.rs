@@ -270,7 +270,7 @@ async fn probe(objects: &dyn Objects, object: &str) -> Result<(), (&'static str,
     match objects.lock(object, &key, "check", LOCK).await.map_err(|e| ("lock an object", e))? {
         Locked::Acquired => {}
         Locked::Held | Locked::NoObject => {
-            return Err(("lock an object", Error::new("lock", ErrorKind::Conflict, "somebody else took it")));
+            return Err(("lock an object", Error::new("lock", ErrorKind::Conflict, "another client took it")));
         }
     }
     let (_, version) = objects

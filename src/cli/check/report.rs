@@ -10,7 +10,7 @@ use crate::cli::output;
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     Ok,
-    /// Works as configured now, but somebody should know.
+    /// Works as configured now, but the operator should know.
     Warning,
     Fault,
     /// Could not be looked at, since another check failed.
