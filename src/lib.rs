@@ -1,6 +1,6 @@
 //! rbd-offload turns a volume, a volume snapshot or an instance's disk into a Glance image inside the Ceph cluster.
 //!
-//! One request's way through the house, in one direction; every stage hands a plain type to the next:
+//! How a request flows through the modules, in one direction. Each stage passes a plain type to the next:
 //!
 //! ```text
 //! AMQP delivery → notification → request → job (stored in RADOS, then acked) → claim (lease)

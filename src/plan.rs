@@ -457,8 +457,8 @@ struct OwnerNames {
 /// The properties that Nova would give a snapshot of the instance. What its image was like when the instance was made
 /// counts more than what the image is like today, or whether it is still there.
 ///
-/// Nova's `user_id` is who asks for the snapshot; a tag does not tell who set it, so it is the instance's user here. Nova's
-/// `boot_roles`, the roles that this user had when the instance was made, are known to Nova alone.
+/// Nova's `user_id` is who asks for the snapshot; a tag does not tell who set it, so it is the instance's user here.
+/// Nova's `boot_roles`, the roles that this user had when the instance was made, are known to Nova alone.
 fn of_snapshot_image(server: &Server, base: Option<Image>, names: &OwnerNames) -> BTreeMap<String, String> {
     let mut properties = base.map(|base| base.properties).unwrap_or_default();
     properties.extend(server.image_properties.clone());
@@ -649,21 +649,31 @@ mod tests {
         assert_eq!(read_request(&image, &question(Trigger::Request, Some(source), true)).unwrap(), source);
     }
 
+    fn offer_tag(source: Source) -> String {
+        format!("rbd-offload-handover:{}:{}@{}", source.kind(), source.id(), Uuid::new_v4())
+    }
+
     #[test]
-    fn what_was_handed_over_goes_by_the_offer_and_a_request_stays_out_of_it() {
+    fn a_hand_over_is_planned_by_its_offer_alone() {
         let source = Source::Volume(Uuid::new_v4());
-        let offer = format!("rbd-offload-handover:{}:{}@{}", source.kind(), source.id(), Uuid::new_v4());
+        let offer = offer_tag(source);
         let offered = Question { offered: true, ..question(Trigger::VolumeUpload, Some(source), false) };
         assert_eq!(read_request(&image("queued", &[&offer]), &offered).unwrap(), source);
         assert!(read_request(&image("queued", &[]), &offered).is_err(), "taken back");
         let other = Question { source: Some(Source::Volume(Uuid::new_v4())), ..offered };
         assert!(read_request(&image("queued", &[&offer]), &other).is_err());
+    }
+
+    #[test]
+    fn a_request_on_an_offered_image_is_declined() {
+        let source = Source::Volume(Uuid::new_v4());
+        let offer = offer_tag(source);
         let request = question(Trigger::Request, Some(source), false);
         assert!(read_request(&image("queued", &[&offer, &source.tag()]), &request).is_err());
     }
 
     #[test]
-    fn an_image_that_somebody_writes_is_left_alone() {
+    fn an_image_that_another_client_writes_is_left_alone() {
         let tag = Source::Volume(Uuid::new_v4()).tag();
         for status in ["saving", "active", "importing", "deactivated", "killed"] {
             let declined = read_request(&image(status, &[&tag]), &question(Trigger::Request, None, false));

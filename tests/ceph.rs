@@ -257,7 +257,7 @@ write('volumes', v, 0, 3 * M, 1); write('volumes', v, 9 * M + 777, 5000, 2); wri
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clones() {
+async fn a_clone_is_transferred_whole() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -271,7 +271,7 @@ write('volumes', v, 5 * M, 4096, 3); write('volumes', v, 20 * M, 2 * M, 4); disc
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clones_of_clones() {
+async fn a_clone_of_a_clone_is_transferred_whole() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -1637,8 +1637,8 @@ impl Drop for Pools<'_> {
     }
 }
 
-/// Copies `volumes/NAME-volume`, which the Python makes in a pool `SOURCE`, by every method, and holds what is stored of
-/// the copies to what is stored of the source.
+/// Copies `volumes/NAME-volume`, which the Python makes in a pool `SOURCE`, by every method, and holds what is stored
+/// of the copies to what is stored of the source.
 async fn stays_thin(prepare: &str) {
     let lab = Lab::new();
     let pools = Pools::new(&lab, &["source", "Copy", "Clone", "Fill"]);
@@ -1935,7 +1935,8 @@ async fn transfers_share_a_rate() {
     assert!(began.elapsed() < Duration::from_secs(300));
 }
 
-/// Random chains of images (tests/common/chain.py), made and judged by Debian's librbd bindings in a process of their own.
+/// Random chains of images (tests/common/chain.py), made and judged by Debian's librbd bindings in a process of their
+/// own.
 struct Chains {
     process: std::process::Child,
     answers: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
@@ -1999,8 +2000,8 @@ async fn judge_chain(client: &Client, chains: &mut Chains, lab: &Lab, seed: u64)
 }
 
 /// The promise of all transfers: whatever the layers of a source are, the copy holds what the snapshot holds. So many
-/// chains (`RBD_OFFLOAD_TEST_CHAINS`; as many as a minute allows) from that seed on (`RBD_OFFLOAD_TEST_SEED`; another one
-/// each time).
+/// chains (`RBD_OFFLOAD_TEST_CHAINS`; as many as a minute allows) from that seed on (`RBD_OFFLOAD_TEST_SEED`; another
+/// one each time).
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
 async fn every_byte_of_random_chains_is_right() {
     const AT_A_TIME: u64 = 4;

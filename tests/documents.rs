@@ -1,7 +1,7 @@
 //! The documents say what is so: each block of shell in them is run by a test, and each command, key and metric exists.
 //!
-//! A block of shell bears a mark in the line above it: `<!-- test: NAME -->`, and then a test of the packages runs that very
-//! block, or `<!-- no test: REASON -->`.
+//! A block of shell bears a mark in the line above it: `<!-- test: NAME -->`, and then a test of the packages runs that
+//! very block, or `<!-- no test: REASON -->`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeSet;
@@ -64,7 +64,8 @@ fn blocks() -> Vec<Block> {
     blocks
 }
 
-/// The lines of a block of shell or of what was typed on a console, continued ones as one, without prompts and comments.
+/// The lines of a block of shell or of what was typed on a console, continued ones as one, without prompts and
+/// comments.
 fn commands(block: &Block) -> Vec<String> {
     let typed = |line: &&String| block.language == "sh" || line.starts_with("# ");
     let text: Vec<&str> = block.lines.iter().filter(typed).map(|line| line.trim_start_matches("# ").trim()).collect();

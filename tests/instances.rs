@@ -149,8 +149,8 @@ mod disks_that_nova_takes {
         Setup::default().set("offload", "method", method).set("offload", key, value)
     }
 
-    /// A stopped instance whose disk is being copied, for more than a minute: of a shelved one Nova makes its own snapshot
-    /// first. The image's id.
+    /// A stopped instance whose disk is being copied, for more than a minute: of a shelved one Nova makes its own
+    /// snapshot first. The image's id.
     async fn being_copied(demo: &Account, daemon: &Daemon, base: &str) -> (Instance, String) {
         let instance = demo.resting_instance(base, Rest::Stopped, 3).await;
         instance.disk.write(4, &[(64 * MIB, 200 * MIB), (300 * MIB, 200 * MIB)]).await;

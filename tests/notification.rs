@@ -1,4 +1,5 @@
-//! The listener against a real RabbitMQ: what it declares and what it leaves alone, and that nothing is lost on the way to the sink.
+//! The listener against a real RabbitMQ: what it declares and what it leaves alone, and that nothing is lost on the way
+//! to the sink.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 #[path = "common/env.rs"]

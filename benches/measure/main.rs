@@ -1,7 +1,7 @@
 //! `make bench`: what the daemon costs beside what everybody does today, measured on a running lab in one go.
 //!
-//! Prints tables and one line of JSON a part; `BENCH_JSON` and `BENCH_MARKDOWN` name files to write. `benches/run` starts
-//! a lab and says which variables choose what.
+//! Prints tables and one line of JSON a part; `BENCH_JSON` and `BENCH_MARKDOWN` name files to write. `benches/run`
+//! starts a lab and says which variables choose what.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../../tests/common/mod.rs"]

@@ -1,4 +1,5 @@
-//! What a process costs, read from the kernel: CPU time and memory from `/proc`, bytes from the counters of its TCP sockets.
+//! What a process costs, read from the kernel: CPU time and memory from `/proc`, bytes from the counters of its TCP
+//! sockets.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -11,7 +12,8 @@ use crate::common::lab;
 /// Ticks a second of `/proc/PID/stat`.
 const TICKS: f64 = 100.0;
 
-/// Processes of the lab that are accounted for, by the names of their files in `run/`, and what they are called in results.
+/// Processes of the lab that are accounted for, by the names of their files in `run/`, and what they are called in
+/// results.
 const SERVICES: [(&str, &str); 13] = [
     ("glance", "glance"),
     ("cinder-volume", "cinder-volume"),
@@ -111,8 +113,8 @@ type Key = (String, String);
 /// Bytes received, and bytes sent and acknowledged.
 type Counts = [u64; 2];
 
-/// Counts what goes through TCP sockets, from the kernel's own counters. Those of sockets that live are read when asked;
-/// those of sockets that are closed meanwhile come from the kernel's announcement of their end.
+/// Counts what goes through TCP sockets, from the kernel's own counters. Those of sockets that live are read when
+/// asked; those of sockets that are closed meanwhile come from the kernel's announcement of their end.
 pub struct Sockets {
     watcher: Child,
     ended: Arc<Mutex<HashMap<Key, Counts>>>,

@@ -1,4 +1,5 @@
-//! Notifications that concern nobody here: what each costs the daemon, and what it costs a Python listener on the same broker.
+//! Notifications that concern nobody here: what each costs the daemon, and what it costs a Python listener on the same
+//! broker.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};

@@ -275,7 +275,7 @@ fn crowd(text: &mut String, part: &Value) {
 fn gentle(text: &mut String, part: &Value) {
     let Some(quiet) = part.get("nothing else") else { return };
     text.push_str(
-        "## What others feel\n\nLatency of one client that writes 4 KiB at random places of another image of the source's pool, one write after the \
+        "## Impact on other clients\n\nLatency of one client that writes 4 KiB at random places of another image of the source's pool, one write after the \
          other, while a volume is transferred (for stock: until it is active). In brackets: times that of the quiet cluster.\n\n",
     );
     let order = [

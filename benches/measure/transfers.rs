@@ -1,5 +1,5 @@
-//! One volume after the other becomes an image: stock Cinder, and the daemon by each of its methods; and what Ceph's own
-//! tools take for the same bytes.
+//! One volume after the other becomes an image: stock Cinder, and the daemon by each of its methods; and what Ceph's
+//! own tools take for the same bytes.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

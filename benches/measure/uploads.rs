@@ -1,5 +1,5 @@
-//! `openstack image create --volume`: by stock Cinder, and by a Cinder that hands its uploads over to the daemon. Measured
-//! until Cinder is done with the volume.
+//! `openstack image create --volume`: by stock Cinder, and by a Cinder that hands its uploads over to the daemon.
+//! Measured until Cinder is done with the volume.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

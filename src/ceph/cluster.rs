@@ -60,11 +60,12 @@ const CALL_PATIENCE: Duration = Duration::from_secs(20);
 /// A client of one cluster. Cheap to clone; all clones share one connection.
 ///
 /// Drop all clones, and let running calls end, before the process exits: an exit cleans up OpenSSL under librados'
-/// threads, and they abort the process then. Dropping the last clone shuts the connection down, which takes milliseconds.
+/// threads, and they abort the process then. Dropping the last clone shuts the connection down, which takes
+/// milliseconds.
 ///
 /// Calls have no time limit while OSDs are down (see `OPTIONS`), unless [`connect_limited`](Self::connect_limited) gave
-/// one: a caller that cannot wait drops the future, and the call ends on its own thread once the OSDs are back. A client
-/// has a bounded number of such threads.
+/// one: a caller that cannot wait drops the future, and the call ends on its own thread once the OSDs are back. A
+/// client has a bounded number of such threads.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -90,8 +91,8 @@ impl Client {
         Self::open(conf, user, None).await
     }
 
-    /// Like [`connect`](Self::connect), with a time limit of operations on OSDs. One that timed out may still be carried
-    /// out: only for guarded writes, whose version tells.
+    /// Like [`connect`](Self::connect), with a time limit of operations on OSDs. One that timed out may still be
+    /// carried out: only for guarded writes, whose version tells.
     pub async fn connect_limited(conf: &Path, user: &str, limit: Duration) -> Result<Self> {
         Self::open(conf, user, Some(limit)).await
     }
@@ -287,8 +288,8 @@ async fn dial(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Ar
     }
 }
 
-/// Ends the process as it is, without the clean-up of an exit: for a command that gave up waiting for a call, which would
-/// abort the process then (see [`Client`]). What is to be printed must have been.
+/// Ends the process as it is, without the clean-up of an exit: for a command that gave up waiting for a call, which
+/// would abort the process then (see [`Client`]). What is to be printed must have been.
 pub fn leave(status: u8) -> ! {
     // SAFETY: takes a number and does not return.
     unsafe { libc::_exit(status.into()) }
@@ -529,8 +530,8 @@ impl IoCtx {
         Ok(Self::refusing_when_full(raw, cluster))
     }
 
-    /// A pool without space refuses what would need some, instead of making it wait until there is some again. What frees
-    /// space goes through.
+    /// A pool without space refuses what would need some, instead of making it wait until there is some again. What
+    /// frees space goes through.
     fn refusing_when_full(raw: rados_ioctx_t, cluster: &Arc<Cluster>) -> Self {
         // SAFETY: the ioctx was opened a moment ago, and is not in use yet.
         unsafe { sys::rados_set_pool_full_try(raw) };
@@ -647,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_dropped() {
+    fn invalid_addresses_are_ignored() {
         for text in ["", "-", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:0/", "10.0.0.1:0/x", "10.0.0.1:0/1/2"] {
             assert!(entity_addresses(text).is_empty(), "{text}");
         }

@@ -1,9 +1,10 @@
-//! Comparing a snapshot with a copy of it, both read through librbd: the proof that does not trust how the copy was made.
+//! Comparing a snapshot with a copy of it, both read through librbd: the proof that does not trust how the copy was
+//! made.
 //!
 //! A sample does not go by the list of objects that the copy went by, which may be what is wrong. It is drawn from the
-//! whole image, holes and the parents' share included. More is drawn where librbd's own enumeration, layer by layer, shows
-//! data, where the copy has data and the source shows none, and around the places where a mistake is likely: borders of
-//! objects, ends of overlaps.
+//! whole image, holes and the parents' share included. More is drawn where librbd's own enumeration, layer by layer,
+//! shows data, where the copy has data and the source shows none, and around the places where a mistake is likely:
+//! borders of objects, ends of overlaps.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

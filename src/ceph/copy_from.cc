@@ -29,8 +29,8 @@ extern "C" void finish(rados_completion_t completion, void *argument)
   pending->done(pending->argument, rados_aio_get_return_value(completion));
 }
 
-// Starts a write. Returns 0 when `done` will be called, once and from a thread of librados; else a negative errno, and it
-// will not be called.
+// Starts a write. Returns 0 when `done` will be called, once and from a thread of librados; else a negative errno, and
+// it will not be called.
 int start(librados::IoCtx &io, const char *object, librados::ObjectWriteOperation &op, done_t done, void *argument)
 {
   auto pending = std::make_unique<Pending>(Pending{done, argument});
@@ -66,8 +66,8 @@ extern "C" int rbd_offload_copy_from(rados_ioctx_t source, const char *source_ob
 }
 
 // Starts to turn zeros of the object into holes, in units of `granularity` bytes, by the method of the OSD's rbd class
-// that rbd_sparsify uses too; returns as start() does. The object stays even when nothing is left of it: while the image
-// has a parent, a missing object would show the parent's data.
+// that rbd_sparsify uses too; returns as start() does. The object stays even when nothing is left of it: while the
+// image has a parent, a missing object would show the parent's data.
 extern "C" int rbd_offload_sparsify(rados_ioctx_t ioctx, const char *object, uint64_t granularity, done_t done,
                                     void *argument)
 {

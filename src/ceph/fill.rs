@@ -1,16 +1,17 @@
 //! Filling a clone inside the cluster: the OSDs copy the objects of the source and its parents by RADOS `copy_from`.
 //!
 //! The clone keeps its parent throughout, so everything that is left out here is right all the same: it is read from
-//! the parent, and the flatten copies it. Left out is what cannot be copied exactly, object by object: where a layer has
-//! another object size or striping, or the overlap with it ends inside an object; and objects with next to nothing in
-//! them. `copy_from` fills holes with zeros: objects with a good many are asked for on the OSD that holds them, and made
-//! sparse again after the copy.
+//! the parent, and the flatten copies it. Left out is what cannot be copied exactly, object by object: where a layer
+//! has another object size or striping, or the overlap with it ends inside an object; and objects with next to nothing
+//! in them. `copy_from` fills holes with zeros: objects with a good many are asked for on the OSD that holds them, and
+//! made sparse again after the copy.
 //!
 //! An object is taken from a parent only when every nearer layer is known not to hold it (see `layers`).
 //!
-//! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the clone
-//! has already sees them too. librbd knows nothing of these writes, so the object map is off during the fill and rebuilt at
-//! the end: a map that knows less than there is would make a removal of the half filled clone leave objects behind.
+//! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the
+//! clone has already sees them too. librbd knows nothing of these writes, so the object map is off during the fill and
+//! rebuilt at the end: a map that knows less than there is would make a removal of the half filled clone leave objects
+//! behind.
 #![allow(unsafe_code)]
 
 use std::collections::HashSet;
@@ -86,7 +87,8 @@ pub(super) fn fill(
     };
     let mut overlap = to.overlap()?;
     if !is_source(&link)? {
-        // Through an anchor. As long as that has a parent, its objects are copies of the parent's: the source has them all.
+        // Through an anchor. As long as that has a parent, its objects are copies of the parent's: the source has them
+        // all.
         let anchor = Image::open_parent(cluster, &link)?;
         let Some(above) = anchor.parent()? else { return unsupported("the destination is a clone of something else") };
         overlap = overlap.min(anchor.overlap()?);
@@ -155,8 +157,8 @@ pub(super) fn fill(
     Ok(moved)
 }
 
-/// Whether the layer's object of that number is, byte for byte, what the clone reads there: both have the same layout, and
-/// the overlap does not end within the object's bytes.
+/// Whether the layer's object of that number is, byte for byte, what the clone reads there: both have the same layout,
+/// and the overlap does not end within the object's bytes.
 fn can_be_copied(object: u64, layer: &Layer) -> bool {
     layer.objects.layout.end_of_set(object) <= layer.end || layer.size <= layer.end
 }
@@ -259,7 +261,8 @@ fn survey(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Ho
     Ok(stored.into_iter().map(|stored| stored.map_or(Holes::Few, Holes::of)).collect())
 }
 
-/// Of objects that were copied without knowing their holes, makes holes in a sample, and in all if that freed something.
+/// Of objects that were copied without knowing their holes, makes holes in a sample, and in all if that freed
+/// something.
 fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize) -> Result<()> {
     let sample: HashSet<u64> = scattered(objects, SAMPLE).collect();
     let Some(before) = copier.allocated(&sample)? else { return Ok(()) };
@@ -299,8 +302,8 @@ pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: 
     Ok(false)
 }
 
-/// At most `count` of them, one out of each stretch of the same length: anywhere in it, since what is written at regular
-/// distances would fall into step with a sample that is regular too. The same ones each time.
+/// At most `count` of them, one out of each stretch of the same length: anywhere in it, since what is written at
+/// regular distances would alias with a sample that is regular too. Deterministic.
 fn scattered(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
     let chosen = count.min(objects.len());
     (0..chosen).map(move |n| {

@@ -1,9 +1,9 @@
 //! Which objects the layers of an image hold: its own, and those of the images it was cloned from.
 //!
-//! An object that a layer holds hides the same bytes of all layers below it. It does so as well when nothing is stored in
-//! it: librbd discards a whole object of a clone by leaving one of zero bytes. librbd's own enumeration
-//! (`rbd_diff_iterate2`) does not list such an object where it goes without an object map, and it does not tell which way
-//! it went. So it is not used here. A layer is asked for its object map at the very snapshot; where that one is not
+//! An object that a layer holds hides the same bytes of all layers below it. It does so as well when nothing is stored
+//! in it: librbd discards a whole object of a clone by leaving one of zero bytes. librbd's own enumeration
+//! (`rbd_diff_iterate2`) does not list such an object where it goes without an object map, and it does not tell which
+//! way it went. So it is not used here. A layer is asked for its object map at the very snapshot; where that one is not
 //! valid, the OSDs are asked object by object, as a read would.
 #![allow(unsafe_code)]
 
@@ -194,8 +194,8 @@ impl DataObjects {
         Ok(answers)
     }
 
-    /// The objects below byte `end` that the image itself holds, in order. Exact, but for objects that a valid object map
-    /// has and the pool has not. `image` is the one that these are the objects of, at the same snapshot.
+    /// The objects below byte `end` that the image itself holds, in order. Exact, but for objects that a valid object
+    /// map has and the pool has not. `image` is the one that these are the objects of, at the same snapshot.
     pub fn held(&self, image: &Image, end: u64, inquiry: Inquiry<'_>) -> Result<Vec<u64>> {
         let count = self.layout.count(end);
         if let Some(map) = self.object_map(image, count)? {

@@ -303,23 +303,25 @@ pub trait Storage: Send + Sync + 'static {
 
     async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
-    /// [`create_snapshot`](Self::create_snapshot) and [`protect_snapshot`](Self::protect_snapshot), at once where that is
-    /// quicker.
+    /// [`create_snapshot`](Self::create_snapshot) and [`protect_snapshot`](Self::protect_snapshot), at once where that
+    /// is quicker.
     async fn create_protected_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<()> {
         self.create_snapshot(image, snapshot).await?;
         self.protect_snapshot(image, snapshot).await.map(drop)
     }
 
-    /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was none,
-    /// or no such image. [`ErrorKind::Busy`] while it has clones.
+    /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was
+    /// none, or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
-    /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is taken.
+    /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is
+    /// taken.
     async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
 
     /// Clones `source@snapshot` to `anchor`, replaces its metadata, and gives it a protected snapshot to clone from. An
-    /// anchor is flattened by others while clones of it are read, so it has no object map: every reader asks the cluster
-    /// for each of its objects. Otherwise as [`clone_image`](Self::clone_image); what it made stays when it fails.
+    /// anchor is flattened by others while clones of it are read, so it has no object map: every reader asks the
+    /// cluster for each of its objects. Otherwise as [`clone_image`](Self::clone_image); what it made stays when it
+    /// fails.
     async fn make_anchor(
         &self,
         source: &ImageSpec,
@@ -341,8 +343,8 @@ pub trait Storage: Send + Sync + 'static {
     async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
 
     /// Copies into the clone what it shares with its parent, and cuts the parent off. Nothing to do without a parent.
-    /// [`ErrorKind::Cancelled`] soon after `cancel` fires (librbd's flatten is stopped, or its call is left to end while
-    /// nobody waits: the image may then be busy for a moment).
+    /// [`ErrorKind::Cancelled`] soon after `cancel` fires (librbd's flatten is stopped, or its call is left to end
+    /// while nobody waits: the image may then be busy for a moment).
     async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved>;
 
     /// Reads `source@snapshot` through librbd, its data only and that of its parents, and writes it into `destination`,
@@ -357,8 +359,8 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Moved>;
 
-    /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into the clone `destination`, then rebuilds
-    /// the object map. What it leaves out (among it objects that are next to nothing but holes) is for
+    /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into the clone `destination`, then
+    /// rebuilds the object map. What it leaves out (including objects that are almost entirely holes) is for
     /// [`flatten`](Self::flatten). [`ErrorKind::Unsupported`] where the cluster or the shape does not allow it.
     async fn fill(
         &self,
@@ -370,8 +372,8 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Moved>;
 
-    /// The offset of a byte in which `destination` differs from `source@snapshot`: the first of those that were compared.
-    /// `None` when they are alike. Both are read through librbd.
+    /// The offset of a byte in which `destination` differs from `source@snapshot`: the first of those that were
+    /// compared. `None` when they are alike. Both are read through librbd.
     async fn compare(
         &self,
         source: &ImageSpec,
@@ -389,13 +391,14 @@ pub trait Storage: Send + Sync + 'static {
     /// At most `length` bytes from `offset` of the image's head, fewer at its end.
     async fn read(&self, image: &ImageSpec, offset: u64, length: usize) -> Result<Vec<u8>>;
 
-    /// Renames within the pool, and finishes a rename of the same image that broke off. [`ErrorKind::Exists`] when another
-    /// image has the name, [`ErrorKind::NotFound`] when there is no source.
+    /// Renames within the pool, and finishes a rename of the same image that broke off. [`ErrorKind::Exists`] when
+    /// another image has the name, [`ErrorKind::NotFound`] when there is no source.
     async fn rename(&self, image: &ImageSpec, name: &str) -> Result<()>;
 
-    /// Removes the image with all its snapshots, also where the pool's settings turn a removal into a move to the trash,
-    /// and where an earlier removal left it there. A name that a broken-off rename left beside another is removed alone.
-    /// `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or another client has the image open.
+    /// Removes the image with all its snapshots, also where the pool's settings turn a removal into a move to the
+    /// trash, and where an earlier removal left it there. A name that a broken-off rename left beside another is
+    /// removed alone. `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or another
+    /// client has the image open.
     async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
 
     /// Finishes removals of an image of that name that broke off and left it in the trash. An image that has the name
@@ -408,8 +411,8 @@ pub trait Storage: Send + Sync + 'static {
     /// Whether an image, given by its id, lies in the trash.
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
 
-    /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it has
-    /// no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while another client has it open.
+    /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it
+    /// has no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while another client has it open.
     async fn purge(&self, image: &ImageSpec) -> Result<Change>;
 
     /// `None` when the key (or the image) is not there.
@@ -507,14 +510,15 @@ pub enum Locked {
 /// What the job store needs of RADOS: small objects with guarded writes in one pool and namespace.
 #[async_trait]
 pub trait Objects: Send + Sync + 'static {
-    /// The whole object and its version. [`ErrorKind::TooLarge`] beyond [`MAX_OBJECT`] bytes. `None` when it is not there.
+    /// The whole object and its version. [`ErrorKind::TooLarge`] beyond [`MAX_OBJECT`] bytes. `None` when it is not
+    /// there.
     async fn read(&self, object: &str) -> Result<Option<(Vec<u8>, Version)>>;
 
     /// [`ErrorKind::Exists`] when it is there.
     async fn create(&self, object: &str, data: &[u8]) -> Result<Version>;
 
-    /// Replaces the whole object if it still has that version, and, with `lock`, if that lock is still held:
-    /// otherwise [`ErrorKind::Conflict`] (version) or [`ErrorKind::NotLocked`]. [`ErrorKind::NotFound`] when it is gone.
+    /// Replaces the whole object if it still has that version, and, with `lock`, if that lock is still held: otherwise
+    /// [`ErrorKind::Conflict`] (version) or [`ErrorKind::NotLocked`]. [`ErrorKind::NotFound`] when it is gone.
     async fn replace(&self, object: &str, data: &[u8], version: Version, lock: Option<&LockKey>) -> Result<Version>;
 
     /// Removes it if it still has that version; errors as of [`replace`](Self::replace).
@@ -533,7 +537,8 @@ pub trait Objects: Send + Sync + 'static {
     /// Whether anybody holds the lock now.
     async fn is_locked(&self, object: &str, lock_name: &str) -> Result<bool>;
 
-    /// Keys and values of the object's omap in order, at most `max`, after the key `after`. Empty when there is no object.
+    /// Keys and values of the object's omap in order, at most `max`, after the key `after`. Empty when there is no
+    /// object.
     async fn omap(&self, object: &str, after: &str, max: usize) -> Result<Vec<(String, Vec<u8>)>>;
 
     /// Sets keys; creates the object where needed.

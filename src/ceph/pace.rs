@@ -20,7 +20,8 @@ pub(super) const OBJECT: f64 = 1.0;
 /// What a question about one object counts (does it exist, where are its holes): it moves no data.
 pub(super) const QUESTION: f64 = 0.1;
 
-/// Spaces out work to a rate that its users share. Work of a large amount starts at once and delays what comes after it.
+/// Spaces out work to a rate that its users share. Work of a large amount starts at once and delays what comes after
+/// it.
 #[derive(Debug)]
 pub struct RateLimiter {
     state: Mutex<State>,

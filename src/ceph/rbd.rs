@@ -487,7 +487,8 @@ impl Image {
         Ok(data)
     }
 
-    /// The extents below `end` whose objects exist in this image itself, at what is set; its parents' are not among them.
+    /// The extents below `end` whose objects exist in this image itself, at what is set; its parents' are not among
+    /// them.
     pub fn own_extents(&self, end: u64) -> Result<Vec<Extent>> {
         extern "C" fn add(offset: u64, length: usize, exists: c_int, argument: *mut c_void) -> c_int {
             if exists != 0 {
@@ -519,8 +520,8 @@ impl Image {
         self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
     }
 
-    /// Switches on what a published image has and this one lacks, switches off what it has beside that, and rebuilds the
-    /// object maps of head and snapshots. Leaves the handle at a snapshot, where there is one.
+    /// Switches on what a published image has and this one lacks, switches off what it has beside that, and rebuilds
+    /// the object maps of head and snapshots. Leaves the handle at a snapshot, where there is one.
     pub fn rebuild_as_published(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
         let layout = Features::STRIPINGV2.0 | Features::DATA_POOL.0 | Features::OPERATIONS.0;
         let features = self.features()?;

@@ -576,8 +576,8 @@ fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
     patiently(|| made_unless(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
 }
 
-/// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died in
-/// between is finished here.
+/// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died
+/// in between is finished here.
 fn rename(io: &IoCtx, from: &str, to: &str, operation: &str) -> Result<()> {
     let taken = match rbd::rename(io, from, to, operation) {
         Err(e) if e.kind() == ErrorKind::Exists => e,

@@ -29,7 +29,7 @@ impl Failure {
     pub const OS: u8 = 71;
     /// EX_IOERR
     pub const IO: u8 = 74;
-    /// EX_TEMPFAIL: it may pass.
+    /// EX_TEMPFAIL: a transient error.
     pub const TEMPORARY: u8 = 75;
     /// EX_NOPERM
     pub const NO_PERMISSION: u8 = 77;

@@ -51,7 +51,7 @@ pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
         loop {
             let text = match paint(&store, &args).await {
                 Ok(text) => text,
-                // it may pass
+                // a transient error
                 Err(failure) => format!("{failure}\n"),
             };
             if !output::print(&format!("{clear}{text}"))? {

@@ -11,7 +11,8 @@ use super::report::{Error, Origin, Problem, Report};
 use super::sections::{KeystoneKeys, Section, Setting};
 use super::{Backend, Config, Credentials, Glance, Keystone, Messaging, TransportUrlCheck};
 
-/// oslo.messaging's priorities; publishers declare a queue `<topic>.<priority>` for each, and other services consume it.
+/// oslo.messaging's priorities; publishers declare a queue `<topic>.<priority>` for each, and other services consume
+/// it.
 const PRIORITIES: &[&str] = &["audit", "debug", "info", "warn", "error", "critical", "sample"];
 
 /// Topics whose queues are others' whether we listen to them or not.

@@ -1,4 +1,5 @@
-//! The configuration: read from the file, `conf.d`, credentials and the environment, checked as a whole, then used as plain types.
+//! The configuration: read from the file, `conf.d`, credentials and the environment, checked as a whole, then used as
+//! plain types.
 //!
 //! ```text
 //! files, credentials, environment → read (text with its origin, every value judged by its kind)
@@ -38,8 +39,9 @@ pub const DEFAULT_PATH: &str = "/etc/rbd-offload/rbd-offload.conf";
 pub type TransportUrlCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
 
 impl Config {
-    /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then `$CREDENTIALS_DIRECTORY/<section>.<key>`, then
-    /// the environment (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one error.
+    /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then `$CREDENTIALS_DIRECTORY/<section>.<key>`,
+    /// then the environment (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one
+    /// error.
     pub fn load(path: &Path) -> Result<Config, Error> {
         Self::load_with(path, &|_| Ok(()))
     }

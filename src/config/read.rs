@@ -1,15 +1,15 @@
 //! What was written, and where: the file, `conf.d` beside it, credentials and the environment, one laid over the other.
 //!
-//! - A line is `key = value`, `[section]`, a comment that starts with `#` or `;`, or empty. There are no comments behind
-//!   a value and no continued lines.
-//! - A value is taken as it is, without the blanks around it and, as in oslo.config, without a pair of quotes around all
-//!   of it. Nothing in it is an escape.
+//! - A line is `key = value`, `[section]`, a comment that starts with `#` or `;`, or empty. There are no comments
+//!   behind a value and no continued lines.
+//! - A value is taken as it is, without the blanks around it and, as in oslo.config, without a pair of quotes around
+//!   all of it. Nothing in it is an escape.
 //! - An empty value takes back what an earlier file says: the default holds.
 //! - `RBD_OFFLOAD_<SECTION>__<KEY>` in any case. For `[backend:NAME]` the section is `BACKEND_` and NAME with every
-//!   character but letters and digits as `_` (`RBD_OFFLOAD_BACKEND_CEPH_SSD__POOL` for `[backend:ceph-ssd]`), which works
-//!   for backends that a file describes, or `BACKEND:` and NAME as it is, where the environment can hold that.
-//! - A credential is a file `<section>.<key>` in systemd's `$CREDENTIALS_DIRECTORY`: its text, without the blanks and line
-//!   ends around it, is the value. A section's name may hold dots, a key's never does.
+//!   character but letters and digits as `_` (`RBD_OFFLOAD_BACKEND_CEPH_SSD__POOL` for `[backend:ceph-ssd]`), which
+//!   works for backends that a file describes, or `BACKEND:` and NAME as it is, where the environment can hold that.
+//! - A credential is a file `<section>.<key>` in systemd's `$CREDENTIALS_DIRECTORY`: its text, without the blanks and
+//!   line ends around it, is the value. A section's name may hold dots, a key's never does.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

@@ -18,8 +18,8 @@ impl Config {
     }
 
     /// This configuration with what a running daemon takes over from `new`: `[DEFAULT]`, `[offload]`, `[cinder]`,
-    /// `[nova]` and `[backend:…]`. A backend whose images go to Glance's pool keeps to the pool that Glance has now, until
-    /// the restart that a change of `[glance] pool` needs.
+    /// `[nova]` and `[backend:…]`. A backend whose images go to Glance's pool keeps to the pool that Glance has now,
+    /// until the restart that a change of `[glance] pool` needs.
     pub fn reloaded(&self, new: &Config) -> Config {
         let backends = new.backends.iter().map(|(name, backend)| {
             let dest_pool = if backend.dest_pool == new.glance.pool { &self.glance.pool } else { &backend.dest_pool };

@@ -299,7 +299,7 @@ fn a_comment_behind_a_value_is_named_as_the_cause() {
 }
 
 #[test]
-fn a_key_in_the_wrong_section_is_told_where_it_belongs() {
+fn a_key_in_the_wrong_section_names_the_right_one() {
     assert!(
         wrong(&with("[DEFAULT]\ntransport_url = rabbit://u:hunter2@h/\n"))[0].contains("it belongs to [messaging]")
     );

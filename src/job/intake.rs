@@ -83,8 +83,8 @@ impl Intake {
         self.submit(new).await
     }
 
-    /// A service says that it works on an image. Anybody who can publish may have said so, so only the offer on the record
-    /// counts, which Glance tells of too; the service may announce its work a moment before the offer is there.
+    /// A service says that it works on an image. Anybody who can publish may have said so, so only the offer on the
+    /// record counts, which Glance tells of too; the service may announce its work a moment before the offer is there.
     async fn announced(&self, image_id: Uuid, trigger: Trigger) -> Result<()> {
         if !self.integrates(trigger) {
             tracing::info!(%image_id, trigger = trigger.as_str(), "observed, not acted on");

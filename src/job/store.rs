@@ -1,8 +1,8 @@
 //! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
 //!
 //! The object is the truth. `index.live` and `index.ended` are hints: a reader of an index reads the object before it
-//! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the OSDs
-//! walk the whole pool, which holds millions of objects.)
+//! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the
+//! OSDs walk the whole pool, which holds millions of objects.)
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -357,8 +357,8 @@ impl Store {
         }
     }
 
-    /// Asks the daemon that works on the job to end it and take everything down; one that waits is taken up for that at once.
-    /// `None`: there is no such job.
+    /// Asks the daemon that works on the job to end it and take everything down; one that waits is taken up for that at
+    /// once. `None`: there is no such job.
     pub async fn cancel(&self, image_id: Uuid) -> Result<Option<Cancelled>> {
         let mut outcome = Cancelled::Asked;
         let changed = self

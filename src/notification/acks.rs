@@ -18,7 +18,7 @@ pub struct Ack {
 }
 
 impl Acks {
-    /// The sink has it: not to be acknowledged, by no way.
+    /// The sink is still storing this delivery. It must not be acknowledged, not even through a lower `multiple` ack.
     pub fn hold(&mut self, tag: u64) {
         self.held.insert(tag);
     }
@@ -38,7 +38,8 @@ impl Acks {
         self.done.len()
     }
 
-    /// What to send for everything done. Tags come in order, so one multiple ack covers all below the lowest that is held.
+    /// What to send for everything done. Tags come in order, so one multiple ack covers all below the lowest that is
+    /// held.
     pub fn take(&mut self) -> Vec<Ack> {
         let lowest_held = self.held.first().copied().unwrap_or(u64::MAX);
         let (below, above): (Vec<u64>, Vec<u64>) = self.done.drain(..).partition(|tag| *tag < lowest_held);

@@ -14,8 +14,8 @@ pub struct Binding {
     pub routing_key: String,
 }
 
-/// Remembers bindings over restarts, for all controllers together. A binding is added before it is made and removed after
-/// it was, so that none exists which is not remembered.
+/// Remembers bindings over restarts, for all controllers together. A binding is added before it is made and removed
+/// after it was, so that none exists which is not remembered.
 #[async_trait]
 pub trait Bindings: fmt::Debug + Send + Sync + 'static {
     async fn all(&self) -> Result<BTreeSet<Binding>, BindingsError>;

@@ -1,6 +1,7 @@
 //! From a delivery's bytes to the inner message: inflate what kombu compressed, take off the oslo.messaging envelope.
 //!
-//! Also [`peek_event_type`], which finds a message's type in its first bytes, so that what does not matter is dropped unread.
+//! Also [`peek_event_type`], which finds a message's type in its first bytes, so that what does not matter is dropped
+//! unread.
 
 use std::borrow::Cow;
 use std::io::Read;
@@ -106,7 +107,8 @@ struct Envelope<'a> {
     message: Option<&'a RawValue>,
 }
 
-/// The text of the inner message: out of an envelope 2.x (driver `messagingv2`), or the whole text (driver `messaging`).
+/// The text of the inner message: out of an envelope 2.x (driver `messagingv2`), or the whole text (driver
+/// `messaging`).
 pub fn open(text: &[u8]) -> Result<Cow<'_, str>, Unreadable> {
     let text = std::str::from_utf8(text).map_err(|_| Unreadable::NotUtf8)?;
     // A derived struct would read an array too.
@@ -127,11 +129,11 @@ pub fn open(text: &[u8]) -> Result<Cow<'_, str>, Unreadable> {
     serde_json::from_str(message.get()).map(Cow::Owned).map_err(|_| Unreadable::NoMessage)
 }
 
-/// The message's `event_type`, if it can be told from the first bytes: publishers write it third, after two short strings. None: read
-/// the whole.
+/// The message's `event_type`, if it can be told from the first bytes: publishers write it third, after two short
+/// strings. None: read the whole.
 ///
-/// Walks the outermost keys only, inside the envelope's escaped text as it is (each `"` is `\"` there), and gives up at the first thing
-/// that is not a plain string. It never mistakes a key inside the payload for the message's own.
+/// Walks the outermost keys only, inside the envelope's escaped text as it is (each `"` is `\"` there), and gives up at
+/// the first thing that is not a plain string. It never mistakes a key inside the payload for the message's own.
 pub fn peek_event_type(text: &[u8]) -> Option<&[u8]> {
     let mut outer = Scan { rest: text, quote: b"\"" };
     let mut version_2 = false;
@@ -226,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn versions() {
+    fn every_envelope_version_is_opened_or_refused() {
         for version in ["2.0", "2.1", "2"] {
             assert_eq!(open(wrapped(version).as_bytes()).unwrap(), INNER);
         }
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn compressions() {
+    fn every_compression_of_kombu_is_inflated() {
         let text = wrapped("2.0");
         let text = text.as_bytes();
         for (body, name) in [
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn bombs() {
+    fn compression_bombs_are_rejected() {
         let zeros = vec![b' '; 64 * 1024 * 1024];
         for (bomb, name) in [(zlib(&zeros), "gzip"), (gzip(&zeros), "gzip"), (bz2(&zeros), "bzip2")] {
             assert!(bomb.len() < 256 * 1024);
@@ -287,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_nesting() {
+    fn deep_nesting_does_not_overflow_the_stack() {
         let deep = "[".repeat(2_000_000);
         assert_eq!(open(format!("{{\"a\": {deep}").as_bytes()), Err(Unreadable::NotJson));
         let closed = format!("{{\"a\": {deep}{}}}", "]".repeat(2_000_000));
@@ -295,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn peeks() {
+    fn the_event_type_is_found_without_parsing() {
         assert_eq!(peek_event_type(wrapped("2.0").as_bytes()), None, "serde_json sorts the keys");
         let body = format!(r#"{{"oslo.version": "2.0", "oslo.message": {}}}"#, serde_json::to_string(INNER).unwrap());
         assert_eq!(peek_event_type(body.as_bytes()), Some(&b"image.create"[..]));

@@ -18,8 +18,8 @@ const MAX_TAGS: usize = 8;
 /// What a notification says. Never trusted: owner, status and properties are read again from the services.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// `image.create` or `image.update`, and only of an image that is `queued` and carries a request tag or an offer. Any
-    /// other image is irrelevant.
+    /// `image.create` or `image.update`, and only of an image that is `queued` and carries a request tag or an offer.
+    /// Any other image is irrelevant.
     ImageChanged {
         image_id: Uuid,
         /// Only those that start with `rbd-offload:` or `rbd-offload-handover:`, well formed or not; 8 at most.

@@ -1,4 +1,5 @@
-//! Consumes the notifications from RabbitMQ: an own durable queue, bound to the services' exchanges, until it is stopped.
+//! Consumes the notifications from RabbitMQ: an own durable queue, bound to the services' exchanges, until it is
+//! stopped.
 //!
 //! ```text
 //! run      one host after the other, with growing pauses
@@ -8,8 +9,9 @@
 //! ```
 //!
 //! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by `amqp_durable_queues` or
-//! `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind is refused with 406: tried with oslo.messaging
-//! 18 both ways round, every notification of that service is then lost. So an exchange of ours could silence the service whose it is.
+//! `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind is refused with 406:
+//! tried with oslo.messaging 18 both ways round, every notification of that service is then lost. So an exchange of
+//! ours could silence the service whose it is.
 //!
 //! **AMQP cannot list bindings**, so each is remembered (see [`Bindings`]) before it is made, and one that is remembered but no longer in the
 //! configuration is removed.
@@ -67,7 +69,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A message of the same kind is logged again after this long.
 const LOG_AGAIN: Duration = Duration::from_secs(600);
-/// Acknowledgements wait this long for company.
+/// Acknowledgements are batched for up to this long.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 /// Every so many polls for missing exchanges, all are bound again: one may have been deleted and declared again.
 const REBIND_ALL: u32 = 12;
@@ -78,8 +80,8 @@ const UNREMEMBERED: &str = " bindings";
 /// Nova's and Cinder's routing keys are `<topic>.<priority>`.
 const PRIORITY: &str = "info";
 
-/// Rounds through the broker (`x-delivery-count` of quorum queues) after which a delivery is held longer: RabbitMQ 4 drops a message
-/// after 20, which is then more than an hour of a sink that cannot store.
+/// Rounds through the broker (`x-delivery-count` of quorum queues) after which a delivery is held longer: RabbitMQ 4
+/// drops a message after 20, which is then more than an hour of a sink that cannot store.
 const PATIENT_AFTER: i64 = 4;
 
 /// Waiting times, for tests to shorten.
@@ -87,7 +89,8 @@ const PATIENT_AFTER: i64 = 4;
 pub struct Pace {
     /// The sink is tried this long before a delivery is given back to the broker.
     pub hold: Duration,
-    /// The same for a delivery that was given back several times; far below the broker's `consumer_timeout` (30 minutes).
+    /// The same for a delivery that was given back several times; far below the broker's `consumer_timeout` (30
+    /// minutes).
     pub hold_again: Duration,
     /// For one call of the sink.
     pub attempt: Duration,
@@ -177,8 +180,8 @@ impl Listener {
         self.status.clone()
     }
 
-    /// Consumes until cancelled, whatever the broker does. On the way out it stops consuming, waits for the sink (10 s at most), and
-    /// closes the connection; what was not stored goes back to the queue.
+    /// Consumes until cancelled, whatever the broker does. On the way out it stops consuming, waits for the sink (10 s
+    /// at most), and closes the connection; what was not stored goes back to the queue.
     pub async fn run(self, sink: impl Sink, cancel: CancellationToken) {
         for note in &self.url.notes {
             warn!("transport_url: {note}");
@@ -357,7 +360,8 @@ impl Listener {
 struct Run<'a> {
     listener: &'a Listener,
     sink: Arc<dyn Sink>,
-    /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so it is waited for again, not doubled.
+    /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so it is waited for again, not
+    /// doubled.
     connecting: HashMap<usize, JoinHandle<lapin::Result<Connection>>>,
     /// Exchanges whose absence was logged.
     warned: BTreeSet<String>,
@@ -455,8 +459,8 @@ impl Run<'_> {
 
 /// Removes the bindings that the configuration no longer names. What fails is tried again with the next connection.
 ///
-/// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and removes
-/// them itself when it is restarted with the new one.
+/// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and
+/// removes them itself when it is restarted with the new one.
 async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result<(), Ended> {
     let unwanted = match listener.unwanted().await {
         Ok(unwanted) => unwanted,
@@ -686,7 +690,8 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// `open`: the channel still works, so what is stored meanwhile is acknowledged, and the rest goes back when the channel closes.
+    /// `open`: the channel still works, so what is stored meanwhile is acknowledged, and the rest goes back when the
+    /// channel closes.
     async fn stop(&mut self, consumer: &Consumer, open: bool) {
         self.stop.cancel();
         if open {
@@ -723,7 +728,8 @@ enum Outcome {
     GivenBack,
 }
 
-/// Hands an event to the sink until it is stored, `hold` is over or `stop` is called. Never panics, whatever the sink does.
+/// Hands an event to the sink until it is stored, `hold` is over or `stop` is called. Never panics, whatever the sink
+/// does.
 async fn store(
     sink: Arc<dyn Sink>,
     event: Event,

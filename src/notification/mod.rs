@@ -4,8 +4,9 @@
 //! delivery → envelope (inflate, unwrap) → Event → Sink (stores a job) → ack
 //! ```
 //!
-//! Nothing here trusts what a message says: ids are checked for their form, the rest is read again from the services. Message bodies can
-//! hold live tokens, so no body, and nothing from one but ids and event types, reaches a log, an error or a record.
+//! Nothing here trusts what a message says: ids are checked for their form, the rest is read again from the services.
+//! Message bodies can hold live tokens, so no body, and nothing from one but ids and event types, reaches a log, an
+//! error or a record.
 
 mod acks;
 mod bindings;
@@ -30,8 +31,8 @@ pub use sink::{Meta, Sink, SinkError};
 pub use status::{State, Status};
 pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 
-/// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an exchange that
-/// does not exist yet included. What matters is logged here, once and with its remedy.
+/// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an
+/// exchange that does not exist yet included. What matters is logged here, once and with its remedy.
 pub const QUIET_TARGET: &str = "lapin";
 
 /// Whether the broker refused a call with this error and closed the channel.

@@ -46,8 +46,8 @@ struct DeliveryInfo {
     exchange: String,
 }
 
-/// Reads to the end. Each line is a captured delivery (`body_raw`, `delivery_info`), an envelope or a bare message; empty lines are
-/// passed over. Errors come from reading only.
+/// Reads to the end. Each line is a captured delivery (`body_raw`, `delivery_info`), an envelope or a bare message;
+/// empty lines are passed over. Errors come from reading only.
 pub async fn replay(mut reader: impl BufRead, sink: &dyn Sink) -> io::Result<ReplaySummary> {
     let mut summary = ReplaySummary::default();
     let mut line = Vec::new();

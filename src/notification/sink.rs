@@ -18,11 +18,12 @@ pub struct Meta {
 /// Takes events over from the broker.
 #[async_trait]
 pub trait Sink: Send + Sync + 'static {
-    /// Returns once the event is durable (the job is in RADOS, or there is nothing to do). The delivery is acknowledged right after. It is
-    /// acknowledged after a [permanent](SinkError::permanent) error too; after any other it is tried again.
+    /// Returns once the event is durable (the job is in RADOS, or there is nothing to do). The delivery is acknowledged
+    /// right after. It is acknowledged after a [permanent](SinkError::permanent) error too; after any other it is tried
+    /// again.
     ///
-    /// Called several times at once, up to the prefetch, and more than once for the same event: after an error, a lost connection or a
-    /// publisher's retry. Must be idempotent, and may be dropped half way.
+    /// Called several times at once, up to the prefetch, and more than once for the same event: after an error, a lost
+    /// connection or a publisher's retry. Must be idempotent, and may be dropped half way.
     async fn accept(&self, event: Event, meta: Meta) -> Result<(), SinkError>;
 }
 

@@ -1,7 +1,8 @@
 //! `transport_url` in oslo.messaging's grammar: `rabbit://user:pass@host:port,user:pass@host:port/vhost?ssl=1`.
 //!
-//! Follows `oslo_messaging.transport.TransportURL.parse` and `oslo_utils.netutils.parse_host_port`, so that the line an operator
-//! copies from nova.conf means the same here. No error, note or `Debug` holds a password, nor any part of the text that could be one.
+//! Follows `oslo_messaging.transport.TransportURL.parse` and `oslo_utils.netutils.parse_host_port`, so that the line an
+//! operator copies from nova.conf means the same here. No error, note or `Debug` holds a password, nor any part of the
+//! text that could be one.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -60,8 +61,8 @@ pub struct FileError {
     error: std::io::Error,
 }
 
-/// Why a `transport_url` cannot be used. Hosts are named by their place, counted from 1, since a misplaced `@` or `:` makes a
-/// password look like a host.
+/// Why a `transport_url` cannot be used. Hosts are named by their place, counted from 1, since a misplaced `@` or `:`
+/// makes a password look like a host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("transport_url has no scheme; expected rabbit://user:password@host:5672/vhost")]
@@ -210,8 +211,8 @@ struct Query {
     notes: Vec<String>,
 }
 
-/// Options of `[oslo_messaging_rabbit]`, as oslo.messaging takes them from the query. Those that say nothing to a consumer of
-/// notifications are noted and left.
+/// Options of `[oslo_messaging_rabbit]`, as oslo.messaging takes them from the query. Those that say nothing to a
+/// consumer of notifications are noted and left.
 fn parse_query(query: &str) -> Result<Query, Error> {
     let mut ssl = false;
     let mut tls = Tls::default();
@@ -339,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn one_host() {
+    fn a_url_with_one_host_is_parsed() {
         let url = parse("rabbit://openstack:secret@10.0.0.1:5673/cloud");
         assert_eq!(url.hosts.len(), 1);
         let host = &url.hosts[0];
@@ -350,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn several_hosts_and_ports() {
+    fn every_host_has_its_own_port_and_password() {
         let url = parse("rabbit://u:p@h1,u:p%40%2f%3a@h2:5673,u:p:q@[2001:db8::1],u@x:p@[::1]:5674,//");
         let hosts: Vec<String> = url.hosts.iter().map(ToString::to_string).collect();
         assert_eq!(hosts, ["h1:5672", "h2:5673", "[2001:db8::1]:5672", "[::1]:5674"]);
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn virtual_hosts() {
+    fn the_path_names_the_virtual_host() {
         for (text, vhost) in [
             ("rabbit://h", "/"),
             ("rabbit://h/", "/"),
@@ -377,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn transports() {
+    fn only_transports_of_rabbitmq_are_accepted() {
         for text in ["rabbit://h", "RABBIT://h", "kombu://h", "kombu+amqp://h", "rabbit+amqp://h"] {
             parse(text);
         }
@@ -460,7 +461,8 @@ mod tests {
         ) {
             let text = format!("rabbit://user:{password}@host{tail}");
             let shown = match TransportUrl::parse(&text) {
-                // What was not encoded may be read as a host or virtual host: then it is no password any more to oslo either.
+                // What was not encoded may be read as a host or virtual host: then it is no password any more to oslo
+                // either.
                 Ok(url) if url.hosts.len() == 1 && url.hosts[0].name.starts_with("host") => {
                     format!("{url} {url:?} {}", url.hosts[0])
                 }

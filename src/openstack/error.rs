@@ -50,7 +50,7 @@ impl Error {
         self.kind
     }
 
-    /// Whether it may pass by itself.
+    /// Whether a retry may succeed.
     pub fn is_transient(&self) -> bool {
         matches!(self.kind, ErrorKind::Unavailable | ErrorKind::Unauthorized | ErrorKind::Protocol)
     }
@@ -101,8 +101,8 @@ fn kind_of(status: StatusCode, text: &str) -> ErrorKind {
     }
 }
 
-/// The sentence in an error body: OpenStack wraps it as `{"error": {"message": …}}`, `{"itemNotFound": {"message": …}}`,
-/// `{"message": …}`, or in a small HTML page; a proxy answers what it likes.
+/// The sentence in an error body: OpenStack wraps it as `{"error": {"message": …}}`, `{"itemNotFound": {"message":
+/// …}}`, `{"message": …}`, or in a small HTML page; a proxy answers what it likes.
 fn message_of(status: StatusCode, body: &[u8]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(value) => json_message(&value).unwrap_or_default(),

@@ -302,7 +302,8 @@ impl Session {
         Ok(answer.read_if_found()?.map(stores).unwrap_or_default())
     }
 
-    /// Whether this Glance has the location API: for a path that it knows it refuses HEAD with 405, for another with 404.
+    /// Whether this Glance has the location API: for a path that it knows it refuses HEAD with 405, for another with
+    /// 404.
     pub async fn has_location_api(&self) -> Result<bool> {
         let path = ["images", "00000000-0000-0000-0000-000000000000", "locations"];
         let request = Request::send(Method::HEAD, Service::Image, "look for the location API", &path);

@@ -331,8 +331,8 @@ pub trait Cloud: Send + Sync + 'static {
     /// URLs of the image's locations; `None` where Glance does not show them to this user.
     async fn image_locations(&self, id: &str) -> Result<Option<Vec<String>>>;
 
-    /// Nobody but an administrator can read the image's data from then on. `false` when the image is gone. An image that
-    /// is deactivated already stays so.
+    /// Nobody but an administrator can read the image's data from then on. `false` when the image is gone. An image
+    /// that is deactivated already stays so.
     async fn deactivate_image(&self, id: &str) -> Result<bool>;
 
     /// The image's tasks, newest first; empty where Glance does not know the call.
@@ -345,7 +345,8 @@ pub trait Cloud: Send + Sync + 'static {
     /// Bytes that the project's images take by Glance's count, all statuses that count included.
     async fn image_usage(&self, project_id: &str) -> Result<u64>;
 
-    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud has none.
+    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud has
+    /// none.
     async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>>;
 
     async fn stores(&self) -> Result<Vec<Store>>;

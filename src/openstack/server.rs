@@ -11,8 +11,8 @@ use super::error::Result;
 use super::session::{Request, Service, Session};
 use super::{Server, json};
 
-/// The newest first: from 2.98 on a server holds the properties that its image had when it was made, from 2.47 on (Pike) its
-/// flavor's numbers.
+/// The newest first: from 2.98 on a server holds the properties that its image had when it was made, from 2.47 on
+/// (Pike) its flavor's numbers.
 const MICROVERSIONS: [&str; 2] = ["compute 2.98", "compute 2.47"];
 
 impl Session {

@@ -1,4 +1,5 @@
-//! The way to the services: a login at Keystone by the plugins of openstack_sdk, the catalog's endpoints, and bounded HTTP requests.
+//! The way to the services: a login at Keystone by the plugins of openstack_sdk, the catalog's endpoints, and bounded
+//! HTTP requests.
 //!
 //! openstack_sdk's plugins do the login. Requests do not go through its session: that one reads answers of any length,
 //! hides why a renewal failed, keeps state in the home directory, and refuses a whole catalog for one bad URL. A login
@@ -1019,7 +1020,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_login_that_is_no_login_is_told() {
+    async fn a_malformed_login_response_is_reported() {
         let url = serve(|_| Some((201, "x-subject-token: t\r\n".into(), r#"{"token": []}"#.into()))).await;
         let error = wire(&url, SECOND * 5).login(None).await.map(drop).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");

@@ -2,7 +2,7 @@
 //!
 //! A "raw" image that really is a qcow2 with a backing file, or a vmdk, reads other files of a host as soon as
 //! something trusts its header (CVE-2024-32498, OSSA-2023-002). What Glance checks on an upload is checked here. What
-//! a guest has on its disk of right (partition tables, ISO, LUKS, file systems) is raw.
+//! legitimately appears on a guest disk (partition tables, ISO, LUKS, file systems) counts as raw.
 //!
 //! The magic numbers are those that QEMU's block drivers probe for.
 
@@ -29,8 +29,8 @@ pub fn container_format(header: &[u8]) -> Option<&'static str> {
         .or_else(|| is_vmdk_descriptor(header).then_some("vmdk"))
 }
 
-/// A text descriptor of a vmdk. QEMU passes over comments and empty lines and wants `version=` then; others look for the
-/// comment that VMware writes first.
+/// A text descriptor of a vmdk. QEMU passes over comments and empty lines and wants `version=` then; others look for
+/// the comment that VMware writes first.
 fn is_vmdk_descriptor(header: &[u8]) -> bool {
     const SIGNATURE: &[u8] = b"# disk descriptorfile";
     let text = header.strip_prefix(b"\xef\xbb\xbf").unwrap_or(header);

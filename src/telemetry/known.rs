@@ -1,7 +1,7 @@
 //! Events that an operator may want to wait for or look up: each has an id that stays when its wording changes.
 //!
-//! The journal gets it as `MESSAGE_ID`, JSON as `message_id`. `packaging/rbd-offload.catalog` says for each what it means
-//! and what to do; `journalctl -x` shows that. An id that was released is never given to anything else.
+//! The journal gets it as `MESSAGE_ID`, JSON as `message_id`. `packaging/rbd-offload.catalog` says for each what it
+//! means and what to do; `journalctl -x` shows that. An id that was released is never given to anything else.
 
 /// An event, by its text and, where one text stands for several, the stage in it.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! Writes events: one line of text, one JSON object, or one record of the journal each.
 //!
-//! An event has its own fields and those of the spans around it, each once: the event's own wins. So every line of a job
-//! bears the job's `image_id` and `request_id`, in whatever module it was written.
+//! An event has its own fields and those of the spans around it, each once: the event's own wins. So every line of a
+//! job bears the job's `image_id` and `request_id`, in whatever module it was written.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write as _};

@@ -70,7 +70,7 @@ const METRICS: &[(Kind, &str, &str)] = &[
         "rbd_offload_local_bytes_total",
         "Bytes that went through this host for them, in and out, by method.",
     ),
-    (Kind::Plain, "rbd_offload_retries_total", "Attempts that met something that may pass; the job was put off."),
+    (Kind::Plain, "rbd_offload_retries_total", "Attempts that met a transient error; the job is retried."),
     (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
     (
         Kind::Plain,

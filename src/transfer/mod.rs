@@ -88,7 +88,7 @@ pub trait Transfer: Send + Sync {
 }
 
 /// The methods to try on this source in order, and for each that the configuration asked for and the source rules out,
-/// why. Right bytes come before obedience: a forced method that cannot do a shape is followed by those that can.
+/// why. Correctness wins over configuration: if the configured method does not support a source, the others are tried.
 pub fn candidates(wanted: config::Method, source: &ImageInfo) -> (Vec<Method>, Vec<String>) {
     const AUTO: [Method; 3] = [Method::ServerCopy, Method::Clone, Method::Copy];
     let first = match wanted {

@@ -582,7 +582,8 @@ impl Account {
         image
     }
 
-    /// As everybody makes a snapshot of an instance; `more` is laid over it. The image is not deleted with this account.
+    /// As everybody makes a snapshot of an instance; `more` is laid over it. The image is not deleted with this
+    /// account.
     pub async fn ask_for_snapshot(&self, id: &str, more: Value) -> String {
         let mut snapshot = json!({"name": format!("test-{}", unique())});
         snapshot.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

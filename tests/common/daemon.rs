@@ -218,8 +218,8 @@ impl Daemon {
         assert!(sent.success(), "kill -{signal}");
     }
 
-    /// Whether librbd ended the process: versions that close an image while a notification of its is on the way may fail
-    /// an assertion of their own, and abort. To the jobs that is one more killed daemon.
+    /// Whether librbd ended the process: versions that close an image while a notification of its is on the way may
+    /// fail an assertion of their own, and abort. To the jobs that is one more killed daemon.
     pub fn was_aborted_by_librbd(&self) -> bool {
         let ended = self.child.lock().unwrap().as_mut().and_then(|child| child.try_wait().unwrap());
         ended.is_some_and(|status| status.signal() == Some(libc::SIGABRT))

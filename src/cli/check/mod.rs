@@ -106,8 +106,8 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Opt
 }
 
 /// One check. A transient fault is tried again for [`PATIENCE`], and the row says so: a service that has just started,
-/// or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried once more:
-/// the services remember a token that they have validated, so a slow first answer is followed by a quick one.
+/// or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried once
+/// more: the services remember a token that they have validated, so a slow first answer is followed by a quick one.
 async fn within(name: &str, remedy: &str, check: impl AsyncFnMut() -> Row) -> Row {
     attempts(name, remedy, 2, check).await
 }

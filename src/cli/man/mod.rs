@@ -22,7 +22,7 @@ const STATUSES: [(&str, &str); 12] = [
     ("70", "A fault of the program."),
     ("71", "The operating system refused something."),
     ("74", "The output cannot be written."),
-    ("75", "It may pass: try again. request --wait: the time was up."),
+    ("75", "A transient error: try again. request --wait: the time was up."),
     ("77", "Ceph or Keystone refused us."),
     ("78", "The configuration is wrong."),
 ];
