@@ -24,7 +24,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
 use rbd_offload::config::{Messaging, QueueType};
 use rbd_offload::notification::{
-    Binding, Bindings, BindingsError, Event, Listener, Meta, Pace, Permissions, Sink, SinkError, Status, TransportUrl,
+    Binding, Bindings, BindingsError, Event, Listener, Meta, Permissions, Sink, SinkError, Status, Timeouts,
+    TransportUrl,
 };
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -171,7 +172,7 @@ impl Running {
     }
 
     fn with_bindings(config: Messaging, sink: &Arc<Store>, bindings: Arc<Remembered>) -> Running {
-        let listener = Listener::new(config).unwrap().bindings(bindings).pace(Pace {
+        let listener = Listener::new(config).unwrap().bindings(bindings).timeouts(Timeouts {
             hold: Duration::from_secs(2),
             hold_again: Duration::from_secs(2),
             attempt: Duration::from_secs(30),

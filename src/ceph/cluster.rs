@@ -103,7 +103,7 @@ impl Client {
     }
 
     async fn open(conf: &Path, user: &str, limit: Option<Duration>) -> Result<Self> {
-        let cluster = dial(conf.to_owned(), user.to_owned(), limit).await?;
+        let cluster = connect_blocking(conf.to_owned(), user.to_owned(), limit).await?;
         Ok(Self {
             shared: Arc::new(Shared {
                 conf: conf.to_owned(),
@@ -145,7 +145,7 @@ impl Client {
         if !self.is_fenced() {
             return Ok(Change::AlreadyThere);
         }
-        let cluster = dial(self.shared.conf.clone(), self.shared.user.clone(), self.shared.limit).await?;
+        let cluster = connect_blocking(self.shared.conf.clone(), self.shared.user.clone(), self.shared.limit).await?;
         // The old handle is shut down when the last call over it has ended.
         *lock(&self.shared.current) = cluster;
         Ok(Change::Made)
@@ -279,7 +279,7 @@ impl Client {
     }
 }
 
-async fn dial(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Arc<Cluster>> {
+async fn connect_blocking(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Arc<Cluster>> {
     let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
     let task = tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user, limit));
     match task.await {
@@ -290,7 +290,7 @@ async fn dial(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Ar
 
 /// Ends the process as it is, without the clean-up of an exit: for a command that gave up waiting for a call, which
 /// would abort the process then (see [`Client`]). What is to be printed must have been.
-pub fn leave(status: u8) -> ! {
+pub fn exit_now(status: u8) -> ! {
     // SAFETY: takes a number and does not return.
     unsafe { libc::_exit(status.into()) }
 }

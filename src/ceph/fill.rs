@@ -39,14 +39,14 @@ const POLL: Duration = Duration::from_millis(100);
 const SAMPLE: usize = 32;
 
 /// Per cent of the bytes of the sampled objects that must be stored for the layer to count as full of data.
-const FULL: u64 = 95;
+const SAMPLE_DENSE_PERCENT: u64 = 95;
 
 /// Per cent of an object's bytes that must be stored for its holes not to matter.
-const FEW_HOLES: u64 = 90;
+const DENSE_PERCENT: u64 = 90;
 
 /// An object with so little in it is left to the flatten, which moves just that: per cent of its bytes, and bytes.
-const NEARLY_EMPTY: u64 = 12;
-const LITTLE: u64 = 128 << 10;
+const SPARSE_PERCENT: u64 = 12;
+const SPARSE_MAX_BYTES: u64 = 128 << 10;
 
 /// Bytes: the unit of holes, in which BlueStore allocates.
 const PAGE: u64 = 4096;
@@ -123,7 +123,7 @@ pub(super) fn fill(
                 decided.extend(layout.objects(&extent));
             }
         }
-        let holes = survey(layer, &objects, inquiry)?;
+        let holes = scan_holes(layer, &objects, inquiry)?;
         let copies = objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll);
         let data = Rc::new(layer.objects.open()?);
         plan.extend(copies.map(|(object, holes)| Copy { object, layer, data: Rc::clone(&data), holes }));
@@ -181,7 +181,7 @@ fn copy_all(mut copier: Copier<'_>, plan: &[Copy<'_>], concurrency: usize, fault
         }
     }
     copier.finish()?;
-    punch_if_it_pays(&mut copier, &copied_blindly, concurrency)?;
+    sparsify_if_worthwhile(&mut copier, &copied_blindly, concurrency)?;
     Ok(copier.moved)
 }
 
@@ -225,9 +225,9 @@ impl Holes {
         if bytes == 0 {
             // Nothing is stored: there is nothing to copy. The flatten reads zeros from the source.
             Self::NearlyAll
-        } else if bytes * 100 >= length * FEW_HOLES {
+        } else if bytes * 100 >= length * DENSE_PERCENT {
             Self::Few
-        } else if bytes * 100 <= length * NEARLY_EMPTY && bytes <= LITTLE {
+        } else if bytes * 100 <= length * SPARSE_PERCENT && bytes <= SPARSE_MAX_BYTES {
             Self::NearlyAll
         } else {
             Self::Some
@@ -236,14 +236,14 @@ impl Holes {
 }
 
 /// Finds out which of the layer's objects have holes: by a sample, and one by one where that says that it pays.
-fn survey(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Holes>> {
+fn scan_holes(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Holes>> {
     let source = &layer.objects;
     // `None`: the object map has it and the OSD has not. The copy finds that out too, and leaves it to the flatten.
     let ask = |data: &IoCtx, object| match source.stored(inquiry.operation, data, object) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         stored => stored.map(Some),
     };
-    let sample: Vec<u64> = scattered(objects, SAMPLE).collect();
+    let sample: Vec<u64> = stratified_sample(objects, SAMPLE).collect();
     let stored = match source.ask(&sample, inquiry, ask) {
         Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(vec![Holes::Unknown; objects.len()]),
         stored => stored?,
@@ -254,7 +254,7 @@ fn survey(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Ho
         length += stored.length;
     }
     let none_is_empty = stored.iter().flatten().all(|stored| stored.bytes > 0);
-    if none_is_empty && bytes * 100 >= length * FULL {
+    if none_is_empty && bytes * 100 >= length * SAMPLE_DENSE_PERCENT {
         return Ok(vec![Holes::Few; objects.len()]);
     }
     let stored = source.ask(objects, inquiry, ask)?;
@@ -263,12 +263,12 @@ fn survey(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Ho
 
 /// Of objects that were copied without knowing their holes, makes holes in a sample, and in all if that freed
 /// something.
-fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize) -> Result<()> {
-    let sample: HashSet<u64> = scattered(objects, SAMPLE).collect();
+fn sparsify_if_worthwhile(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize) -> Result<()> {
+    let sample: HashSet<u64> = stratified_sample(objects, SAMPLE).collect();
     let Some(before) = copier.allocated(&sample)? else { return Ok(()) };
     copier.punch_all(sample.iter().copied(), concurrency)?;
     if let Some(after) = copier.allocated(&sample)?
-        && after * 100 < before * FULL
+        && after * 100 < before * SAMPLE_DENSE_PERCENT
     {
         copier.punch_all(objects.iter().copied().filter(|object| !sample.contains(object)), concurrency)?;
     }
@@ -277,13 +277,13 @@ fn punch_if_it_pays(copier: &mut Copier<'_>, objects: &[u64], concurrency: usize
 
 /// Makes holes again in what a flatten copied from `extents` of the parents. It keeps those that it is told of; an
 /// erasure-coded pool tells none.
-pub(super) fn thin_flattened(image: &Image, extents: &[Extent], inquiry: Inquiry<'_>) -> Result<()> {
+pub(super) fn sparsify_flattened(image: &Image, extents: &[Extent], inquiry: Inquiry<'_>) -> Result<()> {
     let (data, objects) = (open_to_fill(image)?, DataObjects::of(image, None)?);
     let mut numbers: Vec<u64> = extents.iter().flat_map(|extent| objects.layout.objects(extent)).collect();
     numbers.sort_unstable();
     numbers.dedup();
     let mut copier = Copier::new(&data, &objects, inquiry);
-    punch_if_it_pays(&mut copier, &numbers, PUNCHES)
+    sparsify_if_worthwhile(&mut copier, &numbers, PUNCHES)
 }
 
 /// Whether the OSDs cannot tell the holes of any of the image's parents.
@@ -304,7 +304,7 @@ pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: 
 
 /// At most `count` of them, one out of each stretch of the same length: anywhere in it, since what is written at
 /// regular distances would alias with a sample that is regular too. Deterministic.
-fn scattered(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
+fn stratified_sample(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
     let chosen = count.min(objects.len());
     (0..chosen).map(move |n| {
         let (first, end) = (n * objects.len() / chosen, (n + 1) * objects.len() / chosen);
@@ -506,14 +506,14 @@ mod tests {
     #[test]
     fn a_sample_does_not_fall_into_step() {
         let objects: Vec<u64> = (0..4096).collect();
-        let sample: Vec<u64> = scattered(&objects, 32).collect();
-        assert_eq!((sample.len(), scattered(&objects, 32).collect::<Vec<_>>()), (32, sample.clone()));
+        let sample: Vec<u64> = stratified_sample(&objects, 32).collect();
+        assert_eq!((sample.len(), stratified_sample(&objects, 32).collect::<Vec<_>>()), (32, sample.clone()));
         assert!(sample.iter().zip(0..).all(|(object, n)| object / 128 == n), "one out of each stretch");
         for period in [2, 4, 8] {
             let phases: HashSet<u64> = sample.iter().map(|object| object % period).collect();
             assert!(phases.len() as u64 * 2 > period, "{period}: {phases:?}");
         }
-        assert_eq!(scattered(&[1, 2], 3).collect::<Vec<_>>(), [1, 2]);
-        assert_eq!(scattered(&[], 3).count(), 0);
+        assert_eq!(stratified_sample(&[1, 2], 3).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(stratified_sample(&[], 3).count(), 0);
     }
 }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Client, Cluster, IoCtx, c_string};
 use super::compare::compare;
 use super::copy::copy;
-use super::fill::{FillFault, fill, has_unknown_holes, thin_flattened};
+use super::fill::{FillFault, fill, has_unknown_holes, sparsify_flattened};
 use super::layers::{DataObjects, Inquiry, extents_of, shared_extents, total, union, without};
 use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
@@ -43,7 +43,7 @@ impl Storage for Client {
 
     async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
         self.with_image("create snapshot", image, snapshot, |image, snapshot| {
-            made_unless(image.create_snapshot(snapshot), ErrorKind::Exists)
+            ok_if(image.create_snapshot(snapshot), ErrorKind::Exists)
         })
         .await
     }
@@ -53,7 +53,7 @@ impl Storage for Client {
             if image.is_protected(snapshot)? {
                 return Ok(Change::AlreadyThere);
             }
-            made_unless(image.protect_snapshot(snapshot), ErrorKind::Busy)
+            ok_if(image.protect_snapshot(snapshot), ErrorKind::Busy)
         })
         .await
     }
@@ -95,7 +95,7 @@ impl Storage for Client {
             let mut change = if there { remove_snapshot(&image, &snapshot)? } else { Change::AlreadyThere };
             // an earlier removal was stopped half way
             for id in discarded {
-                if made_unless(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Change::Made {
+                if ok_if(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Change::Made {
                     change = Change::Made;
                 }
             }
@@ -313,7 +313,7 @@ impl Storage for Client {
 
     async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
         self.with_image("remove metadata of", image, key, |image, key| {
-            made_unless(image.remove_metadata(key), ErrorKind::NotFound)
+            ok_if(image.remove_metadata(key), ErrorKind::NotFound)
         })
         .await
     }
@@ -426,7 +426,7 @@ impl Client {
     }
 }
 
-fn made_unless(result: Result<()>, there_already: ErrorKind) -> Result<Change> {
+fn ok_if(result: Result<()>, there_already: ErrorKind) -> Result<Change> {
     match result {
         Ok(()) => Ok(Change::Made),
         Err(e) if e.kind() == there_already => Ok(Change::AlreadyThere),
@@ -481,7 +481,7 @@ fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel
     image.flatten(progress, cancel)?;
     progress.set_done(bytes);
     if unknown_holes {
-        thin_flattened(&image, &missing, Inquiry { progress: &progress.beside(), ..inquiry })?;
+        sparsify_flattened(&image, &missing, Inquiry { progress: &progress.beside(), ..inquiry })?;
     }
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }
@@ -501,7 +501,7 @@ fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Change::AlreadyThere),
         Err(e) => return Err(e),
     }
-    made_unless(image.remove_snapshot(snapshot), ErrorKind::NotFound)
+    ok_if(image.remove_snapshot(snapshot), ErrorKind::NotFound)
 }
 
 /// Clones `source@snapshot` to `destination` with these features.
@@ -531,9 +531,9 @@ fn clone(
 }
 
 fn create_protected_snapshot(image: &Image, snapshot: &str) -> Result<()> {
-    made_unless(image.create_snapshot(snapshot), ErrorKind::Exists)?;
+    ok_if(image.create_snapshot(snapshot), ErrorKind::Exists)?;
     if !image.is_protected(snapshot)? {
-        made_unless(image.protect_snapshot(snapshot), ErrorKind::Busy)?;
+        ok_if(image.protect_snapshot(snapshot), ErrorKind::Busy)?;
     }
     Ok(())
 }
@@ -573,7 +573,7 @@ fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
         return Ok(Change::AlreadyThere);
     }
     let operation = format!("purge {spec}");
-    patiently(|| made_unless(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
+    retry_while_busy(|| ok_if(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
 }
 
 /// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died
@@ -619,9 +619,9 @@ pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<C
     let mut change = Change::AlreadyThere;
     prepare_removal(cluster, spec, name.as_deref())?;
     // An image that cannot be opened may still have a name or an id: a creation or a removal broke off.
-    let gone = |result: Result<()>| made_unless(result, ErrorKind::NotFound);
+    let gone = |result: Result<()>| ok_if(result, ErrorKind::NotFound);
     if let Some(name) = &name
-        && patiently(|| gone(rbd::remove(&io, name, &operation)))? == Change::Made
+        && retry_while_busy(|| gone(rbd::remove(&io, name, &operation)))? == Change::Made
     {
         change = Change::Made;
     }
@@ -656,7 +656,7 @@ fn empty_trash_of(
                 && (left.removing || is_own_leftover(cluster, &in_trash, &left.name)?));
         if ours {
             prepare_removal(cluster, &in_trash, Some(&left.name))?;
-            patiently(|| made_unless(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound))?;
+            retry_while_busy(|| ok_if(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound))?;
             change = Change::Made;
         }
     }
@@ -699,7 +699,7 @@ fn is_owner_of(owner: &str, name: &str) -> bool {
 }
 
 /// Repeats what finds an image busy, for a short time.
-fn patiently<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+fn retry_while_busy<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
     let until = Instant::now() + BUSY_PATIENCE;
     loop {
         match work() {

@@ -20,7 +20,7 @@ use crate::job::store::{Error, Store};
 const AT_A_TIME: usize = 32;
 
 /// Between two paintings.
-const REPAINT: Duration = Duration::from_secs(2);
+const REFRESH: Duration = Duration::from_secs(2);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -44,12 +44,12 @@ enum Entry {
 pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let store = connect_store(config).await?;
     if !args.watch {
-        return output::print(&paint(&store, &args).await?).map(|_| ExitCode::SUCCESS);
+        return output::print(&render(&store, &args).await?).map(|_| ExitCode::SUCCESS);
     }
     let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J\x1b[3J" } else { "" };
     let watch = async {
         loop {
-            let text = match paint(&store, &args).await {
+            let text = match render(&store, &args).await {
                 Ok(text) => text,
                 // a transient error
                 Err(failure) => format!("{failure}\n"),
@@ -57,7 +57,7 @@ pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
             if !output::print(&format!("{clear}{text}"))? {
                 return Ok(ExitCode::SUCCESS);
             }
-            tokio::time::sleep(REPAINT).await;
+            tokio::time::sleep(REFRESH).await;
         }
     };
     tokio::select! {
@@ -66,7 +66,7 @@ pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     }
 }
 
-async fn paint(store: &Store, args: &Args) -> Result<String, Failure> {
+async fn render(store: &Store, args: &Args) -> Result<String, Failure> {
     let entries = read(store, args.all).await?;
     if args.json {
         return output::json(&entries.iter().map(Entry::document).collect::<Vec<_>>());
@@ -129,8 +129,8 @@ impl Entry {
         }
     }
 
-    /// `roomy`: ids are written whole.
-    fn row(&self, now: Timestamp, roomy: bool) -> [String; 9] {
+    /// `full_ids`: ids are written whole.
+    fn row(&self, now: Timestamp, full_ids: bool) -> [String; 9] {
         let record = match self {
             Self::Job(record) => record,
             Self::Unreadable { image_id, reason } => {
@@ -142,10 +142,10 @@ impl Entry {
         };
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let source = record.source.map(|source| {
-            let id = if roomy { source.id().to_string() } else { output::short(source.id()) };
+            let id = if full_ids { source.id().to_string() } else { output::short(source.id()) };
             format!("{} {id}", source.kind())
         });
-        let project = record.project_id.as_deref().map(|project| match roomy {
+        let project = record.project_id.as_deref().map(|project| match full_ids {
             true => output::line(project),
             false => output::cut(&output::line(project), 9),
         });

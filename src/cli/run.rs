@@ -365,7 +365,7 @@ impl Health for Daemon {
             ("broker", if broker.connected() { "ok".to_owned() } else { broker.to_string() }),
             ("ceph", ceph.err().unwrap_or_else(|| "ok".to_owned())),
             ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
-            ("engine", moving(engine.last_look)),
+            ("engine", engine_health(engine.last_look)),
         ];
         let well = parts.iter().all(|(_, state)| state == "ok");
         let mut body = serde_json::Map::new();
@@ -377,7 +377,7 @@ impl Health for Daemon {
     }
 }
 
-fn moving(last_look: Instant) -> String {
+fn engine_health(last_look: Instant) -> String {
     let ago = last_look.elapsed();
     if ago < ANSWERED_WITHIN { "ok".into() } else { format!("last looked for jobs {} s ago", ago.as_secs()) }
 }

@@ -19,7 +19,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use super::keys::{self, BACKEND, BACKEND_PREFIX, Key};
-use super::report::{Error, Origin, Problem, Report, Shown};
+use super::report::{Error, Origin, Problem, Report, Sanitized};
 
 /// A configuration is a few kilobytes; more than this is another file.
 const MAX_BYTES: usize = 1024 * 1024;
@@ -182,7 +182,7 @@ impl RawConfig {
             let Some(rest) = strip_prefix_in_any_case(&name, ENVIRONMENT_PREFIX) else { continue };
             let origin = Origin::Variable(name.clone());
             let Some((section, key)) = rest.rsplit_once("__") else {
-                if let Some(key) = key_of_one_underscore(rest) {
+                if let Some(key) = meant_by_one_underscore(rest) {
                     let meant = format!("{ENVIRONMENT_PREFIX}{}__{}", key.section, key.name).to_ascii_uppercase();
                     report.add(Problem::at(origin, format!("unknown; did you mean {meant}, with two underscores?")));
                 }
@@ -198,7 +198,9 @@ impl RawConfig {
             let key = key.to_ascii_lowercase();
             if let Some(other) = seen.insert((section.clone(), key.clone()), name) {
                 report.add(
-                    Problem::at(origin, format!("set twice, also by {}", Shown(&other))).section(&section).key(&key),
+                    Problem::at(origin, format!("set twice, also by {}", Sanitized(&other)))
+                        .section(&section)
+                        .key(&key),
                 );
                 continue;
             }
@@ -218,16 +220,16 @@ impl RawConfig {
             return Ok(format!("{BACKEND_PREFIX}{name}"));
         }
         if let Some(wanted) = strip_prefix_in_any_case(written, "BACKEND_") {
-            let found: Vec<_> = self.backends().filter(|name| in_variable(name).eq_ignore_ascii_case(wanted)).collect();
+            let found: Vec<_> = self.backends().filter(|name| env_name(name).eq_ignore_ascii_case(wanted)).collect();
             return match found[..] {
                 [name] => Ok(format!("{BACKEND_PREFIX}{name}")),
                 [] => Err(format!(
                     "no file has a [backend:…] of that name; backends there: {}",
-                    or_none(&self.backends().map(|name| Shown(name).to_string()).collect::<Vec<_>>().join(", "))
+                    or_none(&self.backends().map(|name| Sanitized(name).to_string()).collect::<Vec<_>>().join(", "))
                 )),
                 _ => Err(format!(
                     "means more than one backend: {}; write BACKEND:NAME in the variable, with the name as it is",
-                    found.iter().map(|name| Shown(name).to_string()).collect::<Vec<_>>().join(", ")
+                    found.iter().map(|name| Sanitized(name).to_string()).collect::<Vec<_>>().join(", ")
                 )),
             };
         }
@@ -391,12 +393,12 @@ fn unknown_key(section: &str, key: &str) -> String {
 }
 
 /// A backend's name as it stands in a variable's.
-fn in_variable(name: &str) -> String {
+fn env_name(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect()
 }
 
 /// The key that a variable with one underscore too few means.
-fn key_of_one_underscore(rest: &str) -> Option<&'static Key> {
+fn meant_by_one_underscore(rest: &str) -> Option<&'static Key> {
     keys::keys().iter().find(|key| rest.eq_ignore_ascii_case(&format!("{}_{}", key.section, key.name)))
 }
 

@@ -123,11 +123,11 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.origin)?;
         if let Some(section) = &self.section {
-            write!(f, "[{}]", Shown(section))?;
+            write!(f, "[{}]", Sanitized(section))?;
             if let Some(key) = &self.key {
-                write!(f, " {}", Shown(key))?;
+                write!(f, " {}", Sanitized(key))?;
                 if let Some(value) = &self.value {
-                    write!(f, " = {}", Shown(value))?;
+                    write!(f, " = {}", Sanitized(value))?;
                 }
             }
             f.write_str(": ")?;
@@ -144,16 +144,16 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Origin::File { path, .. } => write!(f, "{}", path.display()),
-            Origin::Variable(name) => write!(f, "environment variable {}", Shown(name)),
-            Origin::Credential(name) => write!(f, "credential {}", Shown(name)),
+            Origin::Variable(name) => write!(f, "environment variable {}", Sanitized(name)),
+            Origin::Credential(name) => write!(f, "credential {}", Sanitized(name)),
         }
     }
 }
 
 /// Untrusted text, made safe for terminals and logs.
-pub struct Shown<'a>(pub &'a str);
+pub struct Sanitized<'a>(pub &'a str);
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for Sanitized<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Escaped { text: self.0, limit: MAX_VALUE }.fmt(f)
     }

@@ -4,7 +4,7 @@
 //! ```text
 //! run      one host after the other, with growing pauses
 //! └ session     connect, declare the queue, consume; until the connection ends
-//!   ├ keep_bound    binds the queue to each exchange, to a missing one as soon as a service declares it
+//!   ├ maintain_bindings    binds the queue to each exchange, to a missing one as soon as a service declares it
 //!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored or never can be | give back
 //! ```
 //!
@@ -82,11 +82,11 @@ const PRIORITY: &str = "info";
 
 /// Rounds through the broker (`x-delivery-count` of quorum queues) after which a delivery is held longer: RabbitMQ 4
 /// drops a message after 20, which is then more than an hour of a sink that cannot store.
-const PATIENT_AFTER: i64 = 4;
+const LONG_HOLD_AFTER_REDELIVERIES: i64 = 4;
 
 /// Waiting times, for tests to shorten.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
+pub struct Timeouts {
     /// The sink is tried this long before a delivery is given back to the broker.
     pub hold: Duration,
     /// The same for a delivery that was given back several times; far below the broker's `consumer_timeout` (30
@@ -100,9 +100,9 @@ pub struct Pace {
     pub look: Duration,
 }
 
-impl Default for Pace {
+impl Default for Timeouts {
     fn default() -> Self {
-        Pace {
+        Timeouts {
             hold: Duration::from_secs(45),
             hold_again: Duration::from_secs(240),
             attempt: Duration::from_secs(30),
@@ -117,14 +117,14 @@ impl Default for Pace {
 pub struct Listener {
     config: Messaging,
     url: TransportUrl,
-    pace: Pace,
+    timeouts: Timeouts,
     status: Arc<Status>,
     bindings: Arc<dyn Bindings>,
 }
 
 /// Why a session ended, with a remedy where the operator has to act.
 #[derive(Debug, thiserror::Error)]
-enum Ended {
+enum SessionError {
     #[error(
         "{host} refused user {user:?}: wrong user or password; check transport_url in [messaging] and `rabbitmqctl authenticate_user`"
     )]
@@ -161,11 +161,17 @@ impl Listener {
     /// Reads the transport_url; does not connect.
     pub fn new(config: Messaging) -> Result<Listener, transport_url::Error> {
         let url = TransportUrl::parse(config.transport_url.expose_secret())?;
-        Ok(Listener { config, url, pace: Pace::default(), status: Arc::default(), bindings: Arc::new(NoMemory) })
+        Ok(Listener {
+            config,
+            url,
+            timeouts: Timeouts::default(),
+            status: Arc::default(),
+            bindings: Arc::new(NoMemory),
+        })
     }
 
-    pub fn pace(mut self, pace: Pace) -> Listener {
-        self.pace = pace;
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Listener {
+        self.timeouts = timeouts;
         self
     }
 
@@ -192,11 +198,11 @@ impl Listener {
         let mut hosts = self.url.hosts.clone();
         hosts.shuffle(&mut rand::rng());
 
-        let mut run = Run {
+        let mut run = Supervisor {
             sink: Arc::new(sink),
             connecting: HashMap::new(),
             warned: BTreeSet::new(),
-            logged: Logged::default(),
+            logged: LogThrottle::default(),
             counters: Counters::default(),
             listener: &self,
         };
@@ -221,7 +227,12 @@ impl Listener {
             counter!("rbd_offload_broker_reconnects_total").increment(1);
             let text = ended.to_string();
             match run.logged.due(&text) {
-                Some(_) if matches!(ended, Ended::QueueDiffers { .. } | Ended::Denied { .. } | Ended::Login { .. }) => {
+                Some(_)
+                    if matches!(
+                        ended,
+                        SessionError::QueueDiffers { .. } | SessionError::Denied { .. } | SessionError::Login { .. }
+                    ) =>
+                {
                     error!(problem = %text, "no connection to the broker; tried again");
                 }
                 Some(_) => warn!(problem = %text, "no connection to the broker; tried again"),
@@ -251,7 +262,7 @@ impl Listener {
     }
 
     /// On a channel of its own, since a refusal closes it.
-    async fn declare_queue(&self, connection: &Connection) -> Result<(), Ended> {
+    async fn declare_queue(&self, connection: &Connection) -> Result<(), SessionError> {
         let wanted = match self.config.queue_type {
             QueueType::Quorum => "quorum",
             QueueType::Classic => "classic",
@@ -267,26 +278,26 @@ impl Listener {
                 let _ = timeout(CLOSE_TIMEOUT, channel.close(200, "".into())).await;
                 Ok(())
             }
-            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
-                Err(Ended::QueueDiffers { queue: self.queue().to_owned(), wanted, error })
+            Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
+                Err(SessionError::QueueDiffers { queue: self.queue().to_owned(), wanted, error })
             }
             Err(ended) => Err(self.denied(ended)),
         }
     }
 
     /// Messages in the queue that have been delivered to nobody.
-    async fn count(&self, channel: &Channel) -> Result<u32, Ended> {
+    async fn count(&self, channel: &Channel) -> Result<u32, SessionError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let declared = channel.queue_declare(self.queue().into(), passive, FieldTable::default());
         call("look at the queue", declared).await.map(|queue| queue.message_count())
     }
 
-    fn denied(&self, ended: Ended) -> Ended {
+    fn denied(&self, ended: SessionError) -> SessionError {
         match ended {
-            Ended::Call { what, error } if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => {
+            SessionError::Call { what, error } if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => {
                 let user = self.url.hosts.first().map_or("USER", |host| &host.user);
                 let command = Permissions::of(&self.config).command(user, &self.url.vhost);
-                Ended::Denied { what, command, error }
+                SessionError::Denied { what, command, error }
             }
             other => other,
         }
@@ -319,7 +330,7 @@ impl Listener {
     }
 
     /// Removes one binding; one that is not there, or whose exchange is gone, counts as removed.
-    async fn unbind(&self, channel: &Channel, binding: &Binding) -> Result<(), Ended> {
+    async fn unbind(&self, channel: &Channel, binding: &Binding) -> Result<(), SessionError> {
         let unbound = channel.queue_unbind(
             binding.queue.as_str().into(),
             binding.exchange.as_str().into(),
@@ -327,18 +338,20 @@ impl Listener {
             FieldTable::default(),
         );
         match call("remove a binding of the queue", unbound).await {
-            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => Ok(()),
+            Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => Ok(()),
             other => other,
         }
     }
 
     /// False: no such exchange.
-    async fn bind(&self, channel: &Channel, exchange: &str) -> Result<bool, Ended> {
+    async fn bind(&self, channel: &Channel, exchange: &str) -> Result<bool, SessionError> {
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
         let declared = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
         match call("look for an exchange", declared).await {
             Ok(()) => {}
-            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+            Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => {
+                return Ok(false);
+            }
             Err(ended) => return Err(ended),
         }
         for topic in &self.config.topics {
@@ -348,7 +361,9 @@ impl Listener {
             match call("bind the queue to an exchange", bound).await {
                 Ok(()) => {}
                 // Deleted in between; a queue that is gone ends the consumer.
-                Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => return Ok(false),
+                Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => {
+                    return Ok(false);
+                }
                 Err(ended) => return Err(ended),
             }
         }
@@ -357,7 +372,7 @@ impl Listener {
 }
 
 /// What lives over the sessions.
-struct Run<'a> {
+struct Supervisor<'a> {
     listener: &'a Listener,
     sink: Arc<dyn Sink>,
     /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so it is waited for again, not
@@ -365,13 +380,13 @@ struct Run<'a> {
     connecting: HashMap<usize, JoinHandle<lapin::Result<Connection>>>,
     /// Exchanges whose absence was logged.
     warned: BTreeSet<String>,
-    logged: Logged,
+    logged: LogThrottle,
     counters: Counters,
 }
 
-impl Run<'_> {
+impl Supervisor<'_> {
     /// Ok: cancelled.
-    async fn session(&mut self, place: usize, host: &Host, cancel: &CancellationToken) -> Result<(), Ended> {
+    async fn session(&mut self, place: usize, host: &Host, cancel: &CancellationToken) -> Result<(), SessionError> {
         let listener = self.listener;
         listener.status.lock().host = Some(host.to_string());
         let setup = async {
@@ -399,7 +414,7 @@ impl Run<'_> {
         info!(queue = listener.queue(), %host, "connected to the broker");
         gauge!("rbd_offload_broker_connected").set(1.0);
 
-        let mut pump = Pump {
+        let mut pump = Session {
             host,
             channel,
             sink: self.sink.clone(),
@@ -413,7 +428,7 @@ impl Run<'_> {
         let ended = tokio::select! {
             biased;
             () = cancel.cancelled() => Ok(()),
-            ended = keep_bound(listener, &mut self.warned, &connection) => Err(ended),
+            ended = maintain_bindings(listener, &mut self.warned, &connection) => Err(ended),
             ended = pump.run(consumer.clone()) => Err(ended),
         };
         // A lost connection may show first in what is not its cause; lapin knows.
@@ -422,13 +437,13 @@ impl Run<'_> {
         ended
     }
 
-    async fn connect(&mut self, place: usize, host: &Host) -> Result<Connection, Ended> {
+    async fn connect(&mut self, place: usize, host: &Host) -> Result<Connection, SessionError> {
         let listener = self.listener;
         let mut attempt = match self.connecting.remove(&place) {
             Some(attempt) => attempt,
             None => {
                 let ca_file = listener.config.ssl_ca_file.as_deref();
-                let tls = listener.url.read_tls(ca_file).await.map_err(Ended::File)?;
+                let tls = listener.url.read_tls(ca_file).await.map_err(SessionError::File)?;
                 let uri = listener.url.amqp_uri(host);
                 let name = format!("rbd-offload:{}", listener.queue());
                 let properties = ConnectionProperties::default().with_connection_name(name.into());
@@ -442,17 +457,20 @@ impl Run<'_> {
         match timeout(CONNECT_TIMEOUT, &mut attempt).await {
             Err(_) => {
                 self.connecting.insert(place, attempt);
-                Err(Ended::ConnectTimeout { host: text })
+                Err(SessionError::ConnectTimeout { host: text })
             }
             Ok(Ok(Ok(connection))) => Ok(connection),
             Ok(Ok(Err(error))) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => {
-                Err(Ended::Login { host: text, user: host.user.clone() })
+                Err(SessionError::Login { host: text, user: host.user.clone() })
             }
-            Ok(Ok(Err(error))) if is_hard_error(&error, AMQPHardError::NOTALLOWED) => {
-                Err(Ended::Vhost { host: text, user: host.user.clone(), vhost: listener.url.vhost.clone(), error })
-            }
-            Ok(Ok(Err(error))) => Err(Ended::Connect { host: text, error }),
-            Ok(Err(_)) => Err(Ended::ConnectTimeout { host: text }),
+            Ok(Ok(Err(error))) if is_hard_error(&error, AMQPHardError::NOTALLOWED) => Err(SessionError::Vhost {
+                host: text,
+                user: host.user.clone(),
+                vhost: listener.url.vhost.clone(),
+                error,
+            }),
+            Ok(Ok(Err(error))) => Err(SessionError::Connect { host: text, error }),
+            Ok(Err(_)) => Err(SessionError::ConnectTimeout { host: text }),
         }
     }
 }
@@ -461,7 +479,7 @@ impl Run<'_> {
 ///
 /// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and
 /// removes them itself when it is restarted with the new one.
-async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result<(), Ended> {
+async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result<(), SessionError> {
     let unwanted = match listener.unwanted().await {
         Ok(unwanted) => unwanted,
         Err(error) => {
@@ -471,7 +489,7 @@ async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result
     };
     let mut scratch = None;
     for binding in unwanted {
-        let channel = still_open(scratch.take(), connection).await?;
+        let channel = reuse_or_open(scratch.take(), connection).await?;
         let Binding { queue, exchange, routing_key, .. } = &binding;
         match listener.unbind(&channel, &binding).await {
             Ok(()) => {
@@ -481,7 +499,7 @@ async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result
                     debug!("a binding that is gone is still remembered: {error}");
                 }
             }
-            Err(Ended::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => warn!(
+            Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => warn!(
                 "queue {queue:?} stays bound to exchange {exchange:?}, which the configuration no longer names: the user may not read that \
                  exchange any more. Allow it until the next connection, or delete the queue with `rabbitmqctl delete_queue` ({error})"
             ),
@@ -492,7 +510,11 @@ async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result
 }
 
 /// Binds the queue to all exchanges, then looks for the missing ones again and again. Ends with the connection only.
-async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connection: &Connection) -> Ended {
+async fn maintain_bindings(
+    listener: &Listener,
+    warned: &mut BTreeSet<String>,
+    connection: &Connection,
+) -> SessionError {
     if let Err(ended) = remove_unwanted(listener, connection).await {
         return ended;
     }
@@ -520,13 +542,13 @@ async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connecti
             if !remembered || (!all && bound.contains(exchange)) {
                 continue;
             }
-            let channel = match still_open(scratch.take(), connection).await {
+            let channel = match reuse_or_open(scratch.take(), connection).await {
                 Ok(channel) => channel,
                 Err(ended) => return ended,
             };
             let found = match listener.bind(&channel, exchange).await.map_err(|ended| listener.denied(ended)) {
                 Ok(found) => found,
-                Err(ended @ Ended::Denied { .. }) => {
+                Err(ended @ SessionError::Denied { .. }) => {
                     if warned.insert(format!("{exchange} denied")) {
                         error!("exchange {exchange:?}: {ended}");
                     }
@@ -552,7 +574,7 @@ async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connecti
                 }
             }
         }
-        let channel = match still_open(scratch.take(), connection).await {
+        let channel = match reuse_or_open(scratch.take(), connection).await {
             Ok(channel) => channel,
             Err(ended) => return ended,
         };
@@ -562,16 +584,16 @@ async fn keep_bound(listener: &Listener, warned: &mut BTreeSet<String>, connecti
                 scratch = Some(channel);
             }
             // the queue is gone, which ends the consumer too
-            Err(Ended::Call { .. }) => {}
+            Err(SessionError::Call { .. }) => {}
             Err(ended) => return ended,
         }
-        sleep(listener.pace.look).await;
+        sleep(listener.timeouts.look).await;
     }
-    Ended::CallTimeout { what: "look for an exchange" }
+    SessionError::CallTimeout { what: "look for an exchange" }
 }
 
 /// A refusal closes a channel; then another one is opened.
-async fn still_open(channel: Option<Channel>, connection: &Connection) -> Result<Channel, Ended> {
+async fn reuse_or_open(channel: Option<Channel>, connection: &Connection) -> Result<Channel, SessionError> {
     match channel.filter(|channel| channel.status().connected()) {
         Some(channel) => Ok(channel),
         None => call("open a channel", connection.create_channel()).await,
@@ -579,7 +601,7 @@ async fn still_open(channel: Option<Channel>, connection: &Connection) -> Result
 }
 
 /// Deliveries of one channel, to their end.
-struct Pump<'a> {
+struct Session<'a> {
     listener: &'a Listener,
     host: &'a Host,
     channel: Channel,
@@ -588,12 +610,12 @@ struct Pump<'a> {
     stop: CancellationToken,
     stores: JoinSet<(u64, EventType, Outcome)>,
     acks: Acks,
-    logged: &'a mut Logged,
+    logged: &'a mut LogThrottle,
     counters: &'a Counters,
 }
 
-impl Pump<'_> {
-    async fn run(&mut self, mut consumer: Consumer) -> Ended {
+impl Session<'_> {
+    async fn run(&mut self, mut consumer: Consumer) -> SessionError {
         let batch = usize::from(self.listener.config.prefetch / 2).max(1);
         let mut flush_at = tokio::time::Instant::now();
         loop {
@@ -612,7 +634,7 @@ impl Pump<'_> {
                     // What has come in the meantime, without going to sleep.
                     while let Some(delivery) = next {
                         match delivery {
-                            None => return Ended::Cancelled(self.listener.queue().to_owned()),
+                            None => return SessionError::Cancelled(self.listener.queue().to_owned()),
                             Some(Err(error)) => return self.lost(error),
                             Some(Ok(delivery)) => self.take(&delivery),
                         }
@@ -634,8 +656,8 @@ impl Pump<'_> {
         }
     }
 
-    fn lost(&self, error: lapin::Error) -> Ended {
-        Ended::Lost { host: self.host.to_string(), error }
+    fn lost(&self, error: lapin::Error) -> SessionError {
+        SessionError::Lost { host: self.host.to_string(), error }
     }
 
     fn take(&mut self, delivery: &Delivery) {
@@ -661,10 +683,10 @@ impl Pump<'_> {
             }
         };
         self.acks.hold(tag);
-        let pace = self.listener.pace;
-        let hold = if rounds(delivery) >= PATIENT_AFTER { pace.hold_again } else { pace.hold };
+        let timeouts = self.listener.timeouts;
+        let hold = if rounds(delivery) >= LONG_HOLD_AFTER_REDELIVERIES { timeouts.hold_again } else { timeouts.hold };
         let (sink, stop, event_type) = (self.sink.clone(), self.stop.clone(), meta.event_type);
-        self.stores.spawn(async move { (tag, event_type, store(sink, event, meta, hold, pace, stop).await) });
+        self.stores.spawn(async move { (tag, event_type, store(sink, event, meta, hold, timeouts, stop).await) });
     }
 
     async fn settle(&mut self, (tag, event_type, outcome): (u64, EventType, Outcome)) -> lapin::Result<()> {
@@ -735,21 +757,21 @@ async fn store(
     event: Event,
     meta: Meta,
     hold: Duration,
-    pace: Pace,
+    timeouts: Timeouts,
     stop: CancellationToken,
 ) -> Outcome {
     let until = Instant::now() + hold;
-    let mut pause = pace.retry;
+    let mut pause = timeouts.retry;
     for attempt in 1u32.. {
         let (sink, event, about) = (sink.clone(), event.clone(), meta.clone());
         let mut running = tokio::spawn(async move { sink.accept(event, about).await });
-        let error = match timeout(pace.attempt, &mut running).await {
+        let error = match timeout(timeouts.attempt, &mut running).await {
             Ok(Ok(Ok(()))) => return Outcome::Stored,
             Ok(Ok(Err(error))) => error,
             Ok(Err(error)) => SinkError::new(error),
             Err(_) => {
                 running.abort();
-                SinkError::new(format!("not done within {} s", pace.attempt.as_secs()))
+                SinkError::new(format!("not done within {} s", timeouts.attempt.as_secs()))
             }
         };
         let id = meta_id(&meta);
@@ -779,7 +801,7 @@ async fn store(
             warn!(event_type = meta.event_type.as_str(), "notification {id} goes back to the queue: {error}");
             break;
         }
-        pause = (pause * 2).min(pace.retry * 8);
+        pause = (pause * 2).min(timeouts.retry * 8);
     }
     Outcome::GivenBack
 }
@@ -816,18 +838,18 @@ async fn remember<T>(call: impl Future<Output = Result<T, BindingsError>>) -> Re
     }
 }
 
-async fn call<T>(what: &'static str, call: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
+async fn call<T>(what: &'static str, call: impl Future<Output = lapin::Result<T>>) -> Result<T, SessionError> {
     match timeout(RPC_TIMEOUT, call).await {
-        Ok(result) => result.map_err(|error| Ended::Call { what, error }),
-        Err(_) => Err(Ended::CallTimeout { what }),
+        Ok(result) => result.map_err(|error| SessionError::Call { what, error }),
+        Err(_) => Err(SessionError::CallTimeout { what }),
     }
 }
 
 /// What was logged when, so that the same thing does not fill the log.
 #[derive(Default)]
-struct Logged(HashMap<String, (Instant, u64)>);
+struct LogThrottle(HashMap<String, (Instant, u64)>);
 
-impl Logged {
+impl LogThrottle {
     /// Whether this is to be logged now, and then how many of the kind were not.
     fn due(&mut self, what: &str) -> Option<String> {
         if self.0.len() > 64 {

@@ -24,7 +24,7 @@ use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 pub use bindings::{Binding, Bindings, BindingsError};
 pub use envelope::Unreadable;
 pub use event::{Event, EventType, Notification};
-pub use listener::{Listener, Pace};
+pub use listener::{Listener, Timeouts};
 pub use permissions::Permissions;
 pub use replay::{LineError, ReplaySummary, replay};
 pub use sink::{Meta, Sink, SinkError};
@@ -33,7 +33,7 @@ pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 
 /// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an
 /// exchange that does not exist yet included. What matters is logged here, once and with its remedy.
-pub const QUIET_TARGET: &str = "lapin";
+pub const LAPIN_TARGET: &str = "lapin";
 
 /// Whether the broker refused a call with this error and closed the channel.
 pub(crate) fn is_soft_error(error: &lapin::Error, kind: AMQPSoftError) -> bool {

@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use super::session::{Access, Wire};
+use super::session::{ConnectOptions, HttpClient};
 
 /// What the fake server answers: status line, extra headers, body. `None`: nothing, ever.
 pub(super) type Reply = Option<(u16, String, String)>;
@@ -64,7 +64,7 @@ pub(super) fn token(base: &str, name: &str) -> Reply {
     Some((201, format!("x-subject-token: {name}\r\n"), body.to_string()))
 }
 
-pub(super) fn wire(auth_url: &str, timeout: Duration) -> Wire {
+pub(super) fn wire(auth_url: &str, timeout: Duration) -> HttpClient {
     let config = CloudConfig {
         auth: Some(ConfigAuth {
             auth_url: Some(auth_url.into()),
@@ -78,7 +78,7 @@ pub(super) fn wire(auth_url: &str, timeout: Duration) -> Wire {
         auth_type: Some("v3password".into()),
         ..Default::default()
     };
-    Wire::new(Access {
+    HttpClient::new(ConnectOptions {
         config,
         region: None,
         interface: "internal".into(),

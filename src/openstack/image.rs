@@ -8,7 +8,7 @@ use serde::de::{Deserializer, IgnoredAny};
 use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result};
-use super::session::{Request, Service, Session, Wire};
+use super::session::{HttpClient, Request, Service, Session};
 use super::{Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Store, Validation, json};
 use crate::config::Register;
 
@@ -331,12 +331,12 @@ struct Listed {
     next: Option<ListCursor>,
 }
 
-pub(super) async fn get(wire: &Wire, id: &str) -> Result<Option<Image>> {
+pub(super) async fn get(wire: &HttpClient, id: &str) -> Result<Option<Image>> {
     let path = ["images", id];
     image_if_found(wire.send(Request::get(Service::Image, format!("get image {id}"), &path)).await?)
 }
 
-fn image_if_found(answer: super::session::Answer) -> Result<Option<Image>> {
+fn image_if_found(answer: super::session::Response) -> Result<Option<Image>> {
     answer.read_if_found()
 }
 

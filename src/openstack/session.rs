@@ -55,7 +55,7 @@ static MICROVERSION: HeaderName = HeaderName::from_static("openstack-api-version
 /// OpenStack over HTTP as the daemon's user. Cheap to share behind an `Arc`; made without any traffic.
 #[derive(Debug)]
 pub struct Session {
-    pub(super) wire: Wire,
+    pub(super) wire: HttpClient,
     pub(super) register: Register,
 }
 
@@ -81,7 +81,7 @@ impl Session {
                 config.auth_type = Some("v3applicationcredential".into());
             }
         }
-        let access = Access {
+        let access = ConnectOptions {
             config,
             region: keystone.region_name.clone(),
             interface: match keystone.interface {
@@ -96,7 +96,7 @@ impl Session {
             timeout: keystone.timeout,
             image_override: glance.endpoint_override.clone(),
         };
-        Ok(Self { wire: Wire::new(access)?, register: glance.register })
+        Ok(Self { wire: HttpClient::new(access)?, register: glance.register })
     }
 
     /// Logs in if that has not happened yet. [`ErrorKind::Unauthorized`] when Keystone refuses the credentials,
@@ -261,7 +261,7 @@ impl<'a> Request<'a> {
 
 /// A whole answer.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct Response {
     pub(super) call: String,
     pub(super) status: StatusCode,
     /// The header `Date`.
@@ -269,14 +269,14 @@ pub(super) struct Answer {
     body: Vec<u8>,
 }
 
-impl Answer {
+impl Response {
     /// What the JSON body of a success says.
     pub(super) fn read<T: DeserializeOwned>(self) -> Result<T> {
-        let Answer { call, body, .. } = self.success()?;
+        let Response { call, body, .. } = self.success()?;
         json::read(&call, &mut serde_json::Deserializer::from_slice(&body))
     }
 
-    /// Like [`Answer::read`], with `None` for 404.
+    /// Like [`Response::read`], with `None` for 404.
     pub(super) fn read_if_found<T: DeserializeOwned>(self) -> Result<Option<T>> {
         if self.status == StatusCode::NOT_FOUND {
             return Ok(None);
@@ -307,7 +307,7 @@ pub(super) enum Proxy {
 }
 
 /// Whom to log in as, and how to reach the services.
-pub(super) struct Access {
+pub(super) struct ConnectOptions {
     pub(super) config: CloudConfig,
     pub(super) region: Option<String>,
     pub(super) interface: String,
@@ -321,7 +321,7 @@ pub(super) struct Access {
 }
 
 /// The connection to all services under one login.
-pub(super) struct Wire {
+pub(super) struct HttpClient {
     http: reqwest::Client,
     config: CloudConfig,
     /// Ends with `/v3/`.
@@ -336,9 +336,9 @@ pub(super) struct Wire {
     state: Mutex<State>,
 }
 
-impl std::fmt::Debug for Wire {
+impl std::fmt::Debug for HttpClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Wire")
+        f.debug_struct("HttpClient")
             .field("identity", &self.identity.as_str())
             .field("region", &self.region)
             .field("interface", &self.interface)
@@ -348,12 +348,12 @@ impl std::fmt::Debug for Wire {
 
 #[derive(Default)]
 struct State {
-    login: Option<Arc<Login>>,
+    login: Option<Arc<AuthToken>>,
     failed: Option<(Instant, Error)>,
 }
 
 /// A token and what Keystone told with it.
-pub(super) struct Login {
+pub(super) struct AuthToken {
     token: SecretString,
     header: HeaderValue,
     pub(super) project_id: Option<String>,
@@ -370,9 +370,9 @@ struct Endpoint {
     url: String,
 }
 
-impl Wire {
-    pub(super) fn new(access: Access) -> Result<Self> {
-        let Access { config, region, interface, cafile, insecure, proxy, timeout, image_override } = access;
+impl HttpClient {
+    pub(super) fn new(access: ConnectOptions) -> Result<Self> {
+        let ConnectOptions { config, region, interface, cafile, insecure, proxy, timeout, image_override } = access;
         let call = "Keystone: auth_url";
         let auth_url = config.auth.as_ref().and_then(|auth| auth.auth_url.clone());
         let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Refused, "it is missing"))?;
@@ -400,7 +400,7 @@ impl Wire {
     }
 
     /// The login in force; a new one where there is none or it is `stale`. Callers that wait share one attempt.
-    pub(super) async fn login(&self, stale: Option<&Arc<Login>>) -> Result<Arc<Login>> {
+    pub(super) async fn login(&self, stale: Option<&Arc<AuthToken>>) -> Result<Arc<AuthToken>> {
         let asked = Instant::now();
         let mut state = self.state.lock().await;
         if let Some(login) = &state.login
@@ -429,7 +429,7 @@ impl Wire {
         }
     }
 
-    async fn authenticate(&self) -> Result<Login> {
+    async fn authenticate(&self) -> Result<AuthToken> {
         const CALL: &str = "Keystone: login";
         let refused = |reason: String| Error::new(CALL, ErrorKind::Refused, reason);
         let plugin: &dyn OpenStackAuthType = match self.config.auth_type.as_deref() {
@@ -472,7 +472,7 @@ impl Wire {
             })
             .collect();
         tracing::debug!(expires_at = %info.expires_at, "logged in at Keystone");
-        Ok(Login {
+        Ok(AuthToken {
             token,
             header,
             project_id: info.project.and_then(|project| project.id),
@@ -520,13 +520,13 @@ impl Wire {
             return Error::new(call, ErrorKind::Unavailable, self.timed_out());
         }
         if error.is_builder() {
-            return Error::new(call, ErrorKind::Refused, causes(error));
+            return Error::new(call, ErrorKind::Refused, error_chain(error));
         }
-        Error::new(call, ErrorKind::Unavailable, causes(error))
+        Error::new(call, ErrorKind::Unavailable, error_chain(error))
     }
 
     /// `text` without our secrets, should a service have echoed one.
-    fn redact(&self, text: &str, login: Option<&Login>) -> String {
+    fn redact(&self, text: &str, login: Option<&AuthToken>) -> String {
         let mut text = text.to_owned();
         let token = login.map(|login| login.token.expose_secret());
         for secret in self.config.get_sensitive_values().into_iter().chain(token) {
@@ -538,27 +538,27 @@ impl Wire {
     }
 
     /// Where `service` is; ends with `/`.
-    pub(super) fn root(&self, login: &Login, service: Service, call: &str) -> Result<Url> {
+    pub(super) fn root(&self, login: &AuthToken, service: Service, call: &str) -> Result<Url> {
         match (service, &self.image_override) {
             (Service::Identity, _) => return Ok(self.identity.clone()),
             (Service::Image, Some(url)) => return Ok(url.clone()),
             _ => {}
         }
-        let endpoint = pick(&login.endpoints, service, self.region.as_deref(), &self.interface)
+        let endpoint = select_endpoint(&login.endpoints, service, self.region.as_deref(), &self.interface)
             .map_err(|reason| Error::new(call, ErrorKind::NoService, reason))?;
         service_root(&endpoint.url, service.version()).map_err(|reason| {
             Error::new(call, ErrorKind::NoService, format!("the catalog's URL {:?} {reason}", endpoint.url))
         })
     }
 
-    fn cloud_of(&self, login: &Login) -> Result<CloudId> {
+    fn cloud_of(&self, login: &AuthToken) -> Result<CloudId> {
         let project_id = login.project_id.clone();
         let project_id = project_id.ok_or_else(|| Error::protocol("Keystone: login", "the token is for no project"))?;
         Ok(CloudId { project_id, region: self.region_of(login, Service::Image) })
     }
 
     /// A job must not be worked on with the services of a cloud that it does not belong to.
-    fn check_cloud(&self, login: &Login, call: &str) -> Result<()> {
+    fn check_cloud(&self, login: &AuthToken, call: &str) -> Result<()> {
         let Some(expected) = self.expected.get() else { return Ok(()) };
         let own = self.cloud_of(login)?;
         if own == *expected {
@@ -569,8 +569,8 @@ impl Wire {
     }
 
     /// Region of the service's endpoint.
-    pub(super) fn region_of(&self, login: &Login, service: Service) -> Option<String> {
-        pick(&login.endpoints, service, self.region.as_deref(), &self.interface)
+    pub(super) fn region_of(&self, login: &AuthToken, service: Service) -> Option<String> {
+        select_endpoint(&login.endpoints, service, self.region.as_deref(), &self.interface)
             .ok()
             .and_then(|endpoint| endpoint.region.clone())
             .or_else(|| self.region.clone())
@@ -578,9 +578,9 @@ impl Wire {
 
     /// Sends the request and reads the whole answer, whatever its status. A 401 leads to one new login and one
     /// repetition; a GET that met a connection closed meanwhile is repeated once too.
-    pub(super) async fn send(&self, request: Request<'_>) -> Result<Answer> {
+    pub(super) async fn send(&self, request: Request<'_>) -> Result<Response> {
         if request.service == Service::IdentityVersion {
-            return self.exchange(&request, self.identity.clone(), None).await;
+            return self.send_once(&request, self.identity.clone(), None).await;
         }
         let mut login = self.login(None).await?;
         let mut answer = self.attempt(&request, &login).await?;
@@ -591,7 +591,7 @@ impl Wire {
         if answer.status == StatusCode::UNAUTHORIZED { Err(answer.error()) } else { Ok(answer) }
     }
 
-    async fn attempt(&self, request: &Request<'_>, login: &Login) -> Result<Answer> {
+    async fn attempt(&self, request: &Request<'_>, login: &AuthToken) -> Result<Response> {
         let call = request.call();
         self.check_cloud(login, &call)?;
         let mut url = self.root(login, request.service, &call)?;
@@ -599,10 +599,10 @@ impl Wire {
         if !request.query.is_empty() {
             url.query_pairs_mut().extend_pairs(&request.query);
         }
-        self.exchange(request, url, Some(login)).await
+        self.send_once(request, url, Some(login)).await
     }
 
-    async fn exchange(&self, request: &Request<'_>, url: Url, login: Option<&Login>) -> Result<Answer> {
+    async fn send_once(&self, request: &Request<'_>, url: Url, login: Option<&AuthToken>) -> Result<Response> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         if let Some(login) = login {
@@ -640,9 +640,9 @@ impl Wire {
         &self,
         call: String,
         mut response: reqwest::Response,
-        login: Option<&Login>,
+        login: Option<&AuthToken>,
         tail: bool,
-    ) -> Result<Answer> {
+    ) -> Result<Response> {
         let (limit, mut length) = (if tail { DRAIN_LIMIT } else { BODY_LIMIT }, 0usize);
         let status = response.status();
         let date = response.headers().get(header::DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
@@ -668,7 +668,7 @@ impl Wire {
             body = self.redact(&String::from_utf8_lossy(&body), login).into_bytes();
         }
         tracing::trace!(call, status = status.as_u16(), bytes = body.len(), "answer");
-        Ok(Answer { call, status, date, body })
+        Ok(Response { call, status, date, body })
     }
 
     async fn revoke(&self) -> Result<()> {
@@ -750,7 +750,7 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
         Proxy::None => builder.no_proxy(),
         Proxy::Environment => builder,
         Proxy::Url(url) => {
-            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Refused, causes(&error));
+            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Refused, error_chain(&error));
             builder.proxy(reqwest::Proxy::all(url).map_err(refused)?)
         }
     };
@@ -769,11 +769,11 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
             builder = builder.add_root_certificate(certificate);
         }
     }
-    builder.build().map_err(|error| Error::new("TLS", ErrorKind::Refused, causes(&error)))
+    builder.build().map_err(|error| Error::new("TLS", ErrorKind::Refused, error_chain(&error)))
 }
 
-/// An error and its causes without the URL, whose query may be long; reqwest's own text stops at the first.
-fn causes(error: &reqwest::Error) -> String {
+/// An error and its error_chain without the URL, whose query may be long; reqwest's own text stops at the first.
+fn error_chain(error: &reqwest::Error) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next: Option<&dyn std::error::Error> = std::error::Error::source(error);
     while let Some(cause) = next {
@@ -794,7 +794,7 @@ fn causes(error: &reqwest::Error) -> String {
 }
 
 /// The service's endpoint for the interface and region; else why there is none.
-fn pick<'a>(
+fn select_endpoint<'a>(
     endpoints: &'a [Endpoint],
     service: Service,
     region: Option<&str>,
@@ -935,8 +935,9 @@ mod tests {
             endpoint("image", "public", "one", "http://g1"),
             endpoint("image", "internal", "two", "http://g2"),
         ];
-        let find =
-            |service, region, interface| pick(&catalog, service, region, interface).map(|found| found.url.as_str());
+        let find = |service, region, interface| {
+            select_endpoint(&catalog, service, region, interface).map(|found| found.url.as_str())
+        };
         assert_eq!(find(Service::BlockStorage, None, "public"), Ok("http://c/v3/p"));
         assert_eq!(find(Service::Image, Some("two"), "internal"), Ok("http://g2"));
         assert_eq!(

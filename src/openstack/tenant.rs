@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result, shorten};
 use super::image;
-use super::session::{Access, Proxy, Request, Service, Wire};
+use super::session::{ConnectOptions, HttpClient, Proxy, Request, Service};
 use super::{Image, is_reserved};
 
 /// Of one request.
@@ -23,7 +23,7 @@ const CALL: &str = "credentials";
 /// Glance as the person sees it who runs the command.
 #[derive(Debug)]
 pub struct Tenant {
-    wire: Wire,
+    wire: HttpClient,
 }
 
 impl Tenant {
@@ -42,7 +42,7 @@ impl Tenant {
             None => from_variables(&var)?,
         };
         let config = complete(config);
-        let access = Access {
+        let access = ConnectOptions {
             region: config.region_name.clone(),
             interface: plain_interface(config.interface.as_deref()),
             cafile: config.cacert.clone().map(PathBuf::from),
@@ -53,7 +53,7 @@ impl Tenant {
             image_override: config.options.get("image_endpoint_override").map(ToString::to_string),
             config,
         };
-        Ok(Self { wire: Wire::new(access)? })
+        Ok(Self { wire: HttpClient::new(access)? })
     }
 
     /// Creates a queued record, raw and bare, owned by the tenant's project.

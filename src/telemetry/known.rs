@@ -5,22 +5,22 @@
 
 /// An event, by its text and, where one text stands for several, the stage in it.
 #[derive(Debug, Clone, Copy)]
-pub struct Known {
+pub struct EventId {
     /// 128 bits, as systemd writes them.
     pub id: &'static str,
     pub message: &'static str,
     pub stage: Option<&'static str>,
 }
 
-const fn known(id: &'static str, message: &'static str) -> Known {
-    Known { id, message, stage: None }
+const fn known(id: &'static str, message: &'static str) -> EventId {
+    EventId { id, message, stage: None }
 }
 
-const fn ended(id: &'static str, state: &'static str) -> Known {
-    Known { id, message: "the job ended", stage: Some(state) }
+const fn ended(id: &'static str, state: &'static str) -> EventId {
+    EventId { id, message: "the job ended", stage: Some(state) }
 }
 
-pub const KNOWN: &[Known] = &[
+pub const EVENTS: &[EventId] = &[
     known("49cba790656e4521ba8a4424c3789c37", "request stored"),
     ended("6a36fee497a84b48ad7d5abcc040c849", "done"),
     ended("46f0dcae29e349a48708cdd5026ef7b5", "declined"),
@@ -48,7 +48,7 @@ pub const KNOWN: &[Known] = &[
 
 /// The id of an event, if it has one.
 pub fn id_of(message: &str, stage: Option<&str>) -> Option<&'static str> {
-    KNOWN.iter().find(|known| known.message == message && known.stage.is_none_or(|s| Some(s) == stage)).map(|k| k.id)
+    EVENTS.iter().find(|known| known.message == message && known.stage.is_none_or(|s| Some(s) == stage)).map(|k| k.id)
 }
 
 #[cfg(test)]
@@ -62,7 +62,7 @@ mod tests {
     fn every_known_event_is_logged_somewhere_and_its_id_is_its_own() {
         let sources = sources::all();
         let mut ids = BTreeSet::new();
-        for known in KNOWN {
+        for known in EVENTS {
             assert!(known.id.len() == 32 && known.id.bytes().all(|b| b.is_ascii_hexdigit()), "{known:?}");
             assert!(ids.insert(known.id), "twice: {known:?}");
             let text = format!("\"{}\")", known.message);
@@ -75,7 +75,7 @@ mod tests {
     fn the_catalog_explains_every_known_event_and_no_other() {
         let catalog = include_str!("../../packaging/rbd-offload.catalog");
         let explained: BTreeSet<&str> = catalog.lines().filter_map(|line| line.strip_prefix("-- ")).collect();
-        assert_eq!(explained, KNOWN.iter().map(|known| known.id).collect());
+        assert_eq!(explained, EVENTS.iter().map(|known| known.id).collect());
     }
 
     #[test]

@@ -207,7 +207,7 @@ fn text(entry: &Entry, colours: bool) -> String {
         _ => ("\x1b[34m", "\x1b[0m"),
     };
     let mut line = format!("{:.6} {on}{:>5}{off} ", entry.at, entry.level.as_str());
-    push_visibly(&mut line, &entry.message);
+    push_escaped(&mut line, &entry.message);
     for (name, value) in &entry.fields.0 {
         // writing to a String does not fail
         let _ = write!(line, " {name}=");
@@ -215,7 +215,7 @@ fn text(entry: &Entry, colours: bool) -> String {
             Value::Text(text) => {
                 let _ = write!(line, "{text:?}");
             }
-            Value::Shown(text) => push_visibly(&mut line, text),
+            Value::Shown(text) => push_escaped(&mut line, text),
             Value::Plain(value) => {
                 let _ = write!(line, "{value}");
             }
@@ -226,7 +226,7 @@ fn text(entry: &Entry, colours: bool) -> String {
 }
 
 /// Without line ends and what else a terminal would act on: one event stays one line, whatever others put into it.
-fn push_visibly(line: &mut String, text: &str) {
+fn push_escaped(line: &mut String, text: &str) {
     for c in text.chars() {
         if is_unsafe(c) { line.extend(c.escape_default()) } else { line.push(c) }
     }

@@ -21,7 +21,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Registry, reload};
 
 use crate::config::{Log, LogLevel};
-use crate::notification::QUIET_TARGET;
+use crate::notification::LAPIN_TARGET;
 use log::{Output, Writer};
 pub use metrics::{start_metrics, unix_time};
 
@@ -69,5 +69,5 @@ fn targets(level: LogLevel) -> Targets {
         // the SDK repeats what services answer; its callers here say what matters
         .with_target("openstack_sdk", LevelFilter::OFF)
         // a failed passive declaration is an ERROR there, and how the listener asks whether an exchange exists
-        .with_target(QUIET_TARGET, LevelFilter::OFF)
+        .with_target(LAPIN_TARGET, LevelFilter::OFF)
 }

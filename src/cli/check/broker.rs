@@ -8,7 +8,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use secrecy::ExposeSecret;
 
-use super::report::{Row, Verdict};
+use super::report::{CheckResult, Verdict};
 use super::within;
 use crate::config::{Config, Messaging};
 use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
@@ -19,13 +19,15 @@ const GROWTH: Duration = Duration::from_secs(1);
 /// Messages that a daemon which keeps up never leaves waiting.
 const MANY: u32 = 1000;
 
-pub async fn check(config: &Config) -> Vec<Row> {
+pub async fn check(config: &Config) -> Vec<CheckResult> {
     let url = match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
         Ok(url) => url,
-        Err(error) => return vec![Row::fault("RabbitMQ", error.to_string(), "fix transport_url in [messaging]")],
+        Err(error) => {
+            return vec![CheckResult::fault("RabbitMQ", error.to_string(), "fix transport_url in [messaging]")];
+        }
     };
     let dialled = url.hosts.iter().map(|host| dial(&config.messaging, &url, host));
-    let (mut rows, connections): (Vec<Row>, Vec<Option<Connection>>) =
+    let (mut rows, connections): (Vec<CheckResult>, Vec<Option<Connection>>) =
         futures::future::join_all(dialled).await.into_iter().unzip();
     let connections: Vec<Connection> = connections.into_iter().flatten().collect();
     match connections.first() {
@@ -33,12 +35,12 @@ pub async fn check(config: &Config) -> Vec<Row> {
             let exchanges = config.messaging.exchanges.iter().map(|name| exchange(connection, config, name));
             let (queue, exchanges) = tokio::join!(queue(connection, config), futures::future::join_all(exchanges));
             rows.push(queue);
-            rows.extend(stand_in(config, exchanges));
+            rows.extend(accept_either_cinder_exchange(config, exchanges));
         }
         None => {
             const WHY: &str = "no connection to RabbitMQ";
-            rows.push(Row::skipped(queue_name(config), WHY));
-            rows.extend(config.messaging.exchanges.iter().map(|name| Row::skipped(exchange_name(name), WHY)));
+            rows.push(CheckResult::skipped(queue_name(config), WHY));
+            rows.extend(config.messaging.exchanges.iter().map(|name| CheckResult::skipped(exchange_name(name), WHY)));
         }
     }
     for connection in connections {
@@ -56,14 +58,14 @@ fn exchange_name(exchange: &str) -> String {
 }
 
 /// Connects, authenticates and opens the virtual host.
-async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Option<Connection>) {
+async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (CheckResult, Option<Connection>) {
     let name = format!("RabbitMQ {host}");
     let mut connected = None;
     let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async || {
         let tls = match url.read_tls(config.ssl_ca_file.as_deref()).await {
             Ok(tls) => tls,
             Err(error) => {
-                return Row::fault(
+                return CheckResult::fault(
                     &name,
                     error.to_string(),
                     "fix ssl_ca_file in [messaging] or ssl_* in transport_url",
@@ -80,20 +82,20 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (Row, Opti
         match attempt.await {
             Ok(Ok(connection)) => {
                 connected = Some(connection);
-                Row::ok(&name, format!("user {}, virtual host {}", host.user, url.vhost))
+                CheckResult::ok(&name, format!("user {}, virtual host {}", host.user, url.vhost))
             }
             Ok(Err(error)) => refused(&name, config, url, host, &error),
-            Err(lost) => Row::fault(&name, lost.to_string(), "try again").transient_if(true),
+            Err(lost) => CheckResult::fault(&name, lost.to_string(), "try again").transient_if(true),
         }
     })
     .await;
     (row, connected)
 }
 
-fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, error: &lapin::Error) -> Row {
+fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, error: &lapin::Error) -> CheckResult {
     let (user, vhost) = (&host.user, &url.vhost);
     if is_soft_error(error, AMQPSoftError::ACCESSREFUSED) {
-        return Row::fault(
+        return CheckResult::fault(
             name,
             format!("wrong user or password: RabbitMQ refused user {user}"),
             format!("fix transport_url in [messaging]; `rabbitmqctl authenticate_user {user}` tries a password"),
@@ -101,12 +103,12 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
     }
     if is_hard_error(error, AMQPHardError::NOTALLOWED) {
         return match error.to_string().contains("not found") {
-            true => Row::fault(
+            true => CheckResult::fault(
                 name,
                 format!("there is no virtual host {vhost}"),
                 "name the virtual host of the services at the end of transport_url in [messaging]; `rabbitmqctl list_vhosts` has them",
             ),
-            false => Row::fault(
+            false => CheckResult::fault(
                 name,
                 format!("user {user} may not use the virtual host {vhost}"),
                 Permissions::of(config).command(user, vhost),
@@ -117,7 +119,7 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
         Some(_) => "see whether the broker runs and takes TLS on that port, and whether ssl_ca_file holds its CA",
         None => "see whether the broker runs there (port 5672, with ssl=1 in transport_url 5671)",
     };
-    Row::fault(name, format!("cannot be reached: {error}"), remedy).transient_if(true)
+    CheckResult::fault(name, format!("cannot be reached: {error}"), remedy).transient_if(true)
 }
 
 /// What is known of the queue without touching it.
@@ -126,7 +128,7 @@ struct Depth {
     consumers: u32,
 }
 
-async fn queue(connection: &Connection, config: &Config) -> Row {
+async fn queue(connection: &Connection, config: &Config) -> CheckResult {
     let name = queue_name(config);
     let row =
         within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async || match look_at_queue(
@@ -136,13 +138,13 @@ async fn queue(connection: &Connection, config: &Config) -> Row {
         {
             Ok(row) => row,
             Err(error) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
-            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
+            Err(error) => CheckResult::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
         });
     row.await
 }
 
-fn denied(name: &str, config: &Config, error: &lapin::Error) -> Row {
-    Row::fault(
+fn denied(name: &str, config: &Config, error: &lapin::Error) -> CheckResult {
+    CheckResult::fault(
         name,
         format!("not allowed: {error}"),
         match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
@@ -157,10 +159,10 @@ fn denied(name: &str, config: &Config, error: &lapin::Error) -> Row {
     )
 }
 
-async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Result<Row> {
+async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Result<CheckResult> {
     let (name, queue) = (queue_name(config), &config.messaging.queue);
     let Some(depth) = depth(connection, queue).await? else {
-        return Ok(Row::ok(name, "not there yet; the daemon makes it when it first starts"));
+        return Ok(CheckResult::ok(name, "not there yet; the daemon makes it when it first starts"));
     };
     // It is there: declared with the configured type, that changes nothing, or is refused.
     let wanted = config.messaging.queue_type.as_str();
@@ -170,7 +172,7 @@ async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Resul
     match connection.create_channel().await?.queue_declare(queue.as_str().into(), options, arguments).await {
         Ok(_) => {}
         Err(error) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
-            return Ok(Row::fault(
+            return Ok(CheckResult::fault(
                 name,
                 format!("it exists and is not a durable queue of type {wanted}"),
                 format!(
@@ -184,26 +186,26 @@ async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Resul
         tokio::time::sleep(GROWTH).await;
         let later = self::depth(connection, queue).await?.map_or(0, |depth| depth.messages);
         if later > depth.messages {
-            return Ok(Row::fault(
+            return Ok(CheckResult::fault(
                 name,
                 format!("{later} messages wait and more come than its {} consumers take", depth.consumers),
                 "see the daemon's log: most often Ceph does not take the jobs",
             ));
         }
     }
-    Ok(judge(name, wanted, &depth))
+    Ok(classify(name, wanted, &depth))
 }
 
-fn judge(name: String, wanted: &str, depth: &Depth) -> Row {
+fn classify(name: String, wanted: &str, depth: &Depth) -> CheckResult {
     let Depth { messages, consumers } = depth;
     match (consumers, messages) {
-        (0, 0) => Row::ok(name, format!("{wanted}, empty; no daemon consumes it")),
-        (0, _) => Row::fault(
+        (0, 0) => CheckResult::ok(name, format!("{wanted}, empty; no daemon consumes it")),
+        (0, _) => CheckResult::fault(
             name,
             format!("its messages grow: {messages} wait and nobody consumes it"),
             "start the daemon (systemctl start rbd-offload), or delete the queue where none is to run any more",
         ),
-        _ => Row::ok(name, format!("{wanted}; {messages} messages, {consumers} consumers")),
+        _ => CheckResult::ok(name, format!("{wanted}; {messages} messages, {consumers} consumers")),
     }
 }
 
@@ -217,7 +219,7 @@ async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Dep
     }
 }
 
-async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> Row {
+async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> CheckResult {
     let name = exchange_name(exchange);
     within(&name, "see the broker's log", async || {
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
@@ -226,17 +228,17 @@ async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> R
             channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default()).await
         };
         match declared.await {
-            Ok(()) => Row::ok(&name, ""),
+            Ok(()) => CheckResult::ok(&name, ""),
             Err(error) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => missing(&name, exchange, config),
             Err(error) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
-            Err(error) => Row::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
+            Err(error) => CheckResult::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
         }
     })
     .await
 }
 
 /// Nothing is lost by an exchange that only an integration which is off would need.
-fn missing(name: &str, exchange: &str, config: &Config) -> Row {
+fn missing(name: &str, exchange: &str, config: &Config) -> CheckResult {
     let (service, needed) = match exchange {
         "glance" => ("Glance", true),
         "cinder" | "openstack" => ("Cinder (control_exchange, openstack by default)", config.cinder.integration),
@@ -248,13 +250,13 @@ fn missing(name: &str, exchange: &str, config: &Config) -> Row {
          and restart it; if there is none of that name, take it out of exchanges in [messaging]"
     );
     match needed {
-        true => Row::fault(name, "does not exist: no notification of it can come", remedy),
-        false => Row::warning(name, "does not exist; not needed now", remedy),
+        true => CheckResult::fault(name, "does not exist: no notification of it can come", remedy),
+        false => CheckResult::warning(name, "does not exist; not needed now", remedy),
     }
 }
 
 /// Cinder uses one of two names: with its exchange there, the other one is not missed.
-fn stand_in(config: &Config, mut rows: Vec<Row>) -> Vec<Row> {
+fn accept_either_cinder_exchange(config: &Config, mut rows: Vec<CheckResult>) -> Vec<CheckResult> {
     let cinders: Vec<usize> = (0..rows.len())
         .filter(|index| {
             matches!(config.messaging.exchanges.get(*index).map(String::as_str), Some("cinder" | "openstack"))
@@ -276,10 +278,10 @@ mod tests {
 
     #[test]
     fn a_queue_grows_when_nobody_consumes_it() {
-        let judge = |messages, consumers| judge("q".into(), "quorum", &Depth { messages, consumers });
-        assert_eq!(judge(0, 0).verdict, Verdict::Ok);
-        assert_eq!(judge(5, 1).verdict, Verdict::Ok);
-        let row = judge(5, 0);
+        let classify = |messages, consumers| classify("q".into(), "quorum", &Depth { messages, consumers });
+        assert_eq!(classify(0, 0).verdict, Verdict::Ok);
+        assert_eq!(classify(5, 1).verdict, Verdict::Ok);
+        let row = classify(5, 0);
         assert_eq!(row.verdict, Verdict::Fault);
         assert!(row.detail.contains("5 wait"), "{row:?}");
     }

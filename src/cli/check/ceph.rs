@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use uuid::Uuid;
 
-use super::report::{Row, Verdict};
+use super::report::{CheckResult, Verdict};
 use super::within_once;
 use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, Objects, Storage};
 use crate::config::Config;
@@ -20,7 +20,7 @@ const OLDEST: u64 = 16;
 const LOCK: Duration = Duration::from_secs(10);
 
 pub struct Findings {
-    pub rows: Vec<Row>,
+    pub rows: Vec<CheckResult>,
     /// `None` without a connection.
     pub fsid: Option<String>,
     /// Which cloud the jobs belong to, if that was said yet; `None` when it could not be read.
@@ -29,7 +29,7 @@ pub struct Findings {
     pub stuck: bool,
 }
 
-fn is_stuck(row: &Row) -> bool {
+fn is_stuck(row: &CheckResult) -> bool {
     row.detail.starts_with(super::NO_ANSWER)
 }
 
@@ -39,12 +39,12 @@ pub async fn check(config: &Config) -> Findings {
     let row = within_once("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async || {
         match connect(config).await {
             Ok((connected, id)) => {
-                let row = Row::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
+                let row = CheckResult::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
                 (client, fsid) = (Some(connected), Some(id));
                 row
             }
             // its text names what to look at
-            Err(error) => Row::fault("Ceph", error.to_string(), "fix conf or user in [ceph], or the keyring")
+            Err(error) => CheckResult::fault("Ceph", error.to_string(), "fix conf or user in [ceph], or the keyring")
                 .transient_if(may_pass(error.kind())),
         }
     })
@@ -54,7 +54,7 @@ pub async fn check(config: &Config) -> Findings {
         let mut names = vec!["Ceph release".to_owned(), "Ceph fencing".to_owned()];
         names.extend(pools.iter().map(|pool| pool_name(pool)));
         names.push(jobs_name(config));
-        let skipped = names.into_iter().map(|name| Row::skipped(name, "no connection to Ceph"));
+        let skipped = names.into_iter().map(|name| CheckResult::skipped(name, "no connection to Ceph"));
         let stuck = is_stuck(&row);
         return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, jobs_cloud: None, stuck };
     };
@@ -124,28 +124,28 @@ fn remedy(config: &Config, error: &Error, pool_key: &str) -> String {
     }
 }
 
-async fn release(client: &Client) -> Row {
+async fn release(client: &Client) -> CheckResult {
     const NAME: &str = "Ceph release";
     within_once(NAME, "see `ceph status`", async || match client.osd_versions().await {
         Ok(versions) => judge_release(NAME, versions),
-        Err(error) => Row::fault(NAME, error.to_string(), "see `ceph versions`"),
+        Err(error) => CheckResult::fault(NAME, error.to_string(), "see `ceph versions`"),
     })
     .await
 }
 
-fn judge_release(name: &str, mut versions: Vec<String>) -> Row {
+fn judge_release(name: &str, mut versions: Vec<String>) -> CheckResult {
     let major = |version: &str| version.split('.').next().and_then(|major| major.parse::<u64>().ok());
     versions.sort_by_key(|version| major(version));
     let listed = versions.join(", ");
     match versions.first().map(|version| major(version)) {
-        Some(Some(oldest)) if oldest < OLDEST => Row::fault(
+        Some(Some(oldest)) if oldest < OLDEST => CheckResult::fault(
             name,
             format!("too old: OSDs run {listed}"),
             format!("upgrade Ceph to {OLDEST} (Pacific) or later"),
         ),
-        Some(Some(_)) => Row::ok(name, listed),
+        Some(Some(_)) => CheckResult::ok(name, listed),
         // a build of one's own, or no OSD that is up
-        _ => Row::warning(
+        _ => CheckResult::warning(
             name,
             format!("not known: {listed}"),
             "see `ceph versions`: 16 (Pacific) or later is supported",
@@ -154,28 +154,28 @@ fn judge_release(name: &str, mut versions: Vec<String>) -> Row {
 }
 
 /// A daemon that takes over a job fences the one that had it.
-async fn fencing(config: &Config, client: &Client) -> Row {
+async fn fencing(config: &Config, client: &Client) -> CheckResult {
     const NAME: &str = "Ceph fencing";
     within_once(NAME, "see `ceph status`", async || match client.may_fence().await {
-        Ok(true) => Row::ok(NAME, "may fence a daemon that lost its lease"),
-        Ok(false) => Row::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
-        Err(error) => Row::fault(NAME, error.to_string(), "see `ceph status`"),
+        Ok(true) => CheckResult::ok(NAME, "may fence a daemon that lost its lease"),
+        Ok(false) => CheckResult::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
+        Err(error) => CheckResult::fault(NAME, error.to_string(), "see `ceph status`"),
     })
     .await
 }
 
 /// Tries everything that the daemon does to images with a tiny one.
-async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
+async fn capabilities(config: &Config, client: &Client, pool: &str) -> CheckResult {
     let name = pool_name(pool);
     let row = within_once(
         &name,
         "see `ceph status`: placement groups that are not active keep operations waiting",
         async || {
             let finding = match client.probe_pool(pool).await {
-                Ok(None) => return Row::ok(&name, "create, snapshot, protect, clone, rename, remove"),
+                Ok(None) => return CheckResult::ok(&name, "create, snapshot, protect, clone, rename, remove"),
                 Ok(Some(finding)) => finding,
                 Err(error) => {
-                    return Row::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
+                    return CheckResult::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
                         .transient_if(may_pass(error.kind()));
                 }
             };
@@ -186,7 +186,7 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
                 }
                 _ => format!("cannot {what}: {error}"),
             };
-            Row::fault(&name, detail, remedy(config, error, &used_by(config, pool)))
+            CheckResult::fault(&name, detail, remedy(config, error, &used_by(config, pool)))
                 .transient_if(may_pass(error.kind()))
         },
     );
@@ -194,17 +194,17 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> Row {
 }
 
 /// Nova's pool where no integration needs it: a tenant may still ask for the disk of an instance.
-async fn instances(config: &Config, client: &Client) -> Option<Row> {
+async fn instances(config: &Config, client: &Client) -> Option<CheckResult> {
     let pool = config.nova.pool.as_str();
     if pools(config).contains(pool) {
         return None;
     }
     let row = capabilities(config, client, pool).await;
     match row {
-        Row { verdict: Verdict::Fault, check, detail, remedy: Some(remedy), .. }
+        CheckResult { verdict: Verdict::Fault, check, detail, remedy: Some(remedy), .. }
             if !detail.starts_with(super::NO_ANSWER) =>
         {
-            Some(Row::warning(check, format!("instances cannot be a source: {detail}"), remedy))
+            Some(CheckResult::warning(check, format!("instances cannot be a source: {detail}"), remedy))
         }
         row => Some(row),
     }
@@ -231,7 +231,7 @@ fn used_by(config: &Config, pool: &str) -> String {
 }
 
 /// Tries everything that the daemon does to job records with an object of its own.
-async fn jobs(config: &Config, client: &Client) -> Row {
+async fn jobs(config: &Config, client: &Client) -> CheckResult {
     let name = jobs_name(config);
     let row = within_once(
         &name,
@@ -239,25 +239,27 @@ async fn jobs(config: &Config, client: &Client) -> Row {
         async || {
             let objects = match client.objects(&config.jobs.pool, &config.jobs.namespace) {
                 Ok(objects) => objects,
-                Err(error) => return Row::fault(&name, error.to_string(), "fix pool or namespace in [jobs]"),
+                Err(error) => return CheckResult::fault(&name, error.to_string(), "fix pool or namespace in [jobs]"),
             };
             let object = format!("check.{}", Uuid::new_v4());
             let probed = probe(&objects, &object).await;
             let removed = remove(&objects, &object).await.map_err(|error| ("remove an object", error));
             match probed.and(removed) {
-                Ok(()) => Row::ok(&name, "write, lock, omap, remove"),
+                Ok(()) => CheckResult::ok(&name, "write, lock, omap, remove"),
                 Err((what, error)) if error.kind() == ErrorKind::PermissionDenied => {
                     let pool = &config.jobs.pool;
-                    Row::fault(
+                    CheckResult::fault(
                         &name,
                         format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})"),
                         caps(config),
                     )
                 }
-                Err((what, error)) => {
-                    Row::fault(&name, format!("cannot {what}: {error}"), remedy(config, &error, "pool in [jobs]"))
-                        .transient_if(may_pass(error.kind()))
-                }
+                Err((what, error)) => CheckResult::fault(
+                    &name,
+                    format!("cannot {what}: {error}"),
+                    remedy(config, &error, "pool in [jobs]"),
+                )
+                .transient_if(may_pass(error.kind())),
             }
         },
     );

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::report::Row;
+use super::report::CheckResult;
 use super::within;
 use crate::config::{Config, Credentials, Keystone, Register};
 use crate::openstack::{self, Cloud, ErrorKind, Session};
@@ -21,7 +21,7 @@ const SKEW: SignedDuration = SignedDuration::from_secs(30);
 const NO_ID: &str = "00000000-0000-0000-0000-000000000000";
 
 pub struct Findings {
-    pub rows: Vec<Row>,
+    pub rows: Vec<CheckResult>,
     /// What Glance tells of its stores; `None` when it was not asked or did not answer.
     pub stores: Option<Vec<openstack::Store>>,
     /// Which cloud this is; `None` without a login.
@@ -31,7 +31,9 @@ pub struct Findings {
 pub async fn check(config: &Config) -> Findings {
     let session = match Session::connect(&config.keystone, &config.glance) {
         Ok(session) => session,
-        Err(error) => return without_login(config, Row::fault("Keystone", error.to_string(), "fix [keystone]")),
+        Err(error) => {
+            return without_login(config, CheckResult::fault("Keystone", error.to_string(), "fix [keystone]"));
+        }
     };
     let (login, clock) = tokio::join!(login(config, &session), clock(&session));
     if !login.passed() {
@@ -55,13 +57,13 @@ pub async fn check(config: &Config) -> Findings {
     Findings { rows, stores, cloud: session.cloud().await.ok() }
 }
 
-fn without_login(config: &Config, login: Row) -> Findings {
+fn without_login(config: &Config, login: CheckResult) -> Findings {
     let mut names = vec!["Keystone roles", "Glance", "Glance location API", "Cinder", "Cinder backends"];
     if config.nova.integration {
         names.push("Nova");
     }
     let mut rows = vec![login];
-    rows.extend(names.into_iter().map(|name| Row::skipped(name, "no login at Keystone")));
+    rows.extend(names.into_iter().map(|name| CheckResult::skipped(name, "no login at Keystone")));
     Findings { rows, stores: None, cloud: None }
 }
 
@@ -73,33 +75,34 @@ fn user(keystone: &Keystone) -> String {
     }
 }
 
-async fn login(config: &Config, session: &Session) -> Row {
+async fn login(config: &Config, session: &Session) -> CheckResult {
     const NAME: &str = "Keystone";
     let keystone = &config.keystone;
     let unreachable =
         format!("see whether auth_url in [keystone] is right ({}) and the service runs", keystone.auth_url);
     within(NAME, &unreachable, async || match session.login().await {
-        Ok(()) => Row::ok(NAME, format!("{}, {}", keystone.auth_url, user(keystone))),
-        Err(error) if error.kind() == ErrorKind::Unauthorized => Row::fault(
+        Ok(()) => CheckResult::ok(NAME, format!("{}, {}", keystone.auth_url, user(keystone))),
+        Err(error) if error.kind() == ErrorKind::Unauthorized => CheckResult::fault(
             NAME,
             format!("{} was refused: wrong password, user, project or domain ({error})", user(keystone)),
             "fix [keystone]; `openstack token issue` with the same values tries them",
         ),
-        Err(error) => Row::fault(NAME, error.to_string(), &unreachable).transient_if(may_pass(&error)),
+        Err(error) => CheckResult::fault(NAME, error.to_string(), &unreachable).transient_if(may_pass(&error)),
     })
     .await
 }
 
 /// By Keystone's host, which is one of the controllers.
-async fn clock(session: &Session) -> Row {
+async fn clock(session: &Session) -> CheckResult {
     const NAME: &str = "clock";
     let time = async || {
         let before = Timestamp::now();
         let theirs = match session.identity_time().await {
             Ok(Some(theirs)) => theirs,
-            Ok(None) => return Row::ok(NAME, "Keystone does not tell the time"),
+            Ok(None) => return CheckResult::ok(NAME, "Keystone does not tell the time"),
             Err(error) => {
-                return Row::skipped(NAME, format!("Keystone was not asked: {error}")).transient_if(may_pass(&error));
+                return CheckResult::skipped(NAME, format!("Keystone was not asked: {error}"))
+                    .transient_if(may_pass(&error));
             }
         };
         // Their header has whole seconds, and the answer took a while.
@@ -109,38 +112,38 @@ async fn clock(session: &Session) -> Row {
     };
     match within(NAME, "", time).await {
         // the row of Keystone has the fault
-        row if row.detail.starts_with(super::NO_ANSWER) => Row::skipped(NAME, "Keystone did not answer"),
+        row if row.detail.starts_with(super::NO_ANSWER) => CheckResult::skipped(NAME, "Keystone did not answer"),
         row => row,
     }
 }
 
 /// `skew`: how far Keystone's clock is ahead.
-fn judge_clock(name: &str, skew: SignedDuration) -> Row {
+fn judge_clock(name: &str, skew: SignedDuration) -> CheckResult {
     if skew.abs() <= SKEW {
-        return Row::ok(name, "as Keystone's");
+        return CheckResult::ok(name, "as Keystone's");
     }
     let direction = if skew.is_negative() { "ahead of" } else { "behind" };
-    Row::fault(
+    CheckResult::fault(
         name,
         format!("this host's clock is {} s {direction} Keystone's", skew.abs().as_secs()),
         "set up time synchronisation on all controllers: `timedatectl`, `chronyc tracking`",
     )
 }
 
-async fn roles(config: &Config, session: &Session) -> Row {
+async fn roles(config: &Config, session: &Session) -> CheckResult {
     const NAME: &str = "Keystone roles";
     within(NAME, "try again", async || match session.roles().await {
         Ok(roles) => judge_roles(NAME, &config.keystone, &roles),
-        Err(error) => Row::fault(NAME, error.to_string(), "try again").transient_if(may_pass(&error)),
+        Err(error) => CheckResult::fault(NAME, error.to_string(), "try again").transient_if(may_pass(&error)),
     })
     .await
 }
 
-fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> Row {
+fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> CheckResult {
     let missing: Vec<_> =
         ROLES.into_iter().filter(|(role, _)| !roles.iter().any(|have| have.eq_ignore_ascii_case(role))).collect();
     if missing.is_empty() {
-        return Row::ok(name, "service, admin");
+        return CheckResult::ok(name, "service, admin");
     }
     let reasons: Vec<String> = missing.iter().map(|(role, why)| format!("{role} ({why})")).collect();
     let names: Vec<&str> = missing.iter().map(|(role, _)| *role).collect();
@@ -164,11 +167,11 @@ fn judge_roles(name: &str, keystone: &Keystone, roles: &[String]) -> Row {
         ),
     };
     let roles = if names.len() == 1 { "role" } else { "roles" };
-    Row::fault(name, format!("{} lacks the {roles} {}", user(keystone), reasons.join(" and ")), remedy)
+    CheckResult::fault(name, format!("{} lacks the {roles} {}", user(keystone), reasons.join(" and ")), remedy)
 }
 
 /// A service's refusal, with what an operator can do about it.
-fn failed(name: &str, service: &str, error: &openstack::Error) -> Row {
+fn failed(name: &str, service: &str, error: &openstack::Error) -> CheckResult {
     let remedy = match error.kind() {
         ErrorKind::Forbidden | ErrorKind::Unauthorized => format!("see the roles above, and {service}'s policy"),
         ErrorKind::NoService => format!(
@@ -177,7 +180,7 @@ fn failed(name: &str, service: &str, error: &openstack::Error) -> Row {
         ErrorKind::Unavailable => format!("see whether {service} runs, and its log"),
         _ => format!("see {service}'s log"),
     };
-    Row::fault(name, error.to_string(), remedy).transient_if(may_pass(error))
+    CheckResult::fault(name, error.to_string(), remedy).transient_if(may_pass(error))
 }
 
 /// 5xx, 429, a refused connection, a timeout: the service may have just started. Credentials, roles and the catalog do
@@ -186,16 +189,16 @@ fn may_pass(error: &openstack::Error) -> bool {
     error.kind() == ErrorKind::Unavailable
 }
 
-async fn glance(session: &Session) -> Row {
+async fn glance(session: &Session) -> CheckResult {
     const NAME: &str = "Glance";
     within(NAME, "see whether Glance runs, and its log", async || match session.probe_image().await {
-        Ok(()) => Row::ok(NAME, "answers"),
+        Ok(()) => CheckResult::ok(NAME, "answers"),
         Err(error) => failed(NAME, "Glance", &error),
     })
     .await
 }
 
-async fn location_api(config: &Config, session: &Session) -> Row {
+async fn location_api(config: &Config, session: &Session) -> CheckResult {
     const NAME: &str = "Glance location API";
     within(NAME, "see whether Glance runs, and its log", async || match session.has_location_api().await {
         Ok(there) => judge_location_api(NAME, config.glance.register, there),
@@ -204,35 +207,37 @@ async fn location_api(config: &Config, session: &Session) -> Row {
     .await
 }
 
-fn judge_location_api(name: &str, register: Register, there: bool) -> Row {
+fn judge_location_api(name: &str, register: Register, there: bool) -> CheckResult {
     const PATCH: &str = "set show_multiple_locations = True in the [DEFAULT] of a glance-api that only services reach";
     match (register, there) {
-        (Register::Auto | Register::LocationsApi, true) => Row::ok(name, "there, and used"),
-        (Register::Auto, false) => {
-            Row::warning(name, "off: this Glance has none (it came with 2024.2); locations are set by PATCH", PATCH)
-        }
-        (Register::LocationsApi, false) => Row::fault(
+        (Register::Auto | Register::LocationsApi, true) => CheckResult::ok(name, "there, and used"),
+        (Register::Auto, false) => CheckResult::warning(
+            name,
+            "off: this Glance has none (it came with 2024.2); locations are set by PATCH",
+            PATCH,
+        ),
+        (Register::LocationsApi, false) => CheckResult::fault(
             name,
             "off: this Glance has none (it came with 2024.2), and register = locations-api asks for it",
             "set register = auto or patch in [glance], or upgrade Glance",
         ),
-        (Register::Patch, true) => Row::warning(
+        (Register::Patch, true) => CheckResult::warning(
             name,
             "there, but not used: register = patch, which works only with show_multiple_locations = True",
             "set register = auto in [glance]",
         ),
-        (Register::Patch, false) => Row::warning(name, "not used: register = patch", PATCH),
+        (Register::Patch, false) => CheckResult::warning(name, "not used: register = patch", PATCH),
     }
 }
 
 /// A row only where Glance did not answer; what it says is judged with Ceph's fsid.
-async fn stores(session: &Session) -> (Option<Row>, Option<Vec<openstack::Store>>) {
+async fn stores(session: &Session) -> (Option<CheckResult>, Option<Vec<openstack::Store>>) {
     const NAME: &str = "Glance stores asked";
     let mut stores = None;
     let row = within(NAME, "see whether Glance runs, and its log", async || match session.stores().await {
         Ok(found) => {
             stores = Some(found);
-            Row::ok(NAME, "")
+            CheckResult::ok(NAME, "")
         }
         Err(error) => failed(NAME, "Glance", &error),
     })
@@ -240,16 +245,16 @@ async fn stores(session: &Session) -> (Option<Row>, Option<Vec<openstack::Store>
     (stores.is_none().then_some(row), stores)
 }
 
-async fn cinder(session: &Session) -> Row {
+async fn cinder(session: &Session) -> CheckResult {
     const NAME: &str = "Cinder";
     within(NAME, "see whether cinder-api runs, and its log", async || match session.probe_volume().await {
-        Ok(()) => Row::ok(NAME, "answers"),
+        Ok(()) => CheckResult::ok(NAME, "answers"),
         Err(error) => failed(NAME, "Cinder", &error),
     })
     .await
 }
 
-async fn backends(config: &Config, session: &Session) -> Row {
+async fn backends(config: &Config, session: &Session) -> CheckResult {
     const NAME: &str = "Cinder backends";
     within(NAME, "see whether cinder-api runs, and its log", async || {
         match tokio::try_join!(session.volume_backends(), session.other_backends()) {
@@ -265,7 +270,7 @@ async fn backends(config: &Config, session: &Session) -> Row {
 }
 
 /// `hosts`: `node@backend`.
-fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
+fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> CheckResult {
     let running: BTreeSet<&str> = hosts.iter().filter_map(|host| Some(host.rsplit_once('@')?.1)).collect();
     let configured: BTreeSet<&str> = config.backends.keys().map(String::as_str).collect();
     let listed = |names: Vec<&str>| names.join(", ");
@@ -288,19 +293,19 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> Row {
         });
     }
     if reasons.is_empty() {
-        return Row::ok(name, listed(configured.into_iter().collect()));
+        return CheckResult::ok(name, listed(configured.into_iter().collect()));
     }
-    Row::fault(name, reasons.join("; "), remedies.join("; "))
+    CheckResult::fault(name, reasons.join("; "), remedies.join("; "))
 }
 
 /// Only asked where something depends on it.
-async fn nova(config: &Config, session: &Session) -> Option<Row> {
+async fn nova(config: &Config, session: &Session) -> Option<CheckResult> {
     const NAME: &str = "Nova";
     if !config.nova.integration {
         return None;
     }
     let row = within(NAME, "see whether nova-api runs, and its log", async || match session.server(NO_ID).await {
-        Ok(_) => Row::ok(NAME, "answers"),
+        Ok(_) => CheckResult::ok(NAME, "answers"),
         Err(error) => failed(NAME, "Nova", &error),
     });
     Some(row.await)
@@ -320,11 +325,11 @@ mod tests {
     #[test]
     fn a_missing_role_is_named_with_the_command_that_adds_it() {
         let keystone = config().keystone;
-        let judge = |roles: &[&str]| {
+        let classify = |roles: &[&str]| {
             judge_roles("roles", &keystone, &roles.iter().map(ToString::to_string).collect::<Vec<_>>())
         };
-        assert_eq!(judge(&["admin", "Service", "x"]).verdict, Verdict::Ok);
-        let row = judge(&["admin"]);
+        assert_eq!(classify(&["admin", "Service", "x"]).verdict, Verdict::Ok);
+        let row = classify(&["admin"]);
         assert!(row.detail.starts_with("user offload lacks the role service ("), "{row:?}");
         assert_eq!(
             row.remedy.as_deref(),
@@ -332,19 +337,19 @@ mod tests {
                 "openstack role add --user offload --user-domain Default --project service --project-domain Default service"
             )
         );
-        assert!(judge(&[]).detail.contains("the roles service"), "{row:?}");
+        assert!(classify(&[]).detail.contains("the roles service"), "{row:?}");
     }
 
     #[test]
     fn sections_and_backends_are_compared() {
         let config = config();
-        let judge =
+        let classify =
             |hosts: &[&str]| judge_backends("b", &config, &hosts.iter().map(ToString::to_string).collect::<Vec<_>>());
-        assert_eq!(judge(&["n1@a", "n1@b", "n2@a"]).verdict, Verdict::Ok);
-        let row = judge(&["n1@a", "n1@b", "n1@lvm"]);
+        assert_eq!(classify(&["n1@a", "n1@b", "n2@a"]).verdict, Verdict::Ok);
+        let row = classify(&["n1@a", "n1@b", "n1@lvm"]);
         assert_eq!(row.detail, "Cinder has backends without a section: lvm");
         assert!(row.remedy.unwrap().contains("[backend:lvm]"));
-        assert_eq!(judge(&["n1@a"]).detail, "Cinder has no backend b");
+        assert_eq!(classify(&["n1@a"]).detail, "Cinder has no backend b");
     }
 
     #[test]

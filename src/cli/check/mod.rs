@@ -18,7 +18,7 @@ use super::{Failure, load, output, store_problems};
 use crate::config::Config;
 use crate::job::deployment::remedy;
 use crate::openstack::CloudId;
-use report::Row;
+use report::CheckResult;
 
 /// For each check.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -51,25 +51,27 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     if ceph.stuck {
         // what still runs removes what it made, if Ceph answers it after all
         tokio::time::sleep(super::WIND_UP).await;
-        crate::ceph::leave(1);
+        crate::ceph::exit_now(1);
     }
-    Ok(if rows.iter().all(Row::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if rows.iter().all(CheckResult::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn configuration(path: &Path, config: &Config) -> Row {
+fn configuration(path: &Path, config: &Config) -> CheckResult {
     let backends: Vec<&str> = config.backends.keys().map(String::as_str).collect();
-    Row::ok("configuration", format!("{}; backends: {}", path.display(), backends.join(", ")))
+    CheckResult::ok("configuration", format!("{}; backends: {}", path.display(), backends.join(", ")))
 }
 
 /// Whether the jobs of the namespace are this cloud's.
-fn jobs_cloud(config: &Config, own: Option<&CloudId>, stored: Option<&Option<CloudId>>) -> Row {
+fn jobs_cloud(config: &Config, own: Option<&CloudId>, stored: Option<&Option<CloudId>>) -> CheckResult {
     const NAME: &str = "cloud of the jobs";
     match (own, stored) {
-        (None, _) => Row::skipped(NAME, "no login at Keystone"),
-        (_, None) => Row::skipped(NAME, "the jobs namespace cannot be read"),
-        (Some(own), Some(None)) => Row::ok(NAME, format!("none yet; the first daemon makes it this one: {own}")),
-        (Some(own), Some(Some(stored))) if own == stored => Row::ok(NAME, own.to_string()),
-        (Some(own), Some(Some(stored))) => Row::fault(
+        (None, _) => CheckResult::skipped(NAME, "no login at Keystone"),
+        (_, None) => CheckResult::skipped(NAME, "the jobs namespace cannot be read"),
+        (Some(own), Some(None)) => {
+            CheckResult::ok(NAME, format!("none yet; the first daemon makes it this one: {own}"))
+        }
+        (Some(own), Some(Some(stored))) if own == stored => CheckResult::ok(NAME, own.to_string()),
+        (Some(own), Some(Some(stored))) => CheckResult::fault(
             NAME,
             format!("the jobs belong to another cloud ({stored}; this one is {own})"),
             remedy(&config.jobs.pool, &config.jobs.namespace),
@@ -78,16 +80,16 @@ fn jobs_cloud(config: &Config, own: Option<&CloudId>, stored: Option<&Option<Clo
 }
 
 /// Whether Glance finds what we put into the destination pools.
-fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Option<&str>) -> Row {
+fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Option<&str>) -> CheckResult {
     const NAME: &str = "Glance stores";
     let (stores, fsid) = match (stores, fsid) {
         (Some(stores), Some(fsid)) => (stores, fsid),
-        (None, _) => return Row::skipped(NAME, "Glance did not tell its stores"),
-        (_, None) => return Row::skipped(NAME, "no connection to Ceph"),
+        (None, _) => return CheckResult::skipped(NAME, "Glance did not tell its stores"),
+        (_, None) => return CheckResult::skipped(NAME, "no connection to Ceph"),
     };
     let problems = store_problems(config, stores, fsid);
     if !problems.is_empty() {
-        return Row::fault(
+        return CheckResult::fault(
             NAME,
             problems.join("; "),
             "set dest_pool ([glance] pool is its default) to the pool of a Glance store in the cluster of [ceph] conf",
@@ -96,8 +98,8 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Opt
     let mut pools: Vec<&str> = stores.iter().filter_map(|store| store.pool.as_deref()).collect();
     pools.sort_unstable();
     match pools.is_empty() {
-        false => Row::ok(NAME, format!("pools {}; fsid {fsid}", pools.join(", "))),
-        true => Row::warning(
+        false => CheckResult::ok(NAME, format!("pools {}; fsid {fsid}", pools.join(", "))),
+        true => CheckResult::warning(
             NAME,
             "this Glance does not tell the pools of its stores",
             "make sure that each dest_pool is the rbd_store_pool of a Glance store, and its cluster that of [ceph] conf",
@@ -108,17 +110,22 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Opt
 /// One check. A transient fault is tried again for [`PATIENCE`], and the row says so: a service that has just started,
 /// or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried once
 /// more: the services remember a token that they have validated, so a slow first answer is followed by a quick one.
-async fn within(name: &str, remedy: &str, check: impl AsyncFnMut() -> Row) -> Row {
+async fn within(name: &str, remedy: &str, check: impl AsyncFnMut() -> CheckResult) -> CheckResult {
     attempts(name, remedy, 2, check).await
 }
 
 /// [`within`], for a call that goes on when it is given up: a second one would hang beside it.
-async fn within_once(name: &str, remedy: &str, check: impl AsyncFnMut() -> Row) -> Row {
+async fn within_once(name: &str, remedy: &str, check: impl AsyncFnMut() -> CheckResult) -> CheckResult {
     attempts(name, remedy, 1, check).await
 }
 
 /// `silences`: attempts that may end without an answer.
-async fn attempts(name: &str, remedy: &str, mut silences: u32, mut check: impl AsyncFnMut() -> Row) -> Row {
+async fn attempts(
+    name: &str,
+    remedy: &str,
+    mut silences: u32,
+    mut check: impl AsyncFnMut() -> CheckResult,
+) -> CheckResult {
     let begun = Instant::now();
     let mut attempts = 1;
     let mut row = loop {
@@ -128,7 +135,7 @@ async fn attempts(name: &str, remedy: &str, mut silences: u32, mut check: impl A
             Err(_) => {
                 silences = silences.saturating_sub(1);
                 if silences == 0 {
-                    break Row::fault(name, format!("{NO_ANSWER} {} s", LIMIT.as_secs()), remedy);
+                    break CheckResult::fault(name, format!("{NO_ANSWER} {} s", LIMIT.as_secs()), remedy);
                 }
             }
         }
@@ -153,8 +160,8 @@ mod tests {
         let row = within("Cinder", "", async || {
             left -= 1;
             match left {
-                0 => Row::ok("Cinder", "answers"),
-                _ => Row::fault("Cinder", "503", "wait").transient_if(true),
+                0 => CheckResult::ok("Cinder", "answers"),
+                _ => CheckResult::fault("Cinder", "503", "wait").transient_if(true),
             }
         })
         .await;
@@ -164,7 +171,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_transient_fault_that_stays_is_a_fault_after_a_few_seconds() {
         let begun = Instant::now();
-        let row = within("Cinder", "", async || Row::fault("Cinder", "503", "wait").transient_if(true)).await;
+        let row = within("Cinder", "", async || CheckResult::fault("Cinder", "503", "wait").transient_if(true)).await;
         assert_eq!(row.verdict, Verdict::Fault);
         assert!(row.detail.starts_with("503; attempt ") && begun.elapsed() <= PATIENCE, "{row:?}");
     }
@@ -186,7 +193,7 @@ mod tests {
         let mut attempts = 0;
         let row = within("Keystone", "", async || {
             attempts += 1;
-            Row::fault("Keystone", "401", "fix the password")
+            CheckResult::fault("Keystone", "401", "fix the password")
         })
         .await;
         assert_eq!((row.detail.as_str(), attempts, begun.elapsed()), ("401", 1, Duration::ZERO));

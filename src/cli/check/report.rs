@@ -39,7 +39,7 @@ impl Verdict {
 
 /// One check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Row {
+pub struct CheckResult {
     pub check: String,
     #[serde(rename = "result")]
     pub verdict: Verdict,
@@ -52,7 +52,7 @@ pub struct Row {
     pub transient: bool,
 }
 
-impl Row {
+impl CheckResult {
     pub fn ok(check: impl Into<String>, detail: impl Into<String>) -> Self {
         Self::new(check.into(), Verdict::Ok, detail.into(), None)
     }
@@ -91,7 +91,7 @@ pub fn colours() -> bool {
 }
 
 /// A line a check, and one more for its remedy. Lines are not broken: commands are copied from them.
-pub fn table(rows: &[Row], colours: bool) -> String {
+pub fn table(rows: &[CheckResult], colours: bool) -> String {
     const VERDICT: usize = 7;
     let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
     let mut text = String::new();
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_remedy_is_below_the_reason() {
-        let rows = [Row::ok("Ceph", ""), Row::fault("pool a", "no\nsnapshots", "ceph auth caps …")];
+        let rows = [CheckResult::ok("Ceph", ""), CheckResult::fault("pool a", "no\nsnapshots", "ceph auth caps …")];
         assert_eq!(
             table(&rows, false),
             "Ceph    ok\npool a  FAULT    no snapshots\n                 → ceph auth caps …\n1 of 2 checks failed\n"
@@ -132,9 +132,9 @@ mod tests {
     #[test]
     fn json_has_the_four_fields() {
         assert_eq!(
-            serde_json::to_value(Row::ok("Nova", "answers")).unwrap(),
+            serde_json::to_value(CheckResult::ok("Nova", "answers")).unwrap(),
             serde_json::json!({"check": "Nova", "result": "ok", "detail": "answers", "remedy": null})
         );
-        assert!(!Row::skipped("x", "y").passed() && Row::warning("x", "y", "z").passed());
+        assert!(!CheckResult::skipped("x", "y").passed() && CheckResult::warning("x", "y", "z").passed());
     }
 }
