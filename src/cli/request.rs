@@ -257,22 +257,16 @@ impl Display {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn image(status: &str, properties: &[(&str, &str)]) -> Image {
-        Image {
-            id: "i".into(),
-            name: None,
-            status: status.into(),
-            owner: None,
-            disk_format: None,
-            container_format: None,
-            min_disk: 0,
-            min_ram: 0,
-            size: None,
-            tags: Vec::new(),
-            properties: properties.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
-        }
+        let properties: BTreeMap<&str, &str> = properties.iter().copied().collect();
+        let mut record = json!(properties);
+        record["id"] = "i".into();
+        record["status"] = status.into();
+        serde_json::from_value(record).unwrap()
     }
 
     fn outcome(status: &str, properties: &[(&str, &str)]) -> Option<Result<(), String>> {

@@ -139,22 +139,16 @@ pub fn shows_work(image: &Image) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn image() -> Image {
-        Image {
-            id: "i".into(),
-            name: None,
-            status: "queued".into(),
-            owner: None,
-            disk_format: None,
-            container_format: None,
-            min_disk: 0,
-            min_ram: 0,
-            size: None,
-            tags: vec!["blue".into(), "rbd-offload:volume:x".into()],
-            properties: BTreeMap::from([("rbd_offload_status".into(), "copying".into()), ("os".into(), "l".into())]),
-        }
+        serde_json::from_value(json!({
+            "id": "i", "status": "queued", "tags": ["blue", "rbd-offload:volume:x"],
+            "rbd_offload_status": "copying", "os": "l",
+        }))
+        .unwrap()
     }
 
     #[test]
