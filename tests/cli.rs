@@ -175,7 +175,7 @@ fn check(setup: &Setup) -> Checked {
     let ran = setup.run(&["check", "--json"]);
     let text = format!("{}{}", ran.out, ran.err);
     for secret in ["RBDLAB_OFFLOAD_PASSWORD", "RBDLAB_OFFLOAD_AMQP_PASSWORD"] {
-        assert!(!text.contains(&lab(secret)), "{secret} is in {text}");
+        assert!(!text.contains(&lab_var(secret)), "{secret} is in {text}");
     }
     assert!(!text.contains("Wr0ng"), "{text}");
     let rows = serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{e}: {ran:?}"));
