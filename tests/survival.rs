@@ -789,6 +789,30 @@ async fn what_another_deployment_made_is_left_alone() {
     assert!(!volume.disk.snapshot_tags().await.contains_key(&private), "the tag goes with the snapshot");
 }
 
+/// A daemon without the source's backend leaves the job to one that has it, also while that one restarts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
+    let _stage = stage::alone().await;
+    let demo = Account::demo().await;
+    let volume = demo.create_volume(json!({"volume_type": "ceph2"})).await;
+    volume.disk.resize(16 * MIB).await;
+    volume.disk.write(1, &[(0, 2 * MIB), (15 * MIB, MIB)]).await;
+    let tenant = Tenant::new(demo, vec![volume]).await;
+    let setup = telling("clone");
+    let whole = setup.start().await;
+    let lacking = telling("clone").named(&setup.name).without("backend:ceph2").start().await;
+    let backend = "left to a daemon that has this backend";
+    pause(seconds(3)).await;
+    whole.stop();
+    let requests = tenant.request(1).await;
+    lacking.await_log(&[backend, &requests[0].id], seconds(60)).await;
+    let job = lacking.job(&requests[0].id).await.unwrap();
+    assert_eq!((&job["state"], &job["owner"]), (&json!("accepted"), &json!(null)), "{job:#}");
+    let whole = setup.start().await;
+    tenant.gets(&whole, &requests).await;
+    assert!(whole.log().contains("the job ended") && !lacking.log().contains("the job ended"));
+}
+
 /// A list of queued images that is too large for one answer keeps nobody's request from being found.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_are_too_large_are_passed_over() {

@@ -114,6 +114,7 @@ impl Custody {
         work: impl Future<Output = std::result::Result<T, E>>,
     ) -> std::result::Result<T, Guarded<E>> {
         let objects = self.store.objects().as_ref();
+        // several short pieces of work under one lease must not outlast it
         if let Err(error) = self.lease.renew(objects).await
             && self.lease.is_lost()
         {
@@ -121,13 +122,12 @@ impl Custody {
         }
         let renewals = async {
             loop {
-                // first of all: several short pieces of work under one lease must not outlast it
+                tokio::time::sleep(self.lease.renewal_interval()).await;
                 match self.lease.renew(objects).await {
                     Err(error) if self.lease.is_lost() => return error,
                     // it holds still, and is renewed again
                     Ok(()) | Err(_) => {}
                 }
-                tokio::time::sleep(self.lease.renewal_interval()).await;
             }
         };
         tokio::select! {
@@ -196,7 +196,9 @@ impl Custody {
                 return Ok(None);
             }
             // not twice, where the outcome of the first try was unknown
-            if fenced && record.owner_address.as_ref() != Some(&self.address) {
+            let is_known = record.owner_address.as_ref() == Some(&self.address);
+            // nor where this daemon comes back with another client: nobody died
+            if fenced && !is_known && record.owner.as_ref() != Some(&self.owner) {
                 record.count_takeover();
             }
             record.owner = Some(self.owner.clone());
