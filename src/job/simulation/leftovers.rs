@@ -310,7 +310,7 @@ fn a_leftover_whose_removal_kills_each_daemon_is_left_after_some() {
             let killing = site.leave_copy(image_id);
             let killer = Killer { image_id: image_id.to_string(), call: "remove images", deaths: 0 };
             site.world.lock().killer = Some(killer);
-            for life in 0..30 {
+            for life in 0..10 {
                 let daemon = site.daemon(&format!("life{life}"));
                 tokio::select! {
                     () = daemon.node.died.cancelled() => {}
