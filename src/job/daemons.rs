@@ -2,12 +2,14 @@
 //! that has it.
 //!
 //! The omap of one object names the daemons and what they serve. An entry counts as long as its daemon holds the lock on
-//! an object of its own. The OSDs count that time, since controllers' clocks may differ by minutes. A daemon that
-//! restarts is back before its last entry expires, so that the others decline nothing while it is away.
+//! an object of its own. The OSDs count that time, since controllers' clocks may differ by minutes. A daemon that stops
+//! releases the lock and notes when; its entry counts for a while longer, so that the others decline nothing while it
+//! restarts. There the clocks decide, and a difference makes that time longer or shorter.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -24,7 +26,7 @@ const LOCK: &str = "alive";
 /// How often a daemon renews its entry.
 pub const HEARTBEAT: Duration = Duration::from_secs(60);
 
-/// How long an entry counts after its daemon's last heartbeat.
+/// How long an entry counts after its daemon's last heartbeat, or after its stop.
 const LIFETIME: Duration = Duration::from_secs(5 * 60);
 
 /// Entries of one read, and the most that are read: a daemon leaves one at each start, for [`LIFETIME`].
@@ -40,6 +42,8 @@ pub struct Entry {
     pub backends: BTreeSet<String>,
     pub cinder: bool,
     pub nova: bool,
+    /// When the daemon stopped, by its own clock. `None` while it runs.
+    pub stopped_at: Option<Timestamp>,
 }
 
 impl Entry {
@@ -49,7 +53,14 @@ impl Entry {
             backends: config.backends.keys().cloned().collect(),
             cinder: config.cinder.integration,
             nova: config.nova.integration,
+            stopped_at: None,
         }
+    }
+
+    /// Whether its daemon stopped so short a time ago that it may be about to start again.
+    fn may_restart(&self, now: Timestamp) -> bool {
+        let lifetime = SignedDuration::try_from(LIFETIME).unwrap_or(SignedDuration::ZERO);
+        self.stopped_at.is_some_and(|stopped| now.duration_since(stopped).abs() < lifetime)
     }
 }
 
@@ -70,15 +81,31 @@ pub async fn beat(objects: &dyn Objects, identity: &Identity, entry: &Entry) -> 
         }
         objects.lock(&object, &key, &entry.owner, LIFETIME).await?;
     }
+    write(objects, identity, entry).await
+}
+
+/// Says that this daemon stops, and releases its lock: nothing but the entry is left of it.
+pub async fn leave(objects: &dyn Objects, identity: &Identity, entry: Entry, now: Timestamp) -> Result<()> {
+    write(objects, identity, &Entry { stopped_at: Some(now), ..entry }).await?;
+    let object = object_of(identity.instance);
+    objects.unlock(&object, &LockKey { name: LOCK.into(), cookie: identity.instance.to_string() }).await?;
+    let Some((_, version)) = objects.read(&object).await? else { return Ok(()) };
+    objects.remove(&object, version, None).await
+}
+
+async fn write(objects: &dyn Objects, identity: &Identity, entry: &Entry) -> Result<()> {
     // a struct of texts: serialising it cannot fail
     let value = serde_json::to_vec(entry).unwrap_or_default();
     objects.set_omap(OBJECT, &[(identity.instance.to_string(), value)]).await
 }
 
-/// The owner of another live daemon that has this backend.
-pub async fn with_backend(objects: &dyn Objects, own: Uuid, backend: &str) -> Result<Option<String>> {
+/// The owner of another daemon that has this backend, and lives or may be about to start again.
+pub async fn with_backend(objects: &dyn Objects, own: Uuid, backend: &str, now: Timestamp) -> Result<Option<String>> {
     for (instance, entry) in entries(objects).await? {
-        if instance != own && entry.backends.contains(backend) && objects.is_locked(&object_of(instance), LOCK).await? {
+        if instance == own || !entry.backends.contains(backend) {
+            continue;
+        }
+        if entry.may_restart(now) || objects.is_locked(&object_of(instance), LOCK).await? {
             return Ok(Some(entry.owner));
         }
     }
@@ -86,9 +113,12 @@ pub async fn with_backend(objects: &dyn Objects, own: Uuid, backend: &str) -> Re
 }
 
 /// Removes the entries of daemons that are gone.
-pub async fn remove_dead(objects: &dyn Objects) -> Result<usize> {
+pub async fn remove_dead(objects: &dyn Objects, now: Timestamp) -> Result<usize> {
     let mut removed = 0;
-    for (instance, _) in entries(objects).await? {
+    for (instance, entry) in entries(objects).await? {
+        if entry.may_restart(now) {
+            continue;
+        }
         let object = object_of(instance);
         // the version from before the look: a heartbeat in between changes it
         let stored = objects.read(&object).await?;

@@ -45,6 +45,9 @@ const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
 /// How long a daemon leaves a job alone that another one is to do, for lack of a backend.
 const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 
+/// How long a daemon that stops tries to tell the others.
+const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+
 /// How often a service that handed its work over is shown that a job which waits for its turn is not forgotten. It
 /// does the work itself when nothing changes on the image record for two minutes.
 const SIGN_INTERVAL: Duration = Duration::from_secs(30);
@@ -242,6 +245,20 @@ impl Engine {
         }
         self.tasks.close();
         self.tasks.wait().await;
+        self.leave().await;
+    }
+
+    /// Tells the other daemons that this one stops.
+    async fn leave(&self) {
+        let context = &self.context;
+        let entry = Entry::of(&context.config.borrow(), &context.identity);
+        let leave = daemons::leave(context.store.objects().as_ref(), &context.identity, entry, context.clock.now());
+        let error = match tokio::time::timeout(LEAVE_WITHIN, leave).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", LEAVE_WITHIN.as_secs()),
+        };
+        tracing::debug!(error, "the other daemons were not told that this one stops; its entry expires");
     }
 
     /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At once

@@ -716,7 +716,7 @@ impl Reconciler {
     /// Removes ended records that are older than `[jobs] retention`.
     async fn expire(&self, findings: &mut Findings, until: Instant) -> Result<()> {
         let store = &self.context().store;
-        if let Err(error) = daemons::remove_dead(store.objects().as_ref()).await {
+        if let Err(error) = daemons::remove_dead(store.objects().as_ref(), self.context().clock.now()).await {
             tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
         }
         let retention =

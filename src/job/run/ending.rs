@@ -130,8 +130,8 @@ impl Job {
 
     /// Leaves the job to a daemon that is configured for its source, if one lives; otherwise the request is declined.
     async fn leave_or_decline(&self, backend: String, reason: String) -> Outcome {
-        let own = self.context.identity.instance;
-        match daemons::with_backend(self.context.store.objects().as_ref(), own, &backend).await {
+        let (own, now) = (self.context.identity.instance, self.context.clock.now());
+        match daemons::with_backend(self.context.store.objects().as_ref(), own, &backend, now).await {
             Ok(Some(other)) => {
                 tracing::info!(image_id = %self.id, backend, other, "left to a daemon that has this backend");
                 self.try_release_instance().await;

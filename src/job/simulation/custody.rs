@@ -172,7 +172,10 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
             entry.backends = backends.iter().map(|name| (*name).to_owned()).collect();
             daemons::beat(context.store.objects().as_ref(), &context.identity, &entry).await.unwrap();
         };
-        let found = async |backend| daemons::with_backend(objects, one.identity.instance, backend).await.unwrap();
+        let now = || one.clock.now();
+        let found_at =
+            async |backend, now| daemons::with_backend(objects, one.identity.instance, backend, now).await.unwrap();
+        let found = async |backend| found_at(backend, now()).await;
         assert_eq!(found("ssd").await, None, "nobody has said anything");
         beat(&one, &["ceph", "ssd"]).await;
         beat(&other, &["hdd"]).await;
@@ -185,12 +188,23 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
             beat(&one, &["ceph"]).await;
         }
         assert_eq!(found("ssd").await, None, "it has said nothing for six heartbeats");
-        assert_eq!(daemons::remove_dead(objects).await.unwrap(), 1);
-        assert_eq!(daemons::remove_dead(objects).await.unwrap(), 0, "the one that lives stays");
+        assert_eq!(daemons::remove_dead(objects, now()).await.unwrap(), 1);
+        assert_eq!(daemons::remove_dead(objects, now()).await.unwrap(), 0, "the one that lives stays");
         let left = |name: &str| world.lock().ceph.objects.keys().filter(|object| object.starts_with(name)).count();
         assert_eq!((left("daemon."), left("daemons")), (1, 1));
         // it only was frozen
         beat(&other, &["ssd"]).await;
         assert_eq!(found("ssd").await, Some(other.identity.owner()));
+        // it stops, and may be about to start again
+        let mut entry = Entry::of(&other.config.borrow().clone(), &other.identity);
+        entry.backends = ["ssd".to_owned()].into();
+        daemons::leave(other.store.objects().as_ref(), &other.identity, entry, now()).await.unwrap();
+        assert_eq!(left("daemon."), 1, "nothing but the entry is left of it");
+        assert_eq!(daemons::remove_dead(objects, now()).await.unwrap(), 0);
+        assert_eq!(found("ssd").await, Some(other.identity.owner()));
+        beat(&one, &["ceph"]).await;
+        let later = now().checked_add(6 * HEARTBEAT).unwrap();
+        assert_eq!(found_at("ssd", later).await, None);
+        assert_eq!(daemons::remove_dead(objects, later).await.unwrap(), 1);
     });
 }
