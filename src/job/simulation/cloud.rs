@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use super::cluster::FSID;
 use super::glance;
@@ -115,6 +116,32 @@ pub struct CloudState {
     pub cinder_away_until: Option<Instant>,
     /// Owner of what a content was written for.
     pub projects: BTreeMap<u64, String>,
+}
+
+/// What Cinder says of a volume that lies on this backend.
+pub fn volume_on(backend: &str, id: &str, project: &str) -> Volume {
+    Volume {
+        id: id.to_owned(),
+        project_id: project.to_owned(),
+        status: "available".into(),
+        size: 1,
+        host: Some(format!("node@{backend}#{backend}")),
+        name_id: None,
+        encrypted: false,
+        image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
+    }
+}
+
+/// Makes a volume and its disk. Returns the disk's internal id.
+pub fn create_volume(world: &mut World, id: Uuid, project: &str) -> String {
+    let content = world.ceph.next();
+    world.cloud.projects.insert(content, project.into());
+    let rbd = world.ceph.create("volumes", &format!("volume-{id}"), content, false).id.clone();
+    let volume = volume_on("ceph", &id.to_string(), project);
+    let history = vec![(Instant::now(), content)];
+    let disk = Disk { volume, instance: false, rbd: rbd.clone(), history, deleted: None };
+    world.cloud.disks.insert(id.to_string(), disk);
+    rbd
 }
 
 impl CloudState {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::cloud::{Disk, Record as ImageRecord};
+use super::cloud::{Record as ImageRecord, create_volume};
 use super::node::{Daemon, Handle, Node};
 use super::run_in_virtual_time;
 use super::world::{DEPLOYMENT, Dice, Faults, Killer, Shared, World};
@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::job::clock::Clock;
 use crate::job::record::{Record, private_name};
 use crate::job::store::Store;
-use crate::openstack::{Image, Volume};
+use crate::openstack::Image;
 use crate::publish::tag::OwnershipTag;
 use crate::request::Source;
 use crate::transfer::MARK;
@@ -51,23 +51,7 @@ impl Site {
     fn new() -> Self {
         let mut state = World::new(Dice::new(3), Faults::default(), Vec::new());
         let volume = Uuid::new_v4();
-        let content = state.ceph.next();
-        state.cloud.projects.insert(content, "blue".into());
-        let disk = state.ceph.create("volumes", &format!("volume-{volume}"), content, false).id.clone();
-        let record = Volume {
-            id: volume.to_string(),
-            project_id: "blue".into(),
-            status: "available".into(),
-            size: 1,
-            host: Some("node@ceph#ceph".into()),
-            name_id: None,
-            encrypted: false,
-            image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
-        };
-        let history = vec![(Instant::now(), content)];
-        let rbd = disk.clone();
-        let disks = &mut state.cloud.disks;
-        disks.insert(volume.to_string(), Disk { volume: record, instance: false, rbd, history, deleted: None });
+        let disk = create_volume(&mut state, volume, "blue");
         let world = Shared(Arc::new(Mutex::new(state)));
         let command_line = Handle { node: Node::new(&world, "operator".into(), true) };
         Self { volume, disk, store: Store::new(Arc::new(command_line), Clock::System), world }

@@ -89,16 +89,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
         }
         let rbd = rbd.id.clone();
         let status = if dice.percent(15) { "in-use" } else { "available" };
-        let volume = Volume {
-            id: id.clone(),
-            project_id: project.clone(),
-            status: status.into(),
-            size: 1,
-            host: Some(format!("node@{backend}#{backend}")),
-            name_id: None,
-            encrypted: false,
-            image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
-        };
+        let volume = Volume { status: status.into(), ..cloud::volume_on(backend, &id, &project) };
         let history = vec![(now, content)];
         let disk = Disk { volume, instance, rbd: rbd.clone(), history, deleted: None };
         sources.push((project.clone(), tag_of(&disk)));

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::checks;
-use super::cloud::{Disk, Record as ImageRecord, TASK};
+use super::cloud::{Record as ImageRecord, TASK, create_volume};
 use super::cluster::FSID;
 use super::node::{Daemon, Handle, Node};
 use super::world::{Dice, Faults, Shared, World};
@@ -21,7 +21,7 @@ use crate::job::clock::Clock;
 use crate::job::record::{Record, State};
 use crate::job::store::{Cancelled, Store};
 use crate::notification::{Event, EventType, Meta, Sink};
-use crate::openstack::{Image, ImageTask, Volume};
+use crate::openstack::{Image, ImageTask};
 use crate::request::Source;
 use crate::transfer::{MARK, Method};
 
@@ -45,31 +45,14 @@ fn config(method: &str) -> Config {
     Config::parse(Path::new("scripted.conf"), &text).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn volume_of(dice: &mut Dice, world: &mut World) -> Uuid {
-    let id = dice.uuid();
-    let content = world.ceph.next();
-    world.cloud.projects.insert(content, OWNER.into());
-    let rbd = world.ceph.create("volumes", &format!("volume-{id}"), content, false).id.clone();
-    let volume = Volume {
-        id: id.to_string(),
-        project_id: OWNER.into(),
-        status: "available".into(),
-        size: 1,
-        host: Some("node@ceph#ceph".into()),
-        name_id: None,
-        encrypted: false,
-        image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
-    };
-    let history = vec![(Instant::now(), content)];
-    world.cloud.disks.insert(id.to_string(), Disk { volume, instance: false, rbd, history, deleted: None });
-    id
-}
-
 impl Stage {
     fn new() -> Self {
         let mut dice = Dice::new(11);
         let mut state = World::new(Dice::new(7), Faults::default(), Vec::new());
-        let volumes = [volume_of(&mut dice, &mut state), volume_of(&mut dice, &mut state)];
+        let volumes = [dice.uuid(), dice.uuid()];
+        for volume in volumes {
+            create_volume(&mut state, volume, OWNER);
+        }
         let image = dice.uuid();
         let record = Image {
             id: image.to_string(),
