@@ -20,7 +20,7 @@ use super::daemons::{self, Entry, HEARTBEAT};
 use super::lease::Lease;
 use super::run::{BACKOFF_MAX, Context, Job, Outcome, Told};
 use super::store::{Error, Summary};
-use crate::ceph::{ErrorKind, Progress};
+use crate::ceph::{self, ErrorKind, Progress};
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
@@ -253,12 +253,9 @@ impl Engine {
         let context = &self.context;
         let entry = Entry::of(&context.config.borrow(), &context.identity);
         let leave = daemons::leave(context.store.objects().as_ref(), &context.identity, entry, context.clock.now());
-        let error = match tokio::time::timeout(LEAVE_WITHIN, leave).await {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {} s", LEAVE_WITHIN.as_secs()),
-        };
-        tracing::debug!(error, "the other daemons were not told that this one stops; its entry expires");
+        if let Err(error) = within(LEAVE_WITHIN, leave).await {
+            tracing::debug!(error, "the other daemons were not told that this one stops; its entry expires");
+        }
     }
 
     /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At once
@@ -275,13 +272,10 @@ impl Engine {
         self.tasks.spawn(async move {
             let context = &engine.context;
             let beat = daemons::beat(context.store.objects().as_ref(), &context.identity, &entry);
-            let error = match tokio::time::timeout(LOOK_WITHIN, beat).await {
-                Ok(Ok(())) => return,
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => format!("no answer within {} s", LOOK_WITHIN.as_secs()),
-            };
-            tracing::debug!(error, "the other daemons were not told that this one lives; tried again");
-            lock(&engine.told).take();
+            if let Err(error) = within(LOOK_WITHIN, beat).await {
+                tracing::debug!(error, "the other daemons were not told that this one lives; tried again");
+                lock(&engine.told).take();
+            }
         });
     }
 
@@ -522,6 +516,14 @@ impl Engine {
 }
 
 /// Whether a pause is over. A time that lies further ahead than any pause was written by a clock that is wrong.
+/// A call that is given up after `limit`. The error is for the log.
+async fn within(limit: Duration, call: impl Future<Output = ceph::Result<()>>) -> Result<(), String> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", limit.as_secs())),
+    }
+}
+
 fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
     let longest = SignedDuration::try_from(BACKOFF_MAX * 2).unwrap_or(SignedDuration::MAX);
     not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)

@@ -301,7 +301,7 @@ impl Reconciler {
                 store.scan().await?.into_iter().filter(|id| !known.contains(id)).collect()
             }
         };
-        let mut failures = Failures::default();
+        let (mut failures, mut retry) = (Failures::default(), Vec::new());
         while let Some(image_id) = unindexed.pop() {
             let adopted = match store.load(image_id).await {
                 Ok(Some(stored)) => store.index(&stored.record).await.map(|()| findings.records += 1),
@@ -317,14 +317,14 @@ impl Reconciler {
                 continue;
             };
             // the next round begins with those that were not adopted
-            failures.retry.push(image_id);
+            retry.push(image_id);
             if let Err(error) = failures.pass_over(error.into()) {
-                unindexed.append(&mut failures.retry);
+                unindexed.append(&mut retry);
                 self.unindexed = Some(unindexed);
                 return Err(error);
             }
         }
-        self.unindexed = Some(failures.retry);
+        self.unindexed = Some(retry);
         Ok(())
     }
 
@@ -536,14 +536,10 @@ impl Reconciler {
             let trash = self.storage.trash(&pool).await;
             let trash = self.of_pool(&pool, trash).unwrap_or_default();
             for name in names {
-                let (image_id, kind) = match parse_private(&name) {
-                    Some((Private::Copy, image_id)) => (image_id, Kind::Copy),
-                    Some((Private::Anchor, image_id)) => (image_id, Kind::Anchor),
-                    None => match request::parse_uuid(&name) {
-                        Some(image_id) if self.unfinished.contains(&image_id) => (image_id, Kind::Published),
-                        _ => continue,
-                    },
-                };
+                let Some((image_id, kind)) = named_as(&name) else { continue };
+                if kind == Kind::Published && !self.unfinished.contains(&image_id) {
+                    continue;
+                }
                 let image = ImageSpec::named(&pool, &name);
                 let Some(tag) = self.tag_of(&image).await? else { continue };
                 if tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment)) {
@@ -559,14 +555,7 @@ impl Reconciler {
 
     /// What the removal of one of our images left in the trash.
     async fn leftover_in_trash(&self, pool: &str, trashed: &Trashed) -> Result<Option<Leftover>> {
-        let (image_id, kind) = match parse_private(&trashed.name) {
-            Some((Private::Copy, image_id)) => (image_id, Kind::Copy),
-            Some((Private::Anchor, image_id)) => (image_id, Kind::Anchor),
-            None => match request::parse_uuid(&trashed.name) {
-                Some(image_id) => (image_id, Kind::Published),
-                None => return Ok(None),
-            },
-        };
+        let Some((image_id, kind)) = named_as(&trashed.name) else { return Ok(None) };
         let image = ImageSpec::with_id(pool, &trashed.id);
         let Some(tag) = self.tag_of(&image).await? else { return Ok(None) };
         let is_ours = match tag {
@@ -746,12 +735,19 @@ impl Reconciler {
     }
 }
 
+/// What an image of this name may be of a job, and of which one.
+fn named_as(name: &str) -> Option<(Uuid, Kind)> {
+    match parse_private(name) {
+        Some((Private::Copy, image_id)) => Some((image_id, Kind::Copy)),
+        Some((Private::Anchor, image_id)) => Some((image_id, Kind::Anchor)),
+        None => Some((request::parse_uuid(name)?, Kind::Published)),
+    }
+}
+
 /// Objects that cannot be read are passed over one by one; when it is all of them, the part ends.
 #[derive(Default)]
 struct Failures {
     in_a_row: usize,
-    /// For the next round.
-    retry: Vec<Uuid>,
 }
 
 impl Failures {
