@@ -1233,6 +1233,45 @@ async fn a_lock_belongs_to_one_and_runs_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn keys_of_an_object_change_together_with_its_version() {
+    let lab = Lab::new();
+    let objects = lab.client().await.objects("images", &lab.name).unwrap();
+    let minute = Duration::from_secs(60);
+    let entry = |key: &str, value: &str| (key.to_owned(), value.as_bytes().to_vec());
+    assert_eq!(objects.read_with_keys("job").await.unwrap(), None);
+    let gone = objects.change_keys("job", &[entry("a", "1")], &[], Version(1)).await.unwrap_err();
+    assert_eq!(gone.kind(), ErrorKind::NotFound, "it is never created: {gone}");
+
+    let created = objects.create("job", b"one").await.unwrap();
+    let read = objects.read_with_keys("job").await.unwrap().unwrap();
+    assert_eq!((&read.data[..], read.keys.len(), read.version), (&b"one"[..], 0, created));
+    let set = objects.change_keys("job", &[entry("a", "1"), entry("b", "")], &[], created).await.unwrap();
+    let late = objects.change_keys("job", &[entry("c", "1")], &[], created).await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::Conflict, "{late}");
+    let read = objects.read_with_keys("job").await.unwrap().unwrap();
+    assert_eq!((read.keys, read.version), (vec![entry("a", "1"), entry("b", "")], set));
+
+    // a write that does not know of the keys is refused, and so is the removal of the object
+    let refused = objects.replace_and_remove_keys("job", b"two", created, None, &["a".into()]).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    assert_eq!(objects.remove("job", created, None).await.unwrap_err().kind(), ErrorKind::Conflict);
+    let unlocked = objects.replace_and_remove_keys("job", b"two", set, Some(&key("a")), &["a".into()]).await;
+    assert_eq!(unlocked.unwrap_err().kind(), ErrorKind::NotLocked);
+    assert_eq!(objects.read_with_keys("job").await.unwrap().unwrap().keys.len(), 2, "nothing was done");
+
+    objects.lock("job", &key("a"), "", minute).await.unwrap();
+    let locked = objects.read_with_keys("job").await.unwrap().unwrap().version;
+    let removed = ["a".to_owned(), "none".to_owned()];
+    let version = objects.replace_and_remove_keys("job", b"two", locked, Some(&key("a")), &removed).await.unwrap();
+    let read = objects.read_with_keys("job").await.unwrap().unwrap();
+    assert_eq!((&read.data[..], read.keys, read.version), (&b"two"[..], vec![entry("b", "")], version));
+    let version = objects.change_keys("job", &[entry("c", "1")], &["b".into()], version).await.unwrap();
+    assert_eq!(objects.read_with_keys("job").await.unwrap().unwrap().keys, [entry("c", "1")]);
+    objects.remove("job", version, None).await.unwrap();
+    assert_eq!(objects.read_with_keys("job").await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_omap_is_read_in_pages() {
     let lab = Lab::new();
     let objects = lab.client().await.objects("images", &lab.name).unwrap();

@@ -19,6 +19,7 @@ use rbd_offload::ceph::{Client, Objects};
 use rbd_offload::config::Config;
 use rbd_offload::job::clock::Clock;
 use rbd_offload::job::record::{Record, Stage, State};
+use rbd_offload::job::signal::Signal;
 use rbd_offload::job::store::Store;
 use rbd_offload::notification::TransportUrl;
 use rbd_offload::openstack::{Cloud, ImageChange, Session, Tenant};
@@ -590,7 +591,8 @@ async fn put(store: &Store, change: impl FnOnce(&mut Record)) -> Record {
     let mut record = Record::new(Uuid::new_v4(), Trigger::Request, source, Some("p1".into()), Timestamp::now());
     change(&mut record);
     store.objects().create(&Store::object(record.image_id), &record.to_bytes()).await.unwrap();
-    store.index(&record).await.unwrap();
+    let stored = store.load(record.image_id).await.unwrap().unwrap();
+    store.index(&stored).await.unwrap();
     record
 }
 
@@ -672,7 +674,7 @@ fn jobs_and_show_tell_what_is_stored() {
 }
 
 #[test]
-fn retry_and_cancel_change_the_record_without_a_daemon() {
+fn retry_and_cancel_leave_signals_and_the_record_to_the_daemon() {
     let setup = Setup::new();
     let later = Timestamp::now().checked_add(SignedDuration::from_secs(60)).unwrap();
     let (failed, done, waiting) = block_on(async {
@@ -680,16 +682,15 @@ fn retry_and_cancel_change_the_record_without_a_daemon() {
         let waiting = put(&store, |record| record.not_before = Some(later)).await;
         (put(&store, ended(State::Failed)).await, put(&store, ended(State::Done)).await, waiting)
     });
-    let now =
-        |record: &Record| block_on(async { setup.store().await.load(record.image_id).await.unwrap().unwrap().record });
+    let now = |record: &Record| block_on(async { setup.store().await.load(record.image_id).await.unwrap().unwrap() });
     let id = |record: &Record| record.image_id.to_string();
 
     let ran = setup.run(&["cancel", &id(&failed)]);
     assert!(ran.code == Some(0) && ran.out.contains("had ended before: failed"), "{ran:?}");
     let ran = setup.run(&["retry", &id(&failed)]);
     assert!(ran.code == Some(0) && ran.out.contains("starts again"), "{ran:?}");
-    let restarted = now(&failed);
-    assert_eq!((restarted.state, restarted.source, restarted.retried), (State::Accepted, failed.source, true));
+    let retried = now(&failed);
+    assert!(retried.record == failed && retried.signals.has(Signal::Retry), "{retried:?}");
     assert_eq!(setup.run(&["jobs", "--json"]).json().as_array().unwrap().len(), 2);
 
     setup.run(&["retry", &id(&done)]).failed(UNAVAILABLE, "nothing to retry");
@@ -698,13 +699,14 @@ fn retry_and_cancel_change_the_record_without_a_daemon() {
     let ran = setup.run(&["cancel", &id(&waiting)]);
     assert!(ran.code == Some(0) && ran.out.contains("within seconds"), "{ran:?}");
     let cancelled = now(&waiting);
-    assert!(cancelled.cancel && cancelled.not_before.is_none());
+    assert!(cancelled.record == waiting && cancelled.signals.has(Signal::Cancel), "{cancelled:?}");
     let index = block_on(async { setup.store().await.live().await.unwrap() });
     let (_, summary) = index.iter().find(|(id, _)| *id == waiting.image_id).unwrap();
     assert_eq!(summary.not_before, None);
     // again: nothing new
     assert_eq!(setup.run(&["cancel", &id(&waiting)]).code, Some(0));
-    assert!(setup.run(&["jobs"]).out.contains("to be cancelled"));
+    let listed = setup.run(&["jobs"]).out;
+    assert!(listed.contains("to be cancelled") && listed.contains("to be retried"), "{listed}");
 
     for command in ["retry", "cancel"] {
         setup.run(&[command, &Uuid::new_v4().to_string()]).failed(NO_INPUT, "there is no job");

@@ -496,7 +496,7 @@ mod handed_over {
         // Nova announces every snapshot, so there may be a job; without an offer it plans nothing
         if daemon.job(&id).await.is_some() {
             let job = daemon.await_job(&id, "declined").await;
-            assert!(job["origin"].is_null(), "it was offered: {job:#}");
+            assert!(job["source_image"].is_null(), "it was offered: {job:#}");
         }
 
         // nobody waits for a guest that does not run: it is offered as ever

@@ -22,7 +22,7 @@ use futures::{StreamExt, stream};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
-use rbd_offload::ceph::{Client, Objects};
+use rbd_offload::ceph::{Client, LockKey, Objects};
 use rbd_offload::job::clock::Clock;
 use rbd_offload::job::store::{Error, Store};
 use serde_json::json;
@@ -649,7 +649,7 @@ async fn a_record_that_is_too_large_holds_up_no_other_job() {
     let daemon = setup.start().await;
     let requests = tenant.request(2).await;
     tenant.await_active(&requests).await;
-    daemon.await_log(&["a job record cannot be worked on", &planted.to_string()], seconds(30)).await;
+    daemon.await_log(&["cannot process job record", &planted.to_string()], seconds(30)).await;
 
     // nor is one written that could not be read
     daemon.await_idle().await;
@@ -658,7 +658,8 @@ async fn a_record_that_is_too_large_holds_up_no_other_job() {
     let mut stored = store.load(image).await.unwrap().unwrap();
     let before = stored.clone();
     stored.record.publication.properties.insert("os_type".into(), "x".repeat(2 << 20));
-    let refused = store.write(&stored, None).await;
+    let lease = LockKey { name: "lease".into(), cookie: "nobody".into() };
+    let refused = store.write(&stored, &lease, &[]).await;
     assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     assert_eq!(store.load(image).await.unwrap(), Some(before));
     tenant.gets(&daemon, &requests).await;

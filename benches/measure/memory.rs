@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use rbd_offload::ceph::Client;
 use rbd_offload::job::clock::Clock;
-use rbd_offload::job::store::{NewJob, Store};
+use rbd_offload::job::record::Record;
+use rbd_offload::job::store::Store;
 use rbd_offload::request::{Source, Trigger};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -28,15 +29,12 @@ pub async fn measure(jobs: usize) -> Value {
     for _ in 0..jobs {
         let id = Uuid::new_v4();
         let source = Some(Source::Volume(Uuid::new_v4()));
-        let new = NewJob { image_id: id, trigger: Trigger::Request, source, project_id: None };
-        store.submit(&new).await.unwrap();
-        let later = jiff::Timestamp::now() + Duration::from_secs(115);
-        let wait = |record: &mut rbd_offload::job::record::Record| {
-            record.not_before = Some(later);
-            true
-        };
-        if let Some(record) = store.change(id, wait).await.unwrap() {
-            store.index(&record).await.unwrap();
+        let now = jiff::Timestamp::now();
+        let mut record = Record::new(id, Trigger::Request, source, None, now);
+        record.not_before = Some(now + Duration::from_secs(115));
+        store.objects().create(&Store::object(id), &record.to_bytes()).await.unwrap();
+        if let Some(stored) = store.load(id).await.unwrap() {
+            store.index(&stored).await.unwrap();
         }
     }
     let written = disk::jobs(&daemon.namespace).await.len();

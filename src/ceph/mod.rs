@@ -30,7 +30,7 @@ pub use cluster::{Client, exit_now, make_undumpable};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
-pub use objects::{MAX_OBJECT, Namespace};
+pub use objects::{MAX_KEYS, MAX_OBJECT, Namespace};
 pub use pace::{RateLimiter, Rates};
 pub use pool::ClientPool;
 pub use probe::Finding;
@@ -488,6 +488,15 @@ pub trait Lent: Send + Sync {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u64);
 
+/// An object with the keys of its omap, as they were at one version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyedObject {
+    pub data: Vec<u8>,
+    /// In their order; [`MAX_KEYS`] at most.
+    pub keys: Vec<(String, Vec<u8>)>,
+    pub version: Version,
+}
+
 /// A cls lock that its holder names when it writes, so that a write without the lock is refused by the OSD.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LockKey {
@@ -520,6 +529,29 @@ pub trait Objects: Send + Sync + 'static {
     /// Replaces the whole object if it still has that version, and, with `lock`, if that lock is still held: otherwise
     /// [`ErrorKind::Conflict`] (version) or [`ErrorKind::NotLocked`]. [`ErrorKind::NotFound`] when it is gone.
     async fn replace(&self, object: &str, data: &[u8], version: Version, lock: Option<&LockKey>) -> Result<Version>;
+
+    /// The whole object with its first keys, all as of one version. Otherwise as [`read`](Self::read).
+    async fn read_with_keys(&self, object: &str) -> Result<Option<KeyedObject>>;
+
+    /// [`replace`](Self::replace) that also removes keys, in one step.
+    async fn replace_and_remove_keys(
+        &self,
+        object: &str,
+        data: &[u8],
+        version: Version,
+        lock: Option<&LockKey>,
+        keys: &[String],
+    ) -> Result<Version>;
+
+    /// Sets and removes keys of an object that still has that version: otherwise [`ErrorKind::Conflict`], and
+    /// [`ErrorKind::NotFound`] when it is gone. Never creates the object.
+    async fn change_keys(
+        &self,
+        object: &str,
+        set: &[(String, Vec<u8>)],
+        removed: &[String],
+        version: Version,
+    ) -> Result<Version>;
 
     /// Removes it if it still has that version; errors as of [`replace`](Self::replace).
     async fn remove(&self, object: &str, version: Version, lock: Option<&LockKey>) -> Result<()>;

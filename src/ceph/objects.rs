@@ -14,18 +14,21 @@ use ceph::rados::{
     rados_create_read_op, rados_create_write_op, rados_get_last_version, rados_getxattr, rados_getxattrs_end,
     rados_getxattrs_next, rados_list_ctx_t, rados_list_lockers, rados_nobjects_list_close, rados_nobjects_list_open,
     rados_omap_get_end, rados_omap_get_next, rados_omap_iter_t, rados_read, rados_read_op_getxattrs,
-    rados_read_op_operate, rados_release_read_op, rados_release_write_op, rados_unlock, rados_write_op_assert_exists,
-    rados_write_op_assert_version, rados_write_op_create, rados_write_op_exec, rados_write_op_omap_rm_keys,
-    rados_write_op_omap_set, rados_write_op_operate, rados_write_op_remove, rados_write_op_rmxattr,
-    rados_write_op_setxattr, rados_write_op_t, rados_write_op_write_full, rados_xattrs_iter_t,
+    rados_read_op_operate, rados_read_op_read, rados_release_read_op, rados_release_write_op, rados_unlock,
+    rados_write_op_assert_exists, rados_write_op_assert_version, rados_write_op_create, rados_write_op_exec,
+    rados_write_op_omap_rm_keys, rados_write_op_omap_set, rados_write_op_operate, rados_write_op_remove,
+    rados_write_op_rmxattr, rados_write_op_setxattr, rados_write_op_t, rados_write_op_write_full, rados_xattrs_iter_t,
 };
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, check};
-use super::{Change, Error, ErrorKind, LockKey, Locked, Objects, Result, Version, sys};
+use super::{Change, Error, ErrorKind, KeyedObject, LockKey, Locked, Objects, Result, Version, sys};
 use std::sync::Arc;
 
 /// The largest object that is read, in bytes. Nothing larger may be written.
 pub const MAX_OBJECT: usize = 1 << 20;
+
+/// Keys that are read with an object: a job has a handful of signals.
+pub const MAX_KEYS: usize = 64;
 
 /// The longest attribute that is read: an ownership tag has 110 bytes.
 const MAX_XATTR: usize = 4096;
@@ -161,6 +164,49 @@ impl Objects for Namespace {
             data.truncate(length);
             data.shrink_to_fit();
             Ok(Some((data, object.last_version())))
+        })
+        .await
+    }
+
+    async fn read_with_keys(&self, object: &str) -> Result<Option<KeyedObject>> {
+        self.with_object("read", object, read_with_keys).await
+    }
+
+    async fn replace_and_remove_keys(
+        &self,
+        object: &str,
+        data: &[u8],
+        version: Version,
+        lock: Option<&LockKey>,
+        keys: &[String],
+    ) -> Result<Version> {
+        let (data, lock, keys) = (data.to_vec(), lock.cloned(), keys.to_vec());
+        self.with_object("replace", object, move |object| {
+            let op = WriteOp::new();
+            op.guard(version, lock.as_ref());
+            op.write_full(&data);
+            op.remove_keys(&object.operation, &keys)?;
+            object.write(&op).map_err(guard_error)?;
+            Ok(object.last_version())
+        })
+        .await
+    }
+
+    async fn change_keys(
+        &self,
+        object: &str,
+        set: &[(String, Vec<u8>)],
+        removed: &[String],
+        version: Version,
+    ) -> Result<Version> {
+        let (set, removed) = (set.to_vec(), removed.to_vec());
+        self.with_object("write the omap of", object, move |object| {
+            let op = WriteOp::new();
+            op.guard(version, None);
+            op.remove_keys(&object.operation, &removed)?;
+            op.set_keys(&object.operation, &set)?;
+            object.write(&op)?;
+            Ok(object.last_version())
         })
         .await
     }
@@ -308,13 +354,8 @@ impl Objects for Namespace {
     async fn set_omap(&self, object: &str, entries: &[(String, Vec<u8>)]) -> Result<()> {
         let entries = entries.to_vec();
         self.with_object("write the omap of", object, move |object| {
-            let keys = c_strings(&object.operation, entries.iter().map(|(key, _)| key))?;
-            let keys: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
-            let values: Vec<*const c_char> = entries.iter().map(|(_, value)| value.as_ptr().cast()).collect();
-            let sizes: Vec<usize> = entries.iter().map(|(_, value)| value.len()).collect();
             let op = WriteOp::new();
-            // SAFETY: three arrays of equal length, whose contents are copied into the op.
-            unsafe { rados_write_op_omap_set(op.raw, keys.as_ptr(), values.as_ptr(), sizes.as_ptr(), sizes.len()) };
+            op.set_keys(&object.operation, &entries)?;
             object.write(&op)
         })
         .await
@@ -323,12 +364,9 @@ impl Objects for Namespace {
     async fn remove_omap(&self, object: &str, keys: &[String]) -> Result<()> {
         let keys = keys.to_vec();
         self.with_object("remove from the omap of", object, move |object| {
-            let keys = c_strings(&object.operation, keys.iter())?;
-            let keys: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
             let op = WriteOp::new();
             op.assert_exists();
-            // SAFETY: an array with its length, whose contents are copied into the op.
-            unsafe { rados_write_op_omap_rm_keys(op.raw, keys.as_ptr(), keys.len()) };
+            op.remove_keys(&object.operation, &keys)?;
             match object.write(&op) {
                 Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
                 result => result,
@@ -390,6 +428,24 @@ impl WriteOp {
         unsafe { rados_write_op_remove(self.raw) };
     }
 
+    fn set_keys(&self, operation: &str, entries: &[(String, Vec<u8>)]) -> Result<()> {
+        let keys = c_strings(operation, entries.iter().map(|(key, _)| key))?;
+        let keys: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
+        let values: Vec<*const c_char> = entries.iter().map(|(_, value)| value.as_ptr().cast()).collect();
+        let sizes: Vec<usize> = entries.iter().map(|(_, value)| value.len()).collect();
+        // SAFETY: three arrays of equal length, whose contents are copied into the op.
+        unsafe { rados_write_op_omap_set(self.raw, keys.as_ptr(), values.as_ptr(), sizes.as_ptr(), sizes.len()) };
+        Ok(())
+    }
+
+    fn remove_keys(&self, operation: &str, keys: &[String]) -> Result<()> {
+        let keys = c_strings(operation, keys.iter())?;
+        let keys: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
+        // SAFETY: an array with its length, whose contents are copied into the op.
+        unsafe { rados_write_op_omap_rm_keys(self.raw, keys.as_ptr(), keys.len()) };
+        Ok(())
+    }
+
     /// Calls a method of an object class on the OSD.
     fn exec(&self, class: &CStr, method: &CStr, input: &[u8]) {
         // SAFETY: names and input are copied into the op; no place for the method's result is given.
@@ -427,6 +483,44 @@ fn not_locked(operation: &str) -> Error {
 
 fn c_strings<'a>(operation: &str, texts: impl Iterator<Item = &'a String>) -> Result<Vec<CString>> {
     texts.map(|text| c_string(operation, text)).collect()
+}
+
+/// The object and its keys by one operation, so that both are of one version.
+fn read_with_keys(object: &Object) -> Result<Option<KeyedObject>> {
+    let mut data = vec![0u8; MAX_OBJECT + 1];
+    let mut iter: rados_omap_iter_t = ptr::null_mut();
+    let (mut length, mut more): (usize, u8) = (0, 0);
+    let (mut data_result, mut keys_result): (c_int, c_int) = (0, 0);
+    // SAFETY: takes nothing; released below.
+    let op = unsafe { rados_create_read_op() };
+    // SAFETY: the op is open; the buffer is given with its size, and it and the places for the results outlive the op.
+    let r = unsafe {
+        rados_read_op_read(op, 0, data.len(), data.as_mut_ptr().cast(), &mut length, &mut data_result);
+        sys::rados_read_op_omap_get_vals2(
+            op,
+            c"".as_ptr(),
+            c"".as_ptr(),
+            MAX_KEYS as u64,
+            &mut iter,
+            &mut more,
+            &mut keys_result,
+        );
+        let r = rados_read_op_operate(op, object.io.raw(), object.name.as_ptr(), 0);
+        rados_release_read_op(op);
+        r
+    };
+    let keys = entries_of(iter, r >= 0 && keys_result >= 0);
+    if r == -libc::ENOENT {
+        return Ok(None);
+    }
+    check(&object.operation, if r < 0 { r } else { data_result.min(keys_result).min(0) })?;
+    if length > MAX_OBJECT {
+        return Err(Error::new(&object.operation, ErrorKind::TooLarge, "it is larger than 1 MiB"));
+    }
+    data.truncate(length);
+    data.shrink_to_fit();
+    let keys = keys.into_iter().map(|(key, value)| (key.to_string_lossy().into_owned(), value)).collect();
+    Ok(Some(KeyedObject { data, keys, version: object.last_version() }))
 }
 
 /// Keys of an omap and their values.

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::show::document;
 use super::{Failure, connect_store, output};
-use crate::job::record::Record;
-use crate::job::store::{Error, Store};
+use crate::job::signal::Signal;
+use crate::job::store::{Error, Store, Stored};
 
 /// Records that are read at a time.
 const AT_A_TIME: usize = 32;
@@ -37,7 +37,7 @@ pub struct Args {
 
 /// A record, or why it cannot be read.
 enum Entry {
-    Job(Box<Record>),
+    Job(Box<Stored>),
     Unreadable { image_id: Uuid, reason: String },
 }
 
@@ -96,7 +96,7 @@ async fn read(store: &Store, all: bool) -> Result<Vec<Entry>, Failure> {
 
 async fn load(store: &Store, image_id: Uuid) -> Result<Option<Entry>, Failure> {
     match store.load(image_id).await {
-        Ok(stored) => Ok(stored.map(|stored| Entry::Job(Box::new(stored.record)))),
+        Ok(stored) => Ok(stored.map(|stored| Entry::Job(Box::new(stored)))),
         Err(Error::Unreadable { reason, .. }) => {
             Ok(Some(Entry::Unreadable { image_id, reason: format!("the record {reason}") }))
         }
@@ -108,21 +108,21 @@ impl Entry {
     /// The index may still name a job that has just ended.
     fn is_live(&self) -> bool {
         match self {
-            Self::Job(record) => !record.is_settled(),
+            Self::Job(stored) => !stored.is_settled(),
             Self::Unreadable { .. } => true,
         }
     }
 
     fn order(&self) -> (Timestamp, Uuid) {
         match self {
-            Self::Job(record) => (record.created_at, record.image_id),
+            Self::Job(stored) => (stored.record.created_at, stored.record.image_id),
             Self::Unreadable { image_id, .. } => (Timestamp::MAX, *image_id),
         }
     }
 
     fn document(&self) -> Value {
         match self {
-            Self::Job(record) => document(record),
+            Self::Job(stored) => document(&stored.record),
             Self::Unreadable { image_id, reason } => {
                 json!({ "image_id": image_id, "state": "unreadable", "reason": reason })
             }
@@ -131,8 +131,8 @@ impl Entry {
 
     /// `full_ids`: ids are written whole.
     fn row(&self, now: Timestamp, full_ids: bool) -> [String; 9] {
-        let record = match self {
-            Self::Job(record) => record,
+        let stored = match self {
+            Self::Job(stored) => stored,
             Self::Unreadable { image_id, reason } => {
                 let none = || "-".to_owned();
                 let state = "unreadable".to_owned();
@@ -140,6 +140,7 @@ impl Entry {
                 return [image_id.to_string(), state, none(), none(), none(), none(), none(), none(), reason];
             }
         };
+        let record = &stored.record;
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let source = record.source.map(|source| {
             let id = if full_ids { source.id().to_string() } else { output::short(source.id()) };
@@ -160,17 +161,19 @@ impl Entry {
             or_none(record.method.map(|method| method.as_str().to_owned())),
             output::age(record.created_at, now),
             or_none(owner.map(output::line)),
-            reason(record),
+            reason(stored),
         ]
     }
 }
 
-fn reason(record: &Record) -> String {
-    let reason = record.reason.as_deref().map(output::line).unwrap_or_default();
-    match record.cancel && !record.state.is_ended() {
-        true => format!("to be cancelled; {reason}").trim_end_matches("; ").to_owned(),
-        false => reason,
-    }
+fn reason(stored: &Stored) -> String {
+    let reason = stored.record.reason.as_deref().map(output::line).unwrap_or_default();
+    let wish = match stored {
+        stored if stored.is_to_be_cancelled() => "to be cancelled",
+        stored if stored.signals.has(Signal::Retry) => "to be retried",
+        _ => return reason,
+    };
+    format!("{wish}; {reason}").trim_end_matches("; ").to_owned()
 }
 
 fn table(entries: &[Entry], now: Timestamp, width: Option<usize>) -> String {
@@ -182,7 +185,9 @@ fn table(entries: &[Entry], now: Timestamp, width: Option<usize>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::record::State;
+    use crate::ceph::Version;
+    use crate::job::record::{Record, State};
+    use crate::job::signal::Signals;
     use crate::request::{Source, Trigger};
     use crate::transfer::Method;
 
@@ -199,12 +204,16 @@ mod tests {
         job
     }
 
+    fn stored(record: Record) -> Stored {
+        Stored { record, signals: Signals::default(), version: Version(1) }
+    }
+
     #[test]
     fn the_table_is_whole_in_a_file_and_short_on_a_terminal() {
         let now = Timestamp::from_second(1_000_090).unwrap();
         let id = "00000000-0000-4000-8000-000000000001".parse().unwrap();
         let entries = [
-            Entry::Job(Box::new(job())),
+            Entry::Job(Box::new(stored(job()))),
             Entry::Unreadable { image_id: id, reason: "the record was written by a newer version".into() },
         ];
         let whole = table(&entries, now, None);
@@ -227,11 +236,13 @@ mod tests {
 
     #[test]
     fn a_job_that_is_to_be_cancelled_says_so() {
-        let mut job = job();
-        job.cancel = true;
+        let mut job = stored(job());
+        job.signals = Signals::of(&[Signal::Cancel]);
         assert_eq!(reason(&job), "to be cancelled; Glance: 503");
-        job.reason = None;
+        job.record.reason = None;
         assert_eq!(reason(&job), "to be cancelled");
+        job.signals = Signals::of(&[Signal::Retry]);
+        assert_eq!(reason(&job), "to be retried");
     }
 
     #[test]

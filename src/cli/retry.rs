@@ -33,7 +33,7 @@ pub async fn retry(config: &Path, args: Args) -> Result<ExitCode, Failure> {
                 format!("image {image} is done: there is nothing to retry"),
             ));
         }
-        Retried::HandedBack => {
+        Retried::OwnedByService => {
             return Err(Failure::new(
                 Failure::UNAVAILABLE,
                 format!(

@@ -9,6 +9,8 @@ use uuid::Uuid;
 
 use super::{Failure, connect_store, image_id, no_such_job, output};
 use crate::job::record::{Record, Stage};
+use crate::job::signal::Signal;
+use crate::job::store::Stored;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -22,8 +24,8 @@ pub struct Args {
 
 pub async fn show(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let store = connect_store(config).await?;
-    let record = store.load(args.image).await?.ok_or_else(|| no_such_job(args.image))?.record;
-    let text = if args.json { output::json(&document(&record))? } else { describe(&record, Timestamp::now()) };
+    let stored = store.load(args.image).await?.ok_or_else(|| no_such_job(args.image))?;
+    let text = if args.json { output::json(&document(&stored.record))? } else { describe(&stored, Timestamp::now()) };
     output::print(&text).map(|_| ExitCode::SUCCESS)
 }
 
@@ -53,8 +55,17 @@ fn stage(stage: &Stage) -> Value {
     json!({ "name": stage.name, "started_at": stage.started_at, "seconds": stage.seconds })
 }
 
+fn state(stored: &Stored) -> String {
+    match stored.record.state {
+        state if stored.is_to_be_cancelled() => format!("{state}, to be cancelled"),
+        state if stored.signals.has(Signal::Retry) => format!("{state}, to be retried"),
+        state => state.to_string(),
+    }
+}
+
 /// Empty lines are left out.
-fn describe(record: &Record, now: Timestamp) -> String {
+fn describe(stored: &Stored, now: Timestamp) -> String {
+    let record = &stored.record;
     let time = |at: Timestamp| {
         let seconds = at.round(Unit::Second).unwrap_or(at);
         format!("{seconds} ({} ago)", output::age(at, now))
@@ -70,7 +81,7 @@ fn describe(record: &Record, now: Timestamp) -> String {
         ("source", record.source.map(|source| source.to_string()).unwrap_or_else(|| "not understood".to_owned())),
         ("trigger", record.trigger.as_str().to_owned()),
         ("project", line(&record.project_id)),
-        ("state", if record.cancel { format!("{}, to be cancelled", record.state) } else { record.state.to_string() }),
+        ("state", state(stored)),
         ("reason", line(&record.reason)),
         ("progress", progress),
         ("method", record.method.map(|method| method.as_str().to_owned()).unwrap_or_default()),
@@ -96,7 +107,9 @@ fn describe(record: &Record, now: Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ceph::Version;
     use crate::job::record::State;
+    use crate::job::signal::Signals;
     use crate::request::{Source, Trigger};
     use crate::transfer::Method;
 
@@ -154,7 +167,8 @@ mod tests {
 
     #[test]
     fn a_person_reads_what_there_is() {
-        let text = describe(&job(), Timestamp::from_second(1_000_030).unwrap());
+        let stored = Stored { record: job(), signals: Signals::default(), version: Version(1) };
+        let text = describe(&stored, Timestamp::from_second(1_000_030).unwrap());
         for part in [
             "source        snapshot 11111111-2222-4333-8444-555555555555\n",
             "progress      50 %, 2.00 GiB of 4.00 GiB\n",

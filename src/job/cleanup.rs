@@ -11,10 +11,11 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 
+use super::context::Context;
 use super::custody::{Custody, Guarded};
 use super::engine::Engine;
-use super::record::{Record, private_name};
-use super::run::Context;
+use super::names::private_name;
+use super::record::Record;
 use crate::ceph::{self, Change, ErrorKind, ImageKey, ImageSpec, Storage};
 use crate::openstack;
 use crate::publish::tag::{OwnershipTag, tag_of};
@@ -331,7 +332,7 @@ impl Cleaner {
     /// The volume that this image in the trash was the disk of: by the job's record, or by the name that it had.
     async fn volume_of(&self, image_id: Uuid, image: &ImageSpec, name: &str) -> Result<Option<Uuid>, Trouble> {
         let stored = self.context().store.load(image_id).await?;
-        if let Some(Record { source: Some(Source::Volume(volume)), origin: Some(origin), .. }) =
+        if let Some(Record { source: Some(Source::Volume(volume)), source_image: Some(origin), .. }) =
             stored.map(|stored| stored.record)
             && ImageKey::Id(origin.image_id) == image.image
             && origin.temporary

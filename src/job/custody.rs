@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::context::Context;
 use super::lease::{Lease, fence_owner};
 use super::record::Record;
-use super::run::Context;
 use super::store::{Error, Result, Store, Stored};
 use crate::ceph::{self, ErrorKind, Storage};
 
-/// How often the record is written when others set flags on it meanwhile.
+/// How often the record is written when others send signals meanwhile.
 const TRIES: usize = 16;
 
 /// Pauses after each try to take the reconciler out of a record: another daemon that finds it there fences it.
@@ -44,27 +44,24 @@ pub(super) enum Guarded<E> {
 }
 
 impl Custody {
-    /// `None` while the job is not over, somebody works on it, or its record is another version's. `storage` is what
-    /// the removals go through: its address is what others fence.
+    /// `None` while the job is not over, another daemon works on it, or its record is another version's. `storage` is
+    /// what the removals go through: its address is what others fence.
     ///
     /// # Errors
     /// Also those of [`fence_owner`]: an owner that cannot be fenced stays.
     pub async fn take(context: &Context, storage: &Arc<dyn Storage>, image_id: Uuid) -> Result<Option<Self>> {
         let store = &context.store;
-        let record = match store.load(image_id).await {
-            Ok(Some(stored)) => stored.record,
+        match store.load(image_id).await {
+            Ok(Some(stored)) if !stored.is_settled() => return Ok(None),
+            Ok(Some(_)) => {}
             Ok(None) => {
                 let record = Record::placeholder(image_id, context.clock.now());
                 if !store.create_ended(&record).await? {
                     return Ok(None);
                 }
-                record
             }
             Err(Error::Unreadable { .. }) => return Ok(None),
             Err(error) => return Err(error),
-        };
-        if !record.is_settled() {
-            return Ok(None);
         }
         let duration = context.config.borrow().jobs.lease;
         let objects = store.objects().as_ref();
@@ -101,14 +98,14 @@ impl Custody {
         }
     }
 
-    /// Whether so many owners in a row have died that nobody tries again to remove what the job left: as many as die for
-    /// a job that is being made and then cleaned up.
+    /// Whether so many owners in a row have died that nobody tries again to remove what the job left: as many as die
+    /// for a job that is being made and then cleaned up.
     pub fn is_beyond_cleanup(&self) -> bool {
         self.is_beyond_cleanup
     }
 
-    /// Does `work` while the lease is renewed, however long that takes. When the lease is lost, the work is given up. It
-    /// is renewed before the work begins.
+    /// Does `work` while the lease is renewed, however long that takes. When the lease is lost, the work is given up.
+    /// It is renewed before the work begins.
     pub async fn guard<T, E>(
         &self,
         work: impl Future<Output = std::result::Result<T, E>>,
@@ -142,8 +139,8 @@ impl Custody {
         self.lease.renew(self.store.objects().as_ref()).await
     }
 
-    /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back. `is_clean`: what the
-    /// job left is removed, and the owners that died over it count no more.
+    /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back. `is_clean`: what
+    /// the job left is removed, and the owners that died over it count no more.
     pub async fn give_back(self, is_clean: bool) {
         let objects = self.store.objects().as_ref();
         for pause in CLEAR_PAUSES {
@@ -167,7 +164,7 @@ impl Custody {
             let is_ours = record.owner.as_ref().is_none_or(|owner| *owner == self.owner);
             // one that counts dead owners stays until there is nothing left to remove, or it expires
             let counts = record.takeovers > 0 && !is_clean;
-            let removed = if record.placeholder && record.is_settled() && is_ours && !counts {
+            let removed = if record.placeholder && stored.is_settled() && is_ours && !counts {
                 self.store.remove(&stored).await
             } else {
                 return self.disown(is_clean).await;
@@ -183,18 +180,18 @@ impl Custody {
 
     /// The record, if the job is over.
     async fn settled(&self) -> Result<Option<Stored>> {
-        Ok(self.store.load(self.image_id).await?.filter(|stored| stored.record.is_settled()))
+        Ok(self.store.load(self.image_id).await?.filter(Stored::is_settled))
     }
 
-    /// Writes the reconciler into the record as its owner. `fenced`: an owner before it had died. `None`: it is too late,
-    /// the job was asked for again.
+    /// Writes the reconciler into the record as its owner. `fenced`: an owner before it had died. `None`: it is too
+    /// late, the job was asked for again.
     async fn own(&self, fenced: bool) -> Result<Option<Record>> {
         for _ in 0..TRIES {
             let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(None) };
-            let record = &mut stored.record;
-            if !record.is_settled() {
+            if !stored.is_settled() {
                 return Ok(None);
             }
+            let record = &mut stored.record;
             // not twice, where the outcome of the first try was unknown
             let is_known = record.owner_address.as_ref() == Some(&self.address);
             // nor where this daemon comes back with another client: nobody died
@@ -203,7 +200,7 @@ impl Custody {
             }
             record.owner = Some(self.owner.clone());
             record.owner_address = Some(self.address.clone());
-            match self.store.write(&stored, Some(self.lease.key())).await {
+            match self.store.write(&stored, self.lease.key(), &[]).await {
                 Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
                 written => return written.map(|_| Some(stored.record)),
             }
@@ -215,16 +212,17 @@ impl Custody {
     async fn disown(&self, is_clean: bool) -> Result<()> {
         for _ in 0..TRIES {
             let Some(mut stored) = self.store.load(self.image_id).await? else { return Ok(()) };
+            let is_settled = stored.is_settled();
             let record = &mut stored.record;
             if record.owner_address.as_ref() != Some(&self.address) {
                 return Ok(());
             }
             record.owner = None;
             record.owner_address = None;
-            if is_clean && record.is_settled() {
+            if is_clean && is_settled {
                 record.takeovers = 0;
             }
-            match self.store.write(&stored, Some(self.lease.key())).await {
+            match self.store.write(&stored, self.lease.key(), &[]).await {
                 Err(Error::Ceph(error)) if error.kind() == ErrorKind::Conflict => {}
                 written => return written.map(drop),
             }

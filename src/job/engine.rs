@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -16,9 +15,12 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use super::backoff::is_due;
+use super::context::Context;
 use super::daemons::{self, Entry, HEARTBEAT};
 use super::lease::Lease;
-use super::run::{BACKOFF_MAX, Context, Job, Outcome, Told};
+use super::run::{Acknowledged, JobRun, RunResult};
+use super::slots::PoolSlots;
 use super::store::{Error, Summary};
 use crate::ceph::{self, ErrorKind, Progress};
 use crate::telemetry::unix_time;
@@ -29,7 +31,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// How long one look may take; a job that was claimed by a look that is given up is given up with it.
 const LOOK_WITHIN: Duration = Duration::from_secs(30);
 
-/// How many times a daemon that was shut out waits for its jobs to notice, [`LOOK_INTERVAL`] each.
+/// How many times a daemon that was fenced waits for its jobs to notice, [`LOOK_INTERVAL`] each.
 const COME_BACK_TRIES: u32 = 15;
 
 /// How long the claim of one job may take, and how long that job is left alone after a claim that failed.
@@ -50,7 +52,7 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 
 /// How often a service that handed its work over is shown that a job which waits for its turn is not forgotten. It
 /// does the work itself when nothing changes on the image record for two minutes.
-const SIGN_INTERVAL: Duration = Duration::from_secs(30);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Jobs whose waiting is told of at a time. A service that hands its work over waits ten seconds for that.
 const ACKNOWLEDGED_AT_A_TIME: usize = 8;
@@ -64,46 +66,6 @@ pub struct Status {
     pub last_look: Instant,
     /// When the engine last looked, answer or not: it moves.
     pub last_turn: Instant,
-}
-
-/// Jobs that run here, counted by the pool that they write to.
-#[derive(Debug, Clone, Default)]
-pub struct PoolSlots(Arc<Mutex<HashMap<String, usize>>>);
-
-impl PoolSlots {
-    /// A place among the `limit` jobs of that pool; 0: no limit. It is free again when the slot is dropped.
-    pub fn take(&self, pool: &str, limit: usize) -> Option<PoolSlot> {
-        let mut counts = lock(&self.0);
-        let count = counts.entry(pool.to_owned()).or_default();
-        if limit > 0 && *count >= limit {
-            return None;
-        }
-        *count += 1;
-        Some(PoolSlot { slots: self.clone(), pool: pool.to_owned() })
-    }
-
-    fn is_full(&self, pool: &str, limit: usize) -> bool {
-        limit > 0 && lock(&self.0).get(pool).is_some_and(|count| *count >= limit)
-    }
-}
-
-/// See [`PoolSlots::take`].
-#[derive(Debug)]
-pub struct PoolSlot {
-    slots: PoolSlots,
-    pool: String,
-}
-
-impl Drop for PoolSlot {
-    fn drop(&mut self) {
-        let mut counts = lock(&self.slots.0);
-        if let Some(count) = counts.get_mut(&self.pool) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.pool);
-            }
-        }
-    }
 }
 
 /// A job that runs here.
@@ -136,8 +98,8 @@ impl Load {
     }
 
     /// Takes out the next job, if one may start: one that a service handed over and waits for goes first, then the
-    /// oldest of the project that has the fewest jobs running here. One suspect runs at a time: when the daemon dies, it
-    /// is known with which.
+    /// oldest of the project that has the fewest jobs running here. One suspect runs at a time: when the daemon dies,
+    /// it is known with which.
     fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>, per_project: usize) -> Option<(Uuid, Summary)> {
         let busy = |summary: &Summary| {
             self.by_project.get(summary.project.as_deref().unwrap_or_default()).copied().unwrap_or(0)
@@ -258,8 +220,8 @@ impl Engine {
         }
     }
 
-    /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At once
-    /// when its configuration has changed.
+    /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At
+    /// once when its configuration has changed.
     fn beat(self: &Arc<Self>) {
         let entry = Entry::of(&self.context.config.borrow(), &self.context.identity);
         let mut told = lock(&self.told);
@@ -279,10 +241,10 @@ impl Engine {
         });
     }
 
-    /// Another daemon took this one for dead and shut it out of the cluster. Every job here has lost its lease; once
-    /// they have all noticed, the connection is made anew.
+    /// Another daemon fenced this one. Every job here has lost its lease; once they have all noticed, the daemon
+    /// connects again.
     async fn come_back(&self) {
-        tracing::error!("this daemon was shut out of the Ceph cluster: another took over its jobs; connecting anew");
+        tracing::error!("fenced by another daemon (Ceph blocklist); reconnecting");
         metrics::counter!("rbd_offload_fenced_total").increment(1);
         for _ in 0..COME_BACK_TRIES {
             if lock(&self.running).is_empty() {
@@ -291,7 +253,7 @@ impl Engine {
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
         if let Err(error) = self.context.clients.reconnect().await {
-            tracing::warn!(%error, "could not connect anew; tried again");
+            tracing::warn!(%error, "could not reconnect; tried again");
         }
     }
 
@@ -360,7 +322,7 @@ impl Engine {
     ///
     /// # Errors
     /// Those of the connection, which are the same for every job.
-    async fn try_claim(&self, image_id: Uuid) -> Result<Option<Job>, Error> {
+    async fn try_claim(&self, image_id: Uuid) -> Result<Option<JobRun>, Error> {
         let error = match tokio::time::timeout(CLAIM_WITHIN, self.claim(image_id)).await {
             Ok(Ok(claimed)) => return Ok(claimed),
             Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
@@ -373,7 +335,7 @@ impl Engine {
     }
 
     /// Takes the lease and reads the record. `None`: not ours to run now.
-    async fn claim(&self, image_id: Uuid) -> Result<Option<Job>, Error> {
+    async fn claim(&self, image_id: Uuid) -> Result<Option<JobRun>, Error> {
         let objects = self.context.store.objects().clone();
         let duration = self.context.config.borrow().jobs.lease;
         let Some(lease) = Lease::take(objects.as_ref(), image_id, &self.context.identity, duration).await? else {
@@ -384,7 +346,7 @@ impl Engine {
             Ok(None) => return Ok(None),
             Err(error @ Error::Unreadable { .. }) => {
                 lease.release(objects.as_ref()).await;
-                tracing::error!(%image_id, %error, "a job record cannot be worked on");
+                tracing::error!(%image_id, %error, "cannot process job record");
                 self.hold(image_id, UNREADABLE_PAUSE);
                 return Ok(None);
             }
@@ -393,19 +355,17 @@ impl Engine {
                 return Err(error);
             }
         };
-        let record = &stored.record;
-        if record.is_settled() {
+        if stored.is_settled() {
             lease.release(objects.as_ref()).await;
-            self.context.store.index(record).await?;
+            self.context.store.index(&stored).await?;
             return Ok(None);
         }
-        let urgent = record.cancel || record.check;
-        if !urgent && !is_due(record.not_before, self.context.clock.now()) {
+        if !stored.is_urgent() && !is_due(stored.record.not_before, self.context.clock.now()) {
             lease.release(objects.as_ref()).await;
-            self.context.store.index(record).await?;
+            self.context.store.index(&stored).await?;
             return Ok(None);
         }
-        Ok(Some(Job::new(self.context.clone(), lease, stored, self.pools.clone())))
+        Ok(Some(JobRun::new(self.context.clone(), lease, stored, self.pools.clone())))
     }
 
     async fn not_taken(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
@@ -429,7 +389,7 @@ impl Engine {
         lock(&self.held).insert(image_id, Instant::now() + pause);
     }
 
-    fn start(self: &Arc<Self>, image_id: Uuid, summary: Summary, job: Job, drain: CancellationToken) {
+    fn start(self: &Arc<Self>, image_id: Uuid, summary: Summary, job: JobRun, drain: CancellationToken) {
         let Summary { project, suspect, .. } = summary;
         let (progress, waits) = (job.progress(), job.waits());
         let running = Running { project: project.unwrap_or_default(), progress, waits, suspect };
@@ -440,11 +400,11 @@ impl Engine {
             let outcome = job.run(drain).await;
             match outcome {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
-                Outcome::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
-                Outcome::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
-                Outcome::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
-                Outcome::Ended(_) => lock(&engine.moves).ended += 1,
-                Outcome::Released => {}
+                RunResult::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
+                RunResult::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
+                RunResult::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
+                RunResult::Ended(_) => lock(&engine.moves).ended += 1,
+                RunResult::Released => {}
             }
             lock(&engine.running).remove(&image_id);
             engine.wake.notify_one();
@@ -463,11 +423,11 @@ impl Engine {
     }
 
     fn moves(&self) -> bool {
-        lock(&self.moves).at.is_some_and(|at| at.elapsed() < SIGN_INTERVAL)
+        lock(&self.moves).at.is_some_and(|at| at.elapsed() < HEARTBEAT_INTERVAL)
     }
 
-    /// Lets whoever waits for a job that waits itself know that it was seen, and a service that handed its work over
-    /// from time to time that its turn comes nearer. A few at a time, beside everything else.
+    /// Acknowledges queued jobs: once to the requester, and from time to time to a service that handed its work over. A
+    /// few at a time, beside everything else.
     async fn acknowledge(
         self: &Arc<Self>,
         mut waiting: impl Iterator<Item = Uuid>,
@@ -480,7 +440,7 @@ impl Engine {
                 Some(again) => moves && again.is_some_and(|again| again <= Instant::now()),
             });
             let Some(image_id) = next else { break };
-            lock(&self.acknowledged).insert(image_id, Some(Instant::now() + SIGN_INTERVAL));
+            lock(&self.acknowledged).insert(image_id, Some(Instant::now() + HEARTBEAT_INTERVAL));
             let Some(job) = self.try_claim(image_id).await? else {
                 // its record may be about to be written
                 lock(&self.acknowledged).remove(&image_id);
@@ -490,9 +450,9 @@ impl Engine {
             let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
             let work = async move {
                 match job.acknowledge(drain).await {
-                    Told::Tenant => drop(lock(&engine.acknowledged).insert(image_id, None)),
-                    Told::Service => {}
-                    Told::Nobody => {
+                    Acknowledged::Requester => drop(lock(&engine.acknowledged).insert(image_id, None)),
+                    Acknowledged::Service => {}
+                    Acknowledged::NotYet => {
                         lock(&engine.acknowledged).remove(&image_id);
                         engine.hold(image_id, LOOK_INTERVAL);
                     }
@@ -515,7 +475,6 @@ impl Engine {
     }
 }
 
-/// Whether a pause is over. A time that lies further ahead than any pause was written by a clock that is wrong.
 /// A call that is given up after `limit`. The error is for the log.
 async fn within(limit: Duration, call: impl Future<Output = ceph::Result<()>>) -> Result<(), String> {
     match tokio::time::timeout(limit, call).await {
@@ -524,26 +483,11 @@ async fn within(limit: Duration, call: impl Future<Output = ceph::Result<()>>) -
     }
 }
 
-fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
-    let longest = SignedDuration::try_from(BACKOFF_MAX * 2).unwrap_or(SignedDuration::MAX);
-    not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use jiff::{SignedDuration, Timestamp};
 
-    #[test]
-    fn a_pool_takes_no_more_jobs_than_its_limit() {
-        let pools = PoolSlots::default();
-        let first = pools.take("images", 1);
-        assert!(first.is_some());
-        assert!(pools.take("images", 1).is_none());
-        assert!(pools.take("other", 1).is_some());
-        assert!(pools.take("images", 0).is_some());
-        drop(first);
-        assert!(pools.take("images", 1).is_some());
-    }
+    use super::*;
 
     fn waiting(project: &str, second: i64) -> (Uuid, Summary) {
         let created = Some(Timestamp::UNIX_EPOCH + SignedDuration::from_secs(second));
@@ -590,15 +534,5 @@ mod tests {
         assert!(load(7, 3).has_room(4));
         assert!(!load(4, 4).has_room(4));
         assert!(!load(8, 0).has_room(4));
-    }
-
-    #[test]
-    fn a_time_far_ahead_comes_from_a_wrong_clock_and_is_not_waited_for() {
-        let now = Timestamp::now();
-        let ahead = |seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok();
-        assert!(is_due(None, now));
-        assert!(is_due(ahead(-1), now));
-        assert!(!is_due(ahead(30), now));
-        assert!(is_due(ahead(3600), now));
     }
 }

@@ -9,8 +9,8 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::record::Record;
-use super::store::{Error, NewJob, Result, Store, Submitted};
+use super::signal::Signal;
+use super::store::{Error, NewJob, Result, Store, Stored, Submitted};
 use crate::config::Config;
 use crate::notification::{Event, Meta, Sink, SinkError};
 use crate::request::{self, Asked, Trigger};
@@ -127,7 +127,7 @@ impl Intake {
                     source = source.map(|s| s.to_string()), "request stored");
                 metrics::counter!("rbd_offload_jobs_accepted_total", "trigger" => trigger.as_str()).increment(1);
             }
-            Submitted::AskedAgain => tracing::info!(%image_id, "request received again; rechecking the image"),
+            Submitted::Rerequested => tracing::info!(%image_id, "request received again; rechecking the image"),
             Submitted::Running => return Ok(()),
         }
         self.wake(image_id);
@@ -138,23 +138,20 @@ impl Intake {
     /// uploaded to since, or a change that reached Glance late. Properties are inherited by later images, so the
     /// reconciler takes them off.
     pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
-        let mark = |record: &mut Record| record.state.is_ended() && !std::mem::replace(&mut record.mend, true);
-        self.store.change(image_id, mark).await.map(drop)
+        let choose = |stored: &Stored| {
+            let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
+            if stored.record.state.is_ended() && !known { vec![Signal::NeedsRepair] } else { vec![] }
+        };
+        self.store.signal(image_id, choose).await.map(drop)
     }
 
     /// An image was deleted, says a notification. A live job of it asks Glance and ends if that is so.
     pub async fn image_deleted(&self, image_id: Uuid) -> Result<()> {
-        let mut live = false;
-        let changed = self
-            .store
-            .change(image_id, |record| {
-                live = !record.is_settled();
-                record.not_before = None;
-                live && !std::mem::replace(&mut record.check, true)
-            })
-            .await?;
-        if let (true, Some(record)) = (live, changed) {
-            self.store.index(&record).await?;
+        let choose = |stored: &Stored| if stored.is_settled() { vec![] } else { vec![Signal::RecheckImage] };
+        if let Some(stored) = self.store.signal(image_id, choose).await?
+            && !stored.is_settled()
+        {
+            self.store.index(&stored).await?;
             self.wake(image_id);
         }
         Ok(())

@@ -4,18 +4,28 @@
 //! keeps) may move it on; every step may be run again by anybody after a crash at any point, and ends the same.
 //! `docs/jobs.md` draws the states.
 
+pub mod backoff;
 pub mod bindings;
 mod cleanup;
 pub mod clock;
+pub mod context;
 mod custody;
 pub mod daemons;
 pub mod deployment;
 pub mod engine;
+mod error;
+mod held;
 pub mod intake;
 pub mod lease;
+pub mod names;
+mod old_record;
+mod outcome_message;
 pub mod reconcile;
 pub mod record;
 pub mod run;
+pub mod signal;
+mod slots;
+mod steps;
 pub mod store;
 
 #[cfg(test)]

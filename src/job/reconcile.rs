@@ -21,12 +21,15 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::cleanup::{Kind, Leftover, Removals, Removed};
+use super::context::Context;
 use super::custody::Custody;
 use super::daemons;
 use super::engine::Engine;
 use super::intake::Intake;
-use super::record::{PRIVATE_PREFIX, Private, State, parse_private};
-use super::run::Context;
+use super::names::{PRIVATE_PREFIX, Private, parse_private};
+use super::outcome_message::outcome_message;
+use super::record::State;
+use super::signal::Signal;
 use super::store::Error;
 use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
 use crate::openstack::{self, ListCursor};
@@ -78,8 +81,8 @@ pub struct Findings {
     pub requests: usize,
     /// Records that were in no index.
     pub records: usize,
-    /// Image records put right.
-    pub mended: usize,
+    /// Image records repaired.
+    pub repaired: usize,
     /// RBD images removed.
     pub images: usize,
     /// Snapshots removed.
@@ -243,7 +246,7 @@ impl Reconciler {
         for (kind, count) in [
             ("request", findings.requests),
             ("record", findings.records),
-            ("repaired", findings.mended),
+            ("repaired", findings.repaired),
             ("image", findings.images),
             ("snapshot", findings.snapshots),
             ("expired", findings.expired),
@@ -304,7 +307,7 @@ impl Reconciler {
         let (mut failures, mut retry) = (Failures::default(), Vec::new());
         while let Some(image_id) = unindexed.pop() {
             let adopted = match store.load(image_id).await {
-                Ok(Some(stored)) => store.index(&stored.record).await.map(|()| findings.records += 1),
+                Ok(Some(stored)) => store.index(&stored).await.map(|()| findings.records += 1),
                 Ok(None) => Ok(()),
                 Err(error @ Error::Unreadable { .. }) => {
                     tracing::error!(%image_id, %error, "left alone");
@@ -375,7 +378,7 @@ impl Reconciler {
             Ok(Some(stored)) if !stored.record.state.is_ended() => {
                 if !live.contains(&image_id) {
                     // stored, and the daemon that did it died or was not answered before the index said so
-                    self.context().store.index(&stored.record).await?;
+                    self.context().store.index(&stored).await?;
                     findings.records += 1;
                 }
                 true
@@ -419,19 +422,20 @@ impl Reconciler {
 
     /// Whether the job ended without an image.
     async fn look_at_ended(&self, image_id: Uuid, own: &str, findings: &mut Findings) -> Result<bool> {
-        let record = match self.context().store.load(image_id).await {
-            Ok(Some(stored)) => stored.record,
+        let stored = match self.context().store.load(image_id).await {
+            Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
             Err(error) => return Err(error.into()),
         };
-        if !record.is_settled() {
+        let record = &stored.record;
+        if !stored.is_settled() {
             // the daemon that made it live again died before the index said so
-            self.context().store.index(&record).await?;
+            self.context().store.index(&stored).await?;
             findings.records += 1;
             return Ok(false);
         }
-        if record.mend {
-            self.repair(image_id, &record, findings).await?;
+        if record.needs_repair || stored.signals.has(Signal::NeedsRepair) {
+            self.repair(image_id, record, findings).await?;
         } else if record.owner_address.as_deref() == Some(own)
             || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
         {
@@ -457,12 +461,12 @@ impl Reconciler {
             // what was handed over is about to be written by the service that did
             "queued"
                 if record.trigger == Trigger::Request
-                    && record.told
+                    && record.is_reported()
                     && record.state != State::Done
                     && request::asked_by(&image.tags) == Asked::Nothing =>
             {
                 let reason = record.reason.clone().unwrap_or_default();
-                let (status, message) = super::run::last_word(record.state, &reason, record.request_id);
+                let (status, message) = outcome_message(record.state, &reason, record.request_id);
                 tenant::show(&image, status, 0, &message)
             }
             _ => return Ok(()),
@@ -488,7 +492,7 @@ impl Reconciler {
         let repaired = repaired.await;
         custody.give_back(false).await;
         repaired?;
-        findings.mended += 1;
+        findings.repaired += 1;
         Ok(())
     }
 
@@ -526,8 +530,8 @@ impl Reconciler {
         }
     }
 
-    /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also those
-    /// in the trash, where a removal that broke off leaves them.
+    /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also
+    /// those in the trash, where a removal that broke off leaves them.
     async fn remove_images(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let mut found = Vec::new();
         for pool in self.pools() {
@@ -719,9 +723,9 @@ impl Reconciler {
                 return Ok(());
             }
             let expired = match store.load(image_id).await {
-                Ok(Some(stored)) if stored.record.is_settled() => store.remove(&stored).await.map(|()| 1),
+                Ok(Some(stored)) if stored.is_settled() => store.remove(&stored).await.map(|()| 1),
                 // it lives again; its index entry is stale
-                Ok(Some(stored)) => store.index(&stored.record).await.map(|()| 0),
+                Ok(Some(stored)) => store.index(&stored).await.map(|()| 0),
                 Ok(None) => store.forget(image_id).await.map(|()| 0),
                 Err(Error::Unreadable { .. }) => Ok(0),
                 Err(error) => Err(error),

@@ -1,18 +1,20 @@
 //! The record of a job, as it lies in RADOS: versioned JSON, and the legal ways from state to state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::names::private_name;
+use super::old_record;
 use crate::decline::Decline;
 use crate::request::{Source, Trigger};
 use crate::transfer::Method;
 
 /// Version of the record's format that this program writes. A record of a newer one is left alone.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where a job stands. The record's other fields tell how far it got inside the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -84,9 +86,9 @@ impl fmt::Display for State {
     }
 }
 
-/// A decision to end a job, stored before anything is taken down, so that the next owner ends it the same way.
+/// An end without an image. It is stored before anything is removed, so that every daemon ends the job the same way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ending {
+pub struct Outcome {
     /// `declined`, `failed` or `cancelled`.
     pub state: State,
     /// A sentence that a person can act on.
@@ -94,16 +96,28 @@ pub struct Ending {
     /// Why it was declined, to be counted; `None` for the other states.
     #[serde(default)]
     pub decline: Option<Decline>,
+    #[serde(default)]
+    pub report: Report,
 }
 
-impl Ending {
+/// How far the requester was told of an outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Report {
+    #[default]
+    Due,
+    /// Reporting has started: a request tag that is found on the image from now on may belong to a new request.
+    Begun,
+}
+
+impl Outcome {
     /// An end that is no decline.
     pub fn new(state: State, reason: impl Into<String>) -> Self {
-        Self { state, reason: reason.into(), decline: None }
+        Self { state, reason: reason.into(), decline: None, report: Report::Due }
     }
 
     pub fn declined(why: Decline, reason: impl Into<String>) -> Self {
-        Self { state: State::Declined, reason: reason.into(), decline: Some(why) }
+        Self { decline: Some(why), ..Self::new(State::Declined, reason) }
     }
 }
 
@@ -118,7 +132,7 @@ pub struct Stage {
 
 /// Where the copied bytes are taken from, found out by the plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
+pub struct SourceImage {
     pub pool: String,
     /// Internal id of the RBD image, under which it is found in the trash too.
     pub image_id: String,
@@ -142,28 +156,32 @@ pub struct Publication {
     pub sha512: Option<String>,
 }
 
-/// What the job made or is about to make, written down **before** it is made: what is not named here is not ours.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Made {
+/// Something that a job makes in Ceph. It is in the record **before** it is made: what is not named there is not the
+/// job's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Artifact {
     /// The temporary snapshot of the source.
-    pub snapshot: bool,
+    Snapshot,
     /// `rbd-offload.<image id>.anchor` in the source's pool.
-    pub anchor: bool,
+    Anchor,
     /// `rbd-offload.<image id>` in the destination pool.
-    pub copy: bool,
+    Copy,
     /// `<image id>` in the destination pool, by renaming the copy.
-    pub published: bool,
-    /// Our location was posted, or is about to be: a Glance task at work on the image may be ours. A record of an older
-    /// version does not say, so it may have been.
-    #[serde(default = "may_be")]
-    pub posted: bool,
-    /// Glance has made the image active with what we published; our mark is coming off.
-    pub active: bool,
+    Published,
 }
 
-fn may_be() -> bool {
-    true
+/// How far Glance knows the image's location.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Registration {
+    /// This job posted nothing: a Glance task at work on the image is another writer's.
+    #[default]
+    Unposted,
+    /// The location was posted, or is about to be: a Glance task at work on the image may be the job's.
+    Posted,
+    /// Glance has made the image active by the location. The ownership tag is coming off.
+    Active,
 }
 
 /// How far a service that handed its work over, and waits for the image, has bound itself (`docs/handover.md`).
@@ -181,7 +199,7 @@ pub enum Handover {
 pub struct Record {
     pub version: u32,
     pub image_id: Uuid,
-    /// A new one for each request; follows it through the logs, and marks what the job makes.
+    /// A new one for each request. It follows the request through the logs, and marks what the job makes.
     pub request_id: Uuid,
     /// `None` while no request could be read from the image's tags.
     pub source: Option<Source>,
@@ -213,47 +231,37 @@ pub struct Record {
     #[serde(default)]
     pub owner_address: Option<String>,
     #[serde(default)]
-    pub origin: Option<Origin>,
+    pub source_image: Option<SourceImage>,
     #[serde(default)]
     pub dest_pool: Option<String>,
     #[serde(default)]
     pub publication: Publication,
     #[serde(default)]
-    pub made: Made,
+    pub artifacts: BTreeSet<Artifact>,
+    #[serde(default)]
+    pub registration: Registration,
     /// Methods whose copy differed from its source. None of them is used again for this job, `retry` included, and each
     /// later copy is compared in full.
     #[serde(default)]
     pub mismatched: Vec<Method>,
     #[serde(default)]
-    pub ending: Option<Ending>,
+    pub outcome: Option<Outcome>,
     /// `None`: nobody waits who could do the work instead.
     #[serde(default)]
     pub handover: Option<Handover>,
     /// No attempt before this time.
     #[serde(default)]
     pub not_before: Option<Timestamp>,
-    /// Set by `cancel`: end it.
-    #[serde(default)]
-    pub cancel: bool,
-    /// Something was heard of the image (it was deleted, perhaps): look at it now.
-    #[serde(default)]
-    pub check: bool,
-    /// The image was asked for again after this job ended, or while it was ending: look whether that is so.
-    #[serde(default)]
-    pub again: bool,
     /// Started by `retry`: needs no tag.
     #[serde(default)]
     pub retried: bool,
     /// The tenant was told that the request was accepted.
     #[serde(default)]
     pub acknowledged: bool,
-    /// The tenant is being told of the end, or was: a request tag on the image record may be a new one by now.
+    /// The image's properties may be stale: an owner was fenced, or another client wrote the image. The reconciler
+    /// repairs them, after the job has ended too.
     #[serde(default)]
-    pub told: bool,
-    /// An owner was shut out, or another writer has the image: what was said on the image record may not be what stands
-    /// there. The reconciler puts it right, after the end too.
-    #[serde(default)]
-    pub mend: bool,
+    pub needs_repair: bool,
     /// The image was deactivated, since it became active under another format than the inspected one. It stays so.
     #[serde(default)]
     pub deactivated: bool,
@@ -269,6 +277,9 @@ pub struct Record {
     /// The furthest that `progress` was at a take-over while copying.
     #[serde(default)]
     pub takeover_progress: u8,
+    /// Fields of another version of this program. They are kept as they are.
+    #[serde(flatten)]
+    pub unknown: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Text of a record that others wrote is cut to this length, in bytes.
@@ -334,26 +345,24 @@ impl Record {
             reason: None,
             stages: Vec::new(),
             owner_address: None,
-            origin: None,
+            source_image: None,
             dest_pool: None,
             publication: Publication::default(),
-            made: Made::default(),
+            artifacts: BTreeSet::new(),
+            registration: Registration::Unposted,
             mismatched: Vec::new(),
-            ending: None,
+            outcome: None,
             handover: None,
             not_before: None,
-            cancel: false,
-            check: false,
-            again: false,
             retried: false,
             acknowledged: false,
-            told: false,
-            mend: false,
+            needs_repair: false,
             deactivated: false,
             needs_backend: None,
             placeholder: false,
             takeovers: 0,
             takeover_progress: 0,
+            unknown: serde_json::Map::new(),
         }
     }
 
@@ -370,8 +379,8 @@ impl Record {
 
     /// Cuts the texts that a record can do with less of.
     pub fn shorten(&mut self) {
-        let ending = self.ending.as_mut().map(|ending| &mut ending.reason);
-        self.reason.iter_mut().chain(self.fallback.as_mut()).chain(ending).for_each(shorten);
+        let outcome = self.outcome.as_mut().map(|outcome| &mut outcome.reason);
+        self.reason.iter_mut().chain(self.fallback.as_mut()).chain(outcome).for_each(shorten);
     }
 
     /// Counts an owner that did not release the job. One that had copied more than every owner before it begins the
@@ -391,7 +400,7 @@ impl Record {
     }
 
     /// # Errors
-    /// [`Unreadable::Newer`] for a record of a later format, whatever else it holds.
+    /// [`Unreadable::Newer`] for a record of a later format, whatever else it holds. One of format 1 is converted.
     pub fn parse(bytes: &[u8]) -> Result<Self, Unreadable> {
         #[derive(Deserialize)]
         struct Format {
@@ -400,6 +409,9 @@ impl Record {
         let format: Format = serde_json::from_slice(bytes).map_err(|e| Unreadable::Broken(e.to_string()))?;
         if format.version > u64::from(VERSION) {
             return Err(Unreadable::Newer(format.version));
+        }
+        if format.version < u64::from(VERSION) {
+            return old_record::convert(bytes).map_err(|e| Unreadable::Broken(e.to_string()));
         }
         serde_json::from_slice(bytes).map_err(|e| Unreadable::Broken(e.to_string()))
     }
@@ -425,7 +437,6 @@ impl Record {
         if next.is_ended() {
             self.ended_at = Some(now);
             self.not_before = None;
-            self.ending = None;
         }
         Ok(())
     }
@@ -439,16 +450,37 @@ impl Record {
             retried,
             owner: self.owner.take(),
             owner_address: self.owner_address.take(),
-            mend: self.mend,
+            needs_repair: self.needs_repair,
             mismatched: if retried { std::mem::take(&mut self.mismatched) } else { Vec::new() },
+            unknown: std::mem::take(&mut self.unknown),
             ..fresh
         };
         Ok(())
     }
 
-    /// Whether there is nothing left to do for any daemon.
-    pub fn is_settled(&self) -> bool {
-        self.state.is_ended() && !self.again
+    /// Adds why another method than the one that was to be taken is taken.
+    pub fn note_fallback(&mut self, note: &str) {
+        self.fallback = Some(self.fallback.iter().map(String::as_str).chain([note]).collect::<Vec<_>>().join("; "));
+    }
+
+    /// Whether the record says that this was made, or was about to be.
+    pub fn has(&self, artifact: Artifact) -> bool {
+        self.artifacts.contains(&artifact)
+    }
+
+    /// Notes that the requester is being told of `outcome`.
+    pub fn begin_report(&mut self, outcome: &Outcome) {
+        self.outcome.get_or_insert_with(|| outcome.clone()).report = Report::Begun;
+    }
+
+    /// Whether the requester was told of an outcome, or is being told.
+    pub fn is_reported(&self) -> bool {
+        self.outcome.as_ref().is_some_and(|outcome| outcome.report == Report::Begun)
+    }
+
+    /// The end without an image that a job which has not ended is to come to.
+    pub fn pending_outcome(&self) -> Option<&Outcome> {
+        self.outcome.as_ref().filter(|_| !self.state.is_ended())
     }
 
     /// Name of the private copy and of the temporary snapshot.
@@ -457,63 +489,12 @@ impl Record {
     }
 }
 
-/// Prefix of everything that a job makes before the image is published.
-pub const PRIVATE_PREFIX: &str = "rbd-offload.";
-
-/// What follows the image's id in the name of its anchor.
-const ANCHOR_SUFFIX: &str = ".anchor";
-
-/// Name of the private copy in the destination pool, of the temporary snapshot on the source, and of the anchor's
-/// protected snapshot.
-pub fn private_name(image_id: Uuid) -> String {
-    format!("{PRIVATE_PREFIX}{image_id}")
-}
-
-/// Name of the anchor in the source's pool: the clone of the temporary snapshot that the copy is cloned from.
-pub fn anchor_name(image_id: Uuid) -> String {
-    format!("{PRIVATE_PREFIX}{image_id}{ANCHOR_SUFFIX}")
-}
-
-/// What a job's private name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Private {
-    /// The copy, or a snapshot of that name.
-    Copy,
-    Anchor,
-}
-
-/// Reads a private name: what it stands for, and which image it is for. `None` for every other name. Whatever looks for
-/// a job's private images and snapshots goes by this.
-pub fn parse_private(name: &str) -> Option<(Private, Uuid)> {
-    let rest = name.strip_prefix(PRIVATE_PREFIX)?;
-    let (kind, id) = match rest.strip_suffix(ANCHOR_SUFFIX) {
-        Some(id) => (Private::Anchor, id),
-        None => (Private::Copy, rest),
-    };
-    // an id that is written in another way names nothing of ours
-    let image_id = Uuid::try_parse(id).ok().filter(|image_id| image_id.to_string() == id)?;
-    Some((kind, image_id))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn record() -> Record {
         Record::new(Uuid::new_v4(), Trigger::Request, Some(Source::Volume(Uuid::new_v4())), None, Timestamp::now())
-    }
-
-    #[test]
-    fn private_names_are_read_as_they_are_made() {
-        let id = Uuid::new_v4();
-        assert_eq!(parse_private(&private_name(id)), Some((Private::Copy, id)));
-        assert_eq!(parse_private(&anchor_name(id)), Some((Private::Anchor, id)));
-        let upper = private_name(id).to_uppercase();
-        for name in
-            ["", "rbd-offload.", "rbd-offload.mine", &id.to_string(), &format!("{}.x", private_name(id)), &upper]
-        {
-            assert_eq!(parse_private(name), None, "{name}");
-        }
     }
 
     #[test]
@@ -550,13 +531,14 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_an_older_version_may_have_posted_its_location() {
+    fn fields_of_another_version_are_kept() {
         let mut value: serde_json::Value = serde_json::from_slice(&record().to_bytes()).unwrap();
-        value["made"] = serde_json::json!({"snapshot": false, "copy": true, "published": true, "active": false});
-        value.as_object_mut().unwrap().remove("mismatched");
-        let old = Record::parse(value.to_string().as_bytes()).unwrap();
-        assert!(old.made.posted && old.mismatched.is_empty());
-        assert!(!record().made.posted);
+        value["later"] = serde_json::json!({"any": [1, 2.5, "x"]});
+        let mut read = Record::parse(value.to_string().as_bytes()).unwrap();
+        read.enter(State::Failed, Timestamp::now()).unwrap();
+        read.restart(true, Timestamp::now()).unwrap();
+        let written: serde_json::Value = serde_json::from_slice(&read.to_bytes()).unwrap();
+        assert_eq!(written["later"], value["later"]);
     }
 
     #[test]
@@ -583,7 +565,7 @@ mod tests {
     fn texts_of_a_record_are_cut_and_stay_texts() {
         let mut record = record();
         record.reason = Some("ü".repeat(1 << 20));
-        record.ending = Some(Ending::new(State::Failed, "x".repeat(1 << 20)));
+        record.outcome = Some(Outcome::new(State::Failed, "x".repeat(1 << 20)));
         record.fallback = Some("short".into());
         record.shorten();
         assert!(record.to_bytes().len() < 10_000, "{}", record.to_bytes().len());

@@ -1,5 +1,6 @@
 //! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
 //!
+//! The holder of a job's lease writes the record; everybody else leaves [signals](super::signal) on the same object.
 //! The object is the truth. `index.live` and `index.ended` are hints: a reader of an index reads the object before it
 //! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the
 //! OSDs walk the whole pool, which holds millions of objects.)
@@ -13,7 +14,8 @@ use uuid::Uuid;
 
 use super::clock::Clock;
 use super::record::{Handover, IllegalTransition, Record, State, Unreadable};
-use crate::ceph::{self, ErrorKind, LockKey, MAX_OBJECT, Objects, Version};
+use super::signal::{self, Signal, Signals};
+use crate::ceph::{self, ErrorKind, KeyedObject, LockKey, MAX_OBJECT, Objects, Version};
 use crate::request::{Source, Trigger};
 
 const LIVE: &str = "index.live";
@@ -22,8 +24,8 @@ const ENDED: &str = "index.ended";
 /// Entries read from an index with one operation.
 const PAGE: usize = 1000;
 
-/// How often a change is tried when others write the same record; each try means that one of them got through.
-const CHANGE_TRIES: usize = 32;
+/// How often a signal is tried when others write the same object; each try means that one of them got through.
+const SIGNAL_TRIES: usize = 32;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -35,17 +37,35 @@ pub enum Error {
     Illegal(#[from] IllegalTransition),
     #[error("the record of job {image_id} would be {bytes} bytes, more than can be read back; it was not written")]
     TooLarge { image_id: Uuid, bytes: usize },
-    #[error("job {0}: its record changed {CHANGE_TRIES} times while this was tried; try again")]
+    #[error("job {0}: its record changed {SIGNAL_TRIES} times while this was tried; try again")]
     Contended(Uuid),
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// A record as it was read, with what guards its next writing.
+/// A record and the signals beside it as they were read, with what guards the next write.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stored {
     pub record: Record,
+    pub signals: Signals,
     pub version: Version,
+}
+
+impl Stored {
+    /// Whether there is nothing left to do for any daemon.
+    pub fn is_settled(&self) -> bool {
+        self.record.state.is_ended() && !self.signals.has(Signal::Rerequested) && !self.signals.has(Signal::Retry)
+    }
+
+    /// Whether a daemon is to look at the job now, also if it waits for its next attempt.
+    pub fn is_urgent(&self) -> bool {
+        [Signal::Cancel, Signal::RecheckImage, Signal::Retry].into_iter().any(|signal| self.signals.has(signal))
+    }
+
+    /// Whether the operator wants a job to end that has not ended, or one that was requested again.
+    pub fn is_to_be_cancelled(&self) -> bool {
+        self.signals.has(Signal::Cancel) && !self.is_settled()
+    }
 }
 
 /// A request as the intake hands it over.
@@ -66,8 +86,8 @@ pub enum Submitted {
     },
     /// A live job for that image is there: the same request, heard again.
     Running,
-    /// An ended (or ending) job is there, or one for another source; it is marked to be looked at again.
-    AskedAgain,
+    /// An ended (or ending) job is there, or one for another source. It was sent [`Signal::Rerequested`].
+    Rerequested,
 }
 
 /// What the scheduler wants to know of a waiting job before it reads it. A hint.
@@ -85,6 +105,15 @@ pub struct Summary {
     pub suspect: bool,
     /// A daemon without this backend left it to another.
     pub backend: Option<String>,
+}
+
+impl From<&Stored> for Summary {
+    fn from(stored: &Stored) -> Self {
+        let not_before = stored.record.not_before.filter(|_| !stored.is_urgent());
+        // any daemon can end a job
+        let backend = stored.record.needs_backend.clone().filter(|_| !stored.is_urgent());
+        Self { not_before, backend, ..Self::from(&stored.record) }
+    }
 }
 
 impl From<&Record> for Summary {
@@ -122,7 +151,7 @@ impl Store {
     }
 
     pub async fn load(&self, image_id: Uuid) -> Result<Option<Stored>> {
-        let (bytes, version) = match self.objects.read(&Self::object(image_id)).await {
+        let KeyedObject { data, keys, version } = match self.objects.read_with_keys(&Self::object(image_id)).await {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(None),
             Err(error) if error.kind() == ErrorKind::TooLarge => {
@@ -130,17 +159,17 @@ impl Store {
             }
             Err(error) => return Err(error.into()),
         };
-        let record = Record::parse(&bytes).map_err(|reason| Error::Unreadable { image_id, reason })?;
+        let record = Record::parse(&data).map_err(|reason| Error::Unreadable { image_id, reason })?;
         if record.image_id != image_id {
             let reason = Unreadable::Broken(format!("it speaks of image {}", record.image_id));
             return Err(Error::Unreadable { image_id, reason });
         }
-        Ok(Some(Stored { record, version }))
+        Ok(Some(Stored { record, signals: Signals::read(keys), version }))
     }
 
     /// Stores a request. Once this returned, the request is not lost whatever dies.
     pub async fn submit(&self, new: &NewJob) -> Result<Submitted> {
-        if let Some(submitted) = self.heard_again(new).await? {
+        if let Some(submitted) = self.resubmit(new).await? {
             return Ok(submitted);
         }
         let mut record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
@@ -149,84 +178,97 @@ impl Store {
         let bytes = encode(&record)?;
         // The index before, since this may be given up once the record is there; and after, since an entry without a
         // record is dropped after a while.
-        self.index_live(&record).await?;
+        let summary = Summary::from(&record);
+        self.index_live(new.image_id, &summary).await?;
         match self.objects.create(&Self::object(new.image_id), &bytes).await {
             Ok(_) => {
-                self.index_live(&record).await?;
+                self.index_live(new.image_id, &summary).await?;
                 Ok(Submitted::Created { request_id: record.request_id })
             }
-            Err(e) if e.kind() == ErrorKind::Exists => {
-                self.heard_again(new).await?.ok_or(Error::Contended(new.image_id))
-            }
+            Err(e) if e.kind() == ErrorKind::Exists => self.resubmit(new).await?.ok_or(Error::Contended(new.image_id)),
             Err(e) => Err(e.into()),
         }
     }
 
     /// A request for an image that has a job. `None` when it has none.
-    async fn heard_again(&self, new: &NewJob) -> Result<Option<Submitted>> {
+    async fn resubmit(&self, new: &NewJob) -> Result<Option<Submitted>> {
         let image_id = new.image_id;
         let mut submitted = Submitted::Running;
-        let mut is_placeholder = false;
-        let changed = self
-            .change(image_id, |record| {
-                is_placeholder = record.placeholder;
-                if new.trigger != Trigger::Request {
+        let found = self
+            .signal(image_id, |stored| {
+                let record = &stored.record;
+                let signals = if new.trigger != Trigger::Request {
                     // a service hands an image over once; what comes later is an echo
-                    submitted = Submitted::Running;
-                    false
-                } else if record.state.is_ended() || record.ending.is_some() {
-                    submitted = Submitted::AskedAgain;
-                    !std::mem::replace(&mut record.again, true)
+                    vec![]
+                } else if record.state.is_ended() || record.outcome.is_some() {
+                    vec![Signal::Rerequested]
                 } else if record.trigger == Trigger::Request && record.source != new.source {
                     // another request than the one that runs: that ends, and the record is looked at again
-                    submitted = Submitted::AskedAgain;
-                    let before = (record.again, record.check, record.not_before);
-                    (record.again, record.check, record.not_before) = (true, true, None);
-                    before != (true, true, None)
+                    vec![Signal::Rerequested, Signal::RecheckImage]
                 } else {
-                    submitted = Submitted::Running;
-                    false
-                }
+                    vec![]
+                };
+                submitted = if signals.is_empty() { Submitted::Running } else { Submitted::Rerequested };
+                signals
             })
             .await?;
-        let Some(record) = changed else { return Ok(None) };
-        if is_placeholder && new.trigger != Trigger::Request {
+        let Some(stored) = found else { return Ok(None) };
+        if stored.record.placeholder && new.trigger != Trigger::Request {
             // what a service offers is stored once the reconciler is through, in a moment
             return Err(Error::Contended(image_id));
         }
-        // also when nothing was changed: the index entry may have been lost with the daemon that wrote the record
-        if !record.is_settled() {
-            self.index_live(&record).await?;
+        // also when nothing was sent: the daemon that wrote the record may have died before the index said so
+        if !stored.is_settled() {
+            self.index_live(image_id, &Summary::from(&stored)).await?;
         }
         Ok(Some(submitted))
     }
 
-    /// Reads the record, lets `change` alter it and writes it back if `change` says that it did; again when another
-    /// writer was faster. Not under the lease: only flags are to be set this way. `None`: there is no such job.
-    pub async fn change(&self, image_id: Uuid, mut change: impl FnMut(&mut Record) -> bool) -> Result<Option<Record>> {
-        for _ in 0..CHANGE_TRIES {
+    /// Sends a job the signals that `choose` names for what it reads, and returns what is stored then. Without a
+    /// signal nothing is written. A signal takes effect when the holder of the lease reads it. `None`: there is no such
+    /// job.
+    pub async fn signal(&self, image_id: Uuid, choose: impl FnMut(&Stored) -> Vec<Signal>) -> Result<Option<Stored>> {
+        self.signal_instead(image_id, &[], choose).await
+    }
+
+    /// [`signal`](Self::signal), which withdraws the signals `withdrawn` where one is sent to a job that has not ended.
+    async fn signal_instead(
+        &self,
+        image_id: Uuid,
+        withdrawn: &[Signal],
+        mut choose: impl FnMut(&Stored) -> Vec<Signal>,
+    ) -> Result<Option<Stored>> {
+        let object = Self::object(image_id);
+        for _ in 0..SIGNAL_TRIES {
             let Some(mut stored) = self.load(image_id).await? else { return Ok(None) };
-            if !change(&mut stored.record) {
-                return Ok(Some(stored.record));
+            let signals = choose(&stored);
+            if signals.is_empty() {
+                return Ok(Some(stored));
             }
-            stored.record.updated_at = self.clock.now();
-            match self.write(&stored, None).await {
-                Ok(_) => return Ok(Some(stored.record)),
-                Err(Error::Ceph(e)) if e.kind() == ErrorKind::Conflict => {}
-                Err(Error::Ceph(e)) if e.kind() == ErrorKind::NotFound => return Ok(None),
-                Err(e) => return Err(e),
+            let entries = signal::entries(&signals);
+            let removed = if stored.record.state.is_ended() { &[] } else { withdrawn };
+            match self.objects.change_keys(&object, &entries, &signal::keys(removed), stored.version).await {
+                Ok(version) => {
+                    stored.signals.set(entries);
+                    stored.signals.remove(removed);
+                    return Ok(Some(Stored { version, ..stored }));
+                }
+                Err(error) if error.kind() == ErrorKind::Conflict => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(error.into()),
             }
         }
         Err(Error::Contended(image_id))
     }
 
-    /// Writes the record over the version it was read at; with `lock`, only while that lock is held.
+    /// Writes the record over the version it was read at, while `lock` is held, and removes the signals `consumed`.
     ///
     /// # Errors
     /// [`Error::TooLarge`] for a record that could not be read back: nothing is written.
-    pub async fn write(&self, stored: &Stored, lock: Option<&LockKey>) -> Result<Version> {
-        let object = Self::object(stored.record.image_id);
-        Ok(self.objects.replace(&object, &encode(&stored.record)?, stored.version, lock).await?)
+    pub async fn write(&self, stored: &Stored, lock: &LockKey, consumed: &[Signal]) -> Result<Version> {
+        let (object, data, keys) =
+            (Self::object(stored.record.image_id), encode(&stored.record)?, signal::keys(consumed));
+        Ok(self.objects.replace_and_remove_keys(&object, &data, stored.version, Some(lock), &keys).await?)
     }
 
     /// Asks the cluster for next to nothing: whether it answers.
@@ -235,25 +277,26 @@ impl Store {
         Ok(())
     }
 
-    /// Brings the indexes in line with the record.
-    pub async fn index(&self, record: &Record) -> Result<()> {
-        if !record.is_settled() {
-            self.index_live(record).await?;
-            return Ok(self.objects.remove_omap(ENDED, &[record.image_id.to_string()]).await?);
+    /// Brings the indexes in line with what is stored.
+    pub async fn index(&self, stored: &Stored) -> Result<()> {
+        let image_id = stored.record.image_id;
+        if !stored.is_settled() {
+            self.index_live(image_id, &Summary::from(stored)).await?;
+            return Ok(self.objects.remove_omap(ENDED, &[image_id.to_string()]).await?);
         }
-        let ended_at = record.ended_at.unwrap_or(record.updated_at).to_string();
-        self.objects.set_omap(ENDED, &[(record.image_id.to_string(), ended_at.into_bytes())]).await?;
-        self.objects.remove_omap(LIVE, &[record.image_id.to_string()]).await?;
-        // a request that came between the record's writing and this removal put its entry there in vain
-        match self.load(record.image_id).await? {
-            Some(now) if !now.record.is_settled() => self.index_live(&now.record).await,
+        let ended_at = stored.record.ended_at.unwrap_or(stored.record.updated_at).to_string();
+        self.objects.set_omap(ENDED, &[(image_id.to_string(), ended_at.into_bytes())]).await?;
+        self.objects.remove_omap(LIVE, &[image_id.to_string()]).await?;
+        // a request that was sent between the write of the record and this removal would lose its index entry
+        match self.load(image_id).await? {
+            Some(now) if !now.is_settled() => self.index_live(image_id, &Summary::from(&now)).await,
             _ => Ok(()),
         }
     }
 
-    async fn index_live(&self, record: &Record) -> Result<()> {
-        let summary = serde_json::to_vec(&Summary::from(record)).unwrap_or_default();
-        Ok(self.objects.set_omap(LIVE, &[(record.image_id.to_string(), summary)]).await?)
+    async fn index_live(&self, image_id: Uuid, summary: &Summary) -> Result<()> {
+        let summary = serde_json::to_vec(summary).unwrap_or_default();
+        Ok(self.objects.set_omap(LIVE, &[(image_id.to_string(), summary)]).await?)
     }
 
     /// The jobs that a daemon has to work on, in the order of their ids.
@@ -315,69 +358,49 @@ impl Store {
         Ok(names.iter().filter_map(|name| Uuid::try_parse(name.strip_prefix("job.")?).ok()).collect())
     }
 
-    /// Starts an ended job again without a tag.
+    /// Asks for another attempt: of an ended job as of a new one without a tag, of a job that waits at once. `None`:
+    /// there is no such job.
     pub async fn retry(&self, image_id: Uuid) -> Result<Option<Retried>> {
-        let now = self.clock.now();
         let mut outcome = Retried::Restarted;
-        let mut illegal = None;
-        let changed = self
-            .change(image_id, |record| {
-                if record.state == State::Done {
-                    outcome = Retried::AlreadyDone;
-                    return false;
-                }
-                if !record.state.is_ended() {
-                    outcome = Retried::StillRunning;
-                    // a waiting job goes at once
-                    return record.not_before.take().is_some();
-                }
-                if record.trigger != Trigger::Request {
-                    outcome = Retried::HandedBack;
-                    return false;
-                }
-                outcome = Retried::Restarted;
-                match record.restart(true, now) {
-                    Ok(()) => true,
-                    Err(e) => {
-                        illegal = Some(e);
-                        false
-                    }
+        let found = self
+            .signal(image_id, |stored| {
+                let record = &stored.record;
+                outcome = match record.state {
+                    State::Done => Retried::AlreadyDone,
+                    state if !state.is_ended() => Retried::StillRunning,
+                    _ if record.trigger != Trigger::Request => Retried::OwnedByService,
+                    _ => Retried::Restarted,
+                };
+                match outcome {
+                    Retried::Restarted => vec![Signal::Retry],
+                    // a job that waits goes at once
+                    Retried::StillRunning if record.not_before.is_some() => vec![Signal::Retry],
+                    _ => vec![],
                 }
             })
             .await?;
-        if let Some(e) = illegal {
-            return Err(e.into());
-        }
-        match changed {
-            Some(record) => {
-                self.index(&record).await?;
-                Ok(Some(outcome))
-            }
-            None => Ok(None),
-        }
+        let Some(stored) = found else { return Ok(None) };
+        self.index(&stored).await?;
+        Ok(Some(outcome))
     }
 
-    /// Asks the daemon that works on the job to end it and take everything down; one that waits is taken up for that at
+    /// Asks the holder of the lease to end the job and to remove what it made. A job that waits is taken up for that at
     /// once. `None`: there is no such job.
     pub async fn cancel(&self, image_id: Uuid) -> Result<Option<Cancelled>> {
         let mut outcome = Cancelled::Asked;
-        let changed = self
-            .change(image_id, |record| {
-                if record.is_settled() || record.state == State::Done {
-                    outcome = Cancelled::Ended(record.state);
-                    return false;
+        let found = self
+            // a request that was made again before this is cancelled too: its tag is taken off with the job's
+            .signal_instead(image_id, &[Signal::Rerequested], |stored| {
+                if stored.is_settled() || stored.record.state == State::Done {
+                    outcome = Cancelled::Ended(stored.record.state);
+                    return vec![];
                 }
                 outcome = Cancelled::Asked;
-                // any daemon can end it
-                let left = record.needs_backend.take().is_some();
-                let waited = record.not_before.take().is_some() || left;
-                // a request that was made again after the end is looked for, and taken off
-                let again = !record.state.is_ended() && std::mem::take(&mut record.again);
-                !std::mem::replace(&mut record.cancel, true) || waited || again
+                vec![Signal::Cancel]
             })
             .await?;
-        let Some(record) = changed else { return Ok(None) };
-        self.index(&record).await?;
+        let Some(stored) = found else { return Ok(None) };
+        self.index(&stored).await?;
         Ok(Some(outcome))
     }
 }
@@ -407,5 +430,5 @@ pub enum Retried {
     StillRunning,
     AlreadyDone,
     /// The service that had handed it over has done it itself by now.
-    HandedBack,
+    OwnedByService,
 }

@@ -197,7 +197,7 @@ impl<S: Subscriber + for<'span> LookupSpan<'span>> Layer<S> for Writer {
     }
 }
 
-/// `2026-01-02T03:04:05.678901Z  INFO the job goes on image_id=… job_stage="copying"`
+/// `2026-01-02T03:04:05.678901Z  INFO job state changed image_id=… job_stage="copying"`
 fn text(entry: &Entry, colours: bool) -> String {
     let (on, off) = match entry.level {
         _ if !colours => ("", ""),

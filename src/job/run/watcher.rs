@@ -1,15 +1,18 @@
-//! What runs beside a job: the renewal of its lease, and the watcher, which shows progress, hears of a cancellation or another writer.
+//! What runs beside a job: the renewal of its lease, and the watcher, which shows progress and hears of a cancellation
+//! or of another writer.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Job, Step, Stop, end, other_writer};
+use super::{JobRun, StepError, StepResult};
 use crate::ceph::ErrorKind;
+use crate::job::error::{end, other_writer};
 use crate::job::record::State;
-use crate::publish::record::{self as image_record, Status};
+use crate::job::signal::Signal;
+use crate::openstack::Image;
+use crate::publish::record::{self as image_status, Status};
 use crate::telemetry::unix_time;
 
 /// How often the watcher looks at the record and shows progress.
@@ -19,12 +22,12 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 const TENANT_INTERVAL: Duration = Duration::from_secs(4);
 
 /// How often a service that waits is shown that the copy moves, where a per cent takes longer.
-const SIGN_INTERVAL: Duration = Duration::from_secs(10);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
 
 const COPYING: &str = "the disk is being copied inside the storage cluster";
 
 /// What the watcher has seen and shown.
-struct Seen {
+struct PollState {
     /// When it last looked at the tenant's record.
     looked: Instant,
     /// When it last changed the record, and the job's steps by then.
@@ -33,30 +36,30 @@ struct Seen {
     message: String,
 }
 
-impl Job {
-    /// Looks around until there is a reason to stop.
-    pub(super) async fn watch(&self, drain: &CancellationToken) -> Stop {
+impl JobRun {
+    /// Watches until there is a reason to stop.
+    pub(super) async fn watch(&self, drain: &CancellationToken) -> StepError {
         tokio::select! {
             biased;
-            () = drain.cancelled() => Stop::Drained,
-            stop = self.keep_looking() => stop,
-            stop = self.keep_source() => stop,
+            () = drain.cancelled() => StepError::Drained,
+            stop = self.poll_loop() => stop,
+            stop = self.watch_instance() => stop,
         }
     }
 
     /// Renews the lease, beside anything that may have to wait for a service. Returns when it is lost.
-    pub(super) async fn keep_lease(&self) -> Stop {
-        let objects = self.context.store.objects().clone();
-        let interval = self.lease.renewal_interval();
+    pub(super) async fn keep_lease(&self) -> StepError {
+        let objects = self.job.context.store.objects().clone();
+        let interval = self.job.lease.renewal_interval();
         loop {
             // a renewal that failed is tried again soon
-            let pause = match self.lease.renew(objects.as_ref()).await {
+            let pause = match self.job.lease.renew(objects.as_ref()).await {
                 Ok(()) => interval,
                 Err(error) if matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced) => {
-                    return Stop::LeaseLost;
+                    return StepError::LeaseLost;
                 }
                 Err(error) => {
-                    tracing::warn!(image_id = %self.id, %error, "the lease was not renewed; tried again");
+                    tracing::warn!(image_id = %self.job.id, %error, "the lease was not renewed; tried again");
                     interval / 2
                 }
             };
@@ -64,38 +67,40 @@ impl Job {
         }
     }
 
-    async fn keep_looking(&self) -> Stop {
+    async fn poll_loop(&self) -> StepError {
         let (looked, shown) = (Instant::now(), Instant::now());
-        let mut seen = Seen { looked, shown, steps: 0, message: COPYING.to_owned() };
+        let mut seen = PollState { looked, shown, steps: 0, message: COPYING.to_owned() };
         loop {
-            sleep(WATCH_INTERVAL.min(self.lease.renewal_interval())).await;
-            match self.look_around(&mut seen).await {
+            sleep(WATCH_INTERVAL.min(self.job.lease.renewal_interval())).await;
+            match self.poll_once(&mut seen).await {
                 Ok(()) => {}
                 // what may pass is no reason for the watcher to stop a transfer that goes well
-                Err(Stop::Retry(reason)) => tracing::debug!(image_id = %self.id, reason, "the watcher could not look"),
+                Err(StepError::Retry(reason)) => {
+                    tracing::debug!(image_id = %self.job.id, reason, "the watcher could not look")
+                }
                 Err(stop) => return stop,
             }
         }
     }
 
-    async fn look_around(&self, seen: &mut Seen) -> Step<()> {
-        if self.finishing.load(Ordering::SeqCst) {
+    async fn poll_once(&self, seen: &mut PollState) -> StepResult<()> {
+        if self.job.is_uncancellable() {
             return Ok(());
         }
-        let Some(now) = self.context.store.load(self.id).await? else {
-            return Err(Stop::Abandon("its record is gone".into()));
+        let Some(now) = self.job.context.store.load(self.job.id).await? else {
+            return Err(StepError::Abandon("its record is gone".into()));
         };
-        if now.record.cancel {
+        if now.signals.has(Signal::Cancel) {
             return end(State::Cancelled, "cancelled by the operator");
         }
-        if now.record.check {
-            let image = self.read_image().await?;
-            self.update(|record| record.check = false).await?;
-            if self.snapshot().await.state == State::Copying {
-                self.check_request(&image).await?;
+        if now.signals.has(Signal::RecheckImage) {
+            let image = self.job.read_image().await?;
+            self.job.update_with_signals(|_, signals| signals.seen_in(&now.signals, &[Signal::RecheckImage])).await?;
+            if self.job.record().await.state == State::Copying {
+                self.job.check_request(&image).await?;
             }
         }
-        if self.snapshot().await.state != State::Copying {
+        if self.job.record().await.state != State::Copying {
             return Ok(());
         }
         let percent = self.note_progress().await?;
@@ -103,26 +108,26 @@ impl Job {
             return Ok(());
         }
         seen.looked = Instant::now();
-        let steps = self.progress.steps();
-        if steps != seen.steps && seen.shown.elapsed() >= SIGN_INTERVAL && self.is_waited_for().await {
-            seen.message = format!("{COPYING}; {}", self.at_work());
+        let steps = self.job.progress.steps();
+        if steps != seen.steps && seen.shown.elapsed() >= HEARTBEAT_INTERVAL && self.has_waiting_service().await {
+            seen.message = format!("{COPYING}; {}", self.heartbeat_text());
         }
-        let mut tenant = self.tenant.lock().await;
+        let mut tenant = self.shown.lock().await;
         if let Some(image) = tenant.take() {
-            let changes = image_record::show(&image, Status::Copying, percent, &seen.message);
+            let changes = image_status::show(&image, Status::Copying, percent, &seen.message);
             let found = if changes.is_empty() {
-                self.read_image().await
+                self.job.read_image().await
             } else {
                 (seen.shown, seen.steps) = (Instant::now(), steps);
-                self.patch_status(image.clone(), Status::Copying, percent, &seen.message).await
+                self.job.patch_status(image.clone(), Status::Copying, percent, &seen.message).await
             };
             match found {
                 Ok(found) if found.status == "queued" => {
-                    self.check_request(&found).await?;
+                    self.job.check_request(&found).await?;
                     *tenant = Some(found);
                 }
                 Ok(_) => return other_writer(),
-                Err(stop @ Stop::Retry(_)) => {
+                Err(stop @ StepError::Retry(_)) => {
                     *tenant = Some(image);
                     return Err(stop);
                 }
@@ -133,24 +138,45 @@ impl Job {
     }
 
     /// Writes the progress into the record when it moved. Returns per cent of the whole job.
-    pub(super) async fn note_progress(&self) -> Step<u8> {
-        let (done, total) = (self.progress.done(), self.progress.total());
+    pub(super) async fn note_progress(&self) -> StepResult<u8> {
+        let (done, total) = (self.job.progress.done(), self.job.progress.total());
         if total == 0 {
             return Ok(0);
         }
         // the copy is all but the last 5 % of a job
         let percent = u8::try_from(u128::from(done) * 95 / u128::from(total)).unwrap_or(95);
-        let record = self.snapshot().await;
+        let record = self.job.record().await;
         let bytes_done = u64::try_from(u128::from(record.bytes_total) * u128::from(done) / u128::from(total))
             .unwrap_or(record.bytes_total);
         if record.progress != percent {
             metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
-            self.update(|record| {
-                record.progress = percent;
-                record.bytes_done = bytes_done;
-            })
-            .await?;
+            self.job
+                .update(|record| {
+                    record.progress = percent;
+                    record.bytes_done = bytes_done;
+                })
+                .await?;
         }
         Ok(percent)
+    }
+
+    /// Shows status and message on the record, and lets the watcher go on from there.
+    pub(super) async fn show(&self, image: Image, status: Status, message: &str) -> StepResult<()> {
+        self.job.check_cancelled()?;
+        let mut shown = self.shown.lock().await;
+        *shown = Some(self.job.patch_status(image, status, 0, message).await?);
+        Ok(())
+    }
+
+    /// Like [`show`](Self::show), where a failure is no reason to stop.
+    pub(super) async fn show_again(&self, status: Status, message: &str) {
+        // the delegating service reads `publishing` as "prepared"
+        if self.job.record().await.handover.is_some() {
+            return;
+        }
+        let Some(image) = self.shown.lock().await.take() else { return };
+        if let Err(stop) = self.job.patch_status(image, status, 95, message).await {
+            tracing::debug!(image_id = %self.job.id, ?stop, "the status was not shown");
+        }
     }
 }

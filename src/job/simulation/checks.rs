@@ -5,18 +5,31 @@ use std::sync::PoisonError;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::cluster::Rbd;
+use super::cluster::{Object, Rbd};
 use super::scenario::Stage;
 use super::service::Outcome;
 use super::trouble::Trouble;
 use super::world::World;
+use crate::ceph::Version;
 use crate::job::record::{Record, State};
+use crate::job::signal::Signals;
+use crate::job::store::Stored;
 use crate::request::{HANDOVER_PREFIX, TAG_PREFIX};
 use crate::transfer::MARK;
 
-pub fn jobs(world: &World) -> Vec<Record> {
+/// The jobs' records with their signals.
+pub fn stored(world: &World) -> Vec<Stored> {
     let objects = world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job."));
-    objects.filter_map(|(_, object)| Record::parse(&object.data).ok()).collect()
+    let read = |object: &Object| {
+        let record = Record::parse(&object.data).ok()?;
+        let keys = object.omap.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        Some(Stored { record, signals: Signals::read(keys), version: Version(object.version) })
+    };
+    objects.filter_map(|(_, object)| read(object)).collect()
+}
+
+pub fn jobs(world: &World) -> Vec<Record> {
+    stored(world).into_iter().map(|stored| stored.record).collect()
 }
 
 fn leftovers(world: &World) -> Vec<String> {
@@ -47,7 +60,9 @@ fn leftovers(world: &World) -> Vec<String> {
     if let Some(index) = world.ceph.objects.get("index.live") {
         left.extend(index.omap.keys().map(|id| format!("an index entry of {id}")));
     }
-    left.extend(jobs(world).iter().filter(|j| !j.is_settled()).map(|j| format!("job {} in {}", j.image_id, j.state)));
+    for job in stored(world).iter().filter(|job| !job.is_settled()) {
+        left.push(format!("job {} in {} with {:?}", job.record.image_id, job.record.state, job.signals));
+    }
     left
 }
 
@@ -68,11 +83,12 @@ pub fn is_quiet(stage: &Stage) -> bool {
 pub fn all(stage: &Stage, foreign: &[Rbd], when: &str) {
     let mut world = stage.world.lock();
     let mut broken = Vec::new();
+    let stored = stored(&world);
     let jobs = jobs(&world);
     for id in stage.acked.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        match jobs.iter().find(|j| j.image_id == *id) {
+        match stored.iter().find(|job| job.record.image_id == *id) {
             Some(job) if job.is_settled() => {}
-            Some(job) => broken.push(format!("the acked request for {id} did not end: {}", job.state)),
+            Some(job) => broken.push(format!("the acked request for {id} did not end: {}", job.record.state)),
             None => broken.push(format!("the acked request for {id} was lost")),
         }
     }
@@ -144,7 +160,7 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
                     broken.push(format!("active image {id} lacks what the volume hands on"));
                 }
                 if !rbd.ours {
-                    broken.push(format!("image {id} is active through us with somebody else's data"));
+                    broken.push(format!("image {id} is active through us with another client's data"));
                 }
                 if job.is_none_or(|job| job.state != State::Done) {
                     broken.push(format!("active image {id}'s job is {:?}", job.map(|j| j.state)));
@@ -179,7 +195,7 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
     broken
 }
 
-/// In a world without accidents, whoever asks for what can be done gets it.
+/// In a world without accidents, a request for what can be done is served.
 pub fn all_served(stage: &Stage, asked: &[Uuid]) {
     let mut world = stage.world.lock();
     for id in asked {
@@ -203,7 +219,7 @@ pub fn all_served(stage: &Stage, asked: &[Uuid]) {
         let kills = world.killer.as_ref().is_some_and(|killer| killer.image_id == id);
         let stuck = record.image.properties.contains_key("os_glance_import_task");
         // a task of the request before, which ended without it, is at work still
-        let late = world.has(Trouble::SlowTasks) && reason.contains("somebody else has written");
+        let late = world.has(Trouble::SlowTasks) && reason.contains("another client has written");
         if !stuck && !kills && !late && !RIGHTLY.iter().any(|right| reason.contains(right)) {
             let state = job.map(|j| j.state);
             world.violated(format!("image {id} was asked for again in a calm world and is {state:?}: {reason}"));

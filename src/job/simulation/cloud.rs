@@ -47,7 +47,7 @@ pub struct Record {
     pub requests: Vec<(Source, Instant)>,
     /// As each daemon was last told of it.
     pub told: BTreeMap<String, Image>,
-    /// As whoever registered the location had last been told of it.
+    /// As the daemon that registered the location was told of it last.
     pub posted: Option<Image>,
     /// What it was asked to be made from at that moment, and since when.
     pub posted_request: Option<(Source, Instant)>,
@@ -82,7 +82,7 @@ impl Record {
         }
     }
 
-    /// The request that was known to whoever registered the location, and when it was made.
+    /// The request that the daemon which registered the location knew, and when it was made.
     fn posted_for(&self) -> Option<(Source, Instant)> {
         let tags = self.posted.as_ref().map(|image| image.tags.as_slice()).unwrap_or_default();
         match request::asked_by(tags) {
@@ -247,7 +247,7 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
     {
         let mut world = shared.lock();
         if stuck {
-            return world.log(|| format!("glance task of {id} is stuck for ever"));
+            return world.log(|| format!("glance task of {id} is stuck without end"));
         }
         let Some(record) = world.cloud.images.get(&id).cloned() else { return };
         let data = split(&url).and_then(|(pool, name, snap)| {
@@ -447,7 +447,7 @@ pub fn purge_trash(world: &mut World) {
 }
 
 impl Handle {
-    /// Whoever begins to change an image's record holds the lease on its job by all that it can know.
+    /// A daemon that begins to change an image's record holds the lease on its job by all that it can know.
     fn check_lease(&self, id: &str) {
         let mut world = self.world().lock();
         let until = world.ceph.leases.get(&(self.node.address(), format!("job.{id}"))).copied();
@@ -584,7 +584,7 @@ impl Cloud for Handle {
                     }
                 }
                 let task = format!("task-{}", world.ceph.next());
-                // a tag that is changed there and back is the same request to whoever did not look meanwhile
+                // a tag that is changed there and back is the same request to a daemon that did not look meanwhile
                 let changed = world.has(Trouble::ChangedTags);
                 if let Some(record) = world.cloud.images.get_mut(id) {
                     record.image.properties.insert(TASK.into(), task.clone());

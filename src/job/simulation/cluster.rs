@@ -15,9 +15,9 @@ use super::promises;
 use super::trouble::Trouble;
 use super::world::World;
 use crate::ceph::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Lent, Link, LockKey, Locked, Moved,
-    OWNER_KEY, Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool, TransferLimits,
-    Trashed, Version,
+    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, KeyedObject, Lent, Link, LockKey,
+    Locked, Moved, OWNER_KEY, Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool,
+    TransferLimits, Trashed, Version,
 };
 
 pub const FSID: &str = "c0ffee00-0000-4000-8000-000000000001";
@@ -31,7 +31,7 @@ pub struct Snap {
     pub name: String,
     pub content: u64,
     pub protected: bool,
-    /// Made by a daemon.
+    /// Artifacts by a daemon.
     pub ours: bool,
     /// Its removal broke off: it lies in the trash namespace, under no name.
     pub discarded: bool,
@@ -59,7 +59,7 @@ pub struct Rbd {
     pub metadata: BTreeMap<String, String>,
     /// By the snapshot's name.
     pub snapshot_tags: BTreeMap<String, String>,
-    /// Made by a daemon.
+    /// Artifacts by a daemon.
     pub ours: bool,
     /// Clients that have it open for writing.
     pub watchers: BTreeMap<String, Instant>,
@@ -217,7 +217,7 @@ fn owner_of(world: &World, id: &str, snapshot: &str) -> Option<String> {
 }
 
 impl Handle {
-    /// A long call: `steps` times a while, in which the client may be shut out, frozen or told to stop.
+    /// A long call: `steps` times a while, in which the client may be fenced, frozen or told to stop.
     async fn long(
         &self,
         what: &str,
@@ -261,7 +261,7 @@ impl Handle {
             let mut world = self.world().lock();
             if world.ceph.blocklist.contains(&address) {
                 self.node.was_fenced(&address);
-                return Err(Error::new(what, ErrorKind::Fenced, "shut out"));
+                return Err(Error::new(what, ErrorKind::Fenced, "fenced"));
             }
             match world.ceph.by_id_mut(id) {
                 Some(image) => {
@@ -1099,10 +1099,36 @@ impl Objects for Handle {
     }
 
     async fn replace(&self, object: &str, data: &[u8], version: Version, lock: Option<&LockKey>) -> Result<Version> {
+        self.replace_and_remove_keys(object, data, version, lock, &[]).await
+    }
+
+    async fn read_with_keys(&self, object: &str) -> Result<Option<KeyedObject>> {
+        self.ceph(
+            Kind::Read,
+            || format!("read {object}"),
+            |world| {
+                Ok(world.ceph.objects.get(object).map(|found| KeyedObject {
+                    data: found.data.clone(),
+                    keys: found.omap.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+                    version: Version(found.version),
+                }))
+            },
+        )
+        .await
+    }
+
+    async fn replace_and_remove_keys(
+        &self,
+        object: &str,
+        data: &[u8],
+        version: Version,
+        lock: Option<&LockKey>,
+        keys: &[String],
+    ) -> Result<Version> {
         let client = self.node.address();
         self.ceph(
             Kind::Write,
-            || format!("replace {object} {}", brief(data)),
+            || format!("replace {object} {} -{keys:?}", brief(data)),
             |world| {
                 let next = world.ceph.next();
                 let found = world.ceph.object("replace", object)?;
@@ -1112,8 +1138,34 @@ impl Objects for Handle {
                     return Err(Error::new(format!("replace {object}"), ErrorKind::Conflict, "another version"));
                 }
                 found.data = data.into();
+                found.omap.retain(|key, _| !keys.contains(key));
                 found.version = next;
                 promises::written(world, &before, data);
+                Ok(Version(next))
+            },
+        )
+        .await
+    }
+
+    async fn change_keys(
+        &self,
+        object: &str,
+        set: &[(String, Vec<u8>)],
+        removed: &[String],
+        version: Version,
+    ) -> Result<Version> {
+        self.ceph(
+            Kind::Write,
+            || format!("change keys {object} {:?} -{removed:?}", set.iter().map(|(key, _)| key).collect::<Vec<_>>()),
+            |world| {
+                let next = world.ceph.next();
+                let found = world.ceph.object("change keys", object)?;
+                if found.version != version.0 {
+                    return Err(Error::new(format!("change keys {object}"), ErrorKind::Conflict, "another version"));
+                }
+                found.omap.retain(|key, _| !removed.contains(key));
+                found.omap.extend(set.iter().cloned());
+                found.version = next;
                 Ok(Version(next))
             },
         )
@@ -1267,14 +1319,12 @@ impl Objects for Handle {
 fn brief(data: &[u8]) -> String {
     let Ok(record) = crate::job::record::Record::parse(data) else { return String::new() };
     format!(
-        "{} made={:?} ending={:?} attempts={} cancel={} check={} again={} retried={} owner={:?}",
+        "{} made={:?} {:?} outcome={:?} attempts={} retried={} owner={:?}",
         record.state,
-        record.made,
-        record.ending.map(|e| e.state),
+        record.artifacts,
+        record.registration,
+        record.outcome.map(|outcome| outcome.state),
         record.attempts,
-        record.cancel,
-        record.check,
-        record.again,
         record.retried,
         record.owner_address
     )

@@ -12,11 +12,13 @@ use super::world::{DEPLOYMENT, Dice, Faults, Shared, World};
 use super::{run_in_virtual_time, scenario};
 use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
 use crate::job::clock::Clock;
+use crate::job::context::Context;
 use crate::job::custody::{Custody, Guarded};
 use crate::job::daemons::{self, Entry, HEARTBEAT};
 use crate::job::lease::{Identity, Lease, fence_owner};
-use crate::job::record::{Record, State, private_name};
-use crate::job::run::Context;
+use crate::job::names::private_name;
+use crate::job::record::{Record, State};
+use crate::job::signal::Signal;
 use crate::job::store::{NewJob, Store, Submitted};
 use crate::publish::tag::OwnershipTag;
 use crate::request::Trigger;
@@ -51,6 +53,17 @@ fn request(image_id: Uuid) -> NewJob {
     NewJob { image_id, trigger: Trigger::Request, source: None, project_id: None }
 }
 
+/// The holder of the lease ends a job.
+async fn end(context: &Context, image_id: Uuid) {
+    let objects = context.store.objects().as_ref();
+    let duration = context.config.borrow().jobs.lease;
+    let lease = Lease::take(objects, image_id, &context.identity, duration).await.unwrap().unwrap();
+    let mut stored = context.store.load(image_id).await.unwrap().unwrap();
+    stored.record.enter(State::Failed, context.clock.now()).unwrap();
+    context.store.write(&stored, lease.key(), &[]).await.unwrap();
+    lease.release(objects).await;
+}
+
 /// A private copy as a daemon could have left it.
 fn leave_copy(world: &Shared, image_id: Uuid) -> ImageSpec {
     let name = private_name(image_id);
@@ -69,7 +82,7 @@ fn a_frozen_reconciler_is_fenced_by_the_job_that_comes_after_it() {
         let custody = Custody::take(&frozen, &storage, image_id).await.unwrap().expect("nobody works on it");
 
         // a new request meets the placeholder, and waits for the lease
-        assert_eq!(other.store.submit(&request(image_id)).await.unwrap(), Submitted::AskedAgain);
+        assert_eq!(other.store.submit(&request(image_id)).await.unwrap(), Submitted::Rerequested);
         let lease = other.config.borrow().jobs.lease;
         let objects = other.store.objects().as_ref();
         assert!(Lease::take(objects, image_id, &other.identity, lease).await.unwrap().is_none());
@@ -112,7 +125,7 @@ fn custody_leaves_no_record_and_no_owner() {
         let store = &context.store;
         store.submit(&request(ended)).await.unwrap();
         assert!(Custody::take(&context, &storage, ended).await.unwrap().is_none(), "a live job is left alone");
-        store.change(ended, |record| record.enter(State::Failed, context.clock.now()).is_ok()).await.unwrap();
+        end(&context, ended).await;
         let own = storage.address().await.unwrap();
         for image_id in [without, ended] {
             let custody = Custody::take(&context, &storage, image_id).await.unwrap().unwrap();
@@ -136,12 +149,12 @@ fn a_request_that_comes_meanwhile_keeps_its_record() {
         let (world, image_id) = (world(), Uuid::new_v4());
         let (context, storage) = daemon(&world, "one");
         let custody = Custody::take(&context, &storage, image_id).await.unwrap().unwrap();
-        assert_eq!(context.store.submit(&request(image_id)).await.unwrap(), Submitted::AskedAgain);
+        assert_eq!(context.store.submit(&request(image_id)).await.unwrap(), Submitted::Rerequested);
         let offer = NewJob { trigger: Trigger::VolumeUpload, ..request(image_id) };
         assert!(context.store.submit(&offer).await.is_err(), "an offer is delivered again");
         custody.give_back(false).await;
-        let record = context.store.load(image_id).await.unwrap().unwrap().record;
-        assert!(record.again && record.owner_address.is_none());
+        let stored = context.store.load(image_id).await.unwrap().unwrap();
+        assert!(stored.signals.has(Signal::Rerequested) && stored.record.owner_address.is_none());
         assert!(context.store.live().await.unwrap().iter().any(|(id, _)| *id == image_id));
     });
 }

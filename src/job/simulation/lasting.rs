@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::node::{Handle, Node};
 use crate::ceph::{
-    self, Change, Compare, ImageInfo, ImageSpec, Link, LockKey, Locked, Moved, Objects, Progress, SnapshotPage,
-    Storage, TransferLimits, Trashed, Version,
+    self, Change, Compare, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved, Objects, Progress,
+    SnapshotPage, Storage, TransferLimits, Trashed, Version,
 };
 use crate::openstack::{
     self, Cloud, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Server, Store, Validation,
@@ -87,7 +87,7 @@ impl Lasting {
         }
     }
 
-    /// A long call, whose progress is shown as long as somebody waits for it.
+    /// A long call, whose progress is shown as long as its caller waits for it.
     async fn run_long<T, F>(
         &self,
         progress: &Progress,
@@ -343,6 +343,35 @@ impl Objects for Lasting {
     ) -> ceph::Result<Version> {
         let (handle, object, data, lock) = (self.0.clone(), object.to_owned(), data.to_vec(), lock.cloned());
         self.run(async move { handle.replace(&object, &data, version, lock.as_ref()).await }).await
+    }
+
+    async fn read_with_keys(&self, object: &str) -> ceph::Result<Option<KeyedObject>> {
+        self.0.read_with_keys(object).await
+    }
+
+    async fn replace_and_remove_keys(
+        &self,
+        object: &str,
+        data: &[u8],
+        version: Version,
+        lock: Option<&LockKey>,
+        keys: &[String],
+    ) -> ceph::Result<Version> {
+        let (handle, object, data) = (self.0.clone(), object.to_owned(), data.to_vec());
+        let (lock, keys) = (lock.cloned(), keys.to_vec());
+        self.run(async move { handle.replace_and_remove_keys(&object, &data, version, lock.as_ref(), &keys).await })
+            .await
+    }
+
+    async fn change_keys(
+        &self,
+        object: &str,
+        set: &[(String, Vec<u8>)],
+        removed: &[String],
+        version: Version,
+    ) -> ceph::Result<Version> {
+        let (handle, object, set, removed) = (self.0.clone(), object.to_owned(), set.to_vec(), removed.to_vec());
+        self.run(async move { handle.change_keys(&object, &set, &removed, version).await }).await
     }
 
     async fn remove(&self, object: &str, version: Version, lock: Option<&LockKey>) -> ceph::Result<()> {

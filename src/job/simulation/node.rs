@@ -1,5 +1,5 @@
-//! One daemon of the simulation: the real engine behind a gate on every call to the outside. At the gate the call may be
-//! late, fail, be done without an answer, hang; the daemon may die, or be stopped for longer than its lease.
+//! One daemon of the simulation: the real engine behind a gate on every call to the outside. At the gate the call may
+//! be late, fail, be done without an answer, hang; the daemon may die, or be stopped for longer than its lease.
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +17,11 @@ use super::world::{Shared, World};
 use crate::ceph;
 use crate::config::Config;
 use crate::job::clock::Clock;
+use crate::job::context::Context;
 use crate::job::engine::Engine;
 use crate::job::intake::Intake;
 use crate::job::lease::Identity;
 use crate::job::reconcile::Reconciler;
-use crate::job::run::Context;
 use crate::job::store::Store;
 use crate::openstack;
 
@@ -203,7 +203,7 @@ impl Node {
         self.host().body().dead
     }
 
-    /// Waits while the daemon is frozen, and for ever when it is dead.
+    /// Waits while the daemon is frozen, and without end when it is dead.
     pub async fn pass(&self) {
         loop {
             let until = {
@@ -310,7 +310,7 @@ impl Handle {
         let address = self.node.address();
         if self.node.body().fenced {
             tokio::task::yield_now().await;
-            return Err(ceph::Error::new(what(), ceph::ErrorKind::Fenced, "shut out"));
+            return Err(ceph::Error::new(what(), ceph::ErrorKind::Fenced, "fenced"));
         }
         let node = &self.node;
         let shown = &what;
@@ -325,7 +325,7 @@ impl Handle {
         self.gate(kind, true, shown, |world| {
             if world.ceph.blocklist.contains(&address) {
                 node.was_fenced(&address);
-                return Err(ceph::Error::new(shown(), ceph::ErrorKind::Fenced, "shut out"));
+                return Err(ceph::Error::new(shown(), ceph::ErrorKind::Fenced, "fenced"));
             }
             if is_broken {
                 return Err(ceph::Error::new(shown(), ceph::ErrorKind::Other, "this object is broken"));

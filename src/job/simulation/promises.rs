@@ -47,7 +47,7 @@ pub fn written(world: &mut World, before: &[u8], data: &[u8]) {
     }
 }
 
-/// Somebody asks for a client to be fenced: a daemon may give up one of its own.
+/// A daemon asks for a client to be fenced: it may give up one of its own.
 pub fn fenced(world: &mut World, by: &str, address: &str) {
     let name = address.split(':').next().unwrap_or_default();
     if name == by {

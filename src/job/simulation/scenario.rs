@@ -24,7 +24,7 @@ use crate::request::{self, Asked};
 
 const PROJECTS: [&str; 2] = ["blue", "green"];
 
-/// How long the world may take to become quiet once nothing fails any more. A Glance task that is stuck for ever is
+/// How long the world may take to become quiet once nothing fails any more. A Glance task that is stuck without end is
 /// given twenty-five minutes.
 const QUIET_WITHIN: Duration = Duration::from_secs(60 * 60);
 
@@ -182,7 +182,7 @@ impl Stage {
         roll(&mut self.world.lock().dice)
     }
 
-    /// One message of the broker: delivered until somebody acks it.
+    /// One message of the broker: delivered until a daemon acks it.
     async fn deliver(self, image_id: Uuid, deleted: bool, tags: Vec<String>) {
         loop {
             let pause = self.dice(|dice| if dice.percent(80) { dice.millis(0, 800) } else { dice.millis(0, 90_000) });
@@ -244,7 +244,7 @@ impl Stage {
         let mut world = self.world.lock();
         let now = Instant::now();
         // the tenant sees that it is being worked on, also when that is by the operator's `retry`
-        if checks::jobs(&world).iter().any(|j| j.image_id == image_id && !j.state.is_ended() && j.ending.is_none()) {
+        if checks::jobs(&world).iter().any(|j| j.image_id == image_id && !j.state.is_ended() && j.outcome.is_none()) {
             return false;
         }
         let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) else { return false };
@@ -299,7 +299,7 @@ impl Stage {
                     let _ = self.store.retry(image_id).await;
                 }
                 17..=19 => self.notify(image_id, false),
-                // somebody says that it was deleted
+                // a forged notification says that it was deleted
                 20 | 22 => self.notify(image_id, true),
                 23 => foreign_data(&mut self.world.lock(), image_id),
                 21 => {
@@ -313,7 +313,7 @@ impl Stage {
         }
     }
 
-    /// Somebody who comes at the worst moment: while Glance works on a location, or just when a job ends.
+    /// Events at the worst moment: while Glance works on a location, or just when a job ends.
     async fn meddler(self, until: Instant) {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(50, 1_500));
@@ -449,7 +449,7 @@ impl Stage {
     }
 }
 
-/// Somebody puts an RBD image under the image's name while the copy is being made.
+/// Another client puts an RBD image under the image's name while the copy is being made.
 fn foreign_data(world: &mut World, image_id: Uuid) {
     let name = image_id.to_string();
     let copying = checks::jobs(world).iter().any(|j| j.image_id == image_id && j.state == State::Copying);
@@ -458,7 +458,7 @@ fn foreign_data(world: &mut World, image_id: Uuid) {
         return;
     }
     let content = world.ceph.next();
-    world.log(|| format!("somebody makes images/{name}"));
+    world.log(|| format!("another client makes images/{name}"));
     let id = world.ceph.create("images", &name, content, false).id.clone();
     world.ceph.snap(&id, "snap", true, false);
 }
@@ -521,7 +521,7 @@ pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTr
 
     // every request comes to an end, and nothing stays behind
     settle(&stage, &foreign, "after the accidents").await;
-    // and in a world without accidents whoever asks gets
+    // and in a world without accidents every request is served
     let asked: Vec<Uuid> = stage.images.iter().copied().filter(|id| stage.ask_again(*id)).collect();
     if !asked.is_empty() {
         settle(&stage, &foreign, "after asking again").await;

@@ -19,7 +19,8 @@ use crate::config::Config;
 use crate::decline::Decline;
 use crate::job::clock::Clock;
 use crate::job::record::{Record, State};
-use crate::job::store::{Cancelled, Store};
+use crate::job::signal::{Signal, Signals};
+use crate::job::store::{Cancelled, Store, Stored};
 use crate::notification::{Event, EventType, Meta, Sink};
 use crate::openstack::{Image, ImageTask};
 use crate::request::Source;
@@ -130,8 +131,12 @@ impl Stage {
         storing.image_queued(self.image, Some(OWNER.into()), &tags).await.unwrap();
     }
 
+    fn stored(&self) -> Option<Stored> {
+        checks::stored(&self.world.lock()).into_iter().find(|job| job.record.image_id == self.image)
+    }
+
     fn job(&self) -> Option<Record> {
-        checks::jobs(&self.world.lock()).into_iter().find(|job| job.image_id == self.image)
+        self.stored().map(|stored| stored.record)
     }
 
     /// Waits until the job has ended, and everybody has had time to do something more.
@@ -139,10 +144,11 @@ impl Stage {
         let until = Instant::now() + Duration::from_secs(3600);
         loop {
             sleep(Duration::from_secs(1)).await;
-            if let Some(job) = self.job().filter(Record::is_settled) {
+            if let Some(job) = self.stored().filter(Stored::is_settled) {
                 sleep(Duration::from_secs(200)).await;
-                if self.job().is_some_and(|now| now.is_settled() && now.request_id == job.request_id) {
-                    return self.job().unwrap();
+                let same = |now: &Stored| now.record.request_id == job.record.request_id;
+                if let Some(now) = self.stored().filter(|now| now.is_settled() && same(now)) {
+                    return now.record;
                 }
             }
             assert!(Instant::now() < until, "it does not end: {:#?}", self.job());
@@ -538,6 +544,9 @@ fn a_job_is_left_to_the_daemon_that_has_its_backend() {
             let stage = Stage::new();
             let mut lacking = config("clone");
             lacking.backends.clear();
+            // nobody asks for it before the daemon that lacks the backend is there
+            let tags = stage.image().image.tags;
+            Stage::change_image(stage.image, |record| record.image.tags.clear())(&mut stage.world.lock());
             let other = if other_lives { Some(stage.daemon("other", "clone")) } else { None };
             sleep(Duration::from_secs(5)).await;
             // it is not there for a while, but has not been gone for long
@@ -545,6 +554,7 @@ fn a_job_is_left_to_the_daemon_that_has_its_backend() {
                 other.node.kill();
             }
             let _daemon = Daemon::start(&stage.world, "lacking".into(), lacking);
+            Stage::change_image(stage.image, |record| record.image.tags = tags)(&mut stage.world.lock());
             stage.ask().await;
             sleep(Duration::from_secs(120)).await;
             if other_lives {
@@ -605,16 +615,76 @@ fn a_cancelled_request_that_was_made_again_stays_cancelled() {
         let tag = Source::Volume(stage.volumes[0]).tag();
         Stage::change_image(image, |record| record.image.tags.push(tag))(&mut stage.world.lock());
         stage.ask().await;
-        assert!(stage.job().unwrap().again);
+        assert!(stage.stored().unwrap().signals.has(Signal::Rerequested));
         assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Asked));
         let _second = stage.daemon("second", "clone");
         let job = stage.end().await;
-        assert_eq!((job.state, job.cancel, job.again), (State::Declined, false, false), "{job:#?}");
+        assert_eq!((job.state, stage.stored().unwrap().signals), (State::Declined, Signals::default()), "{job:#?}");
         let record = stage.image().image;
         assert_eq!((record.status.as_str(), &record.tags[..]), ("queued", &["mine".to_owned()][..]));
         assert!(record.properties["rbd_offload_message"].contains("cancelled by the operator"), "{record:#?}");
         assert_eq!(stage.published(), None);
         stage.is_tidy();
+    });
+}
+
+#[test]
+fn a_request_that_comes_while_the_daemon_looks_for_one_is_not_lost() {
+    play(|| async {
+        let stage = Stage::new();
+        let (image, tag) = (stage.image, Source::Volume(stage.volumes[0]).tag());
+        stage.world.lock().cloud.disks.get_mut(&stage.volumes[0].to_string()).unwrap().volume.status = "error".into();
+        let _daemon = stage.daemon("node", "clone");
+        stage.ask().await;
+        assert_eq!(stage.end().await.state, State::Declined);
+        // the daemon has read a record without a tag, and is about to write that nothing was asked for
+        let volume = stage.volumes[0].to_string();
+        stage.before(&["replace job.", "signal.rerequested"], move |world| {
+            world.cloud.disks.get_mut(&volume).unwrap().volume.status = "available".into();
+            world.cloud.images.get_mut(&image.to_string()).unwrap().image.tags.push(tag);
+            let version = world.ceph.next();
+            let object = world.ceph.objects.get_mut(&Store::object(image)).unwrap();
+            object.omap.insert("signal.rerequested".into(), b"sent again".to_vec());
+            object.version = version;
+        });
+        stage.store.signal(image, |_| vec![Signal::Rerequested]).await.unwrap();
+        stage.world.lock().ceph.objects.get_mut("index.live").unwrap().omap.insert(image.to_string(), b"{}".to_vec());
+        let begun = Instant::now();
+        while stage.job().is_none_or(|job| job.state != State::Done) {
+            sleep(Duration::from_millis(100)).await;
+            assert!(begun.elapsed() < Duration::from_secs(30), "before the reconciler's round: {:#?}", stage.stored());
+        }
+        stage.is_tidy();
+    });
+}
+
+#[test]
+fn a_signal_to_a_job_that_has_just_ended_is_not_left_behind() {
+    play(|| async {
+        let stage = Stage::new();
+        let image = stage.image;
+        stage.ask().await;
+        stage.before(&["change keys job."], move |world| {
+            let version = world.ceph.next();
+            let object = world.ceph.objects.get_mut(&Store::object(image)).unwrap();
+            let mut record = Record::parse(&object.data).unwrap();
+            record.enter(State::Failed, jiff::Timestamp::now()).unwrap();
+            (object.data, object.version) = (record.to_bytes(), version);
+        });
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Ended(State::Failed)));
+        assert_eq!(stage.stored().unwrap().signals, Signals::default());
+    });
+}
+
+#[test]
+fn a_record_with_a_signal_is_not_removed_unread() {
+    play(|| async {
+        let stage = Stage::new();
+        stage.ask().await;
+        let stored = stage.store.load(stage.image).await.unwrap().unwrap();
+        stage.store.signal(stage.image, |_| vec![Signal::Rerequested]).await.unwrap();
+        assert!(stage.store.remove(&stored).await.is_err());
+        assert!(stage.stored().unwrap().signals.has(Signal::Rerequested));
     });
 }
 

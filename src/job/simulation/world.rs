@@ -128,7 +128,7 @@ pub struct World {
     /// Until then the monitors refuse to fence anybody.
     pub fences_refused_until: Option<Instant>,
     pub trouble: Vec<Trouble>,
-    /// What kills whoever does it: an image's id, and the beginning of the call.
+    /// What kills the daemon that does it: an image's id, and the beginning of the call.
     pub killer: Option<Killer>,
     pub watched: Watched,
 }

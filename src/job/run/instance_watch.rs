@@ -9,17 +9,15 @@
 //! The time that there is, in seconds: 3 until the next look, 10 at most for Nova's answer, and what is left for ending
 //! the transfer and for removing the unfinished copy, which goes before the anchor and the snapshot.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Job, Step, Stop};
+use super::{JobRun, StepError};
 use crate::decline::Decline;
-use crate::job::record::{Ending, Record, State};
+use crate::job::record::{Outcome, State};
 use crate::openstack::DiskChange;
 use crate::request::Source;
-use crate::transfer::Method;
 
 /// How often Nova is asked. The snapshot is gone well before Nova's last try.
 const SERVER_INTERVAL: Duration = Duration::from_secs(3);
@@ -31,10 +29,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// instance, so this and the removal of the snapshot must take less than Nova's minute.
 const UNKNOWN_MAX: Duration = Duration::from_secs(25);
 
-impl Job {
+impl JobRun {
     /// Returns when Nova may be about to remove or replace the disk that is being copied. A copy that is sealed needs
     /// its source no longer.
-    pub(super) async fn keep_source(&self) -> Stop {
+    pub(super) async fn watch_instance(&self) -> StepError {
         let mut known = Instant::now();
         loop {
             sleep(SERVER_INTERVAL).await;
@@ -49,9 +47,9 @@ impl Job {
                     change
                 }
                 Err(reason) => {
-                    tracing::debug!(image_id = %self.id, reason, "Nova did not tell how the instance is");
+                    tracing::debug!(image_id = %self.job.id, reason, "Nova did not tell how the instance is");
                     if known.elapsed() >= UNKNOWN_MAX && self.instance_in_use().await.is_some() {
-                        return Stop::Retry(format!("Nova does not tell how {instance} is: {reason}"));
+                        return StepError::Retry(format!("Nova does not tell how {instance} is: {reason}"));
                     }
                     continue;
                 }
@@ -61,7 +59,7 @@ impl Job {
                 && self.instance_in_use().await.is_some()
             {
                 let reason = format!("{instance} was {} while its disk was being copied", change.as_str());
-                return Stop::End(Ending::declined(Decline::Busy, reason));
+                return StepError::End(Outcome::declined(Decline::Busy, reason));
             }
         }
     }
@@ -69,7 +67,7 @@ impl Job {
     /// What Nova does to the instance's disk; an error says why that is not known.
     async fn change_of(&self, instance: &Source) -> Result<Option<DiskChange>, String> {
         let id = instance.id().to_string();
-        match timeout(ANSWER_WITHIN, self.context.cloud.server(&id)).await {
+        match timeout(ANSWER_WITHIN, self.job.context.cloud.server(&id)).await {
             Ok(Ok(Some(server))) if server.is_out_of_reach() => Err("its cell does not answer".into()),
             Ok(Ok(Some(server))) => Ok(server.disk_change()),
             Ok(Ok(None)) => Ok(Some(DiskChange::Deleted)),
@@ -80,35 +78,8 @@ impl Job {
 
     /// The instance whose disk the transfer reads.
     async fn instance_in_use(&self) -> Option<Source> {
-        let record = self.snapshot().await;
-        let copying = record.state == State::Copying && !self.finishing.load(Ordering::SeqCst);
+        let record = self.job.record().await;
+        let copying = record.state == State::Copying && !self.job.is_uncancellable();
         record.source.filter(|source| copying && matches!(source, Source::Instance(_)))
     }
-
-    /// Ends the hold on an instance's disk between two attempts, and before anything that may have to wait for a
-    /// service. The next attempt begins from scratch in any case.
-    pub(super) async fn release_instance(&self) -> Step<()> {
-        let record = self.snapshot().await;
-        if record.state != State::Copying || !holds_instance(&record) {
-            return Ok(());
-        }
-        self.lease.renew(self.context.store.objects().as_ref()).await?;
-        // nothing is cloned from the snapshot: the disk first, since a large copy takes its time to go
-        if record.method == Some(Method::Copy) {
-            self.release_source().await?;
-        }
-        self.take_down().await
-    }
-
-    /// Like [`release_instance`](Self::release_instance), where the next attempt does it if this fails.
-    pub(super) async fn try_release_instance(&self) {
-        if let Err(stop) = self.release_instance().await {
-            tracing::warn!(image_id = %self.id, ?stop, "the snapshot on the instance's disk is not removed yet");
-        }
-    }
-}
-
-/// Whether our snapshot may be on an instance's disk.
-pub(super) fn holds_instance(record: &Record) -> bool {
-    record.made.snapshot && matches!(record.source, Some(Source::Instance(_)))
 }

@@ -1,0 +1,30 @@
+//! What every job and the reconciler need: connections, configuration, and who this daemon is.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::clock::Clock;
+use super::lease::Identity;
+use super::store::Store;
+use crate::ceph::{Rates, Storage, StoragePool};
+use crate::config::Config;
+use crate::openstack::Cloud;
+
+#[derive(Clone)]
+pub struct Context {
+    /// Shared by all; while a job runs, its own client.
+    pub storage: Arc<dyn Storage>,
+    /// Where jobs get a client of their own.
+    pub clients: Arc<dyn StoragePool>,
+    pub cloud: Arc<dyn Cloud>,
+    pub store: Store,
+    pub config: watch::Receiver<Arc<Config>>,
+    /// Shared by the transfers of all jobs.
+    pub rates: Arc<Rates>,
+    pub identity: Identity,
+    /// Tells what this deployment made from what another one made in the same pools.
+    pub deployment: Uuid,
+    pub clock: Clock,
+}

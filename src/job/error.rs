@@ -1,0 +1,108 @@
+//! Why a job's attempt did not go on.
+
+use super::record::{Outcome, State};
+use super::store;
+use crate::ceph::{self, ErrorKind};
+use crate::decline::Decline;
+use crate::openstack;
+use crate::plan::NoPlan;
+
+/// Why a step, or what leads to the steps, did not go on.
+#[derive(Debug)]
+pub(super) enum StepError {
+    /// The job ends without an image.
+    End(Outcome),
+    /// It may pass.
+    Retry(String),
+    /// This method of transfer cannot do the source, or it made a copy that differs. The error is the former's.
+    NextMethod(Option<ceph::Error>),
+    /// As many jobs as may run into this pool do.
+    NoRoom {
+        pool: String,
+    },
+    /// This daemon is not configured for the source's backend.
+    OtherBackend {
+        backend: String,
+        reason: String,
+    },
+    /// Stopped from outside; the watcher knows why.
+    Interrupted,
+    LeaseLost,
+    /// The daemon stops.
+    Drained,
+    /// The record cannot be worked on.
+    Abandon(String),
+}
+
+pub(super) type StepResult<T> = Result<T, StepError>;
+
+pub(super) fn end<T>(state: State, reason: impl Into<String>) -> StepResult<T> {
+    Err(StepError::End(Outcome::new(state, reason)))
+}
+
+pub(super) fn decline<T>(why: Decline, reason: impl Into<String>) -> StepResult<T> {
+    Err(StepError::End(Outcome::declined(why, reason)))
+}
+
+/// The same sentence for the tenant, the record and the log.
+pub(super) fn other_writer<T>() -> StepResult<T> {
+    decline(Decline::OtherWriter, "another client has written the image meanwhile")
+}
+
+pub(super) fn image_gone<T>() -> StepResult<T> {
+    end(State::Cancelled, "the image was deleted")
+}
+
+impl From<ceph::Error> for StepError {
+    fn from(error: ceph::Error) -> Self {
+        match error.kind() {
+            ErrorKind::NotLocked | ErrorKind::Fenced => Self::LeaseLost,
+            ErrorKind::Cancelled => Self::Interrupted,
+            ErrorKind::NoSpace
+            | ErrorKind::PermissionDenied
+            | ErrorKind::Unsupported
+            | ErrorKind::TooLarge
+            | ErrorKind::Exists => Self::End(Outcome::new(State::Failed, error.to_string())),
+            ErrorKind::NotFound | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other => {
+                Self::Retry(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<openstack::Error> for StepError {
+    fn from(error: openstack::Error) -> Self {
+        use openstack::ErrorKind as Kind;
+        match error.kind() {
+            Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::TooLarge | Kind::Conflict => {
+                Self::Retry(error.to_string())
+            }
+            Kind::Forbidden | Kind::OverLimit | Kind::Refused | Kind::NoService => {
+                Self::End(Outcome::new(State::Failed, error.to_string()))
+            }
+        }
+    }
+}
+
+impl From<store::Error> for StepError {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::Ceph(error) => error.into(),
+            store::Error::Contended(_) => Self::Retry(error.to_string()),
+            store::Error::TooLarge { .. } => Self::End(Outcome::new(State::Failed, error.to_string())),
+            store::Error::Unreadable { .. } | store::Error::Illegal(_) => Self::Abandon(error.to_string()),
+        }
+    }
+}
+
+impl From<NoPlan> for StepError {
+    fn from(none: NoPlan) -> Self {
+        match none {
+            NoPlan::Declined(why, reason) => Self::End(Outcome::declined(why, reason)),
+            NoPlan::OtherBackend { backend, reason } => Self::OtherBackend { backend, reason },
+            NoPlan::Gone => Self::End(Outcome::new(State::Cancelled, none.to_string())),
+            NoPlan::Ceph(error) => error.into(),
+            NoPlan::OpenStack(error) => error.into(),
+        }
+    }
+}

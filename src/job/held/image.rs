@@ -1,0 +1,104 @@
+//! The image record of a job: read, changed under the lease, and judged.
+
+use super::super::error::{StepResult, decline, end, image_gone, other_writer};
+use super::super::record::{Artifact, Handover, Registration, State};
+use super::HeldJob;
+use crate::ceph::ImageSpec;
+use crate::decline::Decline;
+use crate::openstack::{self, Image, ImageChange};
+use crate::plan;
+use crate::publish;
+use crate::publish::record::{self as image_status, Status};
+use crate::publish::tag::is_tagged;
+use crate::request::{self, Asked, Trigger};
+
+/// How often a change of the image record is tried when the record changes meanwhile.
+pub const CHANGE_TRIES: usize = 5;
+
+impl HeldJob {
+    pub async fn read_image(&self) -> StepResult<Image> {
+        Ok(plan::read_image(self.context.cloud.as_ref(), self.id).await?)
+    }
+
+    /// Changes the image's record. No fence keeps a former owner out of Glance, so the lease is renewed right before.
+    pub async fn change_image(&self, changes: &[ImageChange]) -> StepResult<openstack::Result<Option<Image>>> {
+        self.renew_lease().await?;
+        Ok(self.context.cloud.update_image(&self.id.to_string(), changes).await)
+    }
+
+    /// Shows status and message on the image record, and returns the record then.
+    pub async fn patch_status(&self, image: Image, status: Status, percent: u8, message: &str) -> StepResult<Image> {
+        self.check_offer(&image).await?;
+        let changes = image_status::show(&image, status, percent, message);
+        match self.change_image(&changes).await? {
+            Ok(Some(image)) if image.status == "queued" => Ok(image),
+            Ok(Some(_)) => other_writer(),
+            Ok(None) => image_gone(),
+            // the record changed since it was read; the next look tells
+            Err(error) if error.kind() == openstack::ErrorKind::Conflict => Ok(image),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the
+    /// image itself.
+    pub async fn check_offer(&self, image: &Image) -> StepResult<()> {
+        if self.record().await.handover == Some(Handover::Offered) && !request::said_go(&image.tags) {
+            plan::read_offer(image)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the record asks for this job as it did when the plan was made. It is asked when the record is read
+    /// during the copy, before the copy takes its name, and last right before the location is posted (`docs/jobs.md`).
+    pub async fn check_request(&self, image: &Image) -> StepResult<()> {
+        let record = self.record().await;
+        let Some(source) = record.source else { return Ok(()) };
+        if record.project_id != image.owner {
+            // the same sentence as for a source that was another project's from the beginning
+            return Ok(plan::no_such_source(source)?);
+        }
+        if record.trigger != Trigger::Request {
+            return self.check_offer(image).await;
+        }
+        match request::asked_by(&image.tags) {
+            Asked::For(asked) if asked == source => Ok(()),
+            Asked::For(_) => end(State::Cancelled, "the request tag was changed: the new one is a request of its own"),
+            Asked::Unclear(reason) => decline(Decline::Request, reason),
+            // `retry` needs no tag
+            Asked::Nothing if record.retried => Ok(()),
+            Asked::Nothing => end(State::Cancelled, "the request tag was taken off"),
+        }
+    }
+
+    /// Whether an active image is active by what we published. The RBD image of its name bears our tag, and is the
+    /// location: with a second store, an upload or an import may have been faster. Where Glance shows the locations to
+    /// nobody here, the size has to do. Once the tag is coming off, the job's record knows.
+    pub async fn is_our_image(&self, image: &Image) -> StepResult<bool> {
+        let record = self.record().await;
+        let is_active = record.registration == Registration::Active;
+        if !record.has(Artifact::Published) || is_active {
+            return Ok(is_active);
+        }
+        let Some(pool) = &record.dest_pool else { return Ok(false) };
+        let (storage, id) = (self.context.storage.as_ref(), self.id.to_string());
+        if !is_tagged(storage, &ImageSpec::named(pool, &id), &self.tag().await).await? {
+            return Ok(false);
+        }
+        let ours = publish::location(&storage.fsid().await?, pool, &id);
+        Ok(match self.context.cloud.image_locations(&id).await? {
+            Some(locations) => locations.iter().any(|url| publish::is_location(url, &ours)),
+            None => image.size == Some(record.bytes_total),
+        })
+    }
+}
+
+/// The Glance task that works on the image.
+pub fn running_task(image: &Image) -> Option<&String> {
+    image.properties.get("os_glance_import_task")
+}
+
+/// Whether a Glance task works on the image.
+pub fn has_running_task(image: &Image) -> bool {
+    image.status == "importing" || running_task(image).is_some()
+}

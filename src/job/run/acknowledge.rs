@@ -1,0 +1,117 @@
+//! Reports a job that waits for its turn: once to the requester, and periodically to a delegating service while this
+//! daemon makes progress.
+
+use jiff::SignedDuration;
+use tokio_util::sync::CancellationToken;
+
+use super::{Begins, JobRun, StepError, StepResult};
+use crate::job::record::{Handover, State};
+use crate::openstack::Image;
+use crate::publish::record::Status;
+use crate::request::{self, Asked};
+
+const QUEUED_MESSAGE: &str = "the request waits for its turn";
+
+/// Minimum age of a queued job's last update before another heartbeat, so that only one of several daemons sends it.
+const HEARTBEAT_MIN_AGE: SignedDuration = SignedDuration::from_secs(20);
+
+/// Who knows that a job waits for its turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acknowledged {
+    /// The requester, for whom once is enough.
+    Requester,
+    /// A service that handed its work over.
+    Service,
+    /// Not the service that handed it over: it cannot be told now.
+    NotYet,
+}
+
+impl JobRun {
+    /// Reports a queued job, and releases it.
+    pub async fn acknowledge(mut self, drain: CancellationToken) -> Acknowledged {
+        let waited_for = self.has_waiting_service().await;
+        let client = match self.take_client(&drain).await {
+            Ok(client) => client,
+            Err(stop) => {
+                tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
+                self.job.release_lease().await;
+                return if waited_for { Acknowledged::NotYet } else { Acknowledged::Requester };
+            }
+        };
+        let stopped = async {
+            tokio::select! {
+                biased;
+                () = drain.cancelled() => StepError::Drained,
+                stop = self.keep_lease() => stop,
+            }
+        };
+        let told = tokio::select! {
+            biased;
+            told = self.report_queued(waited_for) => told,
+            stop = stopped => Err(stop),
+        };
+        if let Err(stop) = told {
+            tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
+            // a lease that is given back with an owner in the record would get that owner fenced
+            if self.release_ownership(|_| {}).await.is_err() {
+                return if waited_for { Acknowledged::NotYet } else { Acknowledged::Requester };
+            }
+        }
+        self.job.release_lease().await;
+        client.give_back();
+        match waited_for {
+            false => Acknowledged::Requester,
+            true if self.job.record().await.acknowledged => Acknowledged::Service,
+            true => Acknowledged::NotYet,
+        }
+    }
+
+    async fn report_queued(&self, waited_for: bool) -> StepResult<()> {
+        let record = self.job.record().await;
+        let dry_run = self.job.context.config.borrow().offload.dry_run;
+        let waits = match record.state {
+            State::Accepted => true,
+            // an attempt before this one ended half way
+            State::Copying => waited_for,
+            _ => false,
+        };
+        // another daemon may have told just now
+        let silent = || self.job.context.clock.now().duration_since(record.updated_at).abs() >= HEARTBEAT_MIN_AGE;
+        let tells = !record.acknowledged || (waited_for && silent());
+        if dry_run || !waits || record.outcome.is_some() || !tells {
+            return Ok(());
+        }
+        let offered = |image: &Image| request::offered_by(&image.tags).is_some();
+        if waited_for {
+            let image = self.job.read_image().await?;
+            if image.status == "queued" && !offered(&image) {
+                // the service announces its work before it offers it
+                return Ok(());
+            }
+        }
+        // so that the next owner knows of this one, if it ends half way
+        self.take_over(Begins::Report).await?;
+        // it may have been taken back meanwhile
+        let image = self.job.read_image().await?;
+        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        if image.status == "queued" && (asks || offered(&image)) {
+            let message = if record.acknowledged {
+                format!("{QUEUED_MESSAGE}; {}", self.heartbeat_text())
+            } else {
+                QUEUED_MESSAGE.to_owned()
+            };
+            self.job.patch_status(image, Status::Accepted, 0, &message).await?;
+        }
+        self.release_ownership(|record| record.acknowledged = true).await
+    }
+
+    /// Whether a service waits that may do the work itself at any moment, and does when nothing moves.
+    pub(super) async fn has_waiting_service(&self) -> bool {
+        self.job.record().await.handover == Some(Handover::Offered)
+    }
+
+    /// A heartbeat, which differs from the one before.
+    pub(super) fn heartbeat_text(&self) -> String {
+        format!("at work at {}", self.job.context.clock.now().strftime("%H:%M:%S UTC"))
+    }
+}

@@ -1,0 +1,235 @@
+//! One attempt, from where the record stands: what the job is to do, and the plan for it.
+
+use std::sync::Arc;
+
+use super::{JobRun, StepError, StepResult};
+use crate::ceph::{ImageSpec, TransferLimits};
+use crate::config::Config;
+use crate::decline::Decline;
+use crate::job::error::{decline, end};
+use crate::job::names::private_name;
+use crate::job::record::{Handover, Outcome, Publication, SourceImage, State};
+use crate::job::signal::{Signal, Signals};
+use crate::job::steps::{self, Attempt, CopySource, Copying};
+use crate::openstack::Image;
+use crate::plan::{self, Plan, Question};
+use crate::request::{self, Asked, Trigger};
+use crate::transfer;
+
+impl JobRun {
+    /// One attempt, from where the record stands.
+    pub(super) async fn attempt(&self) -> StepResult<State> {
+        let record = self.job.record().await;
+        if let Some(outcome) = record.pending_outcome() {
+            return Err(StepError::End(outcome.clone()));
+        }
+        if self.job.signals().await.has(Signal::Cancel) && !record.state.is_ended() {
+            return end(State::Cancelled, "cancelled by the operator");
+        }
+        if record.state.is_ended() && !self.restart_if_rerequested().await? {
+            return Ok(self.job.record().await.state);
+        }
+        let config = self.job.context.config.borrow().clone();
+        let mut attempt = match self.job.record().await.state {
+            State::Publishing => Attempt::new(config),
+            State::Accepted if config.offload.dry_run => return self.dry_run(&config).await,
+            State::Copying => {
+                // begun by an attempt that did not end: start over
+                self.undo_steps().await?;
+                // the next plan may find another source, and nothing tells of this one then
+                self.apply_at_end().await?;
+                self.job.enter(State::Accepted).await?;
+                self.lay_down(config).await?
+            }
+            _ => self.lay_down(config).await?,
+        };
+        self.apply_steps(&mut attempt).await?;
+        self.finish_job(&Outcome::new(State::Done, "")).await?;
+        Ok(State::Done)
+    }
+
+    /// Plans the job, and writes down what is to be done.
+    async fn lay_down(&self, config: Arc<Config>) -> StepResult<Attempt> {
+        let plan = self.job.stage("plan", self.plan(&config)).await?;
+        let Some(slot) = self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) else {
+            return Err(StepError::NoRoom { pool: plan.dest_pool });
+        };
+        let snapshot = plan.snapshot.clone().unwrap_or_else(|| private_name(self.job.id));
+        let (mut methods, mut reasons) = transfer::candidates(plan.method, &plan.info);
+        for method in self.job.record().await.mismatched {
+            methods.retain(|other| *other != method);
+            reasons.push(format!("{method}: its copy differed from the source"));
+        }
+        if !reasons.is_empty() {
+            tracing::info!(image_id = %self.job.id, job_stage = "plan", reasons = reasons.join("; "),
+                "some methods cannot do this source");
+        }
+        let Some(first) = methods.first().copied() else { return self.no_method(None).await };
+        let mut attempt = Attempt::new(Arc::clone(&config));
+        let copying = attempt.copying.insert(Copying {
+            source: CopySource {
+                source: ImageSpec::with_id(&plan.origin.pool, &plan.origin_id),
+                snapshot: snapshot.clone(),
+                anchor: None,
+            },
+            copy: ImageSpec::named(&plan.dest_pool, private_name(self.job.id)),
+            methods: methods.into(),
+            limits: TransferLimits {
+                concurrency: config.offload.concurrency,
+                rates: Arc::clone(&self.job.context.rates),
+            },
+            slot,
+            plan,
+        });
+        let (plan, copy) = (copying.plan.clone(), copying.copy.clone());
+        let record = self.job.record().await;
+        for step in steps::list(Some(first)).iter().rev().filter_map(|name| steps::step(*name)) {
+            if step.is_needed(&attempt, &record) {
+                step.check(&self.job, &attempt).await?;
+            }
+        }
+        let source_image = SourceImage {
+            pool: plan.origin.pool.clone(),
+            image_id: plan.origin_id.clone(),
+            image: plan.origin.to_string(),
+            snapshot,
+            temporary: plan.snapshot.is_none(),
+        };
+        let now = self.job.context.clock.now();
+        self.job
+            .update(|record| {
+                record.source = Some(plan.source);
+                record.project_id = Some(plan.project_id.clone());
+                record.source_image = Some(source_image.clone());
+                record.dest_pool = Some(plan.dest_pool.clone());
+                record.publication = Publication {
+                    min_disk: plan.min_disk,
+                    min_ram: plan.min_ram,
+                    properties: plan.properties.clone(),
+                    sha512: None,
+                };
+                record.method = Some(first);
+                record.fallback = (!reasons.is_empty()).then(|| reasons.join("; "));
+                record.bytes_total = plan.info.size;
+                record.bytes_done = 0;
+                record.progress = 0;
+                record.reason = None;
+                let _ = record.enter(State::Copying, now);
+            })
+            .await?;
+        tracing::info!(image_id = %self.job.id, job_stage = "copying", source = %plan.source, origin = %plan.origin,
+            destination = %copy, method = first.as_str(), bytes = plan.info.size, "job state changed");
+        Ok(attempt)
+    }
+
+    async fn plan(&self, config: &Config) -> StepResult<Plan> {
+        let record = self.job.record().await;
+        let offered = record.handover == Some(Handover::Offered);
+        let (image_id, trigger, source, retried) = (self.job.id, record.trigger, record.source, record.retried);
+        let question = Question { image_id, trigger, source, retried, offered };
+        if trigger != Trigger::Request && record.handover.is_none() {
+            return decline(Decline::Handover, "no service offered this image");
+        }
+        let image = self.job.read_image().await?;
+        let source = plan::read_request(&image, &question)?;
+        if record.source != Some(source) {
+            // also where the plan then refuses it: `retry` goes by the latest request, not by one before
+            self.job
+                .update(|record| {
+                    record.source = Some(source);
+                    record.mismatched.clear();
+                })
+                .await?;
+        }
+        let context = &self.job.context;
+        Ok(plan::make(context.cloud.as_ref(), context.storage.as_ref(), config, &question, image, source).await?)
+    }
+
+    /// An ended job may have been requested again, says a notification that perhaps came late: the image record knows.
+    /// Or the operator retries it.
+    async fn restart_if_rerequested(&self) -> StepResult<bool> {
+        const WISHES: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
+        let seen = self.job.signals().await;
+        let image =
+            self.job.context.cloud.image(&self.job.id.to_string()).await?.filter(|image| image.status == "queued");
+        if self.job.signals().await.has(Signal::Cancel) {
+            self.withdraw_request(image, &seen).await?;
+            return Ok(false);
+        }
+        let record = self.job.record().await;
+        let asked = match image.map(|image| request::asked_by(&image.tags)) {
+            None | Some(Asked::Nothing) => None,
+            Some(Asked::For(source)) => Some(Some(source)),
+            Some(Asked::Unclear(_)) => Some(None),
+        };
+        let asked = asked.filter(|_| !self.job.context.config.borrow().offload.dry_run);
+        let retried = seen.has(Signal::Retry) && record.trigger == Trigger::Request;
+        let now = self.job.context.clock.now();
+        if record.state.may_become(State::Accepted) && (retried || asked.is_some()) {
+            self.job
+                .update_with_signals(|record, signals| {
+                    if signals.has(Signal::Cancel) || record.restart(retried, now).is_err() {
+                        return Vec::new();
+                    }
+                    if let (Some(source), false) = (asked, retried) {
+                        record.source = source;
+                    }
+                    signals.seen_in(&seen, &WISHES)
+                })
+                .await?;
+            if self.job.record().await.state.is_ended() {
+                return Err(StepError::Retry("the request that was made again is cancelled".into()));
+            }
+            // a new request, which has an id of its own
+            self.job.span.record("request_id", tracing::field::display(self.job.record().await.request_id));
+            return Ok(true);
+        }
+        self.job
+            .update_with_signals(|record, signals| {
+                record.owner = None;
+                record.owner_address = None;
+                signals.seen_in(&seen, &WISHES)
+            })
+            .await?;
+        self.job.index().await?;
+        Ok(false)
+    }
+
+    /// The operator cancelled a request that was made after the job's end, before the job began again.
+    async fn withdraw_request(&self, image: Option<Image>, seen: &Signals) -> StepResult<()> {
+        if let Some(image) = image.filter(|image| request::asked_by(&image.tags) != Asked::Nothing) {
+            // stored before the tag goes: `retry` goes by the latest request
+            if let Asked::For(source) = request::asked_by(&image.tags) {
+                self.job.update(|record| record.source = Some(source)).await?;
+            }
+            let outcome = Outcome::new(State::Cancelled, "cancelled by the operator");
+            self.report_outcome(image, &outcome).await?;
+        }
+        self.job
+            .update_with_signals(|record, signals| {
+                record.owner = None;
+                record.owner_address = None;
+                let mut consumed = signals.seen_in(seen, &[Signal::Rerequested, Signal::Retry]);
+                consumed.push(Signal::Cancel);
+                consumed
+            })
+            .await?;
+        self.job.index().await
+    }
+
+    /// Dry run: builds the plan and reports it without changing anything. The request stays in place and is executed
+    /// once `dry_run` is off.
+    async fn dry_run(&self, config: &Config) -> StepResult<State> {
+        let finding = match self.job.stage("plan", self.plan(config)).await {
+            Ok(plan) => format!("{} would be copied to pool {}", plan.origin, plan.dest_pool),
+            Err(StepError::End(ending)) => format!("the request would be {}: {}", ending.state, ending.reason),
+            Err(StepError::OtherBackend { reason, .. }) => format!("this daemon cannot do the request: {reason}"),
+            Err(stop) => return Err(stop),
+        };
+        tracing::info!(image_id = %self.job.id, job_stage = "dry_run", finding, "dry run");
+        metrics::counter!("rbd_offload_jobs_dry_run_total").increment(1);
+        let reason = format!("dry run ([offload] dry_run = true): {finding}");
+        self.finish_job(&Outcome::new(State::Cancelled, reason)).await?;
+        Ok(State::Cancelled)
+    }
+}

@@ -1,0 +1,79 @@
+//! The anchor: a clone of the source's snapshot in the source's pool, and the only child that Cinder ever sees
+//! (`docs/jobs.md`).
+
+use async_trait::async_trait;
+
+use super::super::error::{StepError, StepResult};
+use super::super::held::HeldJob;
+use super::super::names::{anchor_name, private_name};
+use super::super::record::{Artifact, Record, State};
+use super::free_name::{check_free, in_the_way};
+use super::{Attempt, Step};
+use crate::ceph::{ErrorKind, ImageSpec};
+use crate::openstack::Image;
+use crate::transfer;
+
+pub struct Anchor;
+
+#[async_trait]
+impl Step for Anchor {
+    fn name(&self) -> &'static str {
+        "anchor"
+    }
+
+    fn state(&self) -> State {
+        State::Copying
+    }
+
+    fn makes(&self) -> Option<Artifact> {
+        Some(Artifact::Anchor)
+    }
+
+    fn is_visible(&self) -> bool {
+        true
+    }
+
+    fn holds_source(&self) -> bool {
+        true
+    }
+
+    fn is_needed(&self, attempt: &Attempt, _record: &Record) -> bool {
+        attempt.copying.as_ref().is_some_and(|copying| copying.plan.anchor)
+    }
+
+    async fn check(&self, job: &HeldJob, attempt: &Attempt) -> StepResult<()> {
+        let pool = &attempt.copying()?.plan.origin.pool;
+        check_free(job, &ImageSpec::named(pool, anchor_name(job.id))).await
+    }
+
+    async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
+        let source = &mut attempt.copying_mut()?.source;
+        let storage = job.context.storage.as_ref();
+        let (anchor, snapshot) = (ImageSpec::named(&source.source.pool, anchor_name(job.id)), private_name(job.id));
+        let metadata = [(transfer::MARK.to_owned(), job.tag().await.to_string())];
+        job.will_make(Artifact::Anchor).await?;
+        match storage.make_anchor(&source.source, &source.snapshot, &anchor, &snapshot, &metadata).await {
+            Ok(()) => {
+                source.anchor = Some((anchor, snapshot));
+                Ok(())
+            }
+            Err(error) if transfer::is_for_another_method(&error) => {
+                // what there is of it would be in the way of the next method
+                storage.remove_image(&anchor).await?;
+                Err(StepError::NextMethod(Some(error)))
+            }
+            Err(error) if error.kind() == ErrorKind::Exists => {
+                job.disown(Artifact::Anchor).await?;
+                in_the_way(&anchor)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn undo(&self, job: &HeldJob, record: &Record, _image: Option<&Image>) -> StepResult<()> {
+        if let Some(source) = record.source_image.as_ref().filter(|_| record.has(Artifact::Anchor)) {
+            job.context.storage.remove_image(&ImageSpec::named(&source.pool, anchor_name(job.id))).await?;
+        }
+        Ok(())
+    }
+}

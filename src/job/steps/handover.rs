@@ -1,0 +1,80 @@
+//! Waits until the service that handed its work over commits: it may do the work itself until then.
+//! `docs/handover.md` is the protocol.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::{Instant, sleep};
+
+use super::super::error::{StepError, StepResult, decline, other_writer};
+use super::super::held::HeldJob;
+use super::super::record::{Handover as Bound, Record, State};
+use super::{Attempt, Step};
+use crate::decline::Decline;
+use crate::openstack::Image;
+use crate::publish::record::{self as image_status, Status};
+use crate::request;
+
+/// How long the service may take to say go. It looks twice a second.
+const GO_WITHIN: Duration = Duration::from_secs(120);
+
+/// Pause between looks at the image record.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What the image record says while the service is waited for.
+const PREPARED: &str = "the copy is complete and waits for the service that asked for it";
+
+pub struct Handover;
+
+#[async_trait]
+impl Step for Handover {
+    fn name(&self) -> &'static str {
+        "handover"
+    }
+
+    fn state(&self) -> State {
+        State::Publishing
+    }
+
+    fn is_needed(&self, attempt: &Attempt, record: &Record) -> bool {
+        record.handover == Some(Bound::Offered) && !attempt.is_active()
+    }
+
+    async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
+        job.waits.store(true, Ordering::SeqCst);
+        attempt.image = Some(await_go(job, attempt.image()?.clone()).await?);
+        job.waits.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Reports `publishing` and waits for the *go* tag. The commit is stored before the daemon acts on it, so a daemon that
+/// takes over does not wait for *go* again.
+async fn await_go(job: &HeldJob, mut image: Image) -> StepResult<Image> {
+    let started = Instant::now();
+    loop {
+        if image.status != "queued" {
+            return other_writer();
+        }
+        if request::said_go(&image.tags) {
+            job.update(|record| record.handover = Some(Bound::Committed)).await?;
+            tracing::info!(image_id = %job.id, job_stage = "handover", "the service that waits said go");
+            return Ok(image);
+        }
+        if job.cancel.is_cancelled() {
+            return Err(StepError::Interrupted);
+        }
+        job.check_offer(&image).await?;
+        if started.elapsed() > GO_WITHIN {
+            return decline(Decline::Handover, "the service that handed this over does not answer");
+        }
+        let told = image_status::show(&image, Status::Publishing, 95, PREPARED).is_empty();
+        image = if told {
+            sleep(LOOK_INTERVAL).await;
+            job.read_image().await?
+        } else {
+            job.patch_status(image, Status::Publishing, 95, PREPARED).await?
+        };
+    }
+}

@@ -1,0 +1,193 @@
+//! The steps of a job, one file each: how it is done beside how it is undone.
+//!
+//! A job is a list of steps, which the plan lays down. The order is data: [`list`]. The runner alone goes through it;
+//! no step knows another. Each step may be applied again after a crash at any point, and ends the same. It writes into
+//! the record what it is about to make before it makes it.
+
+mod anchor;
+mod attempt;
+mod finish;
+mod free_name;
+mod handover;
+mod hash;
+mod inspect;
+mod purge;
+mod readable;
+mod register;
+mod rename;
+mod seal;
+mod snapshot;
+mod transfer;
+mod verify;
+
+use async_trait::async_trait;
+
+pub(super) use self::attempt::{Attempt, Copying};
+pub(super) use self::readable::CopySource;
+use super::error::StepResult;
+use super::held::HeldJob;
+use super::record::{Artifact, Record, State};
+use crate::openstack::Image;
+use crate::publish::record::Status;
+use crate::transfer::Method;
+
+#[async_trait]
+pub(super) trait Step: Sync {
+    /// Name of its stage in records, logs and metrics.
+    fn name(&self) -> &'static str;
+
+    /// The job's state while the step runs.
+    fn state(&self) -> State;
+
+    /// What it makes in Ceph.
+    fn makes(&self) -> Option<Artifact> {
+        None
+    }
+
+    /// Others can see it: the runner renews the lease right before.
+    fn is_visible(&self) -> bool {
+        false
+    }
+
+    /// What it makes holds the source, which is not free before this step is undone.
+    fn holds_source(&self) -> bool {
+        false
+    }
+
+    /// It is undone before another method of transfer is tried.
+    fn depends_on_method(&self) -> bool {
+        false
+    }
+
+    /// It is applied only when the source is free, and also at an end without an image.
+    fn needs_free_source(&self) -> bool {
+        false
+    }
+
+    /// What the tenant is shown when it begins.
+    fn status(&self) -> Option<(Status, &'static str)> {
+        None
+    }
+
+    /// Whether this job needs it.
+    fn is_needed(&self, _attempt: &Attempt, _record: &Record) -> bool {
+        true
+    }
+
+    /// What must hold before any step is applied: the name that it is going to use is free, for one.
+    async fn check(&self, _job: &HeldJob, _attempt: &Attempt) -> StepResult<()> {
+        Ok(())
+    }
+
+    /// Does the step, or finds it done.
+    async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()>;
+
+    /// Removes what the record says that the step made or was about to make. `image` is the image record as Glance
+    /// answered last, where it was asked and has one.
+    async fn undo(&self, _job: &HeldJob, _record: &Record, _image: Option<&Image>) -> StepResult<()> {
+        Ok(())
+    }
+}
+
+/// What the lists are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum StepName {
+    Snapshot,
+    Anchor,
+    Transfer,
+    Verify,
+    Inspect,
+    Seal,
+    Hash,
+    /// The steps that hold the source are undone, beside those that follow.
+    ReleaseSource,
+    Handover,
+    Rename,
+    Register,
+    Finish,
+    Purge,
+}
+
+/// The image is made active when the copy is complete. The methods that clone put an anchor between.
+const WHEN_COPIED: &[StepName] = &[
+    StepName::Snapshot,
+    StepName::Anchor,
+    StepName::Transfer,
+    StepName::Verify,
+    StepName::Inspect,
+    StepName::Seal,
+    StepName::Hash,
+    StepName::ReleaseSource,
+    StepName::Handover,
+    StepName::Rename,
+    StepName::Register,
+    StepName::Finish,
+    StepName::Purge,
+];
+
+/// The same for the method `copy`, which reads the snapshot itself.
+const WHEN_COPIED_BY_READING: &[StepName] = &[
+    StepName::Snapshot,
+    StepName::Transfer,
+    StepName::Verify,
+    StepName::Inspect,
+    StepName::Seal,
+    StepName::Hash,
+    StepName::ReleaseSource,
+    StepName::Handover,
+    StepName::Rename,
+    StepName::Register,
+    StepName::Finish,
+    StepName::Purge,
+];
+
+/// The steps of a job whose bytes are moved by this method.
+pub(super) fn list(method: Option<Method>) -> &'static [StepName] {
+    match method {
+        Some(Method::Copy) => WHEN_COPIED_BY_READING,
+        Some(Method::ServerCopy | Method::Clone) | None => WHEN_COPIED,
+    }
+}
+
+/// The step of that name. `None` for [`StepName::ReleaseSource`], which is the runner's.
+pub(super) fn step(name: StepName) -> Option<&'static dyn Step> {
+    Some(match name {
+        StepName::Snapshot => &snapshot::Snapshot,
+        StepName::Anchor => &anchor::Anchor,
+        StepName::Transfer => &transfer::Transfer,
+        StepName::Verify => &verify::Verify,
+        StepName::Inspect => &inspect::Inspect,
+        StepName::Seal => &seal::Seal,
+        StepName::Hash => &hash::Hash,
+        StepName::Handover => &handover::Handover,
+        StepName::Rename => &rename::Rename,
+        StepName::Register => &register::Register,
+        StepName::Finish => &finish::Finish,
+        StepName::Purge => &purge::Purge,
+        StepName::ReleaseSource => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a list must be like, whatever its order.
+    #[test]
+    fn every_list_makes_a_thing_once_and_goes_forward() {
+        for names in [WHEN_COPIED, WHEN_COPIED_BY_READING] {
+            let steps: Vec<_> = names.iter().filter_map(|name| step(*name)).collect();
+            let made: Vec<Artifact> = steps.iter().filter_map(|step| step.makes()).collect();
+            let mut once = made.clone();
+            once.dedup();
+            assert_eq!(made, once);
+            let publishing = steps.iter().position(|step| step.state() == State::Publishing).unwrap();
+            assert!(steps[..publishing].iter().all(|step| step.state() == State::Copying));
+            assert!(steps[publishing..].iter().all(|step| step.state() == State::Publishing));
+            let release = names.iter().position(|name| *name == StepName::ReleaseSource).unwrap();
+            let holds = |name: &StepName| step(*name).is_some_and(Step::holds_source);
+            let needs = |name: &StepName| step(*name).is_some_and(Step::needs_free_source);
+            assert!(!names[release..].iter().any(holds) && !names[..release].iter().any(needs));
+        }
+    }
+}

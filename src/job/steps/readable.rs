@@ -1,0 +1,64 @@
+//! Where the bytes of a copy are read from, also when Cinder deletes the source meanwhile.
+
+use crate::ceph::{self, ErrorKind, ImageSpec, Link, Storage};
+
+/// How often a copy or a comparison is begun when parents of the source are cut off meanwhile. An anchor that Cinder
+/// has flattened has none any more.
+pub const CHAIN_TRIES: usize = 4;
+
+/// Where a transfer takes the bytes from.
+pub(in super::super) struct CopySource {
+    pub source: ImageSpec,
+    pub snapshot: String,
+    /// The anchor and its snapshot, once it is made.
+    pub anchor: Option<(ImageSpec, String)>,
+}
+
+/// The snapshot that holds the data now, and all that it reads from. As long as this stays the same, no snapshot in it
+/// can have been removed.
+#[derive(PartialEq)]
+pub struct Readable {
+    pub source: ImageSpec,
+    pub snapshot: String,
+    chain: Vec<Link>,
+}
+
+impl CopySource {
+    /// The source, while the anchor hangs on it. Once Cinder has flattened the anchor, the source may go, and the
+    /// anchor has all the data itself.
+    pub async fn readable(&self, storage: &dyn Storage) -> ceph::Result<Readable> {
+        let (source, snapshot) = (self.source.clone(), self.snapshot.clone());
+        let Some((anchor, own)) = &self.anchor else {
+            let chain = storage.chain(&source, &snapshot).await?;
+            return Ok(Readable { source, snapshot, chain });
+        };
+        let chain = storage.chain(anchor, own).await?;
+        if chain.is_empty() {
+            return Ok(Readable { source: anchor.clone(), snapshot: own.clone(), chain });
+        }
+        Ok(Readable { source, snapshot, chain })
+    }
+
+    /// Whether what was read, and ended with `result`, can be relied on: nothing of `before` was cut off meanwhile.
+    pub async fn is_unchanged<T>(
+        &self,
+        storage: &dyn Storage,
+        before: &Readable,
+        result: &ceph::Result<T>,
+    ) -> ceph::Result<bool> {
+        Ok(result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) || self.readable(storage).await? == *before)
+    }
+}
+
+/// Whether an error may be of a parent that went away, and not of our own doing or lot.
+fn may_come_of_a_cut_chain(error: &ceph::Error) -> bool {
+    !matches!(
+        error.kind(),
+        ErrorKind::Cancelled | ErrorKind::Fenced | ErrorKind::NotLocked | ErrorKind::Exists | ErrorKind::NoSpace
+    )
+}
+
+pub fn chain_changes(copy: &ImageSpec) -> ceph::Error {
+    let detail = "the parents of the source changed each time during the copy";
+    ceph::Error::new(format!("copy to {copy}"), ErrorKind::Conflict, detail)
+}

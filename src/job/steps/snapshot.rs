@@ -1,0 +1,75 @@
+//! The temporary snapshot of the source. A Cinder snapshot as a source needs none.
+
+use async_trait::async_trait;
+
+use super::super::error::{StepResult, end};
+use super::super::held::HeldJob;
+use super::super::names::private_name;
+use super::super::record::{Artifact, Record, State};
+use super::{Attempt, Step};
+use crate::ceph::ImageSpec;
+use crate::openstack::Image;
+use crate::plan;
+use crate::publish::record::Status;
+
+pub struct Snapshot;
+
+#[async_trait]
+impl Step for Snapshot {
+    fn name(&self) -> &'static str {
+        "snapshot"
+    }
+
+    fn state(&self) -> State {
+        State::Copying
+    }
+
+    fn makes(&self) -> Option<Artifact> {
+        Some(Artifact::Snapshot)
+    }
+
+    fn holds_source(&self) -> bool {
+        true
+    }
+
+    fn status(&self) -> Option<(Status, &'static str)> {
+        Some((Status::Copying, "the disk is being copied inside the storage cluster"))
+    }
+
+    async fn check(&self, job: &HeldJob, attempt: &Attempt) -> StepResult<()> {
+        let (plan, name) = (&attempt.copying()?.plan, private_name(job.id));
+        if plan.snapshot.is_none() && plan.info.snapshots.iter().any(|snapshot| snapshot.name == name) {
+            let reason = format!(
+                "the snapshot {}@{name} is in the way and is not this job's: remove it, then retry",
+                plan.origin
+            );
+            return end(State::Failed, reason);
+        }
+        Ok(())
+    }
+
+    async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
+        let copying = attempt.copying()?;
+        let storage = job.context.storage.as_ref();
+        if copying.plan.snapshot.is_none() {
+            let (image, snapshot) = (&copying.source.source, &copying.source.snapshot);
+            job.will_make(Artifact::Snapshot).await?;
+            job.before_visible_step().await?;
+            storage.set_snapshot_tag(image, snapshot, &job.tag().await.to_string()).await?;
+            storage.create_protected_snapshot(image, snapshot).await?;
+        }
+        // what was read for the plan may be minutes old, and another project may own the source by now
+        let trigger = job.record().await.trigger;
+        Ok(plan::confirm(job.context.cloud.as_ref(), &attempt.config, trigger, &copying.plan).await?)
+    }
+
+    async fn undo(&self, job: &HeldJob, record: &Record, _image: Option<&Image>) -> StepResult<()> {
+        let Some(source) = record.source_image.as_ref().filter(|_| record.has(Artifact::Snapshot)) else {
+            return Ok(());
+        };
+        let image = ImageSpec::with_id(&source.pool, &source.image_id);
+        job.context.storage.remove_snapshot(&image, &source.snapshot).await?;
+        job.context.storage.remove_snapshot_tag(&image, &source.snapshot).await?;
+        Ok(())
+    }
+}
