@@ -122,12 +122,13 @@ async fn post_location(job: &HeldJob, image: &Image, pool: &str) -> StepResult<(
     plan::check_record(image)?;
     let id = job.id.to_string();
     let url = publish::location(&job.context.storage.fsid().await?, pool, &id);
-    job.before_visible_step().await?;
     let before = job.record().await;
     let was_posted = before.registration >= Registration::Posted;
     if !was_posted {
         job.update(|record| record.registration = Registration::Posted).await?;
     }
+    // after that write, which may have taken long
+    job.before_visible_step().await?;
     let validation = before.publication.sha512.map(|value| Validation { algorithm: "sha512".into(), value });
     match job.context.cloud.add_location(&id, &url, validation.as_ref()).await? {
         Some(LocationAnswer::Accepted) => Ok(()),
