@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use uuid::Uuid;
 
-use super::{Failure, connect_store, image_id, no_such_job, output};
+use super::setup::{connect_store, image_id, no_such_job};
+use super::{Failure, output};
 use crate::job::record::State;
 use crate::job::store::Cancelled;
 

@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-use clap::CommandFactory;
+use clap::Command;
 use clap_complete::Shell;
 
-use super::{Cli, Failure, output};
+use super::{Failure, output};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -13,9 +13,9 @@ pub struct Args {
     shell: Shell,
 }
 
-pub fn completions(args: Args) -> Result<ExitCode, Failure> {
+/// `command` is the whole command line.
+pub fn completions(args: Args, mut command: Command) -> Result<ExitCode, Failure> {
     let mut script = Vec::new();
-    let mut command = Cli::command();
     let name = command.get_name().to_owned();
     clap_complete::generate(args.shell, &mut command, name, &mut script);
     output::print(&String::from_utf8_lossy(&script)).map(|_| ExitCode::SUCCESS)

@@ -11,8 +11,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::setup::connect_store;
 use super::show::document;
-use super::{Failure, connect_store, output};
+use super::{Failure, output};
 use crate::job::signal::Signal;
 use crate::job::store::{Error, Store, Stored};
 

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::{Failure, load, output, store_of};
+use super::setup::{load, store_of};
+use super::{Failure, output};
 use crate::job::intake::Intake;
 use crate::notification::{self, LineError};
 

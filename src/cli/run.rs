@@ -12,7 +12,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, load};
+use super::Failure;
+use super::setup::{load, store_problems};
 use crate::ceph::{Client, ClientPool, Objects, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
@@ -225,7 +226,7 @@ async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) 
         }
     };
     let fsid = storage.fsid().await?;
-    let problems = super::store_problems(config, &stores, &fsid);
+    let problems = store_problems(config, &stores, &fsid);
     if problems.is_empty() { Ok(()) } else { Err(Failure::new(Failure::CONFIG, problems.join("\n"))) }
 }
 

@@ -7,7 +7,8 @@ use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Failure, connect_store, image_id, no_such_job, output};
+use super::setup::{connect_store, image_id, no_such_job};
+use super::{Failure, output};
 use crate::job::record::{Record, Stage};
 use crate::job::signal::Signal;
 use crate::job::store::Stored;

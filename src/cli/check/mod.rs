@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Failure, load, output, store_problems};
+use super::setup::{WIND_UP, load, store_problems};
+use super::{Failure, output};
 use crate::config::Config;
 use crate::job::deployment::remedy;
 use crate::openstack::CloudId;
@@ -50,7 +51,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     output::print(&text)?;
     if ceph.stuck {
         // what still runs removes what it made, if Ceph answers it after all
-        tokio::time::sleep(super::WIND_UP).await;
+        tokio::time::sleep(WIND_UP).await;
         crate::ceph::exit_now(1);
     }
     Ok(if rows.iter().all(CheckResult::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })

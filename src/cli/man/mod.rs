@@ -6,10 +6,10 @@ mod conf;
 use std::io;
 use std::process::ExitCode;
 
-use clap::{Arg, Command, CommandFactory};
+use clap::{Arg, Command};
 use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
 
-use super::{Cli, Failure, output};
+use super::{Failure, output};
 
 /// sysexits(3), as the commands use them.
 const STATUSES: [(&str, &str); 12] = [
@@ -42,17 +42,18 @@ enum Page {
     Configuration,
 }
 
-pub fn man(args: Args) -> Result<ExitCode, Failure> {
+/// `program` is the whole command line.
+pub fn man(args: Args, program: Command) -> Result<ExitCode, Failure> {
     let page = match args.page {
-        Page::Program => page(),
+        Page::Program => page(program),
         Page::Configuration => conf::page(),
     };
     let page = page.map_err(|e| Failure::new(Failure::SOFTWARE, format!("the page cannot be written: {e}")))?;
     output::print(&String::from_utf8_lossy(&page)).map(|_| ExitCode::SUCCESS)
 }
 
-fn page() -> io::Result<Vec<u8>> {
-    let mut command = Cli::command().disable_help_subcommand(true);
+fn page(program: Command) -> io::Result<Vec<u8>> {
+    let mut command = program.disable_help_subcommand(true);
     command.build();
     let mut page = Vec::new();
     let man = clap_mangen::Man::new(command.clone()).title("RBD-OFFLOAD").section("8").manual("System Administration");
@@ -146,11 +147,14 @@ fn rest() -> Roff {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+    use crate::cli::Cli;
 
     #[test]
     fn the_page_holds_every_command() {
-        let page = String::from_utf8(page().unwrap()).unwrap();
+        let page = String::from_utf8(page(Cli::command()).unwrap()).unwrap();
         assert!(page.contains(".TH RBD\\-OFFLOAD 8") || page.contains(".TH RBD-OFFLOAD 8"), "{page}");
         for command in ["run", "check", "jobs", "show", "retry", "cancel", "request", "replay", "completions", "man"] {
             let heading = page.lines().any(|line| {
