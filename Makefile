@@ -7,7 +7,7 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps deb rpm lab-up lab-down demo test test-packages test-nova bench lint clean
+.PHONY: build release deps deb rpm lab-up lab-down demo check test test-packages test-nova bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -41,7 +41,14 @@ lab-down:
 demo:
 	lab/demo
 
-# every test, against a lab of its own; ends with the test runner's summary
+# what needs neither a lab nor root: `make lint`, the tests that run by themselves, advisories
+check: lint
+	RBD_OFFLOAD_SIMULATION_SEEDS=100 $(CARGO) test --locked --lib --test captures --test documents --test handover_model \
+		--test integrations
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check advisories; \
+	else echo "cargo-deny is not installed, so advisories were not looked for: cargo install cargo-deny"; fi
+
+# every test, against a lab of its own; says how long that takes; ends with the test runner's summary
 test:
 	tests/run
 
@@ -59,10 +66,11 @@ bench:
 lint: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	lab/lib/install-packages shellcheck
+	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
 		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* lint/words
 	lint/words
+	lint/imports
 	@if command -v typos >/dev/null; then typos; else echo "typos is not installed: cargo install typos-cli"; fi
 	@if command -v cargo-deny >/dev/null; then \
 		$(CARGO) fetch --locked --quiet && $(CARGO) deny --offline check licenses bans sources; \
