@@ -19,17 +19,25 @@ fn read(name: impl AsRef<Path>) -> String {
     std::fs::read_to_string(root().join(&name)).unwrap_or_else(|e| panic!("{}: {e}", name.as_ref().display()))
 }
 
-/// What strangers read, with its text.
+/// What users, operators and developers read, with its text.
 fn documents() -> Vec<(String, String)> {
-    let mut names: Vec<PathBuf> =
-        ["README.md", "integrations/cinder/README.md", "integrations/nova/README.md"].map(PathBuf::from).into();
-    for entry in std::fs::read_dir(root().join("docs")).unwrap() {
+    let mut names: Vec<PathBuf> = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "integrations/cinder/README.md",
+        "integrations/nova/README.md",
+    ]
+    .map(PathBuf::from)
+    .into();
+    for entry in ["docs", "dev/adr"].iter().flat_map(|folder| std::fs::read_dir(root().join(folder)).unwrap()) {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "md") {
             names.push(path.strip_prefix(root()).unwrap().to_owned());
         }
     }
-    assert!(names.len() > 8, "{names:?}");
+    assert!(names.len() > 18, "{names:?}");
     names.into_iter().map(|name| (name.display().to_string(), read(name))).collect()
 }
 
@@ -206,4 +214,48 @@ fn every_key_that_is_named_is_in_the_sample() {
         }
     }
     assert!(seen > 10, "{seen}");
+}
+
+/// The anchor of a heading, as the hosts of repositories make it.
+fn anchor(heading: &str) -> String {
+    let kept = |c: &char| c.is_alphanumeric() || [' ', '-', '_'].contains(c);
+    heading.trim_start_matches('#').trim().to_lowercase().chars().filter(kept).collect::<String>().replace(' ', "-")
+}
+
+#[test]
+fn every_link_to_a_document_leads_somewhere() {
+    let mut followed = 0;
+    for (name, text) in documents() {
+        let folder = Path::new(&name).parent().unwrap();
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if target.contains("://") {
+                continue;
+            }
+            followed += 1;
+            let (file, heading) = target.split_once('#').unwrap_or((target, ""));
+            let path = if file.is_empty() { PathBuf::from(&name) } else { folder.join(file) };
+            assert!(root().join(&path).exists(), "{name}: there is no {target}");
+            let found = || read(&path).lines().any(|line| line.starts_with('#') && anchor(line) == heading);
+            assert!(heading.is_empty() || found(), "{name}: {target} has no such heading");
+        }
+    }
+    assert!(followed > 80, "{followed}");
+}
+
+#[test]
+fn every_file_of_ours_that_is_named_is_there() {
+    let folders =
+        ["benches", "dev", "docs", "etc", "integrations", "lab", "lint", "packaging", "src", "systemd", "tests"];
+    let mut seen = BTreeSet::new();
+    for (name, text) in documents() {
+        for code in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_whitespace().next()) {
+            let is_ours = code.split_once('/').is_some_and(|(folder, _)| folders.contains(&folder));
+            // a place for a name, or several
+            if is_ours && !code.contains(['*', '<', '{', '…']) && !code.contains("NAME") {
+                assert!(root().join(code).exists(), "{name}: there is no {code}");
+                seen.insert(code.to_owned());
+            }
+        }
+    }
+    assert!(seen.len() > 60, "{seen:?}");
 }
