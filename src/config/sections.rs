@@ -55,6 +55,8 @@ macro_rules! section {
     ) => {
         $(#[$meta])*
         #[derive(Debug, Clone)]
+        // what a key is for is the manual page's text too, in which `[section] key` is no link
+        #[allow(rustdoc::broken_intra_doc_links)]
         pub struct $struct {
             $($(#[doc = $about])+ pub $name: $type,)+
         }

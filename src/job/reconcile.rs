@@ -7,8 +7,8 @@
 //!
 //! A round is a list of parts. Each stands alone: an error in one keeps no other from running. A part that can be long
 //! has its time, and goes on in the next round where it stopped. An object, a record or a request that cannot be read
-//! is named and passed over. Whatever is removed is removed in [custody](Custody), by tasks that a round does not wait
-//! for when they take long ([`Removals`]).
+//! is named and passed over. Whatever is removed is removed in custody, by tasks that a round does not wait for when
+//! they take long (`cleanup.rs`).
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! The ownership tag: for which image, by which request and by which deployment something in Ceph was made.
 //!
-//! It stands in the image-meta ([`MARK`](crate::transfer::MARK)) of what a job makes, and beside each temporary
+//! It stands in the image-meta ([`MARK`]) of what a job makes, and beside each temporary
 //! snapshot ([`Storage::set_snapshot_tag`]). Several deployments (clouds, or daemons with another `[jobs] namespace`)
 //! may share pools: only what bears the own deployment's tag is ever removed.
 
