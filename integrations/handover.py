@@ -1,5 +1,5 @@
-"""A service's side of a hand-over: offer the image to rbd-offload, say go, wait; or find out that it is better done
-the service's own way. docs/handover.md is the protocol.
+"""A service's side of a hand-over: offer the image to rbd-offload, say go, wait; or fall back to the native path.
+docs/handover.md is the protocol.
 
 One file for Cinder and Nova, so it knows neither of them, nor how Glance is reached.
 """
@@ -16,14 +16,14 @@ GO = TAGS + 'go'
 #: Begins every property that the daemon shows its work with.
 PROPERTIES = 'rbd_offload_'
 
-#: Seconds between two looks: at first, and at most. In between a twentieth of the time that has passed.
-LOOK = 0.5
-LOOK_SELDOM = 5
-#: Looks without the offer on the record, after which it is believed to be gone.
-LOST_LOOKS = 3
+#: Seconds between two polls: at first, and at most. In between a twentieth of the time that has passed.
+POLL_INTERVAL = 0.5
+MAX_POLL_INTERVAL = 5
+#: Polls in a row without the offer on the record, after which it counts as taken off.
+MISSING_OFFER_POLLS = 3
 #: Seconds that a change which is on its way to Glance may take.
 SETTLE = 1
-#: Seconds to try to take our marks off.
+#: Seconds to try to take our tags and properties off.
 PATIENCE = 60
 #: Characters of another program's text in one line of the log. The daemon's own messages are shorter.
 SHOWN = 500
@@ -64,7 +64,7 @@ def instance_offer(instance, fsid):
     return '%sinstance:%s@%s' % (TAGS, instance, fsid)
 
 
-class _Look:
+class _Observation:
     """What the record showed."""
 
     def __init__(self, record):
@@ -99,7 +99,7 @@ class _Look:
     def marked(self):
         return bool(self.tags or self.properties)
 
-    def face(self):
+    def progress_key(self):
         """What changes while the daemon works."""
         return self.status, self.says, self.progress, self.updated_at
 
@@ -124,8 +124,8 @@ class Handover:
         self._told = None
 
     def run(self, announce):
-        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: nobody
-        else writes it, none of our marks is on it, use the native path. Raises Gone."""
+        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: no
+        other client writes it, nothing of ours is on it, use the native path. Raises Gone."""
         self._began = self._clock()
         try:
             if not self._make_offer():
@@ -143,7 +143,7 @@ class Handover:
     def _make_offer(self):
         """False: another client has begun to write the image, and the native path will say so."""
         try:
-            look = _Look(self._record.read())
+            look = _Observation(self._record.read())
             if look.status != 'queued':
                 return False
             # inherited from another image: nobody's answer to this offer
@@ -166,9 +166,9 @@ class Handover:
     def _await_prepared(self):
         # waiting: since when no copy runs; a job that was started may have to wait for its turn again
         offered = changed = waiting = self._clock()
-        face, lost = None, 0
+        progress, lost = None, 0
         while True:
-            look = self._look()
+            look = self._poll()
             now = self._clock()
             if look is not None:
                 if look.active:
@@ -180,7 +180,7 @@ class Handover:
                 if look.says is None and now - offered >= self._limits.claim:
                     raise Fallback('no daemon took it within %s s' % self._limits.claim)
                 lost = 0 if self._offer in look.tags else lost + 1
-                if lost >= LOST_LOOKS:
+                if lost >= MISSING_OFFER_POLLS:
                     raise Fallback('the offer was taken off the image')
                 if look.says == 'publishing' and not lost:
                     return PREPARED
@@ -188,8 +188,8 @@ class Handover:
                     waiting = now
                 elif now - waiting >= self._limits.start:
                     raise Fallback('the copy has not started for %s s' % self._limits.start)
-                if look.face() != face:
-                    face, changed = look.face(), now
+                if look.progress_key() != progress:
+                    progress, changed = look.progress_key(), now
             if now - changed >= self._limits.stall:
                 raise Fallback('nothing has moved for %s s' % self._limits.stall)
             if now - self._began >= self._limits.total:
@@ -200,7 +200,7 @@ class Handover:
         said = self._clock()
         self._say_go()
         while True:
-            look = self._look()
+            look = self._poll()
             now = self._clock()
             late = now - said >= self._limits.commit
             if look is not None:
@@ -218,7 +218,7 @@ class Handover:
             self._pause(now - said)
 
     def _say_go(self):
-        # a lost answer counts as said, so only the looks that follow can tell
+        # a lost answer counts as said, so only the polls that follow can tell
         try:
             self._record.tag(GO)
         except Gone:
@@ -226,10 +226,10 @@ class Handover:
         except Exception as error:
             LOG.warning('%s: go may not have been heard: %s', self._offer, printable(error))
 
-    def _look(self):
+    def _poll(self):
         """None: nothing was seen."""
         try:
-            look = _Look(self._record.read())
+            look = _Observation(self._record.read())
         except Gone:
             raise
         except Exception as error:
@@ -250,8 +250,8 @@ class Handover:
             LOG.info('%s: %s, %s %%', self._offer, look.says, percent)
 
     def _pause(self, elapsed):
-        failing = LOOK * 2 ** min(self._failures, 4)
-        self._sleep(min(max(LOOK, failing, elapsed / 20), LOOK_SELDOM))
+        failing = POLL_INTERVAL * 2 ** min(self._failures, 4)
+        self._sleep(min(max(POLL_INTERVAL, failing, elapsed / 20), MAX_POLL_INTERVAL))
 
     def _take_off(self, look):
         for tag in look.tags:
@@ -260,12 +260,12 @@ class Handover:
             self._record.strip(sorted(look.properties))
 
     def _withdraw(self):
-        """Takes our marks off, and sees that they stay off. True: the image has become active."""
+        """Takes our tags and properties off, and sees that they stay off. True: the image has become active."""
         began, settled = self._clock(), False
         while True:
             late = self._clock() - began >= PATIENCE
             try:
-                look = _Look(self._record.read())
+                look = _Observation(self._record.read())
                 if look.active:
                     self._tidy()
                     return True
@@ -282,14 +282,14 @@ class Handover:
             except Exception as error:
                 if late:
                     raise
-                LOG.warning('%s: our marks are not off yet: %s', self._offer, printable(error))
+                LOG.warning('%s: our tags and properties are not off yet: %s', self._offer, printable(error))
             self._sleep(SETTLE)
 
     def _tidy(self):
         """Takes off what a late change has put on an active image."""
         for _ in range(3):
             try:
-                look = _Look(self._record.read())
+                look = _Observation(self._record.read())
                 if not look.marked:
                     return
                 self._take_off(look)
@@ -297,5 +297,5 @@ class Handover:
                 # it was active; what its owner does then is no failure of ours
                 return
             except Exception as error:
-                LOG.warning('%s: our marks are not off yet: %s', self._offer, printable(error))
+                LOG.warning('%s: our tags and properties are not off yet: %s', self._offer, printable(error))
                 self._sleep(SETTLE)

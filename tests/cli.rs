@@ -605,7 +605,7 @@ fn ended(state: State) -> impl FnOnce(&mut Record) {
 }
 
 #[test]
-fn jobs_and_show_tell_what_is_stored() {
+fn jobs_and_show_print_what_is_stored() {
     let setup = Setup::new();
     let (copying, declined, newer, broken) = block_on(async {
         let store = setup.store().await;
@@ -714,7 +714,7 @@ fn retry_and_cancel_leave_signals_and_the_record_to_the_daemon() {
 }
 
 #[test]
-fn a_thousand_jobs_are_listed_quickly_and_nobody_has_to_read_them() {
+fn a_thousand_jobs_are_listed_quickly_and_a_closed_pipe_is_no_error() {
     let setup = Setup::new();
     block_on(async {
         let store = setup.store().await;
@@ -809,7 +809,7 @@ fn request_creates_a_tagged_record_for_the_tenant() {
 }
 
 #[test]
-fn request_waits_for_the_end_and_tells_it() {
+fn request_waits_for_the_outcome_and_reports_it() {
     let setup = Setup::new();
     let source = Uuid::new_v4().to_string();
     let arguments = ["--name", "cli test", "--volume", &source, "--wait"];

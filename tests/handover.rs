@@ -120,7 +120,7 @@ fn cinder_log(volume: &Volume) -> String {
 }
 
 /// Cinder made the image itself, for this reason.
-fn went_the_stock_way(volume: &Volume, reason: &str) {
+fn took_the_native_path(volume: &Volume, reason: &str) {
     let log = cinder_log(volume);
     let told = log.lines().any(|line| line.contains("the native path") && line.contains(reason));
     assert!(told, "no {reason:?}:\n{log}");
@@ -249,7 +249,7 @@ mod together {
             let image = end_of_upload(&demo, &volume, &id).await;
             if kind == INTEGRATED {
                 daemon.await_job(&id, "declined").await;
-                went_the_stock_way(&volume, "declined");
+                took_the_native_path(&volume, "declined");
             }
             ends.push(image["status"].clone());
             is_tidy(&id, &volume).await;
@@ -335,7 +335,7 @@ mod alone {
         let image = end_of_upload(&demo, &volume, &id).await;
         let took = began.elapsed();
         is_right(&image, &expected, &volume).await;
-        went_the_stock_way(&volume, "no daemon took it");
+        took_the_native_path(&volume, "no daemon took it");
         assert!(took > seconds(CLAIM) && took < seconds(CLAIM + 30), "{took:?}");
 
         let told = broker.drain(&queue).await.into_iter().find_map(|body| {
@@ -370,7 +370,7 @@ mod alone {
         let id = demo.stock_upload(&volume).await;
         let image = end_of_upload(&demo, &volume, &id).await;
         is_right(&image, &expected, &volume).await;
-        went_the_stock_way(&volume, "no daemon took it");
+        took_the_native_path(&volume, "no daemon took it");
         assert_eq!(daemon.job(&id).await, None);
     }
 
@@ -386,7 +386,7 @@ mod alone {
         let image = end_of_upload(&demo, &volume, &id).await;
         let took = began.elapsed();
         is_right(&image, &expected, &volume).await;
-        went_the_stock_way(&volume, "declined");
+        took_the_native_path(&volume, "declined");
         daemon.await_job(&id, "declined").await;
         assert!(took < seconds(25), "{took:?}");
     }
@@ -424,7 +424,7 @@ mod alone {
         let began = Instant::now();
         let image = end_of_upload(&demo, &volume, &id).await;
         assert!(began.elapsed() > seconds(STALL - 5), "{:?}", began.elapsed());
-        went_the_stock_way(&volume, "nothing has moved");
+        took_the_native_path(&volume, "nothing has moved");
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         let late = faster(&setup).start().await;
@@ -444,7 +444,7 @@ mod alone {
         await_half_way(&demo, &daemon, &id).await;
         daemon.signal("STOP");
         let image = end_of_upload(&demo, &volume, &id).await;
-        went_the_stock_way(&volume, "nothing has moved");
+        took_the_native_path(&volume, "nothing has moved");
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         daemon.signal("CONT");
@@ -470,7 +470,7 @@ mod alone {
         eprintln!("frozen as {}, {}; over after {:?}", job["state"], job["handover"], began.elapsed());
         daemon.signal("CONT");
         if job["handover"] == "offered" {
-            went_the_stock_way(&volume, "after go");
+            took_the_native_path(&volume, "after go");
             assert!(began.elapsed() > seconds(DOUBT - 1));
             assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
         }
@@ -559,7 +559,7 @@ mod alone {
 
     /// A job may wait longer for its turn than Cinder waits without a sign.
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_job_that_waits_for_its_turn_is_waited_for_while_others_move() {
+    async fn cinder_waits_for_a_queued_job_while_other_jobs_make_progress() {
         let _stage = stage::alone().await;
         let demo = Account::demo().await;
         let (first, second) = (long_volume(&demo, 13).await, small_volume(&demo, 14).await);
@@ -587,7 +587,7 @@ mod alone {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_job_that_waits_for_its_turn_is_not_waited_for_when_nothing_moves() {
+    async fn cinder_takes_a_queued_job_back_when_no_job_makes_progress() {
         let _stage = stage::alone().await;
         let demo = Account::demo().await;
         let (first, second) = (demo.long_volume(16, 15).await, small_volume(&demo, 16).await);
@@ -599,7 +599,7 @@ mod alone {
         let began = Instant::now();
         let image = end_of_upload(&demo, &second, &id).await;
         assert!(began.elapsed() > seconds(STALL), "{:?}", began.elapsed());
-        went_the_stock_way(&second, "nothing has moved");
+        took_the_native_path(&second, "nothing has moved");
         is_whole(&image, &expected).await;
         assert_eq!(demo.delete_image(&stuck).await, 204);
         daemon.await_job(&stuck, "cancelled").await;
@@ -610,7 +610,7 @@ mod alone {
 
     /// Of a large volume a per cent may take longer than Cinder waits without a sign.
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_copy_is_waited_for_while_it_moves_however_slowly() {
+    async fn cinder_waits_for_a_slow_copy_that_makes_progress() {
         let _stage = stage::alone().await;
         let demo = Account::demo().await;
         let volume = demo.create_volume(json!({"volume_type": INTEGRATED})).await;
@@ -699,7 +699,7 @@ mod alone {
         lab().service("restart", &["glance"]).await;
         let image = end_of_upload(&demo, &volume, &id).await;
         cinders_user_went_on(&id);
-        went_the_stock_way(&volume, "no daemon took it");
+        took_the_native_path(&volume, "no daemon took it");
         is_right(&image, &expected, &volume).await;
         assert_eq!(image["owner"], demo.project_id.as_str(), "the image is the tenant's all the same");
     }
@@ -712,7 +712,7 @@ mod alone {
 
     /// Its marks must not be taken for what a tenant asked for, nor the other way round.
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_go_that_nobody_offered_does_nothing() {
+    async fn a_commit_without_an_offer_does_nothing() {
         let _stage = stage::alone().await;
         let demo = Account::demo().await;
         let daemon = fast().start().await;

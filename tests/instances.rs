@@ -372,7 +372,7 @@ mod handed_over {
     }
 
     /// Nova made an image of the instance itself, for this reason.
-    fn went_the_stock_way(instance: &Instance, reason: &str) {
+    fn took_the_native_path(instance: &Instance, reason: &str) {
         let (log, about) = (compute_log(), format!("instance:{}", instance.id));
         let lines: Vec<_> = log.lines().filter(|line| line.contains(&about)).collect();
         let told = lines.iter().any(|line| line.contains("the native path") && line.contains(reason));
@@ -475,7 +475,7 @@ mod handed_over {
         let id = demo.snapshot_instance(&instance.id).await;
         let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
         eprintln!("over after {:?}", began.elapsed());
-        went_the_stock_way(&instance, "the copy has not started for 30 s");
+        took_the_native_path(&instance, "the copy has not started for 30 s");
         is_right(&image, &expected).await;
         assert_eq!(demo.delete_image(&first).await, 204);
         daemon.await_job(&first, "cancelled").await;
@@ -492,7 +492,7 @@ mod handed_over {
         let running = demo.create_instance("d1", json!({"imageRef": base})).await;
         let id = demo.snapshot_instance(&running.id).await;
         await_snapshot(&demo, &id, &running, "ACTIVE").await;
-        went_the_stock_way(&running, "the guest is suspended");
+        took_the_native_path(&running, "the guest is suspended");
         // Nova announces every snapshot, so there may be a job; without an offer it plans nothing
         if daemon.job(&id).await.is_some() {
             let job = daemon.await_job(&id, "declined").await;
@@ -652,7 +652,7 @@ mod handed_over {
         await_copying(&daemon, &id).await;
         daemon.signal("STOP");
         let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
-        went_the_stock_way(&instance, "nothing has moved");
+        took_the_native_path(&instance, "nothing has moved");
         is_right(&image, &expected).await;
 
         daemon.signal("CONT");
@@ -684,7 +684,7 @@ mod handed_over {
         eprintln!("frozen as {}, {}; over after {:?}", job["state"], job["handover"], began.elapsed());
         daemon.signal("CONT");
         if job["handover"] == "offered" {
-            went_the_stock_way(&instance, "after go");
+            took_the_native_path(&instance, "after go");
             assert!(began.elapsed() > seconds(DOUBT - 1));
             assert_eq!((&image["status"], &image["tags"]), (&json!("active"), &json!([])), "{image:#}");
         }
@@ -752,7 +752,7 @@ mod handed_over {
         revoke(&theirs).await;
         let image = await_snapshot(&demo, &id, &instance, "PAUSED").await;
         novas_user_went_on(&id);
-        went_the_stock_way(&instance, "no daemon took it");
+        took_the_native_path(&instance, "no daemon took it");
         is_right(&image, &expected).await;
         assert_eq!(image["owner"], demo.project_id.as_str(), "the image is the tenant's all the same");
     }

@@ -4,7 +4,7 @@
 use std::process::Command;
 
 #[test]
-fn the_waiter_of_a_hand_over() {
+fn the_python_tests_pass() {
     // -B: no compiled files in the tree
     let output = Command::new("python3")
         .args(["-B", "-m", "unittest", "discover", "-s", "integrations/tests"])

@@ -538,7 +538,7 @@ async fn the_queue_of_other_consumers_is_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_password_is_said_and_tried_again() {
+async fn a_wrong_password_is_reported_and_retried() {
     with_broker(|broker| async move {
         let right = TransportUrl::parse(&lab_var("RBDLAB_OFFLOAD_AMQP")).unwrap();
         let (_, query) = lab_var("RBDLAB_OFFLOAD_AMQP")
@@ -605,7 +605,7 @@ async fn a_deleted_queue_is_declared_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unreadable_and_compressed_bodies() {
+async fn unreadable_bodies_are_counted_and_compressed_ones_are_read() {
     with_broker(|broker| async move {
         broker.declare_exchange().await;
         let store = Arc::new(Store::default());

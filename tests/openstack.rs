@@ -205,7 +205,7 @@ async fn both_ways_of_login_give_the_roles_and_services() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_told_without_the_password() {
+async fn a_wrong_password_is_reported_without_the_password() {
     let lab = Lab::new();
     let session =
         Session::connect(&lab.keystone("offload-reader", "not-the-passw0rd"), &glance(Register::Auto)).unwrap();
@@ -247,7 +247,7 @@ async fn a_revoked_token_is_renewed_without_notice() {
 }
 
 #[tokio::test]
-async fn a_service_that_is_elsewhere_is_told() {
+async fn a_service_in_another_region_is_reported_with_its_region() {
     let lab = Lab::new();
     let mut keystone = lab.keystone("offload", &lab.password);
     keystone.region_name = Some("nowhere".into());
@@ -447,7 +447,7 @@ async fn queued_images_of_all_projects_are_listed_page_by_page() {
 }
 
 #[tokio::test]
-async fn the_store_tells_its_pool_and_cluster() {
+async fn a_store_has_its_pool_and_cluster() {
     let lab = Lab::new();
     let stores = lab.session(Register::Auto).stores().await.unwrap();
     let store = stores.iter().find(|store| store.kind == "rbd").expect("an rbd store");
@@ -457,7 +457,7 @@ async fn the_store_tells_its_pool_and_cluster() {
 }
 
 #[tokio::test]
-async fn volumes_and_snapshots_tell_where_they_lie() {
+async fn volumes_and_snapshots_have_their_backend() {
     let lab = Lab::new();
     let session = lab.session(Register::Auto);
     let raw = lab.raw("demo", "secret", "demo").await;

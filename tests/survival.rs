@@ -247,7 +247,7 @@ async fn what_runs_goes_on_while_the_broker_is_dead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_said_while_the_daemon_was_cut_off_is_heard() {
+async fn notifications_sent_while_the_daemon_was_cut_off_arrive() {
     let _stage = stage::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let broker = Broker::connect().await;
@@ -563,7 +563,7 @@ async fn the_limit_of_all_images_of_a_project_holds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn leftovers_with_our_mark_go_and_everything_else_stays() {
+async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
     let _stage = stage::alone().await;
     let tenant = Tenant::with_long_volume(48).await;
     let volume = &tenant.volumes[0].0;
@@ -610,7 +610,7 @@ async fn leftovers_with_our_mark_go_and_everything_else_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_notify_socket_that_nobody_reads_holds_nothing_up() {
+async fn a_notify_socket_that_is_not_read_does_not_stop_the_daemon() {
     let _stage = stage::alone().await;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");

@@ -1,4 +1,7 @@
-"""The waiter against a record that is changed at planned moments: python3 -m unittest discover integrations/tests"""
+"""The service's side, against a record that is changed at planned moments.
+
+python3 -m unittest discover integrations/tests
+"""
 
 import logging
 import os
@@ -155,7 +158,7 @@ class Waiter(unittest.TestCase):
         self.assert_unmarked('queued')
         if at is not None:
             # its end, plus the looks' distance and the time to settle
-            self.assertTrue(at <= self.world.now <= at + handover.LOOK_SELDOM + 2.5, self.world.now)
+            self.assertTrue(at <= self.world.now <= at + handover.MAX_POLL_INTERVAL + 2.5, self.world.now)
 
     def assert_unmarked(self, status):
         expected = {'status': status, 'tags': ['mine'], 'hw_disk_bus': 'scsi'}
@@ -175,7 +178,7 @@ class Waiter(unittest.TestCase):
         self.assert_active()
         self.assertEqual([], self.world.goes)
 
-    def test_an_image_that_is_active_already_is_left_to_the_stock_way_to_refuse(self):
+    def test_an_image_that_is_active_already_is_left_to_the_native_path_to_refuse(self):
         self.world.activate()
         self.assertFalse(self.world.run())
         self.assertEqual([], self.world.tagged)
@@ -482,8 +485,8 @@ class Waiter(unittest.TestCase):
     def test_a_change_on_its_way_is_waited_for_where_nothing_is_left_to_take_off(self):
         self.world.at(2, self.world.lose_tags)
         self.assert_stock(at=2)
-        lost = handover.LOST_LOOKS * handover.LOOK
-        self.assertGreaterEqual(self.world.now, 2 + lost - handover.LOOK + handover.SETTLE)
+        lost = handover.MISSING_OFFER_POLLS * handover.POLL_INTERVAL
+        self.assertGreaterEqual(self.world.now, 2 + lost - handover.POLL_INTERVAL + handover.SETTLE)
 
     def test_the_notification_cannot_be_sent(self):
         self.world.copies()
@@ -491,8 +494,8 @@ class Waiter(unittest.TestCase):
 
         def announce():
             raise Away('the broker')
-        waiter = handover.Handover(self.world, OFFER, handover.Limits(), self.world.clock, self.world.sleep)
-        self.assertTrue(waiter.run(announce))
+        service = handover.Handover(self.world, OFFER, handover.Limits(), self.world.clock, self.world.sleep)
+        self.assertTrue(service.run(announce))
         self.assert_unmarked('active')
 
     def test_at_most_two_looks_a_second_and_fewer_when_it_takes_long(self):
@@ -502,10 +505,10 @@ class Waiter(unittest.TestCase):
             self.world.at(second, lambda: self.world.change(progress=str(self.world.now)))
         self.assert_active()
         looks = [b - a for a, b in zip(self.world.reads[1:], self.world.reads[2:]) if b < 600]
-        self.assertGreaterEqual(min(looks), handover.LOOK)
+        self.assertGreaterEqual(min(looks), handover.POLL_INTERVAL)
         self.assertLess(len(looks), 200)
 
-    def test_a_waiter_that_stood_still_believes_what_it_sees_then(self):
+    def test_a_service_that_was_frozen_believes_what_it_sees_then(self):
         self.world.copies()
 
         def freeze():

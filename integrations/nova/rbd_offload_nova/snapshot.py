@@ -104,7 +104,7 @@ def _with_offer(stock, conf):
 
     @functools.wraps(stock)
     def direct_snapshot(self, context, snapshot_name, image_format, image_id, base_image_id):
-        if _is_made_elsewhere(self, context, image_format, image_id, conf):
+        if _try_offload(self, context, image_format, image_id, conf):
             # no location: the image has one
             return None
         return stock(self, context, snapshot_name, image_format, image_id, base_image_id)
@@ -113,8 +113,8 @@ def _with_offer(stock, conf):
     return direct_snapshot
 
 
-def _is_made_elsewhere(disk, context, image_format, image_id, conf):
-    """Whether the image is active."""
+def _try_offload(disk, context, image_format, image_id, conf):
+    """Offers the snapshot to the daemon. True: the image is active."""
     # only where Nova is: this file is also read by programs that list the options
     from nova import exception
     from nova import objects
