@@ -1,4 +1,4 @@
-//! Text from outside, made fit for a terminal and a log.
+//! Untrusted text, sanitized for terminals and logs: control characters are escaped, the length is capped.
 
 use std::fmt;
 

@@ -12,11 +12,11 @@ launch() {
   ) &
   pid=$!
   echo "$pid" >"$DIR/run/$name.pid"
-  born "$pid" >"$DIR/run/$name.born" || true
+  start_time "$pid" >"$DIR/run/$name.born" || true
 }
 
-# born PID: when the process started, in ticks since boot; fails when there is none or it is a zombie.
-born() {
+# start_time PID: when the process started, in ticks since boot; fails when there is none or it is a zombie.
+start_time() {
   local stat fields
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
   read -ra fields <<<"${stat##*) }" # what follows "pid (name) "; a name may hold blanks
@@ -29,7 +29,7 @@ pid_of() { cat "$DIR/run/$1.pid" 2>/dev/null; }
 # A pid alone is not enough: after a reboot it may be another process's.
 alive() {
   local pid
-  pid=$(pid_of "$1") && [ -n "$pid" ] && [ "$(born "$pid")" = "$(cat "$DIR/run/$1.born" 2>/dev/null)" ] && born "$pid" >/dev/null
+  pid=$(pid_of "$1") && [ -n "$pid" ] && [ "$(start_time "$pid")" = "$(cat "$DIR/run/$1.born" 2>/dev/null)" ] && start_time "$pid" >/dev/null
 }
 
 # end NAME [KILL]: asks the process to stop (20 s), then kills it and what it left behind in its process group.

@@ -26,7 +26,7 @@ pub async fn retry(config: &Path, args: Args) -> Result<ExitCode, Failure> {
             )
         }
         Retried::StillRunning => {
-            format!("the job of image {image} has not ended; where it waited for its next attempt, that comes now")
+            format!("the job of image {image} has not ended; if it was waiting to retry, it retries now")
         }
         Retried::AlreadyDone => {
             return Err(Failure::new(

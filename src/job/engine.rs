@@ -50,11 +50,11 @@ const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 /// How long a daemon that stops tries to tell the others.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 
-/// How often a service that handed its work over is shown that a job which waits for its turn is not forgotten. It
-/// does the work itself when nothing changes on the image record for two minutes.
+/// Between two heartbeats of a queued job that a service handed over. The service falls back to its native path when
+/// nothing changes on the image record for two minutes.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Jobs whose waiting is told of at a time. A service that hands its work over waits ten seconds for that.
+/// Queued jobs that are acknowledged at a time. A service that hands its work over waits ten seconds for that.
 const ACKNOWLEDGED_AT_A_TIME: usize = 8;
 
 /// What the engine does at the moment.

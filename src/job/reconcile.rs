@@ -396,8 +396,8 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Walks through the ended jobs: those that live again though the index says that they ended, those whose image
-    /// record needs a repair, and which of them ended without an image.
+    /// Goes through the ended jobs. Indexes those that were begun again, repairs image records, and notes which jobs
+    /// ended without an image.
     async fn look_through_ended(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
         let ended = self.context().store.ended().await?;

@@ -176,8 +176,8 @@ impl Store {
         // a service that hands its work over waits for the image, and says when to publish
         record.handover = (new.trigger != Trigger::Request).then_some(Handover::Offered);
         let bytes = encode(&record)?;
-        // The index before, since this may be given up once the record is there; and after, since an entry without a
-        // record is dropped after a while.
+        // The index entry is written first, because this future can be dropped right after the record is created. It is
+        // written again afterwards, because entries without a record are removed after a while.
         let summary = Summary::from(&record);
         self.index_live(new.image_id, &summary).await?;
         match self.objects.create(&Self::object(new.image_id), &bytes).await {
