@@ -22,7 +22,7 @@ logs_osd() { printf '%s\n' "$DIR/log/osd.$1.out" "$DIR/log/ceph-osd.$1.log"; }
 
 # --- the cluster, made once ------------------------------------------------------------------------------------------
 
-# The new monitor is born knowing all accounts: those of the daemons (one keyring for all) and those of the clients.
+# The new monitor knows all accounts from the start: those of the daemons (one keyring for all) and those of the clients.
 create_cluster() {
   local keyring=$DIR/ceph/keyring osd
   rm -rf "$DIR/ceph"

@@ -186,7 +186,7 @@ setup_nova_api() {
   service_failed "${message%%:*}" "$message"
 }
 
-map_host() { within 60 host_is_mapped || fail_with_log "Nova does not find its host" "$DIR/log/nova-setup.log"; }
+map_host() { retry_for 60 host_is_mapped || fail_with_log "Nova does not find its host" "$DIR/log/nova-setup.log"; }
 host_is_mapped() {
   nova_manage cell_v2 discover_hosts
   [ "$(sql 'select count(*) from nova_api.host_mappings')" = 1 ]

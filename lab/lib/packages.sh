@@ -19,7 +19,7 @@ install_packages() {
   done
   shift
   # Another apt-get may be at work: its locks are waited for. `update` has no option for that.
-  within 300 update_package_lists "$log" "${options[@]}" || fail_with_log "apt-get update failed" "$log"
+  retry_for 300 update_package_lists "$log" "${options[@]}" || fail_with_log "apt-get update failed" "$log"
   without_package_services as_root env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
     timeout 1200 apt-get "${options[@]}" -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >>"$log" 2>&1 </dev/null ||
     fail_with_log "apt-get install failed" "$log"

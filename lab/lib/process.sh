@@ -12,7 +12,7 @@ launch() {
   ) &
   pid=$!
   echo "$pid" >"$DIR/run/$name.pid"
-  start_time "$pid" >"$DIR/run/$name.born" || true
+  start_time "$pid" >"$DIR/run/$name.start-time" || true
 }
 
 # start_time PID: when the process started, in ticks since boot; fails when there is none or it is a zombie.
@@ -29,7 +29,7 @@ pid_of() { cat "$DIR/run/$1.pid" 2>/dev/null; }
 # A pid alone is not enough: after a reboot it may be another process's.
 alive() {
   local pid
-  pid=$(pid_of "$1") && [ -n "$pid" ] && [ "$(start_time "$pid")" = "$(cat "$DIR/run/$1.born" 2>/dev/null)" ] && start_time "$pid" >/dev/null
+  pid=$(pid_of "$1") && [ -n "$pid" ] && [ "$(start_time "$pid")" = "$(cat "$DIR/run/$1.start-time" 2>/dev/null)" ] && start_time "$pid" >/dev/null
 }
 
 # end NAME [KILL]: asks the process to stop (20 s), then kills it and what it left behind in its process group.
@@ -39,19 +39,19 @@ end() {
     pid=$(pid_of "$name")
     if [ "$signal" != KILL ]; then
       kill -"$signal" "$pid" 2>/dev/null || true
-      within 20 gone "$name" || say "$name does not stop within 20 s: killed"
+      retry_for 20 gone "$name" || say "$name does not stop within 20 s: killed"
     fi
     kill -KILL -- "-$pid" 2>/dev/null || true
-    within 10 gone "$name" || say "$name (pid $pid) cannot be killed"
+    retry_for 10 gone "$name" || say "$name (pid $pid) cannot be killed"
     rm -f "$DIR"/run/*".$pid.asok"
   fi
-  rm -f "$DIR/run/$name.pid" "$DIR/run/$name.born"
+  rm -f "$DIR/run/$name.pid" "$DIR/run/$name.start-time"
 }
 
 gone() { ! alive "$1"; }
 
-# within SECONDS COMMAND…: repeats COMMAND until it succeeds; fails when the time is over.
-within() {
+# retry_for SECONDS COMMAND…: repeats COMMAND until it succeeds; fails when the time is over.
+retry_for() {
   local until=$((SECONDS + $1))
   shift
   until "$@"; do

@@ -53,7 +53,7 @@ service_launch() {
   local name=$1 port
   alive "$name" && return
   port=$(port_of "$name")
-  if [ -n "$port" ] && ! within 5 not_listening "$port"; then
+  if [ -n "$port" ] && ! retry_for 5 not_listening "$port"; then
     die "$name cannot start: port $port is taken by another program (RBDLAB_BASE chooses other ports for a new lab)"
   fi
   end "$name"
