@@ -189,7 +189,7 @@ async fn transfer(client: &Client, method: Method, source: &ImageSpec, destinati
         assert_eq!(progress.done(), progress.total());
         return moved;
     }
-    client.clone_image(source, "s", destination).await.unwrap();
+    client.clone_image(source, "s", destination, Features::PUBLISHED).await.unwrap();
     let mut filled = Moved::default();
     if method == Method::Fill {
         filled = client.fill(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
@@ -401,7 +401,7 @@ async fn volumes_of_no_bytes_can_only_be_copied() {
     let client = lab.client().await;
     client.create_snapshot(&lab.volume(), "s").await.unwrap();
     client.protect_snapshot(&lab.volume(), "s").await.unwrap();
-    let refused = client.clone_image(&lab.volume(), "s", &lab.image()).await.unwrap_err();
+    let refused = client.clone_image(&lab.volume(), "s", &lab.image(), Features::PUBLISHED).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
     assert_eq!(transfer(&client, Method::Copy, &lab.volume(), &lab.image()).await, Moved::default());
     is_published_shape(&lab, &client, &lab.volume(), &lab.image()).await;
@@ -478,7 +478,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     let by_id = ImageSpec::with_id("volumes", id.as_str());
     // Cloned before, filled and flattened after.
     let cloned = ImageSpec::named("images", format!("{}-cloned", lab.name));
-    client.clone_image(&by_id, "s", &cloned).await.unwrap();
+    client.clone_image(&by_id, "s", &cloned, Features::PUBLISHED).await.unwrap();
     lab.python("trash('volumes', NAME + '-volume')");
     assert_eq!(client.image(&source, None).await.unwrap(), None);
     let info = client.image(&by_id, Some("s")).await.unwrap().unwrap();
@@ -491,7 +491,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     client.flatten(&cloned, &progress, &cancel).await.unwrap();
     assert_eq!(lab.data(&cloned, None), expected);
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
-    let refused = client.clone_image(&by_id, "s", &again).await.unwrap_err();
+    let refused = client.clone_image(&by_id, "s", &again, Features::PUBLISHED).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
     assert!(
         client
@@ -575,7 +575,7 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     let (source, image) = (lab.volume(), lab.image());
     client.create_snapshot(&source, "s").await.unwrap();
     client.protect_snapshot(&source, "s").await.unwrap();
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let stopper = async {
         while progress.done() == 0 {
@@ -597,7 +597,7 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
     client.remove_image(&image).await.unwrap();
 
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
     client.flatten(&image, &progress, &cancel).await.unwrap_err();
@@ -616,7 +616,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     let (source, image) = (lab.volume(), lab.image());
     client.create_snapshot(&source, "s").await.unwrap();
     client.protect_snapshot(&source, "s").await.unwrap();
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let id = client.image(&image, None).await.unwrap().unwrap().id;
     let slow = limits(8, 0, 20);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
@@ -634,7 +634,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     assert_eq!(objects(&lab), 0);
 
     // One that goes on after having been stopped is whole.
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
     client.fill(&source, "s", &image, &no_limits(), &progress, &cancel).await.unwrap_err();
@@ -668,8 +668,11 @@ async fn repeated_steps_find_nothing_to_do() {
         assert_eq!(missing.unwrap_err().kind(), ErrorKind::NotFound);
     }
 
-    client.clone_image(&source, "s", &image).await.unwrap();
-    for taken in [client.clone_image(&source, "s", &image).await, client.create_like(&source, "s", &image).await] {
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
+    for taken in [
+        client.clone_image(&source, "s", &image, Features::PUBLISHED).await,
+        client.create_like(&source, "s", &image).await,
+    ] {
         assert_eq!(taken.unwrap_err().kind(), ErrorKind::Exists);
     }
     let parent = client.image(&image, None).await.unwrap().unwrap().parent.unwrap();
@@ -767,7 +770,7 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
 
     // a half copy, with and without its tag
     for tagged in [true, false] {
-        client.clone_image(&source, "s", &copy("a")).await.unwrap();
+        client.clone_image(&source, "s", &copy("a"), Features::PUBLISHED).await.unwrap();
         if tagged {
             client.set_metadata(&copy("a"), MARK, &format!("{}-a request", lab.name)).await.unwrap();
         }
@@ -777,7 +780,7 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
     }
 
     // a removal that died between the move and the end is known by the tag; what another has put there is not ours
-    client.clone_image(&source, "s", &copy("b")).await.unwrap();
+    client.clone_image(&source, "s", &copy("b"), Features::PUBLISHED).await.unwrap();
     client.set_metadata(&copy("b"), MARK, &format!("{}-b", lab.name)).await.unwrap();
     client.create_like(&source, "s", &copy("c")).await.unwrap();
     client.set_metadata(&copy("c"), MARK, "inherited").await.unwrap();
@@ -921,7 +924,7 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('co
     assert_eq!(client.chain(&anchor, "a").await.unwrap().len(), 2);
     assert!(lab.data(&anchor, Some("a")) == expected);
 
-    client.clone_image(&anchor, "a", &image).await.unwrap();
+    client.clone_image(&anchor, "a", &image, Features::PUBLISHED).await.unwrap();
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let deletion = async {
         let until = Instant::now() + Duration::from_secs(60);
@@ -963,7 +966,7 @@ write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '
             lab.python(DELETE_SOURCE);
         }
         let (from, snapshot) = if flattened { (&anchor, "a") } else { (&source, "s") };
-        client.clone_image(&anchor, "a", &image).await.unwrap();
+        client.clone_image(&anchor, "a", &image, Features::PUBLISHED).await.unwrap();
         let filled = client.fill(from, snapshot, &image, &no_limits(), &progress, &never).await.unwrap();
         eprintln!("{filled:?}");
         assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
@@ -1010,7 +1013,7 @@ async fn only_what_has_the_published_shape_is_sealed() {
     let (progress, never) = (Progress::default(), CancellationToken::new());
 
     // a parent cannot be repaired
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let fault = publish::seal(&client, &image, &progress, &never).await.unwrap().unwrap();
     assert!(fault.contains("parent"), "{fault}");
     assert_eq!(client.image(&image, None).await.unwrap().unwrap().snapshots, [], "it got no snapshot");
@@ -1364,7 +1367,7 @@ async fn every_kind_of_call_tells_a_fenced_client_so() {
         let result = match call {
             0 => two.image(&source, Some("s")).await.map(drop),
             1 => two.create_snapshot(&source, "t").await.map(drop),
-            2 => two.clone_image(&source, "s", &image).await,
+            2 => two.clone_image(&source, "s", &image, Features::PUBLISHED).await,
             3 => two.images("volumes", "").await.map(drop),
             4 => two.rename(&source, "x").await,
             5 => two.remove_image(&source).await.map(drop),
@@ -1439,7 +1442,7 @@ write('volumes', v, 9 * M, 2 * M, 2)",
     client.create_snapshot(&source, "s").await.unwrap();
     client.protect_snapshot(&source, "s").await.unwrap();
     let expected = lab.data(&source, Some("s"));
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     client.create_snapshot(&image, "snap").await.unwrap();
 
     let slow = limits(1, 0, 4);
@@ -1481,7 +1484,7 @@ async fn only_a_clone_of_that_snapshot_is_filled() {
         client.create_snapshot(&source, snapshot).await.unwrap();
         client.protect_snapshot(&source, snapshot).await.unwrap();
     }
-    client.clone_image(&source, "t", &image).await.unwrap();
+    client.clone_image(&source, "t", &image, Features::PUBLISHED).await.unwrap();
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
@@ -1530,7 +1533,7 @@ write('volumes', v, 9 * M, 2 * M, 2); write('volumes', v, 56 * M, 100, 3)",
     let expected = lab.data(&source, Some("s"));
     for fault in [FillFault::SkipEveryThird, FillFault::FailAfter(7), FillFault::StopAfter(7)] {
         let (progress, never) = (Progress::default(), CancellationToken::new());
-        client.clone_image(&source, "s", &image).await.unwrap();
+        client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
         let filled = client.fill_with_fault(&source, "s", &image, &no_limits(), &progress, &never, Some(fault)).await;
         match filled {
             Ok(moved) => assert!(moved.objects > 0 && moved.objects < 13, "{fault:?}: {moved:?}"),
@@ -1565,7 +1568,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
         tokio::task::block_in_place(|| lab.python(REMOVE_BY_FORCE));
     };
     snapshotted(&client, &source).await;
-    client.clone_image(&source, "s", &image).await.unwrap();
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (filled, ()) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &never), removal);
     let error = filled.unwrap_err();
     eprintln!("fill: {error}");
@@ -1869,7 +1872,7 @@ snap('volumes', v, 's')",
             }
             client.remove_image(&image).await.unwrap();
         }
-        client.clone_image(&source, "s", &image).await.unwrap();
+        client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
         let (progress, never) = (Progress::default(), CancellationToken::new());
         let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
@@ -1948,7 +1951,7 @@ async fn transfers_share_a_rate() {
     snapshotted(&client, &source).await;
     let images = ["one", "two"].map(|name| ImageSpec::named("images", format!("{}-{name}", lab.name)));
     for image in &images {
-        client.clone_image(&source, "s", image).await.unwrap();
+        client.clone_image(&source, "s", image, Features::PUBLISHED).await.unwrap();
     }
     let shared = limits(8, 0, 16);
     let (progress, never) = (Progress::default(), CancellationToken::new());

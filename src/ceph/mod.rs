@@ -14,6 +14,7 @@ mod objects;
 mod pace;
 mod pool;
 mod probe;
+mod published;
 mod rbd;
 mod storage;
 mod sys;
@@ -24,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use cluster::{Client, exit_now, make_undumpable};
@@ -117,6 +119,10 @@ impl Features {
 
     /// What every published image has.
     pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);
+
+    /// What an image has that is published before all its objects are there. The rule in `published.rs` says why it
+    /// has no object map; [`Storage::detach`] adds what is missing of [`PUBLISHED`](Self::PUBLISHED).
+    pub const WITHOUT_MAPS: Self = Self(1 | 4 | 32);
 
     /// What an anchor has: no object map, see [`Storage::make_anchor`].
     pub const ANCHOR: Self = Self(1 | 32);
@@ -259,6 +265,16 @@ pub struct TransferLimits {
     pub rates: Arc<Rates>,
 }
 
+/// How far [`Storage::fill_published`] got. The default is the beginning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FillState {
+    /// The image's first object that may not have been copied.
+    pub next_object: u64,
+    /// Objects that were copied, by this call and by those before it.
+    pub copied: u64,
+}
+
 /// How much [`Storage::compare`] reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compare {
@@ -314,9 +330,16 @@ pub trait Storage: Send + Sync + 'static {
     /// none, or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
 
-    /// Clones `source@snapshot` to `destination` with [`Features::PUBLISHED`]. [`ErrorKind::Exists`] when the name is
-    /// taken.
-    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
+    /// Clones `source@snapshot` to `destination` with these features: [`Features::PUBLISHED`] where nobody else opens
+    /// the clone before [`flatten`](Self::flatten) is done, otherwise [`Features::WITHOUT_MAPS`].
+    /// [`ErrorKind::Exists`] when the name is taken.
+    async fn clone_image(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()>;
 
     /// Clones `source@snapshot` to `anchor`, replaces its metadata, and gives it a protected snapshot to clone from. An
     /// anchor is flattened by others while clones of it are read, so it has no object map: every reader asks the
@@ -330,7 +353,7 @@ pub trait Storage: Send + Sync + 'static {
         anchor_snapshot: &str,
         metadata: &[(String, String)],
     ) -> Result<()> {
-        self.clone_image(source, snapshot, anchor).await?;
+        self.clone_image(source, snapshot, anchor, Features::ANCHOR).await?;
         self.replace_metadata(anchor, metadata).await?;
         self.create_protected_snapshot(anchor, anchor_snapshot).await
     }
@@ -371,6 +394,58 @@ pub trait Storage: Send + Sync + 'static {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved>;
+
+    /// Lets the OSDs copy into `image`, a clone that others may have open, the objects that it reads from its parents:
+    /// in its head and in all its snapshots. `image` is found by its id, wherever it lies: it may be renamed or in the
+    /// trash. No watch is set, so others can remove it meanwhile.
+    ///
+    /// Goes on where `from` says; `saved` is told every few seconds how far it got, and at the end. Copying an object
+    /// again is harmless. What it leaves out (including objects that are almost entirely holes) is for
+    /// [`detach`](Self::detach). Nothing to do without a parent.
+    ///
+    /// [`ErrorKind::Unsupported`] where the image has an object map (`published.rs` has the rule), or where the OSDs
+    /// cannot copy from this source: `detach` does it all then. [`ErrorKind::NotFound`] when the image is gone, at the
+    /// latest after a few seconds of copying: see [`sweep_objects`](Self::sweep_objects). [`ErrorKind::Conflict`] when
+    /// the image's parents change again and again; the same call goes on.
+    async fn fill_published(
+        &self,
+        image: &ImageSpec,
+        from: FillState,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        saved: &(dyn Fn(FillState) + Send + Sync),
+    ) -> Result<Moved>;
+
+    /// Makes `image` independent of its parents while others have it, or clones of it, open. It flattens the head and
+    /// all snapshots, verifies that no parent is left in any of them, then switches the object map and fast-diff on and
+    /// rebuilds them. `image` is found by its id, in the trash too.
+    ///
+    /// It may be called again after it broke off anywhere; an image that is done is only verified. The image is open
+    /// for changes meanwhile, so a removal by others is [`ErrorKind::Busy`] to them. [`ErrorKind::NotFound`] when the
+    /// image is gone. [`ErrorKind::Conflict`] when a parent is left after the flatten: the maps stay off.
+    async fn detach(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved>;
+
+    /// Removes the data objects that [`fill_published`](Self::fill_published) wrote after others had removed the image.
+    /// `image` is its id, `objects` is how many objects it had (`size / object_size`, rounded up; more does no harm),
+    /// `data_pool` is [`ImageInfo::data_pool`]. Returns how many objects were removed; 0 when called again.
+    /// [`ErrorKind::Exists`] while there is anything of the image itself: its header, or an entry in the directory or
+    /// in the trash. Nothing is removed then.
+    async fn sweep_objects(
+        &self,
+        image: &ImageSpec,
+        objects: u64,
+        data_pool: Option<&str>,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<u64>;
 
     /// The offset of a byte in which `destination` differs from `source@snapshot`: the first of those that were
     /// compared. `None` when they are alike. Both are read through librbd.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Client, Cluster, IoCtx, c_string};
@@ -13,15 +14,19 @@ use super::fill::{FillFault, fill, has_unknown_holes, sparsify_flattened};
 use super::layers::{DataObjects, Inquiry, extents_of, shared_extents, total, union, without};
 use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
+use super::published::{detach, fill_published, sweep_objects};
 use super::rbd::{self, Access, Image, Options};
 use super::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY, Progress,
-    Result, SnapshotPage, Storage, TransferLimits, Trashed,
+    Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
+    Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed,
 };
 
 /// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
+
+/// How often the caller of a fill is told how far it got.
+const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A longer chain of parents is taken for a circle.
 const MAX_CHAIN: usize = 64;
@@ -104,11 +109,17 @@ impl Storage for Client {
         .await
     }
 
-    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+    async fn clone_image(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()> {
         let operation = format!("clone {source}@{snapshot} to {destination}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run(operation.clone(), move |cluster| {
-            clone(cluster, &source, &snapshot, &destination, Features::PUBLISHED, &operation)
+            clone(cluster, &source, &snapshot, &destination, features, &operation)
         })
         .await
     }
@@ -197,6 +208,65 @@ impl Storage for Client {
         cancel: &CancellationToken,
     ) -> Result<Moved> {
         self.fill_with_fault(source, snapshot, destination, limits, progress, cancel, None).await
+    }
+
+    async fn fill_published(
+        &self,
+        image: &ImageSpec,
+        from: FillState,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        saved: &(dyn Fn(FillState) + Send + Sync),
+    ) -> Result<Moved> {
+        let (spec, limits) = (image.clone(), limits.clone());
+        let (tell, mut told) = watch::channel(from);
+        let filling = self.run_long(format!("fill {image}"), progress, cancel, move |cluster, progress, cancel| {
+            fill_published(cluster, &spec, from, &limits, &tell, (progress, cancel))
+        });
+        tokio::pin!(filling);
+        let result = loop {
+            tokio::select! {
+                result = &mut filling => break result,
+                () = tokio::time::sleep(SAVE_INTERVAL) => {
+                    if told.has_changed().unwrap_or(true) {
+                        saved(*told.borrow_and_update());
+                    }
+                }
+            }
+        };
+        saved(*told.borrow_and_update());
+        result
+    }
+
+    async fn detach(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let (spec, limits) = (image.clone(), limits.clone());
+        self.run_long(format!("detach {image}"), progress, cancel, move |cluster, progress, cancel| {
+            detach(cluster, &spec, &limits, (progress, cancel))
+        })
+        .await
+    }
+
+    async fn sweep_objects(
+        &self,
+        image: &ImageSpec,
+        objects: u64,
+        data_pool: Option<&str>,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<u64> {
+        let (spec, data_pool, limits) = (image.clone(), data_pool.map(str::to_owned), limits.clone());
+        self.run_long(format!("sweep the objects of {image}"), progress, cancel, move |cluster, progress, cancel| {
+            sweep_objects(cluster, &spec, objects, data_pool.as_deref(), &limits, (progress, cancel))
+        })
+        .await
     }
 
     async fn compare(
@@ -458,7 +528,12 @@ fn info(image: &Image, snapshot: Option<&str>) -> Result<ImageInfo> {
     })
 }
 
-fn flatten(cluster: &Arc<Cluster>, spec: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
+pub(super) fn flatten(
+    cluster: &Arc<Cluster>,
+    spec: &ImageSpec,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<Moved> {
     let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
     if image.parent()?.is_none() {
         return Ok(Moved::default());

@@ -131,7 +131,7 @@ fn clone_obstacle(source: &ImageInfo) -> Option<String> {
 async fn clone_marked(storage: &dyn Storage, order: &Order) -> ceph::Result<()> {
     let (parent, snapshot) =
         order.anchor.as_ref().map_or((&order.source, &order.snapshot), |(image, snapshot)| (image, snapshot));
-    storage.clone_image(parent, snapshot, &order.destination).await?;
+    storage.clone_image(parent, snapshot, &order.destination, Features::PUBLISHED).await?;
     storage.replace_metadata(&order.destination, &[(MARK.to_owned(), order.mark.clone())]).await
 }
 

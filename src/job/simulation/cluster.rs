@@ -15,8 +15,8 @@ use super::promises;
 use super::trouble::Trouble;
 use super::world::World;
 use crate::ceph::{
-    Change, Compare, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, KeyedObject, Lent, Link, LockKey,
-    Locked, Moved, OWNER_KEY, Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool,
+    Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, KeyedObject, Lent, Link,
+    LockKey, Locked, Moved, OWNER_KEY, Objects, Parent, Progress, Result, Snapshot, SnapshotPage, Storage, StoragePool,
     TransferLimits, Trashed, Version,
 };
 
@@ -511,7 +511,13 @@ impl Storage for Handle {
         }
     }
 
-    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+    async fn clone_image(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()> {
         self.ceph(
             Kind::Write,
             || format!("clone {source}@{snapshot} to {destination}"),
@@ -538,6 +544,7 @@ impl Storage for Handle {
                 made.owner = owner;
                 // a clone inherits it
                 made.metadata = metadata;
+                made.features = features.0;
                 Ok(())
             },
         )
@@ -732,6 +739,53 @@ impl Storage for Handle {
         let id = self.open("fill", destination).await?;
         self.long("fill", &id, progress, cancel, true).await?;
         Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+    }
+
+    async fn fill_published(
+        &self,
+        image: &ImageSpec,
+        from: FillState,
+        _limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        saved: &(dyn Fn(FillState) + Send + Sync),
+    ) -> Result<Moved> {
+        let id = self.open("fill", image).await?;
+        self.long("fill", &id, progress, cancel, false).await?;
+        saved(FillState { next_object: from.next_object.max(1), copied: from.copied + 1 });
+        Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+    }
+
+    async fn detach(
+        &self,
+        image: &ImageSpec,
+        _limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let moved = self.flatten(image, progress, cancel).await?;
+        self.rebuild_maps(image, progress, cancel).await?;
+        Ok(moved)
+    }
+
+    async fn sweep_objects(
+        &self,
+        image: &ImageSpec,
+        _objects: u64,
+        _data_pool: Option<&str>,
+        _limits: &TransferLimits,
+        _progress: &Progress,
+        _cancel: &CancellationToken,
+    ) -> Result<u64> {
+        self.ceph(
+            Kind::Write,
+            || format!("sweep the objects of {image}"),
+            |world| match world.ceph.find(image) {
+                Some(_) => Err(Error::new(format!("sweep {image}"), ErrorKind::Exists, "the image is there")),
+                None => Ok(0),
+            },
+        )
+        .await
     }
 
     async fn compare(

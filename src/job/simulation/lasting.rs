@@ -1,8 +1,8 @@
 //! Calls that go on after their caller dropped the future. A blocking librbd call keeps its thread, and an HTTP request
 //! that was sent is worked on: what they do takes effect later, unless the client's address was fenced meanwhile.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::node::{Handle, Node};
 use crate::ceph::{
-    self, Change, Compare, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved, Objects, Progress,
-    SnapshotPage, Storage, TransferLimits, Trashed, Version,
+    self, Change, Compare, Features, FillState, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved,
+    Objects, Progress, SnapshotPage, Storage, TransferLimits, Trashed, Version,
 };
 use crate::openstack::{
     self, Cloud, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Server, Store, Validation,
@@ -158,10 +158,16 @@ impl Storage for Lasting {
         self.run(async move { handle.remove_snapshot(&image, &snapshot).await }).await
     }
 
-    async fn clone_image(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> ceph::Result<()> {
+    async fn clone_image(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> ceph::Result<()> {
         let (handle, source, snapshot) = (self.0.clone(), source.clone(), snapshot.to_owned());
         let destination = destination.clone();
-        self.run(async move { handle.clone_image(&source, &snapshot, &destination).await }).await
+        self.run(async move { handle.clone_image(&source, &snapshot, &destination, features).await }).await
     }
 
     async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> ceph::Result<()> {
@@ -208,6 +214,58 @@ impl Storage for Lasting {
         let limits = limits.clone();
         self.run_long(progress, cancel, |handle, progress, cancel| async move {
             handle.fill(&source, &snapshot, &destination, &limits, &progress, &cancel).await
+        })
+        .await
+    }
+
+    async fn fill_published(
+        &self,
+        image: &ImageSpec,
+        from: FillState,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        saved: &(dyn Fn(FillState) + Send + Sync),
+    ) -> ceph::Result<Moved> {
+        let (image, limits) = (image.clone(), limits.clone());
+        let state = Arc::new(Mutex::new(from));
+        let told = Arc::clone(&state);
+        let result = self
+            .run_long(progress, cancel, |handle, progress, cancel| async move {
+                let saved = |state| *told.lock().unwrap_or_else(PoisonError::into_inner) = state;
+                handle.fill_published(&image, from, &limits, &progress, &cancel, &saved).await
+            })
+            .await;
+        saved(*state.lock().unwrap_or_else(PoisonError::into_inner));
+        result
+    }
+
+    async fn detach(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> ceph::Result<Moved> {
+        let (image, limits) = (image.clone(), limits.clone());
+        self.run_long(progress, cancel, |handle, progress, cancel| async move {
+            handle.detach(&image, &limits, &progress, &cancel).await
+        })
+        .await
+    }
+
+    async fn sweep_objects(
+        &self,
+        image: &ImageSpec,
+        objects: u64,
+        data_pool: Option<&str>,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> ceph::Result<u64> {
+        let (image, data_pool, limits) = (image.clone(), data_pool.map(str::to_owned), limits.clone());
+        self.run_long(progress, cancel, |handle, progress, cancel| async move {
+            handle.sweep_objects(&image, objects, data_pool.as_deref(), &limits, &progress, &cancel).await
         })
         .await
     }
