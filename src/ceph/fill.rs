@@ -17,19 +17,22 @@
 use std::collections::HashSet;
 use std::ffi::{CString, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ceph::rados::{rados_ioctx_selfmanaged_snap_set_write_ctx, rados_ioctx_t};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, cancelled, check};
-use super::layers::{Chain, DataObjects, Inquiry, Layer, Layout, Stored, clip, extents_of, parents, refuse_migrating};
+use super::layers::{
+    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Stored, parents, refuse_migrating, sources, within,
+};
 use super::pace::{OBJECT, QUESTION, RateLimiter};
-use super::rbd::{Access, Extent, Image, ParentLink};
+use super::rbd::{Access, Image, ParentLink};
 use super::{Error, ErrorKind, Features, ImageSpec, Moved, Progress, Result, TransferLimits, sys};
 
 /// How long to wait for a completion before looking at the cancellation again.
@@ -103,54 +106,35 @@ pub(super) fn fill(
     }
     let chain = Chain::of(cluster, &from, snap_id)?;
     let layout = Layout::of(&to)?;
-    let objects_per_second = &limits.rates.objects;
-    let inquiry = Inquiry { operation: &operation, rate: objects_per_second, progress, cancel };
+    let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
 
     let mut layers = vec![Layer::new(from, snap_id, size)?];
     layers.extend(parents(cluster, &layers[0].image)?);
-    refuse_migrating(&layers, &operation)?;
-    // Objects that a nearer layer holds, in whole or in part: what the layers below have there is hidden.
-    let mut decided = HashSet::new();
-    let mut plan = Vec::new();
-    for layer in &layers {
-        let held = layer.held(inquiry)?;
-        let mut objects = Vec::new();
-        if layer.objects.layout == layout {
-            objects.extend(held.into_iter().filter(|object| decided.insert(*object)));
-            objects.retain(|object| can_be_copied(*object, layer));
-        } else {
-            for extent in clip(extents_of(&held, layer.objects.layout, layer.end), layer.end) {
-                decided.extend(layout.objects(&extent));
-            }
-        }
-        let holes = scan_holes(layer, &objects, inquiry)?;
-        let copies = objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll);
-        let data = Rc::new(layer.objects.open()?);
-        plan.extend(copies.map(|(object, holes)| Copy { object, layer, data: Rc::clone(&data), holes }));
-    }
-    if fault == Some(FillFault::SkipEveryThird) {
-        plan.retain(|copy| copy.object % 3 != 0);
-    }
+    let survey = Survey::of(&layers, layout, layout.count(size), inquiry)?;
     let destination_objects = DataObjects::of(&to, None)?;
     let data = open_to_fill(&to)?;
-    let maps = to.features()?.has(Features::OBJECT_MAP);
+    let mut maps_are_on = to.features()?.has(Features::OBJECT_MAP);
     drop(to);
-    if maps && !plan.is_empty() {
-        Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
-    }
 
-    progress.set_total(plan.len() as u64 * layout.object_size);
-    let copier = Copier::new(&data, &destination_objects, inquiry);
-    let copied = copy_all(copier, &plan, limits.concurrency, fault);
-    if copied.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
-        return copied;
+    let mut copier = Copier::new(&data, &destination_objects, inquiry);
+    let before_copying = || {
+        if std::mem::take(&mut maps_are_on) {
+            Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
+        }
+        Ok(())
+    };
+    let copied = copy_all(&mut copier, &survey, 0, limits.concurrency, fault, before_copying, |_, _| {});
+    let moved = copied.map(|()| copier.moved);
+    drop(copier);
+    if moved.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
+        return moved;
     }
     // Also where it broke off: the clone is right as it is, and the flatten may go on from there.
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     if !to.features()?.has(Features::MAPS) {
         make_maps(&to, layout.count(size), inquiry)?;
     }
-    let moved = copied?;
+    let moved = moved?;
 
     // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
     chain.check(cluster, source, snapshot, &operation)?;
@@ -163,26 +147,130 @@ fn can_be_copied(object: u64, layer: &Layer) -> bool {
     layer.objects.layout.end_of_set(object) <= layer.end || layer.size <= layer.end
 }
 
-/// Copies what is planned, and makes the holes that could not be foreseen.
-fn copy_all(mut copier: Copier<'_>, plan: &[Copy<'_>], concurrency: usize, fault: Option<FillFault>) -> Result<Moved> {
-    let mut copied_blindly = Vec::new();
-    for (number, copy) in plan.iter().enumerate() {
-        match fault {
-            Some(FillFault::FailAfter(n)) if n == number => {
-                return Err(Error::new(copier.inquiry.operation, ErrorKind::Other, "a fault of a test"));
-            }
-            Some(FillFault::StopAfter(n)) if n == number => break,
-            _ => {}
-        }
-        copier.make_room(concurrency)?;
-        copier.copy(copy)?;
-        if copy.holes == Holes::Unknown {
-            copied_blindly.push(copy.object);
-        }
+/// Finds out, a stretch at a time, which objects are to be copied into a clone, and from which of the layers that it
+/// reads from.
+pub(super) struct Survey<'a> {
+    layers: Vec<SurveyedLayer<'a>>,
+    /// Of the clone.
+    layout: Layout,
+    /// The clone's objects.
+    count: u64,
+    inquiry: Inquiry<'a>,
+}
+
+struct SurveyedLayer<'a> {
+    layer: &'a Layer,
+    listing: Listing<'a>,
+    /// The pool of the layer's data, set to read at its snapshot.
+    data: Rc<IoCtx>,
+}
+
+impl<'a> Survey<'a> {
+    /// The layers are in the order in which the clone reads from them, the nearest first.
+    pub fn of(layers: &'a [Layer], layout: Layout, count: u64, inquiry: Inquiry<'a>) -> Result<Self> {
+        refuse_migrating(layers, inquiry.operation)?;
+        let open = |layer: &'a Layer| {
+            Ok(SurveyedLayer { layer, listing: layer.listing()?, data: Rc::new(layer.objects.open()?) })
+        };
+        Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, inquiry })
     }
-    copier.finish()?;
-    sparsify_if_worthwhile(&mut copier, &copied_blindly, concurrency)?;
-    Ok(copier.moved)
+
+    /// What is to be copied of a stretch of whole sets of objects.
+    fn plan(&self, stretch: &Range<u64>) -> Result<Vec<Copy>> {
+        let Self { layout, inquiry, .. } = *self;
+        let bytes = layout.bytes_of_sets(stretch);
+        // Objects that a nearer layer holds, in whole or in part: what the layers below have there is hidden.
+        let mut decided = vec![false; usize::try_from(stretch.end - stretch.start).unwrap_or_default()];
+        let mut decide = |object: u64| {
+            let place =
+                object.checked_sub(stretch.start).and_then(|place| decided.get_mut(usize::try_from(place).ok()?));
+            place.is_some_and(|decided| !std::mem::replace(decided, true))
+        };
+        let mut plan = Vec::new();
+        for SurveyedLayer { layer, listing, data } in &self.layers {
+            let mut objects = Vec::new();
+            if layer.objects.layout == layout {
+                objects = listing.held(stretch, inquiry)?;
+                objects.retain(|object| decide(*object) && can_be_copied(*object, layer));
+            } else {
+                for extent in within(listing.extents_near(&bytes, inquiry)?, &bytes) {
+                    for object in layout.objects(&extent) {
+                        decide(object);
+                    }
+                }
+            }
+            let holes = scan_holes(layer, &objects, inquiry)?;
+            for (object, holes) in objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll) {
+                let from = layer.objects.name(inquiry.operation, object)?;
+                plan.push(Copy { object, from, data: Rc::clone(data), holes });
+            }
+        }
+        Ok(plan)
+    }
+
+    /// How many objects of a range there may be to copy, as far as that is known without asking.
+    fn upper_bound(&self, range: Range<u64>) -> u64 {
+        let may_be_copied = |object: &u64| {
+            let mut alike = self.layers.iter().filter(|surveyed| surveyed.layer.objects.layout == self.layout);
+            alike.any(|surveyed| surveyed.listing.may_hold(*object))
+        };
+        range.filter(may_be_copied).count() as u64
+    }
+}
+
+/// Copies what the survey finds from the object `first` on, a stretch at a time, and makes the holes that could not be
+/// foreseen. `before_copying` is called when it is known what is to be copied of a stretch, and none of it is; `done` when all
+/// objects before this one are there, with what was moved so far.
+pub(super) fn copy_all(
+    copier: &mut Copier<'_>,
+    survey: &Survey<'_>,
+    first: u64,
+    concurrency: usize,
+    fault: Option<FillFault>,
+    mut before_copying: impl FnMut() -> Result<()>,
+    mut done: impl FnMut(u64, Moved),
+) -> Result<()> {
+    let Survey { layout, count, .. } = *survey;
+    let (progress, mut number) = (copier.inquiry.progress, 0);
+    let mut next = layout.start_of_set(first.min(count));
+    // What is not listed yet counts as far as it is known. So the total shrinks, and what is done never does.
+    let mut unlisted = survey.upper_bound(next..count);
+    let mut planned = 0;
+    progress.set_total(unlisted * layout.object_size);
+    while next < count {
+        let stretch = layout.stretch(next, count);
+        let mut plan = survey.plan(&stretch)?;
+        if fault == Some(FillFault::SkipEveryThird) {
+            plan.retain(|copy| copy.object % 3 != 0);
+        }
+        planned += plan.len() as u64;
+        unlisted -= survey.upper_bound(stretch.clone());
+        progress.set_total((planned + unlisted) * layout.object_size);
+        if !plan.is_empty() {
+            before_copying()?;
+        }
+        let mut copied_blindly = Vec::new();
+        for copy in plan {
+            match fault {
+                Some(FillFault::FailAfter(n)) if n == number => {
+                    return Err(Error::new(copier.inquiry.operation, ErrorKind::Other, "a fault of a test"));
+                }
+                Some(FillFault::StopAfter(n)) if n == number => return copier.finish(),
+                _ => {}
+            }
+            number += 1;
+            copier.make_room(concurrency)?;
+            if copy.holes == Holes::Unknown {
+                copied_blindly.push(copy.object);
+            }
+            copier.copy(copy)?;
+        }
+        copier.finish()?;
+        sparsify_if_worthwhile(copier, &copied_blindly, concurrency)?;
+        next = stretch.end;
+        done(next, copier.moved);
+    }
+    Ok(())
 }
 
 /// Makes the object maps of the image, which has so many objects, and of its snapshots from the objects that there are.
@@ -200,9 +288,10 @@ fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
 }
 
 /// An object to copy.
-struct Copy<'a> {
+struct Copy {
     object: u64,
-    layer: &'a Layer,
+    /// Its name in the layer.
+    from: CString,
     /// The pool of the layer's data, set to read at its snapshot.
     data: Rc<IoCtx>,
     holes: Holes,
@@ -275,28 +364,30 @@ fn sparsify_if_worthwhile(copier: &mut Copier<'_>, objects: &[u64], concurrency:
     Ok(())
 }
 
-/// Makes holes again in what a flatten copied from `extents` of the parents. It keeps those that it is told of; an
-/// erasure-coded pool tells none.
-pub(super) fn sparsify_flattened(image: &Image, extents: &[Extent], inquiry: Inquiry<'_>) -> Result<()> {
-    let (data, objects) = (open_to_fill(image)?, DataObjects::of(image, None)?);
-    let mut numbers: Vec<u64> = extents.iter().flat_map(|extent| objects.layout.objects(extent)).collect();
-    numbers.sort_unstable();
-    numbers.dedup();
-    let mut copier = Copier::new(&data, &objects, inquiry);
-    sparsify_if_worthwhile(&mut copier, &numbers, PUNCHES)
+/// Makes holes again in what a flatten copied into these objects. It keeps those that it is told of; an erasure-coded
+/// pool tells none.
+pub(super) fn sparsify_flattened(image: &Image, objects: &[u64], inquiry: Inquiry<'_>) -> Result<()> {
+    let (data, destination) = (open_to_fill(image)?, DataObjects::of(image, None)?);
+    let mut copier = Copier::new(&data, &destination, inquiry);
+    sparsify_if_worthwhile(&mut copier, objects, PUNCHES)
 }
 
 /// Whether the OSDs cannot tell the holes of any of the image's parents.
 pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<bool> {
-    for layer in parents(cluster, image)? {
+    for layer in sources(cluster, image)? {
         let data = layer.objects.open()?;
-        for object in layer.held(inquiry)? {
-            match layer.objects.stored(inquiry.operation, &data, object) {
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(true),
-                Err(e) => return Err(e),
-                Ok(_) => break,
+        let mut unknown = false;
+        let tells = |object| match layer.objects.stored(inquiry.operation, &data, object) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                unknown = true;
+                Ok(true)
             }
+            stored => stored.map(|_| true),
+        };
+        layer.listing()?.first(tells, inquiry)?;
+        if unknown {
+            return Ok(true);
         }
     }
     Ok(false)
@@ -316,7 +407,7 @@ fn stratified_sample(objects: &[u64], count: usize) -> impl Iterator<Item = u64>
 }
 
 /// Opens the pool of the image's data to write it under an empty snapshot context.
-fn open_to_fill(image: &Image) -> Result<IoCtx> {
+pub(super) fn open_to_fill(image: &Image) -> Result<IoCtx> {
     let data = IoCtx::open_id(image.cluster(), image.data_pool_id())?;
     // SAFETY: the ioctx is ours alone; no snapshots are given.
     let r = unsafe { rados_ioctx_selfmanaged_snap_set_write_ctx(data.raw(), 0, ptr::null_mut(), 0) };
@@ -346,7 +437,7 @@ extern "C" fn finish(argument: *mut c_void, result: c_int) {
 }
 
 /// Copies objects to the destination, many at a time. Dropping it waits for all that is in flight.
-struct Copier<'a> {
+pub(super) struct Copier<'a> {
     data: &'a IoCtx,
     /// Of the destination.
     objects: &'a DataObjects,
@@ -354,13 +445,26 @@ struct Copier<'a> {
     done: Sender<(u64, Work, c_int)>,
     completed: Receiver<(u64, Work, c_int)>,
     in_flight: usize,
-    moved: Moved,
+    pub moved: Moved,
+    look: Option<Look<'a>>,
+}
+
+/// What is looked at from time to time while objects are copied.
+struct Look<'a> {
+    every: Duration,
+    last: Instant,
+    look: &'a dyn Fn() -> Result<()>,
 }
 
 impl<'a> Copier<'a> {
-    fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
+    pub fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
         let (done, completed) = mpsc::channel();
-        Self { data, objects, inquiry, done, completed, in_flight: 0, moved: Moved::default() }
+        Self { data, objects, inquiry, done, completed, in_flight: 0, moved: Moved::default(), look: None }
+    }
+
+    /// Has `look` called so often, between two copies; its error ends the copying.
+    pub fn look_every(&mut self, every: Duration, look: &'a dyn Fn() -> Result<()>) {
+        self.look = Some(Look { every, last: Instant::now(), look });
     }
 
     /// Waits until fewer than `concurrency` objects are in flight and the rate allows another one.
@@ -368,6 +472,10 @@ impl<'a> Copier<'a> {
         loop {
             if self.inquiry.cancel.is_cancelled() {
                 return Err(cancelled(self.inquiry.operation));
+            }
+            if let Some(Look { last, look, .. }) = self.look.as_mut().filter(|look| look.last.elapsed() >= look.every) {
+                look()?;
+                *last = Instant::now();
             }
             if self.in_flight >= concurrency.max(1) {
                 self.complete(POLL)?;
@@ -398,9 +506,9 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    fn copy(&mut self, copy: &Copy<'_>) -> Result<()> {
-        let from = copy.layer.objects.name(self.inquiry.operation, copy.object)?;
-        let source = copy.data.raw();
+    fn copy(&mut self, copy: Copy) -> Result<()> {
+        let Copy { from, data, .. } = &copy;
+        let source = data.raw();
         let work = Work::Copy { then_punch: copy.holes == Holes::Some };
         self.launch(copy.object, work, |to, data, argument| {
             // SAFETY: both ioctxs are open, the names are copied, and `finish` fits the argument.

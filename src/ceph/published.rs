@@ -6,64 +6,255 @@
 //! open an image read-only set no watch, so nothing tells them of new objects. Once the source's snapshot is removed,
 //! they read zeros. Without a map every client asks the OSDs for every object, and finds it as soon as it is there.
 
-use std::sync::Arc;
+//!
+//! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]): [`fill_published`]
+//! copies, [`detach`] cuts the parent off, and only then makes the maps.
+#![allow(unsafe_code)]
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use ceph::rados::rados_remove;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::cluster::Cluster;
-use super::rbd::{Access, Image};
-use super::storage::flatten;
-use super::{Error, ErrorKind, Features, FillState, ImageSpec, Moved, Progress, Result, TransferLimits};
+use super::cluster::{Cluster, IoCtx, c_string, check};
+use super::fill::{Copier, Survey, copy_all, open_to_fill};
+use super::layers::{Chain, DataObjects, Inquiry, Layout, STRETCH, sources};
+use super::pace::{OBJECT, QUESTION};
+use super::rbd::{self, Access, Image};
+use super::storage::{find_in_trash, flatten};
+use super::{Error, ErrorKind, Features, FillState, ImageKey, ImageSpec, Moved, Progress, Result, TransferLimits};
 
-/// The rule's first half: an error where the image has an object map.
-fn refuse_maps(image: &Image, operation: &str) -> Result<()> {
+/// How often a fill looks whether the image and its parents are still what they were.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Times that a fill begins again in one call because the image's parents changed: a source that is deleted changes
+/// them once or twice.
+const CHAIN_TRIES: usize = 5;
+
+/// The rule: an image that others may open has a parent or an object map, never both.
+pub(super) fn check_rule(image: &Image, has_parent: bool, operation: &str) -> Result<()> {
     let features = image.features()?;
-    if features.has(Features::OBJECT_MAP) || features.has(Features::FAST_DIFF) {
-        let detail = "the image has an object map, which its readers would go by";
+    if has_parent && (features.has(Features::OBJECT_MAP) || features.has(Features::FAST_DIFF)) {
+        let detail = "the image has an object map and still a parent: clients that open it may read wrong data. Remove \
+                      the map with `rbd feature disable … object-map`, and close what opened the image since it has it";
         return Err(Error::new(operation, ErrorKind::Unsupported, detail));
     }
     Ok(())
+}
+
+/// Whether head or any snapshot of an image, which was just opened, has a parent. Leaves the handle at a snapshot,
+/// where there is one.
+fn has_parent(image: &Image) -> Result<bool> {
+    if image.parent()?.is_some() {
+        return Ok(true);
+    }
+    for snapshot in image.all_snapshots()? {
+        image.set_snapshot_id(snapshot)?;
+        if image.parent()?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether the maps of head and snapshots are there and valid. Leaves the handle at a snapshot, where there is one.
+fn has_maps(image: &Image) -> Result<bool> {
+    if !image.features()?.has(Features::PUBLISHED) || image.flags()? != 0 {
+        return Ok(false);
+    }
+    for snapshot in image.all_snapshots()? {
+        image.set_snapshot_id(snapshot)?;
+        if image.flags()? != 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The image by its id, which it keeps when others rename it or move it to the trash.
+fn by_id(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<ImageSpec> {
+    match &spec.image {
+        ImageKey::Id(_) => Ok(spec.clone()),
+        ImageKey::Name(_) => {
+            Ok(ImageSpec::with_id(&spec.pool, Image::open_existing(cluster, spec, Access::ReadOnly)?.id()?))
+        }
+    }
 }
 
 /// [`Storage::fill_published`](super::Storage::fill_published).
 pub(super) fn fill_published(
     cluster: &Arc<Cluster>,
     spec: &ImageSpec,
-    _from: FillState,
-    _limits: &TransferLimits,
-    _saved: &watch::Sender<FillState>,
-    (_progress, _cancel): (&Progress, &CancellationToken),
+    from: FillState,
+    limits: &TransferLimits,
+    saved: &watch::Sender<FillState>,
+    (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Moved> {
     let operation = format!("fill {spec}");
-    let image = Image::open_existing(cluster, spec, Access::ReadOnly)?;
-    refuse_maps(&image, &operation)?;
-    Err(Error::new(operation, ErrorKind::Unsupported, "it is left to the flatten"))
+    let spec = by_id(cluster, spec)?;
+    let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
+    let (mut state, mut moved) = (from, Moved::default());
+    for _ in 0..CHAIN_TRIES {
+        let copied = fill_from_parents(cluster, &spec, &mut state, &mut moved, limits.concurrency, saved, inquiry);
+        match copied.map_err(|e| unless_gone(cluster, &spec, e)) {
+            Err(e) if e.kind() == ErrorKind::Conflict => tracing::info!("{operation}: {e}; going on with the new ones"),
+            copied => return copied.map(|()| moved),
+        }
+    }
+    Err(Error::new(operation, ErrorKind::Conflict, "the image's parents changed again and again"))
+}
+
+/// [`ErrorKind::NotFound`] is for an image that is gone. Where one of its parents is, it has others by now.
+fn unless_gone(cluster: &Arc<Cluster>, spec: &ImageSpec, error: Error) -> Error {
+    match Image::open(cluster, spec, Access::ReadOnly) {
+        Ok(Some(_)) if error.kind() == ErrorKind::NotFound => error.with_kind(ErrorKind::Conflict),
+        _ => error,
+    }
+}
+
+/// Fills the image from the parents that it has now. [`ErrorKind::Conflict`] as soon as it has others.
+fn fill_from_parents(
+    cluster: &Arc<Cluster>,
+    spec: &ImageSpec,
+    state: &mut FillState,
+    moved: &mut Moved,
+    concurrency: usize,
+    saved: &watch::Sender<FillState>,
+    inquiry: Inquiry<'_>,
+) -> Result<()> {
+    let operation = inquiry.operation;
+    let to = Image::open_existing(cluster, spec, Access::ReadOnly)?;
+    if to.parent()?.is_none() {
+        return Ok(());
+    }
+    check_rule(&to, true, operation)?;
+    // (the head of the image has no snapshot's id)
+    let chain = Chain::of(cluster, &to, 0)?;
+    let layers = sources(cluster, &to)?;
+    let layout = Layout::of(&to)?;
+    let survey = Survey::of(&layers, layout, layout.count(to.size()?), inquiry)?;
+    let (data, objects) = (open_to_fill(&to)?, DataObjects::of(&to, None)?);
+    drop(to);
+
+    // An object that no nearer layer is seen to hold is taken from the next one. A snapshot that is removed shows
+    // nothing any more, so what was listed counts only if the snapshots are still there afterwards. A removal after
+    // that is harmless: there is nothing to copy then, or still the same bytes.
+    let look = || {
+        let now = Image::open_existing(cluster, spec, Access::ReadOnly)?;
+        check_rule(&now, now.parent()?.is_some(), operation)?;
+        if Chain::of(cluster, &now, 0)? == chain {
+            return Ok(());
+        }
+        Err(Error::new(operation, ErrorKind::Conflict, "the image has other parents by now"))
+    };
+    let first = state.next_object;
+    let (before, already) = (*moved, state.copied);
+    let mut copier = Copier::new(&data, &objects, inquiry);
+    copier.look_every(LOOK_INTERVAL, &look);
+    let copied = copy_all(&mut copier, &survey, first, concurrency, None, look, |next, copied| {
+        *state = FillState { next_object: next, copied: already + copied.objects };
+        saved.send_replace(*state);
+    });
+    let now = copier.moved;
+    // waits for what is in flight
+    drop(copier);
+    *moved = Moved { bytes: before.bytes + now.bytes, objects: before.objects + now.objects, ..before };
+    copied
 }
 
 /// [`Storage::detach`](super::Storage::detach).
 pub(super) fn detach(
     cluster: &Arc<Cluster>,
     spec: &ImageSpec,
-    _limits: &TransferLimits,
+    limits: &TransferLimits,
     (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Moved> {
-    let moved = flatten(cluster, spec, progress, cancel)?;
-    Image::open_existing(cluster, spec, Access::ReadWrite)?.rebuild_as_published(progress, cancel)?;
-    Ok(moved)
+    let operation = format!("detach {spec}");
+    let (spec, rate) = (by_id(cluster, spec)?, &limits.rates.objects);
+    let image = Image::open_existing(cluster, &spec, Access::ReadOnly)?;
+    let count = Layout::of(&image)?.count(image.size()?);
+    let mut moved = Moved::default();
+    if has_parent(&image)? {
+        check_rule(&image, true, &operation)?;
+        drop(image);
+        // librbd asks for each object at its own pace; what comes after it makes up for that
+        rate.charge(count as f64 * QUESTION);
+        let flattened = flatten(cluster, &spec, rate, (progress, cancel));
+        moved = flattened.map_err(|e| unless_gone(cluster, &spec, e))?;
+    }
+
+    let image = Image::open_existing(cluster, &spec, Access::ReadOnly)?;
+    if has_parent(&image)? {
+        let detail = "the image or a snapshot of it still has a parent after the flatten";
+        return Err(Error::new(operation, ErrorKind::Conflict, detail));
+    }
+    drop(image);
+    if has_maps(&Image::open_existing(cluster, &spec, Access::ReadOnly)?)? {
+        return Ok(moved);
+    }
+    let image = Image::open_existing(cluster, &spec, Access::ReadWrite)?;
+    image.set_published_features()?;
+    rate.charge(count as f64 * QUESTION);
+    image.rebuild_object_map(progress, cancel)?;
+    for snapshot in image.all_snapshots()? {
+        image.set_snapshot_id(snapshot)?;
+        rate.charge(count as f64 * QUESTION);
+        image.rebuild_object_map(progress, cancel)?;
+    }
+    drop(image);
+    if has_maps(&Image::open_existing(cluster, &spec, Access::ReadOnly)?)? {
+        return Ok(moved);
+    }
+    Err(Error::new(operation, ErrorKind::Conflict, "the object map is not valid after it was rebuilt"))
 }
 
 /// [`Storage::sweep_objects`](super::Storage::sweep_objects).
 pub(super) fn sweep_objects(
     cluster: &Arc<Cluster>,
     spec: &ImageSpec,
-    _objects: u64,
-    _data_pool: Option<&str>,
-    _limits: &TransferLimits,
-    _: (&Progress, &CancellationToken),
+    objects: u64,
+    data_pool: Option<&str>,
+    limits: &TransferLimits,
+    (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<u64> {
-    match Image::open(cluster, spec, Access::ReadOnly)? {
-        Some(_) => Err(Error::new(format!("sweep the objects of {spec}"), ErrorKind::Exists, "the image is there")),
-        None => Ok(0),
+    let operation = format!("sweep the objects of {spec}");
+    let ImageKey::Id(id) = &spec.image else {
+        return Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id"));
+    };
+    let io = IoCtx::open(cluster, &spec.pool)?;
+    let is_there = Image::open(cluster, spec, Access::ReadOnly)?.is_some()
+        || has_header(&io, id, &operation)?
+        || rbd::name_in_directory(&io, id, &operation)?.is_some()
+        || find_in_trash(&io, spec)?.is_some();
+    if is_there {
+        return Err(Error::new(operation, ErrorKind::Exists, "the image is there"));
     }
+    let data_pool = data_pool.map(|pool| IoCtx::open(cluster, pool)).transpose()?;
+    let left = DataObjects::of_removed(&io, id, data_pool.map(|data| data.pool_id()));
+    let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
+    let remove = |data: &IoCtx, object| {
+        if left.length(&operation, data, object)?.is_none() {
+            return Ok(false);
+        }
+        inquiry.rate.charge(OBJECT);
+        let name = left.name(&operation, object)?;
+        // SAFETY: the ioctx is open, the name ends in NUL.
+        match unsafe { rados_remove(data.raw(), name.as_ptr()) } {
+            r if r == -libc::ENOENT => Ok(false),
+            r => check(&operation, r).map(|_| true),
+        }
+    };
+    let (mut removed, mut next) = (0, 0);
+    while next < objects {
+        let stretch: Vec<u64> = (next..objects.min(next + STRETCH)).collect();
+        next += STRETCH;
+        removed += left.ask(&stretch, inquiry, remove)?.into_iter().filter(|removed| *removed).count() as u64;
+    }
+    Ok(removed)
+}
+
+fn has_header(io: &IoCtx, id: &str, operation: &str) -> Result<bool> {
+    rbd::exists(io, &c_string(operation, &format!("rbd_header.{id}"))?, operation)
 }

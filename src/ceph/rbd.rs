@@ -3,14 +3,14 @@
 //! Everything here blocks, and an image stays on the thread that opened it.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use ceph::rados::{rados_read, rados_remove};
+use ceph::rados::{rados_read, rados_remove, rados_stat};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check, until_nul};
@@ -67,8 +67,7 @@ impl Image {
         let spec = ImageSpec::with_id(&link.parent.pool, &link.parent.image_id);
         let image = Self::open_in(io, &link.parent.namespace, &spec, Access::ReadOnly)?
             .ok_or_else(|| Error::new(format!("open {spec}"), ErrorKind::NotFound, "no such image"))?;
-        // SAFETY: the image is open.
-        image.check("open the parent snapshot of", unsafe { sys::rbd_snap_set_by_id(image.raw, link.snap_id) })?;
+        image.set_snapshot_id(link.snap_id)?;
         Ok(image)
     }
 
@@ -272,12 +271,22 @@ impl Image {
 
     /// Whether it has a snapshot of any kind.
     pub fn has_snapshots(&self) -> Result<bool> {
+        Ok(!self.all_snapshots()?.is_empty())
+    }
+
+    /// The ids of its snapshots of every kind, also of those that were removed and stay for clones of format 2.
+    pub fn all_snapshots(&self) -> Result<Vec<u64>> {
+        let mut ids = Vec::new();
         for namespace in 0..=sys::SNAP_NAMESPACE_LAST {
-            if !self.listed_snapshots(namespace)?.is_empty() {
-                return Ok(true);
-            }
+            ids.extend(self.listed_snapshots(namespace)?.into_iter().map(|(id, _, _)| id));
         }
-        Ok(false)
+        Ok(ids)
+    }
+
+    /// Moves the handle to a snapshot of any kind.
+    pub fn set_snapshot_id(&self, id: u64) -> Result<()> {
+        // SAFETY: the image is open.
+        self.check("open a snapshot of", unsafe { sys::rbd_snap_set_by_id(self.raw, id) }).map(drop)
     }
 
     /// The user's snapshots: without those of mirroring, of groups, or kept for clones of format 2.
@@ -520,9 +529,8 @@ impl Image {
         self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
     }
 
-    /// Switches on what a published image has and this one lacks, switches off what it has beside that, and rebuilds
-    /// the object maps of head and snapshots. Leaves the handle at a snapshot, where there is one.
-    pub fn rebuild_as_published(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+    /// Switches on what a published image has and this one lacks, and switches off what it has beside that.
+    pub fn set_published_features(&self) -> Result<()> {
         let layout = Features::STRIPINGV2.0 | Features::DATA_POOL.0 | Features::OPERATIONS.0;
         let features = self.features()?;
         for (change, on) in
@@ -532,6 +540,13 @@ impl Image {
                 self.set_features(Features(change), on)?;
             }
         }
+        Ok(())
+    }
+
+    /// Gives it the features of a published image, and rebuilds the object maps of head and snapshots. Leaves the
+    /// handle at a snapshot, where there is one.
+    pub fn rebuild_as_published(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
+        self.set_published_features()?;
         self.rebuild_object_map(progress, cancel)?;
         for snapshot in self.snapshots()? {
             self.set_snapshot(&snapshot.name)?;
@@ -719,6 +734,16 @@ pub(super) fn name_in_directory(io: &IoCtx, id: &str, operation: &str) -> Result
     let key = c_string(operation, &format!("id_{id}"))?;
     let (entries, _) = omap_page(io, c"rbd_directory", c"", &key, 1, operation)?;
     Ok(entries.into_iter().find(|(found, _)| *found == key).and_then(|(_, value)| decode_text(&value)))
+}
+
+/// Whether the pool has an object of this name.
+pub(super) fn exists(io: &IoCtx, object: &CStr, operation: &str) -> Result<bool> {
+    let (mut length, mut time) = (0, 0);
+    // SAFETY: the ioctx is open, the name ends in NUL; both results have a place.
+    match unsafe { rados_stat(io.raw(), object.as_ptr(), &mut length, &mut time) } {
+        r if r == -libc::ENOENT => Ok(false),
+        r => check(operation, r).map(|_| true),
+    }
 }
 
 /// Removes the object `rbd_id.<name>`, and nothing else of the image.

@@ -11,10 +11,10 @@ use super::cluster::{Client, Cluster, IoCtx, c_string};
 use super::compare::compare;
 use super::copy::copy;
 use super::fill::{FillFault, fill, has_unknown_holes, sparsify_flattened};
-use super::layers::{DataObjects, Inquiry, extents_of, shared_extents, total, union, without};
+use super::layers::{Inquiry, Missing};
 use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
-use super::published::{detach, fill_published, sweep_objects};
+use super::published::{check_rule, detach, fill_published, sweep_objects};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
@@ -119,7 +119,11 @@ impl Storage for Client {
         let operation = format!("clone {source}@{snapshot} to {destination}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run(operation.clone(), move |cluster| {
-            clone(cluster, &source, &snapshot, &destination, features, &operation)
+            clone(cluster, &source, &snapshot, &destination, features, &operation)?;
+            if features.has(Features::OBJECT_MAP) {
+                return Ok(());
+            }
+            check_rule(&Image::open_existing(cluster, &destination, Access::ReadOnly)?, true, &operation)
         })
         .await
     }
@@ -175,7 +179,7 @@ impl Storage for Client {
     async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
         let spec = image.clone();
         self.run_long(format!("flatten {image}"), progress, cancel, move |cluster, progress, cancel| {
-            flatten(cluster, &spec, progress, cancel)
+            flatten(cluster, &spec, &RateLimiter::new(0), (progress, cancel))
         })
         .await
     }
@@ -528,35 +532,30 @@ fn info(image: &Image, snapshot: Option<&str>) -> Result<ImageInfo> {
     })
 }
 
+/// What is to be moved is found out before the image is opened for changes: as long as it is, nobody can remove it.
 pub(super) fn flatten(
     cluster: &Arc<Cluster>,
     spec: &ImageSpec,
-    progress: &Progress,
-    cancel: &CancellationToken,
+    rate: &RateLimiter,
+    (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Moved> {
-    let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
+    let image = Image::open_existing(cluster, spec, Access::ReadOnly)?;
     if image.parent()?.is_none() {
         return Ok(Moved::default());
     }
-    let overlap = image.overlap()?;
     // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
     let operation = format!("flatten {spec}");
-    let no_limit = RateLimiter::new(0);
-    let inquiry = Inquiry { operation: &operation, rate: &no_limit, progress, cancel };
-    let objects = DataObjects::of(&image, None)?;
-    let own = objects.held(&image, overlap, inquiry).map(|held| extents_of(&held, objects.layout, overlap));
-    let missing = match (shared_extents(cluster, &image, inquiry), own) {
-        (Ok(shared), Ok(own)) => without(&shared, &union(own)),
-        (Err(e), _) | (_, Err(e)) if matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced) => return Err(e),
-        _ => std::iter::once(0..overlap).collect(),
-    };
-    let (bytes, object_size) = (total(&missing), image.object_size()?);
-    let unknown_holes = bytes > 0 && has_unknown_holes(cluster, &image, inquiry)?;
+    let inquiry = Inquiry { operation: &operation, rate, progress, cancel };
+    let unknown_holes = has_unknown_holes(cluster, &image, inquiry)?;
+    let Missing { bytes, objects } = Missing::of(cluster, &image, unknown_holes, inquiry)?;
+    let object_size = image.object_size()?;
+    drop(image);
+    let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
     progress.set_total(bytes);
     image.flatten(progress, cancel)?;
     progress.set_done(bytes);
-    if unknown_holes {
-        sparsify_flattened(&image, &missing, Inquiry { progress: &progress.beside(), ..inquiry })?;
+    if unknown_holes && bytes > 0 {
+        sparsify_flattened(&image, &objects, Inquiry { progress: &progress.beside(), ..inquiry })?;
     }
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }
@@ -627,7 +626,7 @@ fn chain(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Link>> {
     Ok(links)
 }
 
-fn find_in_trash(io: &IoCtx, spec: &ImageSpec) -> Result<Option<rbd::Trashed>> {
+pub(super) fn find_in_trash(io: &IoCtx, spec: &ImageSpec) -> Result<Option<rbd::Trashed>> {
     let ImageKey::Id(id) = &spec.image else { return Ok(None) };
     let trash = rbd::trash(io, &format!("look for {spec} in the trash"))?;
     Ok(trash.into_iter().find(|trashed| trashed.id == *id))
@@ -769,7 +768,7 @@ fn is_own_leftover(cluster: &Arc<Cluster>, in_trash: &ImageSpec, name: &str) -> 
 }
 
 /// Whether a value of [`OWNER_KEY`] belongs to an image of this name; a clone has inherited that of its parent.
-fn is_owner_of(owner: &str, name: &str) -> bool {
+pub(super) fn is_owner_of(owner: &str, name: &str) -> bool {
     owner.split_whitespace().next().is_some_and(|id| name.contains(id))
 }
 
