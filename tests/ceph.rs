@@ -4,13 +4,14 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rand::{RngExt, SeedableRng};
 use rbd_offload::ceph::{
-    Change, Client, ClientPool, Compare, ErrorKind, Features, FillFault, ImageSpec, LockKey, Locked, Moved, Objects,
-    Progress, Rates, Storage, StoragePool, TransferLimits, Version,
+    Change, Client, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey, ImageSpec, LockKey,
+    Locked, Moved, Objects, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, Name};
@@ -2127,4 +2128,555 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     let next = pool.take().await.unwrap();
     assert_eq!(next.storage().address().await.unwrap(), addresses[1], "an idle client is used again");
     assert_ne!(pool.take().await.unwrap().storage().address().await.unwrap(), addresses[0]);
+}
+
+/// An image that is published at once: a clone of an anchor of the source's `s`, with the snapshot `snap`.
+struct Early {
+    anchor: ImageSpec,
+    image: ImageSpec,
+    id: ImageSpec,
+}
+
+impl Early {
+    async fn publish(client: &Client, source: &ImageSpec, name: &str, features: Features) -> Self {
+        let anchor = ImageSpec::named(&source.pool, format!("{name}-zanchor"));
+        let image = ImageSpec::named("images", format!("{name}-zimage"));
+        let mark = [(MARK.to_owned(), name.to_owned())];
+        client.make_anchor(source, "s", &anchor, "a", &mark).await.unwrap();
+        client.clone_image(&anchor, "a", &image, features).await.unwrap();
+        client.replace_metadata(&image, &[]).await.unwrap();
+        client.create_protected_snapshot(&image, "snap").await.unwrap();
+        let id = client.image(&image, None).await.unwrap().unwrap().id;
+        Self { anchor, id: ImageSpec::with_id("images", id), image }
+    }
+
+    /// Fills it from where it stood.
+    async fn fill(
+        &self,
+        client: &Client,
+        state: &Mutex<FillState>,
+        limits: &TransferLimits,
+        cancel: &CancellationToken,
+    ) -> rbd_offload::ceph::Result<Moved> {
+        let from = *state.lock().unwrap();
+        let saved = |now: FillState| {
+            let before = std::mem::replace(&mut *state.lock().unwrap(), now);
+            assert!(now.next_object >= before.next_object && now.copied >= before.copied, "{before:?} {now:?}");
+        };
+        client.fill_published(&self.id, from, limits, &Progress::default(), cancel, &saved).await
+    }
+
+    async fn detach(&self, client: &Client) -> Moved {
+        client.detach(&self.id, &no_limits(), &Progress::default(), &CancellationToken::new()).await.unwrap()
+    }
+
+    /// The rule: a parent or an object map, never both; in head and snapshot.
+    async fn keeps_the_rule(&self, client: &Client) {
+        for snapshot in [None, Some("snap")] {
+            let now = client.image(&self.id, snapshot).await.unwrap().unwrap();
+            let maps = now.features.has(Features::OBJECT_MAP) || now.features.has(Features::FAST_DIFF);
+            assert!(!(maps && now.parent.is_some()), "{snapshot:?}: {now:?}");
+        }
+    }
+
+    /// The source's overwriting and removal right after the last thing that kept it.
+    async fn release(&self, client: &Client, source: &ImageSpec) {
+        assert_eq!(client.remove_image(&self.anchor).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_snapshot(source, "s").await.unwrap(), Change::Made);
+    }
+}
+
+/// One that fires after a time, unless it is dropped before.
+fn cancelled_after(time: Duration) -> (CancellationToken, tokio_util::sync::DropGuard) {
+    let (cancel, guard) = (CancellationToken::new(), CancellationToken::new());
+    let (fires, ends) = (cancel.clone(), guard.clone());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = tokio::time::sleep(time) => fires.cancel(),
+            () = ends.cancelled() => {}
+        }
+    });
+    (cancel, guard.drop_guard())
+}
+
+/// What one round of early readers found.
+#[derive(Debug, Default)]
+struct Round {
+    readers: u64,
+    reads: u64,
+    writes: u64,
+    resumed: u64,
+    wrong: Vec<String>,
+}
+
+/// Publishes an image of a random chain, has it read before, during and after the fill and after the source was
+/// overwritten and removed. `features` are those of the image while it is published early.
+async fn early_readers(client: &Client, chains: &mut Chains, lab: &Lab, seed: u64, features: Features) -> Round {
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    let (name, mut round) = (format!("{}-early{seed}", lab.name), Round::default());
+    let (made, log) = chains.ask(&json!({"make": seed, "name": name}));
+    let source = ImageSpec::named(made["pool"].as_str().unwrap(), made["image"].as_str().unwrap());
+    let early = Early::publish(client, &source, &name, features).await;
+    let image_name = format!("{name}-zimage");
+    let mut open = |chains: &mut Chains, kind: &str| {
+        chains.ask(&json!({"open": kind, "image": image_name, "name": name}));
+        round.readers += 1;
+    };
+    open(chains, "download");
+    open(chains, "child");
+    open(chains, "guest");
+
+    let state = Mutex::new(FillState::default());
+    let pace = limits(random.random_range(1..9), 0, random.random_range(40..400));
+    let during = async {
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..400))).await;
+        open(chains, ["download", "child", "guest"][random.random_range(0..3)]);
+    };
+    if features.has(Features::OBJECT_MAP) {
+        // the planted fault: the copy of an image that nobody else is supposed to have open
+        let (progress, never) = (Progress::default(), CancellationToken::new());
+        let (filled, ()) = tokio::join!(client.fill(&source, "s", &early.image, &pace, &progress, &never), during);
+        filled.unwrap();
+        client.flatten(&early.image, &progress, &never).await.unwrap();
+    } else {
+        let (first, _guard) = cancelled_after(Duration::from_millis(seed % 7 * 100));
+        let (filled, ()) = tokio::join!(early.fill(client, &state, &pace, &first), during);
+        if let Err(stopped) = filled {
+            assert_eq!(stopped.kind(), ErrorKind::Cancelled, "seed {seed}: {stopped}");
+            round.resumed += 1;
+            early.fill(client, &state, &no_limits(), &CancellationToken::new()).await.unwrap();
+        }
+        early.keeps_the_rule(client).await;
+        let (first, _guard) = cancelled_after(Duration::from_millis(seed % 5 * 50));
+        if client.detach(&early.id, &no_limits(), &Progress::default(), &first).await.is_err() {
+            round.resumed += 1;
+            early.keeps_the_rule(client).await;
+        }
+        early.detach(client).await;
+    }
+    chains.ask(&json!({"open": "download", "image": image_name, "name": name}));
+    chains.ask(&json!({"open": "child", "image": image_name, "name": name}));
+    round.readers += 2;
+
+    early.release(client, &source).await;
+    chains.ask(&json!({"release": name}));
+    let (closed, _) = chains.ask(&json!({"close": name}));
+    for reader in closed.as_array().unwrap() {
+        round.reads += reader["reads"].as_u64().unwrap();
+        round.writes += reader["writes"].as_u64().unwrap();
+        let wrong = reader["wrong"].as_array().unwrap().iter();
+        round.wrong.extend(wrong.map(|what| format!("seed {seed}: {what}: {log}")));
+    }
+    let (found, _) = chains.ask(&json!({"check": image_name, "name": name, "snapshots": ["snap"]}));
+    let found = found.as_array().unwrap().iter();
+    round.wrong.extend(found.map(|what| format!("seed {seed}: the image: {what}: {log}")));
+    chains.ask(&json!({"clean": name}));
+    round
+}
+
+/// Rounds of early readers, some at a time: what all of them found together, and how many there were.
+async fn rounds_of_early_readers(rounds: u64, first: u64, features: Features) -> Round {
+    const AT_A_TIME: u64 = 3;
+    let next = Arc::new(AtomicU64::new(0));
+    let mut workers = Vec::new();
+    for _ in 0..AT_A_TIME.min(rounds) {
+        let next = Arc::clone(&next);
+        workers.push(tokio::spawn(async move {
+            let lab = Lab::new();
+            let client = lab.client().await;
+            let mut python = Chains::new(&lab);
+            let mut all = Round::default();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= rounds {
+                    return all;
+                }
+                let round = early_readers(&client, &mut python, &lab, first + number, features).await;
+                round.wrong.iter().for_each(|what| eprintln!("{what}"));
+                if number % 10 == 9 {
+                    eprintln!("round {number}");
+                }
+                all.readers += round.readers;
+                all.reads += round.reads;
+                all.writes += round.writes;
+                all.resumed += round.resumed;
+                all.wrong.extend(round.wrong);
+            }
+        }));
+    }
+    let mut all = Round::default();
+    for worker in workers {
+        let found = worker.await.unwrap();
+        all.readers += found.readers;
+        all.reads += found.reads;
+        all.writes += found.writes;
+        all.resumed += found.resumed;
+        all.wrong.extend(found.wrong);
+    }
+    all
+}
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap())
+}
+
+/// The promise of publishing at once: whoever opens the image whenever reads the source's snapshot, whatever becomes of
+/// the source afterwards. So many rounds (`RBD_OFFLOAD_TEST_ROUNDS`, 10) from that seed on (`RBD_OFFLOAD_TEST_SEED`;
+/// another one each time).
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn early_readers_never_read_a_wrong_byte() {
+    let rounds = number_from("RBD_OFFLOAD_TEST_ROUNDS").unwrap_or(10);
+    let first = number_from("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| u64::from(Uuid::new_v4().as_fields().0));
+    let (began, found) = (Instant::now(), rounds_of_early_readers(rounds, first, Features::WITHOUT_MAPS).await);
+    let Round { readers, reads, writes, resumed, wrong } = found;
+    eprintln!(
+        "{rounds} rounds from seed {first} on, in {:?}: {readers} readers, {reads} reads, {writes} writes, resumed \
+         {resumed} times, {} wrong",
+        began.elapsed(),
+        wrong.len()
+    );
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(reads > 0 && writes > 0);
+}
+
+/// The same readers find it when the rule is broken: the image has an object map while objects are still to come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn early_readers_of_an_image_with_an_object_map_read_wrong_bytes() {
+    let found = rounds_of_early_readers(3, 1, Features::PUBLISHED).await;
+    eprintln!("{} readers, {} reads, {} wrong", found.readers, found.reads, found.wrong.len());
+    assert!(!found.wrong.is_empty(), "the readers would not find a wrong byte");
+}
+
+/// A volume of many small objects, most of them in a parent, with a hole and a discard.
+const MANY_OBJECTS: &str = "create('volumes2', NAME + '-base', 12 * M, order=16)
+write('volumes2', NAME + '-base', 0, 10 * M, 1)
+snap('volumes2', NAME + '-base', 'b')
+clone('volumes2', NAME + '-base', 'b', 'volumes', NAME + '-volume', order=16)
+write('volumes', NAME + '-volume', 2 * M, 3 * M, 2); discard('volumes', NAME + '-volume', 6 * M, M)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_an_object_map_is_neither_filled_nor_detached() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(MANY_OBJECTS);
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let early = Early::publish(&client, &source, &lab.name, Features::PUBLISHED).await;
+    let never = CancellationToken::new();
+    let filled = early.fill(&client, &Mutex::new(FillState::default()), &no_limits(), &never).await.unwrap_err();
+    let detached = client.detach(&early.id, &no_limits(), &Progress::default(), &never).await.unwrap_err();
+    for refused in [filled, detached] {
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        assert!(refused.to_string().contains("object map"), "{refused}");
+    }
+    assert!(client.image(&early.id, None).await.unwrap().unwrap().parent.is_some());
+
+    // also when an operator switches it on in the middle of a fill
+    client.remove_image(&early.image).await.unwrap();
+    client.remove_image(&early.anchor).await.unwrap();
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    let (state, slow) = (Mutex::new(FillState::default()), limits(1, 0, 20));
+    let switch_on = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::task::block_in_place(|| {
+            lab.command("rbd", &["feature", "enable", &early.image.to_string(), "object-map", "fast-diff"])
+        });
+    };
+    let (filled, _) = tokio::join!(early.fill(&client, &state, &slow, &never), switch_on);
+    assert_eq!(filled.unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_detach_that_broke_off_anywhere_is_finished() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(MANY_OBJECTS);
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    // a guest has a child open throughout: the image is never alone
+    lab.python("clone('images', NAME + '-zimage', 'snap', 'volumes', NAME + '-zzguest')");
+    let mut chains = Chains::new(&lab);
+    let watch = chains.ask(&json!({"hold": format!("{}-zzguest", lab.name)}));
+    assert!(watch.0.is_null());
+
+    // later and later in the detach; most of it is the flatten, since nothing was filled
+    let (mut stopped, mut allowed) = (0, 0);
+    loop {
+        let (progress, cancel) = (Progress::default(), CancellationToken::new());
+        let stop = async {
+            while progress.steps() < allowed && !cancel.is_cancelled() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            cancel.cancel();
+        };
+        let detach = async {
+            let result = client.detach(&early.id, &no_limits(), &progress, &cancel).await;
+            cancel.cancel();
+            result
+        };
+        let (detached, ()) = tokio::join!(detach, stop);
+        early.keeps_the_rule(&client).await;
+        match detached {
+            Ok(moved) => break eprintln!("stopped {stopped} times, up to {allowed} steps; then {moved:?}"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}"),
+        }
+        stopped += 1;
+        allowed += 1 + allowed / 4;
+    }
+    assert!(stopped > 3, "{stopped}");
+    is_detached(&lab, &client, &early).await;
+
+    // Each state in which a daemon may have died after that: the features are switched off or half on again, and the
+    // maps are marked as invalid.
+    for features in [8 | 16, 16] {
+        lab.python(&format!(
+            "with rbd.Image(io('images'), NAME + '-zimage') as image:
+    image.update_features({features}, False); image.update_features({features}, True)
+    assert image.flags() != 0"
+        ));
+        early.detach(&client).await;
+        is_detached(&lab, &client, &early).await;
+    }
+    lab.python("with rbd.Image(io('images'), NAME + '-zimage') as image: image.update_features(8 | 16, False)");
+    early.detach(&client).await;
+    is_detached(&lab, &client, &early).await;
+    assert_eq!(early.detach(&client).await, Moved::default(), "nothing is left to do");
+
+    early.release(&client, &source).await;
+    lab.python("rbd.RBD().remove(io('volumes'), NAME + '-volume')");
+    assert!(lab.data(&early.image, None) == expected && lab.data(&early.image, Some("snap")) == expected);
+}
+
+async fn is_detached(lab: &Lab, client: &Client, early: &Early) {
+    for snapshot in [None, Some("snap")] {
+        let now = client.image(&early.id, snapshot).await.unwrap().unwrap();
+        assert_eq!((now.parent, now.flags, now.features), (None, 0, Features::PUBLISHED), "{snapshot:?}");
+        let place = snapshot.map_or(early.image.to_string(), |snapshot| format!("{}@{snapshot}", early.image));
+        lab.command("rbd", &["object-map", "check", &place]);
+    }
+}
+
+/// Names of the objects of a pool that have this in their names.
+fn objects_with(lab: &Lab, pool: &str, part: &str) -> Vec<String> {
+    let listed = lab.command("rados", &["-p", pool, "ls"]);
+    listed.lines().filter(|name| name.contains(part)).map(str::to_owned).collect()
+}
+
+/// How many data objects the image has.
+fn objects_of(lab: &Lab, early: &Early) -> usize {
+    let ImageKey::Id(id) = &early.id.image else { unreachable!() };
+    objects_with(lab, "images", &format!("rbd_data.{id}.")).len()
+}
+
+/// A hole of the image in which an early reader would look for the parents' data has an object; others have none.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_holes_that_hide_something_get_an_object() {
+    // what is discarded in the clone hides the base; and so may anything where a volume has no map
+    for (features, objects) in [("DEFAULT", 160), ("1", 192)] {
+        let lab = Lab::new();
+        let client = lab.client().await;
+        lab.python(&format!(
+            "create('volumes2', NAME + '-base', 12 * M, order=16)
+write('volumes2', NAME + '-base', 0, 10 * M, 1)
+snap('volumes2', NAME + '-base', 'b')
+clone('volumes2', NAME + '-base', 'b', 'volumes', NAME + '-volume', order=16, features={features})
+discard('volumes', NAME + '-volume', 6 * M, M)"
+        ));
+        let source = lab.volume();
+        snapshotted(&client, &source).await;
+        let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+        let filled =
+            early.fill(&client, &Mutex::new(FillState::default()), &no_limits(), &CancellationToken::new()).await;
+        assert_eq!((filled.unwrap().objects, objects_of(&lab, &early)), (144, 144));
+        early.detach(&client).await;
+        assert_eq!(objects_of(&lab, &early), objects, "{features}");
+        is_detached(&lab, &client, &early).await;
+        early.release(&client, &source).await;
+    }
+}
+
+/// What Glance does when a user deletes an image: the snapshot goes, then the image; one with clones goes to the trash.
+const GLANCE_DELETES: &str = "
+with rbd.Image(io('images'), NAME + '-zimage') as image:
+    image.unprotect_snap('snap'); image.remove_snap('snap')
+rbd.RBD().remove(io('images'), NAME + '-zimage')";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_deleted_during_the_fill_leaves_no_object() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(MANY_OBJECTS);
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    let unlimited = no_limits();
+    let sweep = || client.sweep_objects(&early.id, 192, None, &unlimited, &progress, &never);
+    assert_eq!(sweep().await.unwrap_err().kind(), ErrorKind::Exists);
+
+    let (state, slow) = (Mutex::new(FillState::default()), limits(4, 0, 30));
+    let began = Instant::now();
+    let delete = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::task::block_in_place(|| lab.python(GLANCE_DELETES));
+        Instant::now()
+    };
+    let (filled, deleted) = tokio::join!(early.fill(&client, &state, &slow, &never), delete);
+    assert_eq!(filled.unwrap_err().kind(), ErrorKind::NotFound);
+    assert!(deleted.elapsed() < Duration::from_secs(15), "{:?}", deleted.elapsed());
+    let ImageKey::Id(id) = &early.id.image else { unreachable!() };
+    let left = objects_with(&lab, "images", id);
+    eprintln!("{} objects were left, {:?} after the beginning", left.len(), began.elapsed());
+    assert_eq!(sweep().await.unwrap(), left.len() as u64, "{left:?}");
+    assert_eq!(objects_with(&lab, "images", id), Vec::<String>::new());
+    assert_eq!(sweep().await.unwrap(), 0);
+    early.release(&client, &source).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_removes_what_belongs_to_no_image_and_nothing_else() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    for data_pool in [None, Some("ecdata")] {
+        let argument = data_pool.map_or("None".to_owned(), |pool| format!("'{pool}'"));
+        let id = |name: &str| {
+            let code = format!(
+                "create('images', NAME + '-{name}', 4 * M, order=16, data_pool={argument})
+with rbd.Image(io('images'), NAME + '-{name}') as image: print(image.id(), image.stat()['block_name_prefix'])"
+            );
+            let answer = String::from_utf8(lab.python(&code)).unwrap();
+            let (id, prefix) = answer.trim().split_once(' ').unwrap();
+            (ImageSpec::with_id("images", id), prefix.to_owned())
+        };
+        let (gone, prefix) = id("gone");
+        let (other, other_prefix) = id("other");
+        let pool = data_pool.unwrap_or("images");
+        let plant = |prefix: &str, numbers: &str| {
+            format!("for n in {numbers}: io('{pool}').write_full('{prefix}.%016x' % n, b'x' * 5000)")
+        };
+        lab.python(&plant(&other_prefix, "range(0, 64, 3)"));
+        let sweep = |image: &ImageSpec| {
+            let image = image.clone();
+            let (client, progress, never) = (&client, &progress, &never);
+            async move { client.sweep_objects(&image, 64, data_pool, &no_limits(), progress, never).await }
+        };
+        // in the trash it is not gone
+        lab.python("trash('images', NAME + '-gone')");
+        assert_eq!(sweep(&gone).await.unwrap_err().kind(), ErrorKind::Exists);
+        lab.python(
+            "for e in rbd.RBD().trash_list(io('images')):
+    if e['name'] == NAME + '-gone': rbd.RBD().trash_remove(io('images'), e['id'], True)",
+        );
+        lab.python(&plant(&prefix, "range(0, 64, 5)"));
+        assert_eq!(sweep(&gone).await.unwrap(), 13, "{data_pool:?}");
+        assert_eq!(sweep(&gone).await.unwrap(), 0);
+        assert_eq!(sweep(&other).await.unwrap_err().kind(), ErrorKind::Exists);
+        assert_eq!(objects_with(&lab, pool, &other_prefix).len(), 22);
+        lab.python("rbd.RBD().remove(io('images'), NAME + '-other')");
+    }
+}
+
+/// Glance moves an image to the trash whose snapshot a clone of format 2 still needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_in_the_trash_is_filled_and_detached_by_its_id() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(MANY_OBJECTS);
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    lab.python(
+        "cluster.conf_set('rbd_default_clone_format', '2')
+clone('images', NAME + '-zimage', 'snap', 'volumes', NAME + '-zzchild')",
+    );
+    let (state, never) = (Mutex::new(FillState::default()), CancellationToken::new());
+    let delete = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::task::block_in_place(|| {
+            lab.python(
+                "with rbd.Image(io('images'), NAME + '-zimage') as image:
+    image.unprotect_snap('snap'); image.remove_snap('snap')
+trash('images', NAME + '-zimage')",
+            )
+        });
+    };
+    let pace = limits(2, 0, 60);
+    let (filled, ()) = tokio::join!(early.fill(&client, &state, &pace, &never), delete);
+    let filled = filled.unwrap();
+    assert!(client.in_trash(&early.id).await.unwrap() && filled.objects > 100, "{filled:?}");
+    early.detach(&client).await;
+    let now = client.image(&early.id, None).await.unwrap().unwrap();
+    // (a clone of format 2 leaves a mark on its parent)
+    assert_eq!((now.parent, now.flags), (None, 0));
+    assert_eq!(now.features.0 & !Features::OPERATIONS.0, Features::PUBLISHED.0);
+    assert!(client.in_trash(&early.id).await.unwrap());
+
+    let ImageKey::Id(id) = &early.id.image else { unreachable!() };
+    lab.python(&format!(
+        "import struct
+i = io('images'); image = rbd.Image(i, image_id='{id}', read_only=True)
+snapshot, = list(image.list_snaps())
+assert snapshot['namespace'] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH, snapshot
+image.set_snap_by_id(snapshot['id'])
+assert image.flags() == 0
+try: image.parent_info(); raise SystemExit('the snapshot has a parent')
+except rbd.ImageNotFound: pass
+prefix = image.stat()['block_name_prefix']
+_, answer = i.execute('rbd_object_map.{id}.%016x' % snapshot['id'], 'rbd', 'object_map_load', b'')
+states = answer[4 + int.from_bytes(answer[:4], 'little'):]
+for number in range(image.stat()['num_objs']):
+    try: i.stat('%s.%016x' % (prefix, number)); there = True
+    except rados.ObjectNotFound: there = False
+    assert there == (states[number // 4] >> (6 - 2 * (number % 4)) & 3 != 0), number"
+    ));
+    early.release(&client, &source).await;
+    lab.python(DELETE_SOURCE_WITHOUT_SNAPSHOT);
+    let child = ImageSpec::named("volumes", format!("{}-zzchild", lab.name));
+    assert!(lab.data(&child, None) == expected);
+    lab.python(&format!(
+        "rbd.RBD().remove(io('volumes'), NAME + '-zzchild'); rbd.RBD().trash_remove(io('images'), '{id}', True)"
+    ));
+    assert_eq!(objects_with(&lab, "images", id), Vec::<String>::new());
+}
+
+const DELETE_SOURCE_WITHOUT_SNAPSHOT: &str = "
+with rbd.Image(io('volumes'), NAME + '-volume') as image:
+    for at in range(0, image.size(), M): image.write(bytes([255]) * M, at)
+rbd.RBD().remove(io('volumes'), NAME + '-volume')";
+
+/// Cinder deletes the source: it flattens the anchor, and the snapshot that the fill copies from goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_goes_on_from_the_anchor_when_the_source_is_deleted() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python(MANY_OBJECTS);
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    let (state, never) = (Mutex::new(FillState::default()), CancellationToken::new());
+    let delete = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::task::block_in_place(|| {
+            lab.python(&format!(
+                "with rbd.Image(io('volumes'), NAME + '-zanchor') as image: image.flatten()\n{DELETE_SOURCE}"
+            ))
+        });
+    };
+    let pace = limits(2, 0, 25);
+    let (filled, ()) = tokio::join!(early.fill(&client, &state, &pace, &never), delete);
+    filled.unwrap();
+    assert_eq!(client.chain(&early.anchor, "a").await.unwrap(), []);
+    // the objects that the map of the removed snapshot knew are copied from the anchor
+    assert_eq!(state.lock().unwrap().next_object, 192);
+    early.detach(&client).await;
+    is_detached(&lab, &client, &early).await;
+    // an anchor has no object map: clients ask for all of its objects
+    assert_eq!(objects_of(&lab, &early), 192);
+    assert_eq!(client.remove_image(&early.anchor).await.unwrap(), Change::Made);
+    assert!(lab.data(&early.image, None) == expected && lab.data(&early.image, Some("snap")) == expected);
 }

@@ -356,7 +356,7 @@ impl Listing<'_> {
         Ok(asked.into_iter().zip(lengths).filter(|(_, length)| length.is_some()).map(|(object, _)| object).collect())
     }
 
-    /// Whether it may hold any object of these bytes, as far as that is known without asking.
+    /// Whether a client that goes by the same object map asks the OSDs for this object.
     pub fn may_hold(&self, object: u64) -> bool {
         object < self.count && self.map.as_ref().is_none_or(|map| map.exists(object))
     }
@@ -372,6 +372,16 @@ impl Listing<'_> {
             join(&mut extents, extents_of(&self.held(&stretch, inquiry)?, layout, self.end));
         }
         Ok(extents)
+    }
+
+    /// Where in the image those lie that hold any of these bytes and that a client may ask the OSDs for.
+    pub fn extents_asked_for(&self, bytes: &Extent) -> Vec<Extent> {
+        if self.map.is_none() {
+            return within(std::iter::once(0..self.end).collect(), bytes);
+        }
+        let layout = self.objects.layout;
+        let asked: Vec<u64> = layout.sets_of(bytes).filter(|object| self.may_hold(*object)).collect();
+        within(extents_of(&asked, layout, self.end), bytes)
     }
 
     /// Where in the image all of them lie.
@@ -643,6 +653,59 @@ impl Missing {
     }
 }
 
+/// The objects of an image for which clients that do not find them in the image ask the OSDs, among its parents.
+pub(super) fn asked_for(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<Objects> {
+    let layout = Layout::of(image)?;
+    let layers = sources(cluster, image)?;
+    refuse_migrating(&layers, inquiry.operation)?;
+    let mut asked = Objects::none_of(layout.count(image.overlap()?));
+    for layer in &layers {
+        let (listing, mut next) = (layer.listing()?, 0);
+        while next < asked.count {
+            let stretch = layout.stretch(next, asked.count);
+            next = stretch.end;
+            if layer.objects.layout == layout {
+                stretch.filter(|object| listing.may_hold(*object)).for_each(|object| asked.insert(object));
+            } else {
+                let extents = listing.extents_asked_for(&layout.bytes_of_sets(&stretch));
+                extents.iter().flat_map(|extent| layout.objects(extent)).for_each(|object| asked.insert(object));
+            }
+        }
+    }
+    Ok(asked)
+}
+
+/// Some of the first objects of an image: one bit each.
+pub(super) struct Objects {
+    pub count: u64,
+    bits: Vec<u64>,
+}
+
+impl Objects {
+    pub fn none_of(count: u64) -> Self {
+        Self { count, bits: vec![0; usize::try_from(count.div_ceil(64)).unwrap_or_default()] }
+    }
+
+    pub fn all_of(count: u64) -> Self {
+        let mut all = Self::none_of(count);
+        all.bits.fill(u64::MAX);
+        all
+    }
+
+    fn insert(&mut self, object: u64) {
+        if object < self.count
+            && let Some(bits) = self.bits.get_mut((object / 64) as usize)
+        {
+            *bits |= 1 << (object % 64);
+        }
+    }
+
+    pub fn contains(&self, object: u64) -> bool {
+        let bits = self.bits.get((object / 64) as usize).copied().unwrap_or_default();
+        object < self.count && bits >> (object % 64) & 1 == 1
+    }
+}
+
 /// What a layer holds cannot be told while it is being migrated.
 pub(super) fn refuse_migrating(layers: &[Layer], operation: &str) -> Result<()> {
     match layers.iter().find(|layer| layer.migrating) {
@@ -761,6 +824,15 @@ mod tests {
             stripe_unit: 1 << unit,
             stripe_count,
         })
+    }
+
+    #[test]
+    fn objects_are_one_bit_each() {
+        let mut some = Objects::none_of(130);
+        [0, 63, 64, 129, 130, 1 << 40].into_iter().for_each(|object| some.insert(object));
+        assert_eq!((0..200).filter(|object| some.contains(*object)).collect::<Vec<_>>(), [0, 63, 64, 129]);
+        assert_eq!((0..200).filter(|object| Objects::all_of(70).contains(*object)).count(), 70);
+        assert_eq!(Objects::none_of(10 << 18).bits.len() * 8, 320 << 10, "bytes for 10 TiB");
     }
 
     #[test]

@@ -418,8 +418,8 @@ pub trait Storage: Send + Sync + 'static {
     ) -> Result<Moved>;
 
     /// Makes `image` independent of its parents while others have it, or clones of it, open. It flattens the head and
-    /// all snapshots, verifies that no parent is left in any of them, then switches the object map and fast-diff on and
-    /// rebuilds them. `image` is found by its id, in the trash too.
+    /// all snapshots, verifies that no parent is left in any of them, makes an object of each hole in which clients would
+    /// still look for the parents' data, then switches the object map and fast-diff on and rebuilds them. `image` is found by its id, in the trash too.
     ///
     /// It may be called again after it broke off anywhere; an image that is done is only verified. The image is open
     /// for changes meanwhile, so a removal by others is [`ErrorKind::Busy`] to them. [`ErrorKind::NotFound`] when the

@@ -469,6 +469,18 @@ impl Drop for WriteOp {
     }
 }
 
+/// Creates an object without bytes. `AlreadyThere` when there is one of that name.
+pub(super) fn create_empty(io: &IoCtx, object: &CStr, operation: &str) -> Result<Change> {
+    let op = WriteOp::new();
+    op.create_exclusive();
+    // SAFETY: op and ioctx are open, the name ends in NUL, no modification time is given.
+    let r = unsafe { rados_write_op_operate(op.raw, io.raw(), object.as_ptr(), ptr::null_mut(), 0) };
+    match r {
+        r if r == -libc::EEXIST => Ok(Change::AlreadyThere),
+        r => check(operation, r).map(|_| Change::Made),
+    }
+}
+
 /// A failed guard's errno: EBUSY comes from `assert_locked` alone.
 fn guard_error(error: Error) -> Error {
     match error.kind() {

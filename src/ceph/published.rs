@@ -9,6 +9,11 @@
 //!
 //! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]): [`fill_published`]
 //! copies, [`detach`] cuts the parent off, and only then makes the maps.
+//!
+//! The same clients ask the parents for what is a hole in the image, also after the parents have become something else:
+//! a read at a snapshot that was removed returns what was written since, and where an object of the source is gone that
+//! hid data of its own parent, that data shows. So [`detach`] makes an object without bytes of each hole for which
+//! clients would ask the parents. For most holes they do not: the parents' own object maps tell that there is nothing.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -20,7 +25,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, check};
 use super::fill::{Copier, Survey, copy_all, open_to_fill};
-use super::layers::{Chain, DataObjects, Inquiry, Layout, STRETCH, sources};
+use super::layers::{Chain, DataObjects, Inquiry, Layout, Objects, STRETCH, asked_for, sources};
+use super::objects::create_empty;
 use super::pace::{OBJECT, QUESTION};
 use super::rbd::{self, Access, Image};
 use super::storage::{find_in_trash, flatten};
@@ -175,9 +181,18 @@ pub(super) fn detach(
     let (spec, rate) = (by_id(cluster, spec)?, &limits.rates.objects);
     let image = Image::open_existing(cluster, &spec, Access::ReadOnly)?;
     let count = Layout::of(&image)?.count(image.size()?);
+    let has_object_map = image.features()?.has(Features::OBJECT_MAP);
+    let inquiry = Inquiry { operation: &operation, rate, progress: &progress.beside(), cancel };
     let mut moved = Moved::default();
+    // Where the flatten was done by an earlier call, it is not known any more what the parents held.
+    let mut hidden = Objects::all_of(count);
     if has_parent(&image)? {
         check_rule(&image, true, &operation)?;
+        drop(image);
+        let image = Image::open_existing(cluster, &spec, Access::ReadOnly)?;
+        if image.parent()?.is_some() {
+            hidden = asked_for(cluster, &image, inquiry).map_err(|e| unless_gone(cluster, &spec, e))?;
+        }
         drop(image);
         // librbd asks for each object at its own pace; what comes after it makes up for that
         rate.charge(count as f64 * QUESTION);
@@ -191,6 +206,10 @@ pub(super) fn detach(
         return Err(Error::new(operation, ErrorKind::Conflict, detail));
     }
     drop(image);
+    // (the maps come after this)
+    if !has_object_map {
+        fill_holes(&Image::open_existing(cluster, &spec, Access::ReadOnly)?, &hidden, inquiry)?;
+    }
     if has_maps(&Image::open_existing(cluster, &spec, Access::ReadOnly)?)? {
         return Ok(moved);
     }
@@ -208,6 +227,27 @@ pub(super) fn detach(
         return Ok(moved);
     }
     Err(Error::new(operation, ErrorKind::Conflict, "the object map is not valid after it was rebuilt"))
+}
+
+/// Makes an object without bytes of each of these that the image has not. It is written under an empty snapshot
+/// context, so the image's snapshots have it too.
+fn fill_holes(image: &Image, hidden: &Objects, inquiry: Inquiry<'_>) -> Result<()> {
+    let objects = DataObjects::of(image, None)?;
+    let fill = |data: &IoCtx, object| {
+        if objects.length(inquiry.operation, data, object)?.is_none() {
+            inquiry.rate.charge(OBJECT);
+            create_empty(data, &objects.name(inquiry.operation, object)?, inquiry.operation)?;
+        }
+        Ok(())
+    };
+    let mut next = 0;
+    while next < hidden.count {
+        let stretch = objects.layout.stretch(next, hidden.count);
+        next = stretch.end;
+        let stretch: Vec<u64> = stretch.filter(|object| hidden.contains(*object)).collect();
+        objects.ask(&stretch, inquiry, fill)?;
+    }
+    Ok(())
 }
 
 /// [`Storage::sweep_objects`](super::Storage::sweep_objects).

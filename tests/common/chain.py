@@ -3,6 +3,13 @@ on each line of the output.
 
   {"make": SEED, "name": NAME}             makes a chain of up to three layers; the last is a volume with a protected snapshot `s`
   {"check": IMAGE, "name": NAME}           compares an image with the snapshot, byte by byte, and looks at its shape
+  {"open": KIND, "image": IMAGE, "name": NAME}
+                                           starts a reader of `images/IMAGE` and its snapshot `snap`: a `download` opens the
+                                           snapshot read-only, a `child` opens a clone of it read-only, a `guest` opens a clone
+                                           and writes into it too. It keeps its image open and compares all that it reads
+  {"hold": VOLUME}                         opens a volume for changes and keeps it open
+  {"release": NAME}                        overwrites the volume everywhere, then removes it
+  {"close": NAME}                          each reader reads every byte once more, then closes; what each of them found
   {"clean": NAME}                          removes all that has this name
 
 The same seed makes the same chain. What a snapshot must hold is known from a model in memory, and read through Debian's own librbd
@@ -13,12 +20,14 @@ import json
 import os
 import random
 import sys
+import threading
+import time
 
 import rados
 import rbd
 
 K, M = 1 << 10, 1 << 20
-LAYERING, STRIPING, LOCK, MAP, DIFF, DEEP = 1, 2, 4, 8, 16, 32
+LAYERING, STRIPING, LOCK, MAP, DIFF, DEEP, OPERATIONS = 1, 2, 4, 8, 16, 32, 256
 PUBLISHED = LAYERING | LOCK | MAP | DIFF | DEEP
 POOLS = ('images', 'volumes', 'volumes2')
 
@@ -194,46 +203,154 @@ def difference(found, expected):
     return 'byte %d' % next(n for n, (a, b) in enumerate(zip(found, expected)) if a != b)
 
 
-def check(check, name):
-    """What is wrong with `images/CHECK` as a copy of the chain's snapshot: a list of sentences."""
+def map_states(image, object_name):
+    """The object map: four bytes length, header (the last 8 bytes are the number of objects), two bits an object."""
+    _, answer = io['images'].execute(object_name, 'rbd', 'object_map_load', b'')
+    states = answer[4 + int.from_bytes(answer[:4], 'little'):]
+    return [states[number // 4] >> (6 - 2 * (number % 4)) & 3 for number in range(image.stat()['num_objs'])]
+
+
+def check(check, name, snapshots=()):
+    """What is wrong with `images/CHECK`, which has these snapshots, as a copy of the chain's: a list of sentences."""
     top, wrong = chains[name][0], []
     with rbd.Image(io['images'], check, read_only=True) as image:
         first = difference(read(image), top.at_snapshot)
         if first:
             wrong.append('other than the model: ' + first)
-        with rbd.Image(io[top.pool], top.name, 's', read_only=True) as source:
-            first = difference(read(image), read(source))
-        if first:
-            wrong.append('other than the source: ' + first)
+        if name not in released:
+            with rbd.Image(io[top.pool], top.name, 's', read_only=True) as source:
+                first = difference(read(image), read(source))
+            if first:
+                wrong.append('other than the source: ' + first)
         try:
             image.parent_info()
             wrong.append('it has a parent')
         except rbd.ImageNotFound:
             pass
-        if image.features() & ~STRIPING != PUBLISHED:
+        # (a clone of format 2 leaves a mark on its parent)
+        if image.features() & ~(STRIPING | OPERATIONS) != PUBLISHED:
             wrong.append('features %d' % image.features())
         if image.flags():
             wrong.append('flags %d' % image.flags())
-        if list(image.list_snaps()):
-            wrong.append('it has snapshots')
-        # The object map: four bytes length, header (the last 8 bytes are the number of objects), two bits an object.
-        prefix, count = image.stat()['block_name_prefix'], image.stat()['num_objs']
-        _, answer = io['images'].execute('rbd_object_map.' + image.id(), 'rbd', 'object_map_load', b'')
-        states = answer[4 + int.from_bytes(answer[:4], 'little'):]
-        for number in range(count):
-            known = states[number // 4] >> (6 - 2 * (number % 4)) & 3 != 0
+        listed = list(image.list_snaps())
+        if [snapshot['name'] for snapshot in listed] != list(snapshots):
+            wrong.append('its snapshots are %s' % [snapshot['name'] for snapshot in listed])
+        prefix = image.stat()['block_name_prefix']
+        maps = ['rbd_object_map.' + image.id()] + ['rbd_object_map.%s.%016x' % (image.id(), snapshot['id']) for snapshot in listed]
+        for object_name in maps:
+            for number, state in enumerate(map_states(image, object_name)):
+                try:
+                    io['images'].stat('%s.%016x' % (prefix, number))
+                    there = True
+                except rados.ObjectNotFound:
+                    there = False
+                if (state != 0) != there:
+                    wrong.append('object %d: %s says %d' % (number, object_name, state))
+                    break
+    for snapshot in listed:
+        with rbd.Image(io['images'], check, snapshot['name'], read_only=True) as image:
+            first = difference(read(image), top.at_snapshot)
+            if first:
+                wrong.append('%s is other than the model: %s' % (snapshot['name'], first))
+            if image.flags():
+                wrong.append('%s has flags %d' % (snapshot['name'], image.flags()))
             try:
-                io['images'].stat('%s.%016x' % (prefix, number))
-                there = True
-            except rados.ObjectNotFound:
-                there = False
-            if known != there:
-                wrong.append('object %d: the map says %s' % (number, known))
-                break
+                image.parent_info()
+                wrong.append('%s has a parent' % snapshot['name'])
+            except rbd.ImageNotFound:
+                pass
     return wrong
 
 
+class Reader(threading.Thread):
+    """A client that opens an image early and keeps it open."""
+
+    def __init__(self, kind, image, name, number):
+        super().__init__(daemon=True)
+        self.kind, self.opened_at, self.random = kind, time.monotonic(), random.Random('%s %d' % (name, number))
+        self.expected = bytearray(chains[name][0].at_snapshot)
+        self.reads, self.writes, self.wrong, self.stop = 0, 0, [], threading.Event()
+        if kind == 'download':
+            self.image = rbd.Image(io['images'], image, 'snap', read_only=True)
+        else:
+            child = '%s-zz%d' % (name, number)
+            cluster.conf_set('rbd_default_clone_format', str(self.random.choice((1, 2))))
+            rbd.RBD().clone(io['images'], image, 'snap', io['volumes'], child, features=self.random.choice((PUBLISHED, LAYERING)))
+            self.image = rbd.Image(io['volumes'], child, read_only=kind == 'child')
+
+    def compare(self, start, length):
+        found, expected = self.image.read(start, length), self.expected[start:start + length]
+        self.reads += 1
+        if found != expected:
+            first = start + next((n for n, (a, b) in enumerate(zip(found, expected)) if a != b), len(found))
+            self.wrong.append('%s: read %d of %d bytes: byte %d' % (self.kind, self.reads, length, first))
+
+    def run(self):
+        try:
+            self.work()
+        except Exception as error:
+            self.wrong.append('%s: %r' % (self.kind, error))
+
+    def work(self):
+        size = len(self.expected)
+        while not self.stop.is_set() and len(self.wrong) < 10:
+            start = self.random.randrange(0, size)
+            length = min(size - start, self.random.choice((1, 512, 4096, self.random.randrange(1, 128 * K))))
+            if self.kind == 'guest' and self.random.random() < 0.2:
+                data = self.random.randbytes(min(length, 8192))
+                self.image.write(data, start)
+                self.expected[start:start + len(data)] = data
+                self.writes += 1
+            self.compare(start, length)
+            # reads, not a load: the cores are for everybody
+            self.stop.wait(0.02)
+        for start in range(0, size, 256 * K):
+            if len(self.wrong) < 10:
+                self.compare(start, min(256 * K, size - start))
+        self.image.close()
+
+
+readers, released, held = {}, set(), []
+
+
+def hold(hold):
+    held.append(rbd.Image(io['volumes'], hold))
+    return None
+
+
+def start_reader(open, image, name):
+    reader = Reader(open, image, name, len(readers.setdefault(name, [])))
+    readers[name].append(reader)
+    reader.start()
+    return None
+
+
+def release(release):
+    top = chains[release][0]
+    with top.open() as image:
+        for snapshot in list(image.list_snaps()):
+            if snapshot['namespace'] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER:
+                if image.is_protected_snap(snapshot['name']):
+                    image.unprotect_snap(snapshot['name'])
+                image.remove_snap(snapshot['name'])
+        for at in range(0, image.size(), M):
+            image.write(bytes((255,)) * min(M, image.size() - at), at)
+    rbd.RBD().remove(io[top.pool], top.name)
+    released.add(release)
+    return None
+
+
+def close(close):
+    found = readers.pop(close, [])
+    for reader in found:
+        reader.stop.set()
+    for reader in found:
+        reader.join()
+    return [{'kind': r.kind, 'reads': r.reads, 'writes': r.writes, 'wrong': r.wrong} for r in found]
+
+
 def clean(clean):
+    released.discard(clean)
     chains.pop(clean, None)
     for _ in range(8):
         left = 0
@@ -257,8 +374,9 @@ def clean(clean):
 
 for line in sys.stdin:
     request = json.loads(line)
-    function = next(name for name in ('make', 'check', 'clean') if name in request)
-    answer = globals()[function](**request)
+    functions = {'make': make, 'check': check, 'open': start_reader, 'hold': hold, 'release': release, 'close': close, 'clean': clean}
+    function = next(functions[name] for name in functions if name in request)
+    answer = function(**request)
     log = chains[request['name']][1] if request.get('name') in chains else []
     sys.stdout.write(json.dumps({'answer': answer, 'log': log}) + '\n')
     sys.stdout.flush()
