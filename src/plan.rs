@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
-use crate::config::{Config, Method};
+use crate::config::{Config, Method, Publish};
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
 use crate::request::{self, Asked, Offer, PROPERTY_PREFIX, Source, Trigger};
@@ -70,6 +70,8 @@ pub struct Plan {
     pub info: ImageInfo,
     pub dest_pool: String,
     pub method: Method,
+    /// As the configuration asks; the source may not allow it.
+    pub publish: Publish,
     /// Clones are made through an anchor, see [`Backend`](crate::config::Backend).
     pub anchor: bool,
     /// GiB.
@@ -226,6 +228,7 @@ pub async fn make(
         info,
         dest_pool: found.dest_pool,
         method: found.method,
+        publish: found.publish,
         anchor: found.anchor,
     })
 }
@@ -284,6 +287,7 @@ struct Found {
     snapshot: Option<String>,
     dest_pool: String,
     method: Method,
+    publish: Publish,
     anchor: bool,
     min_disk: u64,
     min_ram: u64,
@@ -358,6 +362,7 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         snapshot: None,
         dest_pool: config.glance.pool.clone(),
         method: config.offload.method,
+        publish: config.offload.publish,
         // Nova flattens nothing when it removes a disk, and a job ends when its instance goes
         anchor: false,
         min_disk: 0,
@@ -526,6 +531,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         snapshot,
         dest_pool: backend.dest_pool.clone(),
         method: backend.method.unwrap_or(config.offload.method),
+        publish: backend.publish.unwrap_or(config.offload.publish),
         anchor: backend.anchor,
         min_disk: volume.size,
         min_ram: 0,

@@ -185,6 +185,17 @@ pub enum Method {
 
 values::choices!(Method { Auto = "auto", ServerCopy = "server-copy", Copy = "copy", Clone = "clone" });
 
+/// When an image becomes active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Publish {
+    /// When it depends on nothing any more.
+    WhenCopied,
+    /// When its clone is made; the copy follows.
+    AtOnce,
+}
+
+values::choices!(Publish { WhenCopied = "when-copied", AtOnce = "at-once" });
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hash {
     None,

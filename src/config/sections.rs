@@ -14,7 +14,7 @@ use super::keys::Kind::{
 };
 use super::keys::Need::{ApplicationCredential, Password, Required};
 use super::keys::{BACKEND, Key, Kind, Need};
-use super::{Hash, Interface, LogFormat, LogLevel, Method, QueueType, Register, Verify, values};
+use super::{Hash, Interface, LogFormat, LogLevel, Method, Publish, QueueType, Register, Verify, values};
 
 /// One day, in seconds.
 const DAY: u64 = 24 * 60 * 60;
@@ -186,10 +186,19 @@ section! {
         /// How the bytes get to the image: server-copy lets the OSDs copy, clone flattens a clone, copy reads and
         /// writes through this host. auto takes the first that can do the source.
         method: Method = "auto", OneOf(Method::NAMES);
+        /// When an image becomes active: when-copied waits for its copy; at-once makes it active in a second or two,
+        /// whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the pool of
+        /// the source; what cannot be published at once is published when-copied.
+        publish: Publish = "when-copied", OneOf(Publish::NAMES);
         /// Jobs that run at a time on this controller.
         max_jobs: usize = "4", Whole { min: 1, max: 256 };
         /// Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.
         max_jobs_per_pool: usize = "0", Whole { min: 0, max: 256 };
+        /// Jobs on this controller that copy behind an active image at a time. They come on top of max_jobs.
+        max_detach: usize = "2", Whole { min: 1, max: 256 };
+        /// How long the source's snapshot is kept once an image that was published at once depends on it no more: a
+        /// client that opened the image before may still be about to read from it.
+        detach_grace: Duration = "60s", Span { min: 0, max: DAY };
         /// Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.
         max_jobs_per_project: usize = "0", Whole { min: 0, max: 256 };
         /// How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that
@@ -278,6 +287,8 @@ section! {
         dest_pool: String = "", Pool;
         /// As [offload] method, for this backend alone. Not set: [offload] method.
         method: Option<Method> = "", OneOf(Method::NAMES);
+        /// As [offload] publish, for this backend alone. Not set: [offload] publish.
+        publish: Option<Publish> = "", OneOf(Publish::NAMES);
         /// Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during
         /// the copy. Never false for a pool that Cinder manages.
         anchor: bool = "true", Flag;
@@ -321,6 +332,7 @@ settings! {
     Interface = |_, text| Self::from_name(text);
     Register = |_, text| Self::from_name(text);
     Method = |_, text| Self::from_name(text);
+    Publish = |_, text| Self::from_name(text);
     Hash = |_, text| Self::from_name(text);
     Verify = |_, text| Self::from_name(text);
 }

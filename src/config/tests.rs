@@ -103,6 +103,9 @@ fn the_least_configuration_gets_every_default() {
         config.offload,
         Offload {
             method: Method::Auto,
+            publish: Publish::WhenCopied,
+            max_detach: 2,
+            detach_grace: Duration::from_secs(60),
             max_jobs: 4,
             allow_in_use: false,
             concurrency: 16,
@@ -137,6 +140,7 @@ fn the_least_configuration_gets_every_default() {
             image_name: "volume-{id}".into(),
             dest_pool: "images".into(),
             method: None,
+            publish: None,
             anchor: true
         }
     );
