@@ -18,12 +18,15 @@ pub const HANDOVER_PREFIX: &str = "rbd-offload-handover:";
 /// By this tag the waiting service says that the prepared copy is to be published.
 pub const GO_TAG: &str = "rbd-offload-handover:go";
 
+/// On an active image that was published at once: its copy is not complete. Tags are not handed on to later images.
+pub const COPYING_TAG: &str = "rbd-offload-copying";
+
 /// Prefix of the properties that the daemon keeps on a queued record for the tenant.
 pub const PROPERTY_PREFIX: &str = "rbd_offload_";
 
 /// Whether a tag is one of ours, well-formed or not.
 pub fn is_ours(tag: &str) -> bool {
-    tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX)
+    tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX) || tag == COPYING_TAG
 }
 
 /// Whether a tag is a request, well-formed or not.

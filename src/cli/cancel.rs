@@ -25,6 +25,13 @@ pub async fn cancel(config: &Path, args: Args) -> Result<ExitCode, Failure> {
             "the job of image {image} is to be cancelled: a daemon stops it within seconds and removes what it made; the \
              image record stays queued"
         ),
+        Cancelled::Active => {
+            let text = format!(
+                "image {image} is active, and depends on its source until the job has ended: the job only goes forward. \
+                 Delete the image to end both"
+            );
+            return Err(Failure::new(Failure::UNAVAILABLE, text));
+        }
         Cancelled::Ended(State::Done) => {
             let text = format!("the job of image {image} has ended: the image is done; delete it to undo that");
             return Err(Failure::new(Failure::UNAVAILABLE, text));

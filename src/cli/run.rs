@@ -99,6 +99,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let cloud: Arc<dyn Cloud> = session.clone();
     let store = Store::new(Arc::clone(&objects) as Arc<dyn Objects>, clock);
     let engine = Engine::new(Context {
+        refusals: Default::default(),
         storage,
         clients,
         cloud,

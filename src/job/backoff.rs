@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use super::record::{Artifact, Record};
+use super::record::{Artifact, Record, State};
 use crate::request::Source;
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -15,19 +15,23 @@ const FIRST: Duration = Duration::from_secs(2);
 /// Longest pause between attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
+/// Longest pause between attempts to make an active image independent of its source: it can be used all the while.
+const DETACH_MAX: Duration = Duration::from_secs(10 * 60);
+
 /// The longest while an instance's disk still has our snapshot, which the next attempt removes: Nova tries for a minute
 /// to remove the disk of an instance that it deletes or rebuilds, and then gives up.
 const INSTANCE_MAX: Duration = Duration::from_secs(15);
 
 /// The pause before the job's next attempt.
 pub fn pause_of(record: &Record) -> Duration {
-    let pause = backoff(record.image_id, record.attempts);
+    let longest = if record.state == State::Detaching { DETACH_MAX } else { BACKOFF_MAX };
+    let pause = backoff(record.image_id, record.attempts, longest);
     if holds_instance(record) { pause.min(INSTANCE_MAX) } else { pause }
 }
 
 /// Whether a pause is over. A time that lies further ahead than any pause was written by a clock that is wrong.
 pub fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
-    let longest = SignedDuration::try_from(BACKOFF_MAX * 2).unwrap_or(SignedDuration::MAX);
+    let longest = SignedDuration::try_from(DETACH_MAX * 2).unwrap_or(SignedDuration::MAX);
     not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)
 }
 
@@ -38,8 +42,8 @@ pub fn holds_instance(record: &Record) -> bool {
 
 /// The pause after so many attempts, a quarter longer or shorter by the job's id: jobs that failed together come back
 /// one by one.
-fn backoff(id: Uuid, attempts: u32) -> Duration {
-    let pause = FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(BACKOFF_MAX);
+fn backoff(id: Uuid, attempts: u32, longest: Duration) -> Duration {
+    let pause = FIRST.saturating_mul(1u32.checked_shl(attempts.min(16)).unwrap_or(u32::MAX)).min(longest);
     let mut hasher = DefaultHasher::new();
     (id, attempts).hash(&mut hasher);
     // 75 to 124 hundredths

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::clock::Clock;
 use super::lease::Identity;
+use super::refusals::Refusals;
 use super::store::Store;
 use crate::ceph::{Rates, Storage, StoragePool};
 use crate::config::Config;
@@ -23,6 +24,8 @@ pub struct Context {
     pub config: watch::Receiver<Arc<Config>>,
     /// Shared by the transfers of all jobs.
     pub rates: Arc<Rates>,
+    /// Shared by all jobs.
+    pub refusals: Refusals,
     pub identity: Identity,
     /// Tells what this deployment made from what another one made in the same pools.
     pub deployment: Uuid,

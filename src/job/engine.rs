@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,10 @@ const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
 /// How long a daemon leaves a job alone that another one is to do, for lack of a backend.
 const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 
+/// How long a daemon leaves a grace that is over to the daemon by whose clock it is taken. It would have to begin it
+/// again.
+const GRACE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
+
 /// How long a daemon that stops tries to tell the others.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 
@@ -76,6 +81,8 @@ struct Running {
     waits: Arc<AtomicBool>,
     /// Its owner before died or stalled with it.
     suspect: bool,
+    /// Its image is active: it takes none of the `max_jobs`, but one of the `max_detach`.
+    detaches: bool,
 }
 
 /// What the jobs that run here take up.
@@ -89,6 +96,8 @@ struct Load {
     by_project: HashMap<String, usize>,
     /// A job runs whose owner before died or stalled with it.
     suspect: bool,
+    /// Jobs behind an active image. The others do not count them.
+    detaching: usize,
 }
 
 impl Load {
@@ -112,6 +121,18 @@ impl Load {
             .min_by_key(|(_, (id, summary))| (!summary.handover, busy(summary), summary.created, *id))
             .map(|(index, _)| index)?;
         Some(waiting.swap_remove(fairest))
+    }
+
+    /// Takes out the next job behind an active image, if one may start: the oldest.
+    fn take_detaching(&self, detaching: &mut Vec<(Uuid, Summary)>, max_detach: usize) -> Option<(Uuid, Summary)> {
+        let oldest = detaching
+            .iter()
+            .enumerate()
+            .filter(|_| self.detaching < max_detach)
+            .filter(|(_, (_, summary))| !(self.suspect && summary.suspect))
+            .min_by_key(|(_, (id, summary))| (summary.detaching, *id))
+            .map(|(index, _)| index)?;
+        Some(detaching.swap_remove(oldest))
     }
 }
 
@@ -261,13 +282,16 @@ impl Engine {
     async fn look(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
         let live = self.context.store.live().await?;
         self.forget_all_but(&live);
+        self.tell_of_detaching(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
         self.note_moves();
         let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
         let has_room = |(_, summary): &(Uuid, Summary)| {
             summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool))
         };
-        let (mut waiting, without_room): (Vec<_>, Vec<_>) = self.due(live).into_iter().partition(has_room);
+        let (mut detaching, due): (Vec<_>, Vec<_>) =
+            self.due(live).into_iter().partition(|(_, summary)| summary.detaching.is_some());
+        let (mut waiting, without_room): (Vec<_>, Vec<_>) = due.into_iter().partition(has_room);
         lock(&self.status).waiting = waiting.len();
         metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
         let per_project = self.context.config.borrow().offload.max_jobs_per_project;
@@ -281,8 +305,23 @@ impl Engine {
                 self.start(image_id, summary, job, drain.clone());
             }
         }
+        let max_detach = self.context.config.borrow().offload.max_detach;
+        while let Some((image_id, summary)) = self.load().take_detaching(&mut detaching, max_detach) {
+            if let Some(job) = self.try_claim(image_id).await? {
+                self.start(image_id, summary, job, drain.clone());
+            }
+        }
         metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
         self.acknowledge(waiting.iter().chain(&without_room).map(|(id, _)| *id), drain).await
+    }
+
+    /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest does.
+    fn tell_of_detaching(&self, live: &[(Uuid, Summary)]) {
+        let since: Vec<_> = live.iter().filter_map(|(_, summary)| summary.detaching).collect();
+        let age =
+            since.iter().min().map_or(0.0, |oldest| self.context.clock.now().duration_since(*oldest).as_secs_f64());
+        metrics::gauge!("rbd_offload_images_detaching").set(since.len() as f64);
+        metrics::gauge!("rbd_offload_oldest_detaching_seconds").set(age.max(0.0));
     }
 
     /// The jobs that may be started by what the index says, as soon as there is room.
@@ -301,15 +340,23 @@ impl Engine {
                 }
                 held.get(id).is_none_or(|until| *until <= Instant::now())
             })
-            .filter(|(_, summary)| is_due(summary.not_before, now))
+            .filter(|(_, summary)| {
+                let is_others = summary.grace_by.is_some_and(|by| by != self.context.identity.instance);
+                let patience = if is_others { GRACE_PATIENCE } else { SignedDuration::ZERO };
+                is_due(summary.not_before.and_then(|time| time.checked_add(patience).ok()), now)
+            })
             .collect()
     }
 
     fn load(&self) -> Load {
         let mut load = Load::default();
         for job in lock(&self.running).values() {
-            load.jobs += 1;
             load.suspect |= job.suspect;
+            if job.detaches {
+                load.detaching += 1;
+                continue;
+            }
+            load.jobs += 1;
             if !job.waits.load(Ordering::SeqCst) {
                 load.copying += 1;
                 *load.by_project.entry(job.project.clone()).or_default() += 1;
@@ -391,8 +438,10 @@ impl Engine {
 
     fn start(self: &Arc<Self>, image_id: Uuid, summary: Summary, job: JobRun, drain: CancellationToken) {
         let Summary { project, suspect, .. } = summary;
+        // the index may be of the moment before the image was active
+        let detaches = job.detaches();
         let (progress, waits) = (job.progress(), job.waits());
-        let running = Running { project: project.unwrap_or_default(), progress, waits, suspect };
+        let running = Running { project: project.unwrap_or_default(), progress, waits, suspect, detaches };
         lock(&self.running).insert(image_id, running);
         let engine = Arc::clone(self);
         let span = job.span();
@@ -485,7 +534,7 @@ async fn within(limit: Duration, call: impl Future<Output = ceph::Result<()>>) -
 
 #[cfg(test)]
 mod tests {
-    use jiff::{SignedDuration, Timestamp};
+    use jiff::Timestamp;
 
     use super::*;
 
@@ -514,6 +563,20 @@ mod tests {
         let handed_over = queue[1].0;
         let load = Load { by_project: HashMap::from([("b".to_owned(), 3)]), ..Load::default() };
         assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(handed_over));
+    }
+
+    #[test]
+    fn jobs_behind_active_images_have_places_of_their_own() {
+        let mut detaching = vec![waiting("a", 2), waiting("a", 1)];
+        for (_, summary) in &mut detaching {
+            summary.detaching = summary.created;
+        }
+        let older = detaching[1].0;
+        let mut load = Load::default();
+        assert_eq!(load.take_detaching(&mut detaching, 2).map(|(id, _)| id), Some(older));
+        load.detaching = 2;
+        assert_eq!(load.take_detaching(&mut detaching, 2), None);
+        assert!(load.has_room(1), "new requests do not wait for old copies");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Why a job's attempt did not go on.
 
+use std::time::Duration;
+
 use super::record::{Outcome, State};
 use super::store;
 use crate::ceph::{self, ErrorKind};
@@ -14,6 +16,10 @@ pub(super) enum StepError {
     End(Outcome),
     /// It may pass.
     Retry(String),
+    /// Nothing is wrong, and the next step is due after this time.
+    Later(Duration),
+    /// The image cannot be published at once, for this reason: the job is done again, and publishes when copied.
+    WhenCopied(String),
     /// This method of transfer cannot do the source, or it made a copy that differs. The error is the former's.
     NextMethod(Option<ceph::Error>),
     /// As many jobs as may run into this pool do.

@@ -26,6 +26,7 @@ use super::custody::Custody;
 use super::daemons;
 use super::engine::Engine;
 use super::intake::Intake;
+use super::lost_record;
 use super::names::{PRIVATE_PREFIX, Private, parse_private};
 use super::outcome_message::outcome_message;
 use super::record::State;
@@ -456,7 +457,11 @@ impl Reconciler {
         let changes = match image.status.as_str() {
             "active" | "deactivated" => {
                 let ours = record.state == State::Done && record.trigger == Trigger::Request;
-                tenant::finished(&image, record.source.filter(|_| ours))
+                let mut changes = tenant::finished(&image, record.source.filter(|_| ours));
+                if changes.is_empty() {
+                    changes.extend(tenant::without_copying_tag(&image));
+                }
+                changes
             }
             // what was handed over is about to be written by the service that did
             "queued"
@@ -626,8 +631,11 @@ impl Reconciler {
             for (image, tag) in page.owned {
                 let ImageKey::Name(name) = &image.image else { continue };
                 let (Some(image_id), tag) = (request::parse_uuid(name), OwnershipTag::parse(&tag)) else { continue };
-                let is_ours = tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment));
-                if is_ours && !self.is_done(image_id).await {
+                let Some(tag) = tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)) else {
+                    continue;
+                };
+                if !self.is_done(image_id).await && !self.adopt_active(&image, &tag, findings).await? {
+                    let tag = Some(tag);
                     found.push(Leftover { image_id, kind: Kind::Published, image, tag });
                 }
             }
@@ -639,6 +647,32 @@ impl Reconciler {
         }
         self.next_sweep = Instant::now() + sweep.begun.elapsed() * SWEEP_REST;
         Ok(())
+    }
+
+    /// An image that bears our tag and is active depends on its source. Where its record was lost, it is made again.
+    /// `false`: it is not active.
+    async fn adopt_active(&self, image: &ImageSpec, tag: &OwnershipTag, findings: &mut Findings) -> Result<bool> {
+        let (context, image_id) = (self.context(), tag.image_id);
+        let found = context.cloud.image(&image_id.to_string()).await?;
+        let Some(found) = found.filter(|found| matches!(found.status.as_str(), "active" | "deactivated")) else {
+            return Ok(false);
+        };
+        match context.store.load(image_id).await {
+            Ok(None) => {}
+            // its job is at work, or ended without knowing of the image: nobody removes that
+            Ok(Some(_)) | Err(Error::Unreadable { .. }) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+        let (storage, pools) = (self.storage.as_ref(), self.pools());
+        let record = lost_record::make_again(storage, &context.clock, &pools, image, tag, &found).await?;
+        let Some(record) = record else { return Ok(true) };
+        if context.store.create_live(&record).await? {
+            tracing::error!(%image_id, %image,
+                "the record of an active image that depends on its source was lost; it was made again");
+            findings.records += 1;
+            self.engine.wake(image_id);
+        }
+        Ok(true)
     }
 
     /// Whether the job made an image, which may bear our tag a moment longer.

@@ -9,12 +9,17 @@ use uuid::Uuid;
 
 use super::names::private_name;
 use super::old_record;
+use crate::ceph::{FillState, ImageInfo, ImageSpec};
 use crate::decline::Decline;
 use crate::request::{Source, Trigger};
 use crate::transfer::Method;
 
 /// Version of the record's format that this program writes. A record of a newer one is left alone.
 pub const VERSION: u32 = 2;
+
+/// Version of a record whose image is published at once. A daemon that knows only format 2 would end such a job while
+/// the image still depends on its source, so it has to leave the record alone.
+pub const AT_ONCE_VERSION: u32 = 3;
 
 /// Where a job stands. The record's other fields tell how far it got inside the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -24,8 +29,12 @@ pub enum State {
     Accepted,
     /// Planned; the source's snapshot and the private copy are being made.
     Copying,
-    /// The private copy is complete and was inspected; it takes its final name and is registered.
+    /// The private copy is complete and was inspected; it takes its final name and is registered. A job that publishes
+    /// at once is in this state from its plan on, and its copy is a clone.
     Publishing,
+    /// Published at once: the image is active, and depends on its source until its copy is complete. There is no undo:
+    /// the job only goes forward.
+    Detaching,
     /// The image is active and whole. The end.
     Done,
     /// Cannot be done here, for a reason that waiting does not change. The end, until asked again.
@@ -37,10 +46,11 @@ pub enum State {
 }
 
 impl State {
-    pub const ALL: [State; 7] = [
+    pub const ALL: [State; 8] = [
         State::Accepted,
         State::Copying,
         State::Publishing,
+        State::Detaching,
         State::Done,
         State::Declined,
         State::Failed,
@@ -55,11 +65,15 @@ impl State {
     pub fn may_become(self, next: State) -> bool {
         use State::*;
         match (self, next) {
-            (Accepted, Copying | Declined | Failed | Cancelled) => true,
+            // to Publishing: at once
+            (Accepted, Copying | Publishing | Declined | Failed | Cancelled) => true,
             // back to Accepted: the plan no longer holds and is made again
             (Copying, Publishing | Accepted | Declined | Failed | Cancelled) => true,
-            // back to Copying: Glance removed the copy after a failed task, or it was lost
-            (Publishing, Done | Copying | Declined | Failed | Cancelled) => true,
+            // back to Copying: Glance removed the copy after a failed task, or it was lost. Back to Accepted: the plan of
+            // a job that publishes at once no longer holds
+            (Publishing, Done | Copying | Accepted | Detaching | Declined | Failed | Cancelled) => true,
+            // Failed: it was deactivated, and is detached all the same. Cancelled: the image was deleted
+            (Detaching, Done | Failed | Cancelled) => true,
             // a new request, or `retry`
             (Declined | Failed | Cancelled, Accepted) => true,
             // a new request for an image that is queued again cannot follow `done`: Glance never goes back
@@ -72,6 +86,7 @@ impl State {
             Self::Accepted => "accepted",
             Self::Copying => "copying",
             Self::Publishing => "publishing",
+            Self::Detaching => "detaching",
             Self::Done => "done",
             Self::Declined => "declined",
             Self::Failed => "failed",
@@ -84,6 +99,36 @@ impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
+}
+
+/// The parts of a job's list of steps. Each begins with what the record says, whatever was done before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Makes the private copy. Interrupted, it is undone and planned again.
+    Prepare,
+    /// Makes the image active by the copy.
+    Publish,
+    /// Makes an active image independent of its source.
+    Detach,
+}
+
+/// When the image becomes active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Publish {
+    /// When its copy is complete.
+    #[default]
+    WhenCopied,
+    /// When its clone is made.
+    AtOnce,
+}
+
+/// When an image became independent of its source, by the clock of one daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detached {
+    pub at: Timestamp,
+    /// Instance of the daemon. Another one has another clock.
+    pub by: Uuid,
 }
 
 /// An end without an image. It is stored before anything is removed, so that every daemon ends the job the same way.
@@ -169,6 +214,26 @@ pub enum Artifact {
     Copy,
     /// `<image id>` in the destination pool, by renaming the copy.
     Published,
+}
+
+/// The clone that is published at once. Whatever happens to its name, it is found by its id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneImage {
+    /// Internal id of the RBD image.
+    pub id: String,
+    /// Data objects of its size.
+    pub objects: u64,
+    /// Pool of its data, where that is not its own pool.
+    pub data_pool: Option<String>,
+}
+
+impl CloneImage {
+    pub fn of(info: ImageInfo) -> Self {
+        // whole stripes, so that no object is left out
+        let stripe = info.object_size.saturating_mul(info.stripe_count).max(1);
+        let objects = info.size.div_ceil(stripe).saturating_mul(info.stripe_count);
+        Self { id: info.id, objects, data_pool: info.data_pool }
+    }
 }
 
 /// How far Glance knows the image's location.
@@ -274,9 +339,31 @@ pub struct Record {
     /// Owners in a row that neither released the job nor took it further.
     #[serde(default)]
     pub takeovers: u32,
-    /// The furthest that `progress` was at a take-over while copying.
+    /// The furthest that `progress` was at a take-over while copying, before the image was active or behind it.
     #[serde(default)]
     pub takeover_progress: u8,
+    /// When the image becomes active, which decides the job's list of steps.
+    #[serde(default)]
+    pub publish: Publish,
+    /// Why publishing at once did not work for this job, which publishes when copied then, whatever the configuration
+    /// says.
+    #[serde(default)]
+    pub at_once_refused: Option<String>,
+    /// At once: the clone is complete and inspected, and may be published.
+    #[serde(default)]
+    pub sealed: bool,
+    /// At once: what is known of the clone, from the moment when it was made.
+    #[serde(default)]
+    pub clone: Option<CloneImage>,
+    /// At once: how far the copy behind the active image is.
+    #[serde(default)]
+    pub fill: FillState,
+    /// Since when the image is active and depends on its source.
+    #[serde(default)]
+    pub detaching_since: Option<Timestamp>,
+    /// When it became independent.
+    #[serde(default)]
+    pub detached: Option<Detached>,
     /// Fields of another version of this program. They are kept as they are.
     #[serde(flatten)]
     pub unknown: serde_json::Map<String, serde_json::Value>,
@@ -308,7 +395,7 @@ pub struct IllegalTransition {
 /// Why a stored record cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
-    #[error("was written by a newer version of rbd-offload (format {0}, this one knows {VERSION}); left alone")]
+    #[error("was written by a newer version of rbd-offload (format {0}, this one knows {AT_ONCE_VERSION}); left alone")]
     Newer(u64),
     #[error("is not a job record: {0}")]
     Broken(String),
@@ -362,6 +449,13 @@ impl Record {
             placeholder: false,
             takeovers: 0,
             takeover_progress: 0,
+            publish: Publish::WhenCopied,
+            at_once_refused: None,
+            sealed: false,
+            clone: None,
+            fill: FillState::default(),
+            detaching_since: None,
+            detached: None,
             unknown: serde_json::Map::new(),
         }
     }
@@ -386,10 +480,10 @@ impl Record {
     /// Counts an owner that did not release the job. One that had copied more than every owner before it begins the
     /// count again: what ended it was more likely something else than this job.
     pub fn count_takeover(&mut self) {
-        let gained =
-            self.state == State::Copying && self.progress >= self.takeover_progress.saturating_add(TAKEOVER_GAIN);
+        let copies = matches!(self.state, State::Copying | State::Detaching);
+        let gained = copies && self.progress >= self.takeover_progress.saturating_add(TAKEOVER_GAIN);
         self.takeovers = if gained { 1 } else { self.takeovers.saturating_add(1) };
-        if self.state == State::Copying {
+        if copies {
             self.takeover_progress = self.takeover_progress.max(self.progress);
         }
     }
@@ -407,7 +501,7 @@ impl Record {
             version: u64,
         }
         let format: Format = serde_json::from_slice(bytes).map_err(|e| Unreadable::Broken(e.to_string()))?;
-        if format.version > u64::from(VERSION) {
+        if format.version > u64::from(AT_ONCE_VERSION) {
             return Err(Unreadable::Newer(format.version));
         }
         if format.version < u64::from(VERSION) {
@@ -430,9 +524,14 @@ impl Record {
             return Err(IllegalTransition { image_id: self.image_id, from: self.state, to: next });
         }
         self.state = next;
-        if next == State::Publishing {
-            // the copy is complete, and stays
+        // the copy is complete, and stays
+        if next == State::Publishing && self.publish == Publish::WhenCopied {
             (self.takeovers, self.takeover_progress) = (0, 0);
+        }
+        if next == State::Detaching {
+            self.detaching_since.get_or_insert(now);
+            (self.takeovers, self.takeover_progress) = (0, 0);
+            (self.attempts, self.progress, self.reason) = (0, 0, None);
         }
         if next.is_ended() {
             self.ended_at = Some(now);
@@ -458,6 +557,52 @@ impl Record {
         Ok(())
     }
 
+    /// The part of its list of steps that the job is in.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Publishing if self.publish == Publish::WhenCopied || self.sealed => Phase::Publish,
+            State::Detaching => Phase::Detach,
+            _ => Phase::Prepare,
+        }
+    }
+
+    /// Whether the job has begun to make its private copy, which is not complete.
+    pub fn is_preparing(&self) -> bool {
+        matches!(self.state, State::Copying | State::Publishing) && self.phase() == Phase::Prepare
+    }
+
+    /// Lays down when the image becomes active.
+    pub fn set_publish(&mut self, publish: Publish) {
+        self.publish = publish;
+        self.version = match publish {
+            Publish::WhenCopied => VERSION,
+            Publish::AtOnce => AT_ONCE_VERSION,
+        };
+        (self.sealed, self.clone, self.fill) = (false, None, FillState::default());
+    }
+
+    /// Gives publishing at once up. What was made for it is undone as what any broken-off attempt made.
+    pub fn turn_to_when_copied(&mut self, reason: &str) {
+        self.at_once_refused = Some(reason.to_owned());
+        self.sealed = false;
+    }
+
+    /// At once: the clone is complete and inspected, and stays.
+    pub fn seal(&mut self) {
+        self.sealed = true;
+        (self.takeovers, self.takeover_progress) = (0, 0);
+    }
+
+    /// The published image, by its id: its name may change, or be gone.
+    pub fn published_by_id(&self) -> Option<ImageSpec> {
+        Some(ImageSpec::with_id(self.dest_pool.as_ref()?, &self.clone.as_ref()?.id))
+    }
+
+    /// The end without an image that decides how a job in `detaching` ends; otherwise it is `done`.
+    pub fn end_of_detaching(&self) -> Outcome {
+        self.outcome.clone().unwrap_or_else(|| Outcome::new(State::Done, ""))
+    }
+
     /// Adds why another method than the one that was to be taken is taken.
     pub fn note_fallback(&mut self, note: &str) {
         self.fallback = Some(self.fallback.iter().map(String::as_str).chain([note]).collect::<Vec<_>>().join("; "));
@@ -480,7 +625,7 @@ impl Record {
 
     /// The end without an image that a job which has not ended is to come to.
     pub fn pending_outcome(&self) -> Option<&Outcome> {
-        self.outcome.as_ref().filter(|_| !self.state.is_ended())
+        self.outcome.as_ref().filter(|_| !self.state.is_ended() && self.state != State::Detaching)
     }
 
     /// Name of the private copy and of the temporary snapshot.
@@ -602,7 +747,8 @@ mod tests {
 
     #[test]
     fn every_live_state_can_end_and_done_is_final() {
-        for state in State::ALL.into_iter().filter(|state| !state.is_ended()) {
+        let undone = |state: &State| !state.is_ended() && *state != State::Detaching;
+        for state in State::ALL.into_iter().filter(undone) {
             for end in [State::Declined, State::Failed, State::Cancelled] {
                 assert!(state.may_become(end), "{state} → {end}");
             }
@@ -610,6 +756,43 @@ mod tests {
         assert!(State::ALL.into_iter().all(|next| !State::Done.may_become(next)));
         assert!(!State::Accepted.may_become(State::Done));
         assert!(!State::Copying.may_become(State::Done));
+    }
+
+    #[test]
+    fn an_active_image_is_never_declined_nor_begun_again() {
+        let ways: Vec<State> = State::ALL.into_iter().filter(|next| State::Detaching.may_become(*next)).collect();
+        assert_eq!(ways, [State::Done, State::Failed, State::Cancelled]);
+    }
+
+    #[test]
+    fn a_daemon_that_cannot_publish_at_once_leaves_such_a_record_alone() {
+        let mut record = record();
+        assert_eq!(record.version, VERSION);
+        record.set_publish(Publish::AtOnce);
+        // what a daemon that knows format 2 alone reads of it
+        let value: serde_json::Value = serde_json::from_slice(&record.to_bytes()).unwrap();
+        assert!(value["version"].as_u64() > Some(u64::from(VERSION)));
+        assert_eq!(Record::parse(&record.to_bytes()).unwrap(), record);
+        record.set_publish(Publish::WhenCopied);
+        assert_eq!(record.version, VERSION);
+    }
+
+    #[test]
+    fn phases_follow_what_was_done_not_the_name_of_the_state() {
+        let now = Timestamp::now();
+        let mut job = record();
+        assert_eq!(job.phase(), Phase::Prepare);
+        job.set_publish(Publish::AtOnce);
+        job.enter(State::Publishing, now).unwrap();
+        assert!(job.phase() == Phase::Prepare && job.is_preparing());
+        job.seal();
+        assert_eq!(job.phase(), Phase::Publish);
+        job.enter(State::Detaching, now).unwrap();
+        assert_eq!(job.phase(), Phase::Detach);
+        let mut copied = record();
+        copied.enter(State::Copying, now).unwrap();
+        copied.enter(State::Publishing, now).unwrap();
+        assert_eq!(copied.phase(), Phase::Publish);
     }
 
     #[test]

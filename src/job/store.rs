@@ -105,6 +105,10 @@ pub struct Summary {
     pub suspect: bool,
     /// A daemon without this backend left it to another.
     pub backend: Option<String>,
+    /// Since when its image is active and depends on its source.
+    pub detaching: Option<Timestamp>,
+    /// The daemon by whose clock the image's source is kept for a while.
+    pub grace_by: Option<Uuid>,
 }
 
 impl From<&Stored> for Summary {
@@ -126,6 +130,8 @@ impl From<&Record> for Summary {
             handover: record.handover.is_some(),
             suspect: record.takeovers > 0,
             backend: record.needs_backend.clone(),
+            grace_by: record.detached.map(|detached| detached.by),
+            detaching: record.detaching_since.filter(|_| record.state == State::Detaching),
         }
     }
 }
@@ -342,6 +348,17 @@ impl Store {
         }
     }
 
+    /// Stores a job that has not ended for an image that has no record. `false`: it has one.
+    pub async fn create_live(&self, record: &Record) -> Result<bool> {
+        let (image_id, summary) = (record.image_id, Summary::from(record));
+        self.index_live(image_id, &summary).await?;
+        match self.objects.create(&Self::object(image_id), &encode(record)?).await {
+            Ok(_) => self.index_live(image_id, &summary).await.map(|()| true),
+            Err(e) if e.kind() == ErrorKind::Exists => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Removes an ended job's record, unless it changed since it was read.
     pub async fn remove(&self, stored: &Stored) -> Result<()> {
         match self.objects.remove(&Self::object(stored.record.image_id), stored.version, None).await {
@@ -391,6 +408,10 @@ impl Store {
         let found = self
             // a request that was made again before this is cancelled too: its tag is taken off with the job's
             .signal_instead(image_id, &[Signal::Rerequested], |stored| {
+                if stored.record.state == State::Detaching {
+                    outcome = Cancelled::Active;
+                    return vec![];
+                }
                 if stored.is_settled() || stored.record.state == State::Done {
                     outcome = Cancelled::Ended(stored.record.state);
                     return vec![];
@@ -418,6 +439,8 @@ fn encode(record: &Record) -> Result<Vec<u8>> {
 pub enum Cancelled {
     /// A daemon ends it at its next look.
     Asked,
+    /// Its image is active, and depends on its source until the job has ended.
+    Active,
     /// It had ended before.
     Ended(State),
 }

@@ -46,6 +46,33 @@ pub async fn seal(
     repaired_shape(storage, copy, Some(SNAPSHOT), progress, cancel).await
 }
 
+/// Gives a clone that is published at once the snapshot that consumers clone from. It must have no object map: a client
+/// that opens it while objects are still to come would take those that the map lacks for holes. `Some`: what is wrong.
+pub async fn seal_clone(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Option<String>> {
+    let Some(info) = storage.image(copy, None).await? else { return Ok(Some("it is gone".into())) };
+    if info.features.0 & Features::MAPS.0 != 0 {
+        return Ok(Some("it has an object map before its objects are there".into()));
+    }
+    storage.create_protected_snapshot(copy, SNAPSHOT).await?;
+    Ok(None)
+}
+
+/// What is wrong with an image that was detached, at its head and at the snapshot that consumers clone from. Others may
+/// have removed that snapshot.
+pub async fn detached_fault(storage: &dyn Storage, image: &ImageSpec) -> ceph::Result<Option<String>> {
+    for snapshot in [None, Some(SNAPSHOT)] {
+        let info = match storage.image(image, snapshot).await {
+            Err(error) if snapshot.is_some() && error.kind() == ErrorKind::NotFound => continue,
+            info => info?,
+        };
+        let Some(info) = info else { return Ok(Some("it is gone".into())) };
+        if let Some(fault) = shape_fault(&info) {
+            return Ok(Some(fault));
+        }
+    }
+    Ok(None)
+}
+
 /// What is wrong with the image, after one try to repair it.
 async fn repaired_shape(
     storage: &dyn Storage,

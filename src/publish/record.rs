@@ -72,8 +72,15 @@ fn without_tags(image: &Image, unwanted: impl Fn(&str) -> bool) -> Option<ImageC
 }
 
 /// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
-/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours.
-pub fn prepare(image: &Image, min_disk: u64, min_ram: u64, inherited: &BTreeMap<String, String>) -> Vec<ImageChange> {
+/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours. `copying`: the image is active before its
+/// copy is complete, and a tag says so.
+pub fn prepare(
+    image: &Image,
+    min_disk: u64,
+    min_ram: u64,
+    inherited: &BTreeMap<String, String>,
+    copying: bool,
+) -> Vec<ImageChange> {
     let mut changes = Vec::new();
     if image.disk_format.as_deref() != Some("raw") {
         changes.push(ImageChange::DiskFormat("raw".into()));
@@ -96,8 +103,21 @@ pub fn prepare(image: &Image, min_disk: u64, min_ram: u64, inherited: &BTreeMap<
         changes.push(ImageChange::Remove { property: property.clone() });
     }
     // the tag of a request stays as provenance; those of a hand-over are between two services
-    changes.extend(without_tags(image, |tag| tag.starts_with(request::HANDOVER_PREFIX)));
+    let is_wanted =
+        |tag: &String| !tag.starts_with(request::HANDOVER_PREFIX) && (copying || tag != request::COPYING_TAG);
+    let mut tags: Vec<String> = image.tags.iter().filter(|tag| is_wanted(tag)).cloned().collect();
+    if copying && !tags.iter().any(|tag| tag == request::COPYING_TAG) {
+        tags.push(request::COPYING_TAG.to_owned());
+    }
+    if tags != image.tags {
+        changes.push(ImageChange::Tags(tags));
+    }
     changes
+}
+
+/// Takes off the tag of an image that was active before its copy was complete.
+pub fn without_copying_tag(image: &Image) -> Option<ImageChange> {
+    without_tags(image, |tag| tag == request::COPYING_TAG)
 }
 
 /// Takes off what is ours from a record that turned active all the same.
@@ -178,7 +198,25 @@ mod tests {
         offered.tags = vec!["blue".into(), "rbd-offload-handover:volume:x@y".into(), request::GO_TAG.into()];
         let only_theirs = ImageChange::Tags(vec!["blue".into()]);
         assert!(end(&offered, Status::Declined, "no").contains(&only_theirs));
-        assert!(prepare(&offered, 0, 0, &BTreeMap::new()).contains(&only_theirs));
+        assert!(prepare(&offered, 0, 0, &BTreeMap::new(), false).contains(&only_theirs));
+    }
+
+    #[test]
+    fn a_tag_tells_that_the_copy_goes_on_and_comes_off() {
+        let tags = |image: &Image, copying| {
+            prepare(image, 0, 0, &BTreeMap::new(), copying).into_iter().find_map(|change| match change {
+                ImageChange::Tags(tags) => Some(tags),
+                _ => None,
+            })
+        };
+        let Some(tagged) = tags(&image(), true) else { panic!("no tag was set") };
+        assert_eq!(tagged, ["blue", "rbd-offload:volume:x", request::COPYING_TAG]);
+        let copying = Image { tags: tagged, ..image() };
+        assert_eq!(tags(&copying, true), None);
+        assert_eq!(tags(&copying, false), Some(image().tags));
+        assert_eq!(without_copying_tag(&copying), Some(ImageChange::Tags(image().tags)));
+        assert_eq!(without_copying_tag(&image()), None);
+        assert!(end(&copying, Status::Failed, "no").contains(&ImageChange::Tags(vec!["blue".into()])));
     }
 
     #[test]
@@ -201,7 +239,7 @@ mod tests {
     #[test]
     fn a_prepared_record_keeps_nothing_of_ours() {
         let inherited = BTreeMap::from([("hw".into(), "1".into()), ("os".into(), "other".into())]);
-        let changes = prepare(&image(), 2, 64, &inherited);
+        let changes = prepare(&image(), 2, 64, &inherited, false);
         assert_eq!(
             changes,
             [

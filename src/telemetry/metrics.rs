@@ -63,6 +63,21 @@ const METRICS: &[(Kind, &str, &str)] = &[
         "rbd_offload_job_duration_seconds",
         "From the request to the active image, of jobs that are done.",
     ),
+    (
+        Kind::Gauge,
+        "rbd_offload_images_detaching",
+        "Images of the whole cluster that were published at once and depend on their source still.",
+    ),
+    (
+        Kind::Gauge,
+        "rbd_offload_oldest_detaching_seconds",
+        "How long the oldest of these images has been active; 0 without one.",
+    ),
+    (
+        Kind::Histogram,
+        "rbd_offload_detach_duration_seconds",
+        "From the active image until it depends on its source no more, of images that were published at once.",
+    ),
     (Kind::Histogram, "rbd_offload_stage_duration_seconds", "How long a stage of a job took, by stage."),
     (Kind::Counter, "rbd_offload_copied_bytes_total", "Bytes that were copied into images, by method."),
     (

@@ -21,10 +21,10 @@ use super::backoff::BACKOFF_MAX;
 use super::context::Context;
 use super::error::{StepError, StepResult};
 use super::lease::Lease;
-use super::record::{Artifact, Record, Stage, State};
+use super::record::{Artifact, Publish, Record, Stage, State};
 use super::signal::{Signal, Signals};
 use super::store::{self, Stored};
-use crate::ceph::{ErrorKind, Progress};
+use crate::ceph::{ErrorKind, FillState, Progress};
 use crate::publish::tag::OwnershipTag;
 use crate::telemetry::unix_time;
 
@@ -46,6 +46,8 @@ pub(super) struct HeldJob {
     pub cancel: CancellationToken,
     /// The job waits for a service, and copies nothing.
     pub waits: Arc<AtomicBool>,
+    /// How far the copy behind an active image is, where the record does not say so yet.
+    pub filled: std::sync::Mutex<Option<FillState>>,
     pub id: Uuid,
     pub span: Span,
     stored: Mutex<Stored>,
@@ -66,6 +68,7 @@ impl HeldJob {
             progress: Arc::default(),
             cancel: CancellationToken::new(),
             waits: Arc::default(),
+            filled: std::sync::Mutex::default(),
             id,
             // at the highest level, so that it is there whatever is logged
             span: tracing::error_span!("job", image_id = %id, %request_id),
@@ -148,6 +151,23 @@ impl HeldJob {
         .await?;
         tracing::info!(image_id = %self.id, job_stage = state.as_str(), "job state changed");
         Ok(())
+    }
+
+    /// The copy is gone, and is made again from the plan on.
+    pub async fn begin_again(&self) -> StepResult<()> {
+        match self.record().await.publish {
+            Publish::WhenCopied => self.enter(State::Copying).await,
+            Publish::AtOnce => self.update(|record| record.sealed = false).await,
+        }
+    }
+
+    /// Writes down how far the copy behind an active image is.
+    pub async fn note_filled(&self) -> StepResult<()> {
+        let filled = self.filled.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match filled {
+            Some(filled) if filled != self.record().await.fill => self.update(|record| record.fill = filled).await,
+            _ => Ok(()),
+        }
     }
 
     /// Writes down what is about to be made, so that whatever dies the job is known to be its owner.

@@ -72,7 +72,7 @@ impl JobRun {
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
-            State::Copying => waited_for,
+            State::Copying | State::Publishing if record.is_preparing() => waited_for,
             _ => false,
         };
         // another daemon may have told just now

@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use super::{JobRun, StepError, StepResult};
 use crate::ceph::{ImageSpec, TransferLimits};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::decline::Decline;
 use crate::job::error::{decline, end};
+use crate::job::held::has_running_task;
 use crate::job::names::private_name;
-use crate::job::record::{Handover, Outcome, Publication, SourceImage, State};
+use crate::job::record::{Artifact, Handover, Outcome, Phase, Publication, Publish, SourceImage, State};
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::Image;
 use crate::plan::{self, Plan, Question};
-use crate::request::{self, Asked, Trigger};
-use crate::transfer;
+use crate::request::{self, Asked, Source, Trigger};
+use crate::transfer::{self, Method};
 
 impl JobRun {
     /// One attempt, from where the record stands.
@@ -23,29 +24,105 @@ impl JobRun {
         if let Some(outcome) = record.pending_outcome() {
             return Err(StepError::End(outcome.clone()));
         }
-        if self.job.signals().await.has(Signal::Cancel) && !record.state.is_ended() {
+        if self.job.signals().await.has(Signal::Cancel) && !record.state.is_ended() && record.phase() < Phase::Detach {
             return end(State::Cancelled, "cancelled by the operator");
         }
         if record.state.is_ended() && !self.restart_if_rerequested().await? {
             return Ok(self.job.record().await.state);
         }
         let config = self.job.context.config.borrow().clone();
-        let mut attempt = match self.job.record().await.state {
-            State::Publishing => Attempt::new(config),
+        let record = self.job.record().await;
+        if record.phase() == Phase::Detach {
+            return self.detach(config).await;
+        }
+        let mut attempt = match record.state {
+            State::Publishing if record.phase() == Phase::Publish => Attempt::new(config),
             State::Accepted if config.offload.dry_run => return self.dry_run(&config).await,
-            State::Copying => {
-                // begun by an attempt that did not end: start over
-                self.undo_steps().await?;
-                // the next plan may find another source, and nothing tells of this one then
-                self.apply_at_end().await?;
-                self.job.enter(State::Accepted).await?;
-                self.lay_down(config).await?
-            }
+            // begun by an attempt that did not end
+            State::Copying | State::Publishing => self.start_over(config).await?,
             _ => self.lay_down(config).await?,
         };
-        self.apply_steps(&mut attempt).await?;
+        let applied = match self.apply_steps(&mut attempt).await {
+            Err(StepError::WhenCopied(reason)) => {
+                // places among the jobs of the pool are taken again
+                drop(attempt);
+                self.turn_to_when_copied(&reason).await?
+            }
+            applied => applied,
+        };
+        applied?;
         self.finish_job(&Outcome::new(State::Done, "")).await?;
         Ok(State::Done)
+    }
+
+    /// Undoes what an attempt before this one made, and plans the job again.
+    async fn start_over(&self, config: Arc<Config>) -> StepResult<Attempt> {
+        self.undo_steps().await?;
+        // the next plan may find another source, and nothing tells of this one then
+        self.apply_at_end().await?;
+        self.job.enter(State::Accepted).await?;
+        self.lay_down(config).await
+    }
+
+    /// The image cannot be published at once: does the job again, and publishes when copied. The inner result is of
+    /// the steps.
+    async fn turn_to_when_copied(&self, reason: &str) -> StepResult<StepResult<()>> {
+        tracing::warn!(image_id = %self.job.id, job_stage = "publish", reason,
+            "the image is not published at once, but when it is copied");
+        // stored first: another daemon that takes over does not try again
+        self.job.update(|record| record.turn_to_when_copied(reason)).await?;
+        if self.job.record().await.has(Artifact::Published) {
+            let image = self.job.read_image().await?;
+            if image.status != "queued" || has_running_task(&image) {
+                return Err(StepError::Retry("Glance still works on the image".into()));
+            }
+        }
+        let config = self.job.context.config.borrow().clone();
+        let mut attempt = self.start_over(config).await?;
+        Ok(self.apply_steps(&mut attempt).await)
+    }
+
+    /// One attempt behind the active image.
+    async fn detach(&self, config: Arc<Config>) -> StepResult<State> {
+        self.note_deletion().await?;
+        let mut attempt = Attempt::new(config);
+        self.apply_steps(&mut attempt).await?;
+        let outcome = self.job.record().await.end_of_detaching();
+        self.finish_job(&outcome).await?;
+        Ok(outcome.state)
+    }
+
+    /// When the image becomes active, and why it cannot be at once where that is asked for.
+    async fn when_to_publish(&self, plan: &Plan, methods: &[Method], config: &Config) -> (Publish, Option<String>) {
+        if plan.publish == config::Publish::WhenCopied {
+            return (Publish::WhenCopied, None);
+        }
+        let record = self.job.record().await;
+        let pool = &plan.origin.pool;
+        let obstacle = if let Some(reason) = record.at_once_refused {
+            // it has been said
+            return (Publish::WhenCopied, Some(reason));
+        } else if matches!(plan.source, Source::Instance(_)) {
+            "Nova cannot remove the disk of an instance while an image depends on it".to_owned()
+        } else if !matches!(methods.first(), Some(Method::ServerCopy | Method::Clone)) {
+            "the method copy makes no clone".to_owned()
+        } else if plan.info.size == 0 {
+            "the source is empty".to_owned()
+        } else if config.offload.hash == config::Hash::Sha512 {
+            "[offload] hash = sha512 takes the whole copy before the image is active".to_owned()
+        } else if !record.mismatched.is_empty() {
+            "an earlier copy differed from its source".to_owned()
+        } else if self.job.context.refusals.has(pool) {
+            format!(
+                "Glance refused an image from pool {pool} in the last hour: its Ceph user may lack the \
+                     capability profile rbd-read-only pool={pool}"
+            )
+        } else {
+            return (Publish::AtOnce, None);
+        };
+        tracing::info!(image_id = %self.job.id, job_stage = "plan", reason = obstacle,
+            "the image is not published at once, but when it is copied");
+        (Publish::WhenCopied, Some(obstacle))
     }
 
     /// Plans the job, and writes down what is to be done.
@@ -65,6 +142,8 @@ impl JobRun {
                 "some methods cannot do this source");
         }
         let Some(first) = methods.first().copied() else { return self.no_method(None).await };
+        let (publish, not_at_once) = self.when_to_publish(&plan, &methods, &config).await;
+        reasons.extend(not_at_once.map(|reason| format!("at-once: {reason}")));
         let mut attempt = Attempt::new(Arc::clone(&config));
         let copying = attempt.copying.insert(Copying {
             source: CopySource {
@@ -83,7 +162,7 @@ impl JobRun {
         });
         let (plan, copy) = (copying.plan.clone(), copying.copy.clone());
         let record = self.job.record().await;
-        for step in steps::list(Some(first)).iter().rev().filter_map(|name| steps::step(*name)) {
+        for step in steps::list(publish, Some(first)).iter().rev().filter_map(|name| steps::step(*name)) {
             if step.is_needed(&attempt, &record) {
                 step.check(&self.job, &attempt).await?;
             }
@@ -96,6 +175,10 @@ impl JobRun {
             temporary: plan.snapshot.is_none(),
         };
         let now = self.job.context.clock.now();
+        let state = match publish {
+            Publish::WhenCopied => State::Copying,
+            Publish::AtOnce => State::Publishing,
+        };
         self.job
             .update(|record| {
                 record.source = Some(plan.source);
@@ -114,10 +197,11 @@ impl JobRun {
                 record.bytes_done = 0;
                 record.progress = 0;
                 record.reason = None;
-                let _ = record.enter(State::Copying, now);
+                record.set_publish(publish);
+                let _ = record.enter(state, now);
             })
             .await?;
-        tracing::info!(image_id = %self.job.id, job_stage = "copying", source = %plan.source, origin = %plan.origin,
+        tracing::info!(image_id = %self.job.id, job_stage = state.as_str(), source = %plan.source, origin = %plan.origin,
             destination = %copy, method = first.as_str(), bytes = plan.info.size, "job state changed");
         Ok(attempt)
     }

@@ -5,6 +5,7 @@
 
 mod acknowledge;
 mod attempt;
+mod detaching;
 mod instance_watch;
 mod outcome;
 mod report;
@@ -26,7 +27,7 @@ use super::context::Context;
 use super::error::{StepError, StepResult};
 use super::held::HeldJob;
 use super::lease::{Lease, fence_owner};
-use super::record::{Outcome, State};
+use super::record::{Outcome, Phase, State};
 use super::signal::Signal;
 use super::slots::PoolSlots;
 use super::store::Stored;
@@ -93,18 +94,26 @@ pub struct JobRun {
     is_stopping: AtomicBool,
     /// Address of this job's Ceph client.
     address: Option<String>,
+    /// The image was active when the run began.
+    detaches: bool,
 }
 
 impl JobRun {
     /// `stored` was read after the lease was taken.
     pub fn new(context: Context, lease: Lease, stored: Stored, pools: PoolSlots) -> Self {
         Self {
+            detaches: stored.record.phase() == Phase::Detach,
             job: HeldJob::new(context, lease, stored),
             pools,
             shown: Mutex::new(None),
             is_stopping: AtomicBool::new(false),
             address: None,
         }
+    }
+
+    /// Whether the job is one behind an active image.
+    pub fn detaches(&self) -> bool {
+        self.detaches
     }
 
     /// What the job gets done: it tells whether the job moves.
@@ -227,7 +236,7 @@ impl JobRun {
             GivenUp::Drained => (None, None),
             GivenUp::Hung(reason) => (Some(reason), None),
             GivenUp::Ended(StepError::End(ending)) => (None, Some(ending)),
-            GivenUp::Ended(StepError::Retry(reason)) => (Some(reason), None),
+            GivenUp::Ended(StepError::Retry(reason) | StepError::WhenCopied(reason)) => (Some(reason), None),
             GivenUp::Ended(_) => (None, None),
         };
         // nobody renews the lease any more: what follows must be over before it ends
@@ -253,7 +262,7 @@ impl JobRun {
             Some(reason) => self.spent_retries(reason).await,
             None => None,
         };
-        let ending = ending.or(spent).filter(|_| !record.state.is_ended());
+        let ending = ending.or(spent).filter(|_| !record.state.is_ended() && record.phase() < Phase::Detach);
         let not_before = reason.as_ref().and_then(|_| self.next_attempt(&record));
         self.job
             .update(|record| {
@@ -349,6 +358,11 @@ impl JobRun {
         let limit = self.job.context.config.borrow().offload.max_takeovers;
         if limit == 0 || record.takeovers <= limit || record.outcome.is_some() || record.state.is_ended() {
             return None;
+        }
+        // an active image is not given up: the next daemon comes after a pause, and counts from the beginning
+        if record.phase() == Phase::Detach {
+            let reason = format!("{} daemons in a row died or stalled while they worked on it", record.takeovers);
+            return Some(Outcome::new(State::Failed, reason));
         }
         metrics::counter!("rbd_offload_takeover_failures_total").increment(1);
         tracing::error!(image_id = %self.job.id, takeovers = record.takeovers, job_state = record.state.as_str(),

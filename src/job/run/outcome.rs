@@ -11,7 +11,7 @@ use super::{JobRun, RunResult, StepError, StepResult};
 use crate::decline::Decline;
 use crate::job::backoff::{holds_instance, pause_of};
 use crate::job::daemons;
-use crate::job::record::{Outcome, Publication, Record, Registration, State};
+use crate::job::record::{Outcome, Phase, Publication, Publish, Record, Registration, State};
 use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
@@ -60,7 +60,8 @@ impl JobRun {
             "method" => record.method.map_or("none", Method::as_str))
         .increment(1);
         let seconds = now.duration_since(record.created_at).as_secs_f64();
-        if done {
+        // of an image that was published at once it is known since then
+        if done && record.detaching_since.is_none() {
             metrics::histogram!("rbd_offload_job_duration_seconds").record(seconds);
         }
         tracing::info!(image_id = %self.job.id, job_stage = outcome.state.as_str(), seconds, reason = outcome.reason,
@@ -71,7 +72,12 @@ impl JobRun {
     /// Ends the run, and releases the lease where the job is not left to another daemon.
     pub(super) async fn handle_stop(&self, stop: StepError) -> RunResult {
         let has_ended = self.job.record().await.state.is_ended();
+        let only_goes_forward = self.only_goes_forward().await;
         let result = match stop {
+            StepError::Later(after) => self.continue_later(after).await,
+            StepError::End(Outcome { reason, .. }) | StepError::Retry(reason) if only_goes_forward => {
+                self.retry_detaching(&reason).await
+            }
             // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
             StepError::End(Outcome { reason, .. }) | StepError::Retry(reason) if has_ended => {
                 self.schedule_retry(&reason, CountsAttempt::Yes).await
@@ -101,6 +107,8 @@ impl JobRun {
             }
             // the runner takes the next one, or says what was wrong with the last
             StepError::NextMethod(_) => self.schedule_retry("no method was left", CountsAttempt::Yes).await,
+            // the same, where it was met a second time
+            StepError::WhenCopied(reason) => self.retry_or_fail(&reason).await,
             StepError::Abandon(reason) => self.abandon(&reason),
         };
         if result != RunResult::Abandoned {
@@ -163,7 +171,8 @@ impl JobRun {
     pub(super) async fn spent_retries(&self, reason: &str) -> Option<Outcome> {
         let record = self.job.record().await;
         let attempts = record.attempts.saturating_add(1);
-        (record.attempts >= self.job.context.config.borrow().offload.retries)
+        // nothing undoes an active image
+        (record.phase() < Phase::Detach && record.attempts >= self.job.context.config.borrow().offload.retries)
             .then(|| Outcome::new(State::Failed, format!("given up after {attempts} attempts: {reason}")))
     }
 
@@ -208,6 +217,8 @@ impl JobRun {
             Ok(state) => RunResult::Ended(state),
             Err(StepError::LeaseLost) => RunResult::Abandoned,
             Err(StepError::Abandon(reason)) => self.abandon(&reason),
+            // the image is active all the same, and depends on its source
+            Err(StepError::Later(after)) => self.continue_later(after).await,
             Err(StepError::Retry(reason) | StepError::End(Outcome { reason, .. })) => {
                 self.schedule_retry(&reason, CountsAttempt::No).await
             }
@@ -216,6 +227,7 @@ impl JobRun {
                 | StepError::Drained
                 | StepError::NoRoom { .. }
                 | StepError::OtherBackend { .. }
+                | StepError::WhenCopied(_)
                 | StepError::NextMethod(_),
             ) => self.schedule_retry("stopped while it was ending", CountsAttempt::No).await,
         }
@@ -298,6 +310,10 @@ impl JobRun {
             }
             Err(error) => return Err(error),
         };
+        if record.publish == Publish::AtOnce {
+            self.enter_detaching().await?;
+            return Err(StepError::Later(Duration::ZERO));
+        }
         self.release_source().await?;
         if outcome.state == State::Done {
             self.apply_at_end().await?;

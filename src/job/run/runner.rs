@@ -2,12 +2,13 @@
 //! decides what comes next.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::{JobRun, StepError, StepResult};
 use crate::ceph;
 use crate::job::error::{end, other_writer};
 use crate::job::held::has_running_task;
-use crate::job::record::{Artifact, Registration, State};
+use crate::job::record::{Artifact, Phase, Record, Registration, State};
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
 use crate::publish::record::Status;
@@ -20,10 +21,10 @@ impl JobRun {
         let mut applied = BTreeSet::new();
         loop {
             let record = self.job.record().await;
-            let list = steps::list(record.method);
-            // a copy that is complete stays
-            let is_due = |name: &StepName| record.state != State::Publishing || is_of_publishing(*name);
-            let names: Vec<StepName> = list.iter().copied().filter(is_due).collect();
+            let list = steps::list(record.publish, record.method);
+            // what was made in an earlier phase stays
+            let is_over = |name: &StepName| steps::step(*name).is_some_and(|step| step.phase() < record.phase());
+            let names: Vec<StepName> = list.iter().copied().skip_while(is_over).collect();
             match self.apply_list(attempt, &names, &mut applied).await {
                 Err(StepError::NextMethod(refused)) => self.take_next_method(attempt, refused, &mut applied).await?,
                 result => return result,
@@ -46,7 +47,7 @@ impl JobRun {
         let after = &names[release + 1..];
         let needs = |name: &StepName| steps::step(*name).is_some_and(Step::needs_free_source);
         let beside = after.iter().position(needs).unwrap_or(after.len());
-        if self.job.record().await.state != State::Publishing {
+        if self.job.record().await.phase() < Phase::Publish {
             self.job.enter(State::Publishing).await?;
         }
         let (others, released) = tokio::join!(self.apply(attempt, &after[..beside], applied), self.release_source());
@@ -64,13 +65,33 @@ impl JobRun {
     ) -> StepResult<()> {
         for name in names {
             let Some(step) = steps::step(*name).filter(|_| !applied.contains(name)) else { continue };
-            if is_of_publishing(*name) && attempt.image.is_none() {
-                self.begin_publishing(attempt).await?;
-            }
+            self.enter_phase(attempt, step.phase()).await?;
             self.apply_step(attempt, step).await?;
             applied.insert(*name);
         }
         Ok(())
+    }
+
+    /// Brings the job to the phase of its next step.
+    async fn enter_phase(&self, attempt: &mut Attempt, phase: Phase) -> StepResult<()> {
+        let now = self.job.record().await.phase();
+        match phase {
+            // what waits for a free source is the last step of every list
+            _ if now > phase => Ok(()),
+            Phase::Prepare => Ok(()),
+            Phase::Publish => {
+                if now < phase {
+                    self.job.update(Record::seal).await?;
+                }
+                if attempt.image.is_none() { self.begin_publishing(attempt).await } else { Ok(()) }
+            }
+            Phase::Detach if now < phase => {
+                self.enter_detaching().await?;
+                // a new request gets this place, and a daemon with room for it goes on behind the image
+                Err(StepError::Later(Duration::ZERO))
+            }
+            Phase::Detach => Ok(()),
+        }
     }
 
     async fn apply_step(&self, attempt: &mut Attempt, step: &'static dyn Step) -> StepResult<()> {
@@ -192,7 +213,8 @@ impl JobRun {
         let record = self.job.record().await;
         let mut removed: BTreeSet<Artifact> = BTreeSet::new();
         // the longest list: what another method made is among it
-        for name in steps::list(None).iter().rev() {
+        let list = steps::list(record.publish, None);
+        for name in list.iter().rev() {
             if let Some(step) = steps::step(*name).filter(|step| are_chosen(*step)) {
                 step.undo(&self.job, &record, image).await?;
                 removed.extend(step.makes().filter(|artifact| record.has(*artifact)));
@@ -207,16 +229,11 @@ impl JobRun {
     /// What is due at every end: a source that was deleted meanwhile is purged.
     pub(super) async fn apply_at_end(&self) -> StepResult<()> {
         let mut attempt = Attempt::new(self.job.context.config.borrow().clone());
-        for name in steps::list(None) {
+        for name in steps::list(self.job.record().await.publish, None) {
             if let Some(step) = steps::step(*name).filter(|step| step.needs_free_source()) {
                 step.apply(&self.job, &mut attempt).await?;
             }
         }
         Ok(())
     }
-}
-
-/// Whether the copy is complete before this step.
-fn is_of_publishing(name: StepName) -> bool {
-    steps::step(name).is_none_or(|step| step.state() == State::Publishing)
 }

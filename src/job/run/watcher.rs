@@ -10,7 +10,7 @@ use super::{JobRun, StepError, StepResult};
 use crate::ceph::ErrorKind;
 use crate::job::error::{end, other_writer};
 use crate::job::record::State;
-use crate::job::signal::Signal;
+use crate::job::signal::{Signal, Signals};
 use crate::openstack::Image;
 use crate::publish::record::{self as image_status, Status};
 use crate::telemetry::unix_time;
@@ -20,6 +20,9 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How often the tenant's record is read or changed while the copy runs.
 const TENANT_INTERVAL: Duration = Duration::from_secs(4);
+
+/// How often it is looked whether an active image whose copy goes on was deleted, without a notification of it.
+const DELETION_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often a service that waits is shown that the copy moves, where a per cent takes longer.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
@@ -90,13 +93,16 @@ impl JobRun {
         let Some(now) = self.job.context.store.load(self.job.id).await? else {
             return Err(StepError::Abandon("its record is gone".into()));
         };
+        if self.only_goes_forward().await {
+            return self.poll_detaching(&now.signals, seen).await;
+        }
         if now.signals.has(Signal::Cancel) {
             return end(State::Cancelled, "cancelled by the operator");
         }
         if now.signals.has(Signal::RecheckImage) {
             let image = self.job.read_image().await?;
             self.job.update_with_signals(|_, signals| signals.seen_in(&now.signals, &[Signal::RecheckImage])).await?;
-            if self.job.record().await.state == State::Copying {
+            if self.job.record().await.is_preparing() {
                 self.job.check_request(&image).await?;
             }
         }
@@ -135,6 +141,23 @@ impl JobRun {
             }
         }
         Ok(())
+    }
+
+    /// Behind an active image: how far the copy is goes into the record, and the deletion of the image ends the attempt.
+    async fn poll_detaching(&self, signals: &Signals, seen: &mut PollState) -> StepResult<()> {
+        self.job.note_filled().await?;
+        self.note_progress().await?;
+        let told = signals.has(Signal::RecheckImage);
+        if told {
+            self.job.update_with_signals(|_, now| now.seen_in(signals, &[Signal::RecheckImage])).await?;
+        }
+        // what is left of a deleted image is being removed already
+        if self.is_deletion_noted().await || !told && seen.looked.elapsed() < DELETION_INTERVAL {
+            return Ok(());
+        }
+        seen.looked = Instant::now();
+        self.note_deletion().await?;
+        if self.is_deletion_noted().await { Err(StepError::Later(Duration::ZERO)) } else { Ok(()) }
     }
 
     /// Writes the progress into the record when it moved. Returns per cent of the whole job.

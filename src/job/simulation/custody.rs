@@ -36,6 +36,7 @@ fn daemon(world: &Shared, name: &str) -> (Context, Arc<dyn Storage>) {
     let (_, config) = watch::channel(Arc::new(scenario::config(&mut Dice::new(1))));
     let identity = Identity { instance: Uuid::new_v4(), host: name.into(), pid: 1 };
     let context = Context {
+        refusals: Default::default(),
         storage: Arc::clone(&storage),
         clients: Arc::new(handle.clone()),
         cloud: Arc::new(handle.clone()),

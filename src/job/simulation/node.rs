@@ -455,6 +455,7 @@ impl Daemon {
         // it stays as it is
         let (_, config) = watch::channel(Arc::new(config));
         let engine = Engine::new(Context {
+            refusals: Default::default(),
             rates: Arc::new(ceph::Rates::new(0, 0)),
             storage: Arc::new(handle.clone()),
             clients,

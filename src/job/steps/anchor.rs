@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use super::super::error::{StepError, StepResult};
 use super::super::held::HeldJob;
 use super::super::names::{anchor_name, private_name};
-use super::super::record::{Artifact, Record, State};
+use super::super::record::{Artifact, Phase, Record};
 use super::free_name::{check_free, in_the_way};
 use super::{Attempt, Step};
 use crate::ceph::{ErrorKind, ImageSpec};
@@ -21,8 +21,8 @@ impl Step for Anchor {
         "anchor"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn makes(&self) -> Option<Artifact> {

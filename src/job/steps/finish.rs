@@ -1,10 +1,11 @@
-//! The image is active by our location: the ownership tag and what is left of our properties come off.
+//! The image is active by our location: the ownership tag and what is left of our properties come off. An image that
+//! is published at once keeps the tag.
 
 use async_trait::async_trait;
 
 use super::super::error::{StepError, StepResult, end, image_gone};
 use super::super::held::{HeldJob, has_running_task};
-use super::super::record::{Outcome, Record, Registration, State};
+use super::super::record::{Outcome, Phase, Publish, Record, Registration, State};
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::openstack::{self, Image};
@@ -20,8 +21,8 @@ impl Step for Finish {
         "finish"
     }
 
-    fn state(&self) -> State {
-        State::Publishing
+    fn phase(&self) -> Phase {
+        Phase::Publish
     }
 
     /// An image whose formats were changed after the inspection is an end without an image.
@@ -31,7 +32,7 @@ impl Step for Finish {
             return end(State::Failed, wrong_format(image));
         }
         job.set_uncancellable();
-        remove_tag(job).await?;
+        become_active(job).await?;
         let record = job.record().await;
         let source = record.source.filter(|_| record.trigger == Trigger::Request);
         let leftovers = image_status::finished(image, source);
@@ -78,7 +79,7 @@ impl Step for Finish {
                 container_format = image.container_format,
                 "the image was deactivated: its format was changed while it was published");
         }
-        remove_tag(job).await?;
+        become_active(job).await?;
         // the task that hashes the image makes it active again at its end
         let now = job.read_image().await?;
         if now.status != "deactivated" || (has_running_task(&now) && record.attempts < job.glance_patience(record)) {
@@ -88,13 +89,17 @@ impl Step for Finish {
     }
 }
 
-async fn remove_tag(job: &HeldJob) -> StepResult<()> {
+/// The ownership tag of an image that depends on its source stays until it depends on it no more.
+async fn become_active(job: &HeldJob) -> StepResult<()> {
     let record = job.record().await;
     let Some(pool) = &record.dest_pool else {
         return Err(StepError::Abandon("its record names no destination pool".into()));
     };
     if record.registration != Registration::Active {
         job.update(|record| record.registration = Registration::Active).await?;
+    }
+    if record.publish == Publish::AtOnce {
+        return Ok(());
     }
     let published = ImageSpec::named(pool, job.id.to_string());
     job.context.storage.remove_metadata(&published, transfer::MARK).await?;

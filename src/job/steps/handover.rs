@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::error::{StepError, StepResult, decline, other_writer};
 use super::super::held::HeldJob;
-use super::super::record::{Handover as Bound, Record, State};
+use super::super::record::{Handover as Bound, Phase, Record};
 use super::{Attempt, Step};
 use crate::decline::Decline;
 use crate::openstack::Image;
@@ -33,8 +33,8 @@ impl Step for Handover {
         "handover"
     }
 
-    fn state(&self) -> State {
-        State::Publishing
+    fn phase(&self) -> Phase {
+        Phase::Publish
     }
 
     fn is_needed(&self, attempt: &Attempt, record: &Record) -> bool {

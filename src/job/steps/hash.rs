@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::super::error::StepResult;
 use super::super::held::HeldJob;
-use super::super::record::{Record, State};
+use super::super::record::{Phase, Record};
 use super::{Attempt, Step};
 use crate::config;
 use crate::publish;
@@ -17,8 +17,8 @@ impl Step for Hash {
         "hash"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn is_needed(&self, attempt: &Attempt, _record: &Record) -> bool {

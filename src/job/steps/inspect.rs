@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::super::error::{StepResult, decline};
 use super::super::held::HeldJob;
-use super::super::record::State;
+use super::super::record::Phase;
 use super::{Attempt, Step};
 use crate::decline::Decline;
 use crate::publish;
@@ -18,8 +18,8 @@ impl Step for Inspect {
         "inspect"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn status(&self) -> Option<(Status, &'static str)> {

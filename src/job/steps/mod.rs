@@ -6,8 +6,14 @@
 
 mod anchor;
 mod attempt;
+mod clone;
+mod compare;
+mod detach;
+mod detaching;
+mod fill;
 mod finish;
 mod free_name;
+mod grace;
 mod handover;
 mod hash;
 mod inspect;
@@ -17,7 +23,9 @@ mod register;
 mod rename;
 mod seal;
 mod snapshot;
+mod sweep;
 mod transfer;
+mod unmark;
 mod verify;
 
 use async_trait::async_trait;
@@ -26,7 +34,7 @@ pub(super) use self::attempt::{Attempt, Copying};
 pub(super) use self::readable::CopySource;
 use super::error::StepResult;
 use super::held::HeldJob;
-use super::record::{Artifact, Record, State};
+use super::record::{Artifact, Phase, Publish, Record};
 use crate::openstack::Image;
 use crate::publish::record::Status;
 use crate::transfer::Method;
@@ -36,8 +44,8 @@ pub(super) trait Step: Sync {
     /// Name of its stage in records, logs and metrics.
     fn name(&self) -> &'static str;
 
-    /// The job's state while the step runs.
-    fn state(&self) -> State;
+    /// The part of the job that the step belongs to.
+    fn phase(&self) -> Phase;
 
     /// What it makes in Ceph.
     fn makes(&self) -> Option<Artifact> {
@@ -105,6 +113,12 @@ pub(super) enum StepName {
     Rename,
     Register,
     Finish,
+    Clone,
+    Fill,
+    Detach,
+    Grace,
+    Sweep,
+    Unmark,
     Purge,
 }
 
@@ -141,11 +155,33 @@ const WHEN_COPIED_BY_READING: &[StepName] = &[
     StepName::Purge,
 ];
 
-/// The steps of a job whose bytes are moved by this method.
-pub(super) fn list(method: Option<Method>) -> &'static [StepName] {
-    match method {
-        Some(Method::Copy) => WHEN_COPIED_BY_READING,
-        Some(Method::ServerCopy | Method::Clone) | None => WHEN_COPIED,
+/// The clone of the source is made active, and the copy is made behind it. The source is held until the image depends on
+/// it no more.
+const AT_ONCE: &[StepName] = &[
+    StepName::Snapshot,
+    StepName::Anchor,
+    StepName::Clone,
+    StepName::Inspect,
+    StepName::Seal,
+    StepName::Handover,
+    StepName::Rename,
+    StepName::Register,
+    StepName::Finish,
+    StepName::Fill,
+    StepName::Detach,
+    StepName::Grace,
+    StepName::Sweep,
+    StepName::ReleaseSource,
+    StepName::Unmark,
+    StepName::Purge,
+];
+
+/// The steps of a job that publishes then, and whose bytes are moved by this method.
+pub(super) fn list(publish: Publish, method: Option<Method>) -> &'static [StepName] {
+    match (publish, method) {
+        (Publish::AtOnce, _) => AT_ONCE,
+        (Publish::WhenCopied, Some(Method::Copy)) => WHEN_COPIED_BY_READING,
+        (Publish::WhenCopied, Some(Method::ServerCopy | Method::Clone) | None) => WHEN_COPIED,
     }
 }
 
@@ -163,6 +199,12 @@ pub(super) fn step(name: StepName) -> Option<&'static dyn Step> {
         StepName::Rename => &rename::Rename,
         StepName::Register => &register::Register,
         StepName::Finish => &finish::Finish,
+        StepName::Clone => &clone::Clone,
+        StepName::Fill => &fill::Fill,
+        StepName::Detach => &detach::Detach,
+        StepName::Grace => &grace::Grace,
+        StepName::Sweep => &sweep::Sweep,
+        StepName::Unmark => &unmark::Unmark,
         StepName::Purge => &purge::Purge,
         StepName::ReleaseSource => return None,
     })
@@ -175,19 +217,28 @@ mod tests {
     /// What a list must be like, whatever its order.
     #[test]
     fn every_list_makes_a_thing_once_and_goes_forward() {
-        for names in [WHEN_COPIED, WHEN_COPIED_BY_READING] {
+        for names in [WHEN_COPIED, WHEN_COPIED_BY_READING, AT_ONCE] {
             let steps: Vec<_> = names.iter().filter_map(|name| step(*name)).collect();
             let made: Vec<Artifact> = steps.iter().filter_map(|step| step.makes()).collect();
             let mut once = made.clone();
             once.dedup();
             assert_eq!(made, once);
-            let publishing = steps.iter().position(|step| step.state() == State::Publishing).unwrap();
-            assert!(steps[..publishing].iter().all(|step| step.state() == State::Copying));
-            assert!(steps[publishing..].iter().all(|step| step.state() == State::Publishing));
+            // what waits for a free source comes last in every list
+            let ordered = steps.iter().filter(|step| !step.needs_free_source());
+            assert!(ordered.is_sorted_by_key(|step| step.phase()));
             let release = names.iter().position(|name| *name == StepName::ReleaseSource).unwrap();
             let holds = |name: &StepName| step(*name).is_some_and(Step::holds_source);
             let needs = |name: &StepName| step(*name).is_some_and(Step::needs_free_source);
             assert!(!names[release..].iter().any(holds) && !names[..release].iter().any(needs));
         }
+    }
+    /// Nobody can undo an active image. What holds its source must stay until it depends on the source no more.
+    #[test]
+    fn at_once_nothing_is_made_behind_the_active_image_and_the_source_is_held_to_the_end() {
+        let position = |name| AT_ONCE.iter().position(|other| *other == name).unwrap();
+        let behind = &AT_ONCE[position(StepName::Finish) + 1..];
+        assert!(behind.iter().filter_map(|name| step(*name)).all(|step| step.makes().is_none()));
+        assert!(position(StepName::Detach) < position(StepName::Grace));
+        assert!(position(StepName::Grace) < position(StepName::ReleaseSource));
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::error::{StepError, StepResult};
 use super::super::held::HeldJob;
-use super::super::record::State;
+use super::super::record::Phase;
 use super::{Attempt, Step};
 use crate::ceph::{Change, ImageSpec};
 use crate::request::Source;
@@ -24,8 +24,8 @@ impl Step for Purge {
         "purge"
     }
 
-    fn state(&self) -> State {
-        State::Publishing
+    fn phase(&self) -> Phase {
+        Phase::Publish
     }
 
     fn needs_free_source(&self) -> bool {

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::error::{StepError, StepResult, image_gone, other_writer};
 use super::super::held::{CHANGE_TRIES, HASHED_PER_SECOND, HeldJob, has_running_task, running_task};
-use super::super::record::{Artifact, Publication, Record, Registration, State};
+use super::super::record::{Artifact, Phase, Publication, Publish, Record, Registration, State};
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::openstack::{self, Image, LocationAnswer, Validation};
@@ -31,8 +31,8 @@ impl Step for Register {
         "register"
     }
 
-    fn state(&self) -> State {
-        State::Publishing
+    fn phase(&self) -> Phase {
+        Phase::Publish
     }
 
     fn is_needed(&self, attempt: &Attempt, _record: &Record) -> bool {
@@ -49,7 +49,7 @@ impl Step for Register {
         let known: Vec<String> = tasks(job).await?.into_iter().map(|task| task.id).collect();
         let posts = image.status == "queued" && !(is_posted && has_running_task(&image));
         if posts {
-            image = job.stage("record", prepare_image_properties(job, image, &record.publication)).await?;
+            image = job.stage("record", prepare_image_properties(job, image, &record)).await?;
         }
         job.waits.store(true, Ordering::SeqCst);
         if posts {
@@ -81,14 +81,15 @@ async fn tasks(job: &HeldJob) -> StepResult<Vec<openstack::ImageTask>> {
     Ok(job.context.cloud.image_tasks(&job.id.to_string()).await?)
 }
 
-async fn prepare_image_properties(job: &HeldJob, mut image: Image, publication: &Publication) -> StepResult<Image> {
-    let Publication { min_disk, min_ram, properties, .. } = publication;
+async fn prepare_image_properties(job: &HeldJob, mut image: Image, record: &Record) -> StepResult<Image> {
+    let Publication { min_disk, min_ram, properties, .. } = &record.publication;
+    let copying = record.publish == Publish::AtOnce;
     for _ in 0..CHANGE_TRIES {
-        let mut changes = image_status::prepare(&image, *min_disk, *min_ram, properties);
+        let mut changes = image_status::prepare(&image, *min_disk, *min_ram, properties, copying);
         if changes.is_empty() {
             // what is judged before the location is posted must be of now
             image = job.read_image().await?;
-            changes = image_status::prepare(&image, *min_disk, *min_ram, properties);
+            changes = image_status::prepare(&image, *min_disk, *min_ram, properties, copying);
         }
         if image.status != "queued" || changes.is_empty() {
             return Ok(image);
@@ -130,7 +131,15 @@ async fn post_location(job: &HeldJob, image: &Image, pool: &str) -> StepResult<(
     // after that write, which may have taken long
     job.before_visible_step().await?;
     let validation = before.publication.sha512.map(|value| Validation { algorithm: "sha512".into(), value });
-    match job.context.cloud.add_location(&id, &url, validation.as_ref()).await? {
+    let added = match job.context.cloud.add_location(&id, &url, validation.as_ref()).await {
+        // an older Glance opens the image before it answers
+        Err(error) if before.publish == Publish::AtOnce && error.kind() == openstack::ErrorKind::Refused => {
+            job.update(|record| record.registration = Registration::Unposted).await?;
+            return refused_at_once(job, &error.to_string()).await;
+        }
+        added => added?,
+    };
+    match added {
         Some(LocationAnswer::Accepted) => Ok(()),
         // it may be our own success, whose answer was lost: look
         Some(LocationAnswer::Conflict) if was_posted => Ok(()),
@@ -140,6 +149,20 @@ async fn post_location(job: &HeldJob, image: &Image, pool: &str) -> StepResult<(
         }
         None => image_gone(),
     }
+}
+
+/// Glance does not take an image that depends on the source's pool. It is published when copied, and so are the others
+/// from that pool for a while.
+async fn refused_at_once<T>(job: &HeldJob, reason: &str) -> StepResult<T> {
+    let record = job.record().await;
+    if let Some(source) = &record.source_image {
+        let pool = &source.pool;
+        job.context.refusals.note(pool);
+        tracing::error!(image_id = %job.id, job_stage = "register", reason,
+            capability = format!("profile rbd-read-only pool={pool}"),
+            "Glance refused an image that was to be published at once: does its Ceph user lack a capability?");
+    }
+    Err(StepError::WhenCopied(reason.to_owned()))
 }
 
 /// Waits until the image is active. `foreign`: tasks that cannot be ours.
@@ -190,8 +213,11 @@ async fn check_tasks(job: &HeldJob, known: &[String], pool: &str) -> StepResult<
     let published = ImageSpec::named(pool, job.id.to_string());
     if job.context.storage.image(&published, None).await?.is_none() {
         job.disown(Artifact::Published).await?;
-        job.enter(State::Copying).await?;
+        job.begin_again().await?;
     }
     job.update(|record| record.registration = Registration::Unposted).await?;
+    if job.record().await.publish == Publish::AtOnce {
+        return refused_at_once(job, &reason).await;
+    }
     Err(StepError::Retry(reason))
 }

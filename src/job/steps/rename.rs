@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::super::error::{StepError, StepResult, decline, other_writer};
 use super::super::held::{HeldJob, has_running_task};
-use super::super::record::{Artifact, Record, State};
+use super::super::record::{Artifact, Phase, Record};
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::decline::Decline;
@@ -19,8 +19,8 @@ impl Step for Rename {
         "rename"
     }
 
-    fn state(&self) -> State {
-        State::Publishing
+    fn phase(&self) -> Phase {
+        Phase::Publish
     }
 
     fn makes(&self) -> Option<Artifact> {
@@ -61,7 +61,7 @@ impl Step for Rename {
                 other_writer()
             }
             Name::Lost => {
-                job.enter(State::Copying).await?;
+                job.begin_again().await?;
                 Err(StepError::Retry("the copy is gone, it is made again".into()))
             }
         }

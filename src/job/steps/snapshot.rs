@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use super::super::error::{StepResult, end};
 use super::super::held::HeldJob;
 use super::super::names::private_name;
-use super::super::record::{Artifact, Record, State};
+use super::super::record::{Artifact, Phase, Record, State};
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::openstack::Image;
@@ -20,8 +20,8 @@ impl Step for Snapshot {
         "snapshot"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn makes(&self) -> Option<Artifact> {

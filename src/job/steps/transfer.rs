@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::super::error::{StepError, StepResult};
 use super::super::held::HeldJob;
-use super::super::record::{Artifact, Record, State};
+use super::super::record::{Artifact, Phase, Record};
 use super::attempt::Copying;
 use super::free_name::{check_free, in_the_way};
 use super::readable::{CHAIN_TRIES, chain_changes};
@@ -21,8 +21,8 @@ impl Step for Transfer {
         "transfer"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn makes(&self) -> Option<Artifact> {

@@ -4,24 +4,12 @@ use async_trait::async_trait;
 
 use super::super::error::{StepError, StepResult, end};
 use super::super::held::HeldJob;
-use super::super::record::{Record, State};
-use super::attempt::Copying;
-use super::readable::{CHAIN_TRIES, chain_changes};
+use super::super::record::{Phase, Record, State};
+use super::compare::{compare, extent};
 use super::{Attempt, Step};
-use crate::ceph::{self, Compare};
-use crate::config::{Config, Verify as Wanted};
+use crate::ceph::Compare;
 
 pub struct Verify;
-
-/// How much is compared. After a copy that differed, every byte is.
-fn extent(config: &Config, record: &Record) -> Option<Compare> {
-    match config.offload.verify {
-        _ if !record.mismatched.is_empty() => Some(Compare::Full),
-        Wanted::None => None,
-        Wanted::Sample => Some(Compare::Sample),
-        Wanted::Full => Some(Compare::Full),
-    }
-}
 
 #[async_trait]
 impl Step for Verify {
@@ -29,8 +17,8 @@ impl Step for Verify {
         "verify"
     }
 
-    fn state(&self) -> State {
-        State::Copying
+    fn phase(&self) -> Phase {
+        Phase::Prepare
     }
 
     fn depends_on_method(&self) -> bool {
@@ -44,7 +32,7 @@ impl Step for Verify {
     async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
         let (copying, before) = (attempt.copying()?, job.record().await);
         let extent = extent(&attempt.config, &before).unwrap_or(Compare::Full);
-        let Some(offset) = compare(job, copying, extent).await? else { return Ok(()) };
+        let Some(offset) = compare(job, &copying.source, &copying.copy, extent).await? else { return Ok(()) };
         let Some(method) = before.method else {
             return Err(StepError::Abandon("its record names no method".into()));
         };
@@ -69,18 +57,4 @@ impl Step for Verify {
         }
         Err(StepError::NextMethod(None))
     }
-}
-
-/// Compares, and again where something that the source reads from was cut off meanwhile.
-async fn compare(job: &HeldJob, copying: &Copying, extent: Compare) -> ceph::Result<Option<u64>> {
-    let (storage, from, copy) = (job.context.storage.as_ref(), &copying.source, &copying.copy);
-    for _ in 0..CHAIN_TRIES {
-        let before = from.readable(storage).await?;
-        let (source, snapshot) = (&before.source, &before.snapshot);
-        let result = storage.compare(source, snapshot, copy, extent, &job.progress, &job.cancel).await;
-        if from.is_unchanged(storage, &before, &result).await? {
-            return result;
-        }
-    }
-    Err(chain_changes(copy))
 }

@@ -1,0 +1,80 @@
+//! At once: makes the active image independent of its source. The rest of its data is copied, its parent is cut off, its
+//! object maps are switched on, and it is compared with its source.
+
+use async_trait::async_trait;
+
+use super::super::error::{StepError, StepResult};
+use super::super::held::HeldJob;
+use super::super::record::{Detached, Phase, Record};
+use super::compare::{compare, extent};
+use super::detaching::{depends_on_source, limits, published, source};
+use super::{Attempt, Step};
+use crate::publish;
+use crate::transfer::Method;
+
+pub struct Detach;
+
+#[async_trait]
+impl Step for Detach {
+    fn name(&self) -> &'static str {
+        "detach"
+    }
+
+    fn phase(&self) -> Phase {
+        Phase::Detach
+    }
+
+    fn is_needed(&self, _attempt: &Attempt, record: &Record) -> bool {
+        depends_on_source(record)
+    }
+
+    async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
+        let (storage, record) = (job.context.storage.as_ref(), job.record().await);
+        let image = published(&record)?;
+        let method = record.method.unwrap_or(Method::Clone);
+        // what is shown goes to the end once: with the fill, where there was one
+        let unseen = job.progress.beside();
+        let shown = if method == Method::ServerCopy { &unseen } else { job.progress.as_ref() };
+        let moved = storage.detach(&image, &limits(job, &attempt.config), shown, &job.cancel).await?;
+        metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str()).increment(moved.bytes);
+        metrics::counter!("rbd_offload_local_bytes_total", "method" => method.as_str()).increment(moved.through_host);
+        if let Some(fault) = publish::detached_fault(storage, &image).await? {
+            return Err(StepError::Retry(format!("{image} is not as a published image must be: {fault}")));
+        }
+        verify(job, attempt, &record, method).await?;
+        let detached = Detached { at: job.context.clock.now(), by: job.context.identity.instance };
+        job.update(|record| {
+            record.detached = Some(detached);
+            record.bytes_done = record.bytes_total;
+            record.progress = 99;
+        })
+        .await?;
+        if let Some(since) = record.detaching_since {
+            let seconds = detached.at.duration_since(since).as_secs_f64();
+            metrics::histogram!("rbd_offload_detach_duration_seconds").record(seconds);
+            tracing::info!(image_id = %job.id, job_stage = "detach", seconds, bytes = record.bytes_total,
+                "the image depends on its source no more");
+        }
+        Ok(())
+    }
+}
+
+/// The image is active, so one that differs can only be named: its source is kept until an operator has looked.
+async fn verify(job: &HeldJob, attempt: &Attempt, record: &Record, method: Method) -> StepResult<()> {
+    let (Some(from), Some(extent)) = (source(record), extent(&attempt.config, record)) else { return Ok(()) };
+    let image = published(record)?;
+    let Some(offset) = compare(job, &from, &image, extent).await? else { return Ok(()) };
+    metrics::counter!("rbd_offload_verify_failures_total").increment(1);
+    tracing::error!(image_id = %job.id, job_stage = "verify", offset, copy = %image, method = method.as_str(),
+        "the copy differs from its source");
+    job.update(|record| {
+        if !record.mismatched.contains(&method) {
+            record.mismatched.push(method);
+        }
+    })
+    .await?;
+    Err(StepError::Retry(format!(
+        "the active image differs from its source at byte {offset}: check the health of the Ceph cluster, and tell the \
+         image's owner. The source's snapshot is kept"
+    )))
+}
