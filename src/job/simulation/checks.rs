@@ -10,11 +10,11 @@ use super::scenario::Stage;
 use super::service::Outcome;
 use super::trouble::Trouble;
 use super::world::World;
-use crate::ceph::Version;
+use crate::ceph::{Features, Version};
 use crate::job::record::{Record, State};
 use crate::job::signal::Signals;
 use crate::job::store::Stored;
-use crate::request::{HANDOVER_PREFIX, TAG_PREFIX};
+use crate::request::{COPYING_TAG, HANDOVER_PREFIX, TAG_PREFIX};
 use crate::transfer::MARK;
 
 /// The jobs' records with their signals.
@@ -57,6 +57,7 @@ fn leftovers(world: &World) -> Vec<String> {
             left.push(format!("the snapshot {}/{name}@{}", image.pool, snap.name));
         }
     }
+    left.extend(world.ceph.at_once.orphans.iter().map(|(id, object)| format!("object {object} of the removed {id}")));
     if let Some(index) = world.ceph.objects.get("index.live") {
         left.extend(index.omap.keys().map(|id| format!("an index entry of {id}")));
     }
@@ -77,7 +78,12 @@ pub fn is_quiet(stage: &Stage) -> bool {
             .cloud
             .images
             .values()
-            .any(|r| matches!(r.image.status.as_str(), "saving" | "importing") || (r.image.status == "queued" && asks(&r.image.tags)))
+            .any(|r| match r.image.status.as_str() {
+                "saving" | "importing" => true,
+                "queued" => asks(&r.image.tags),
+                // Glance may bring it back when it has hashed the image; the reconciler takes it off
+                _ => r.image.tags.iter().any(|tag| tag == COPYING_TAG),
+            })
 }
 
 pub fn all(stage: &Stage, foreign: &[Rbd], when: &str) {
@@ -140,6 +146,9 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
             if rbd.parent.is_some() || !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected) {
                 broken.push(format!("active image {id} has a parent or lacks its snapshot"));
             }
+            if rbd.ours && rbd.features != Features::PUBLISHED.0 {
+                broken.push(format!("active image {id} has the features {:#x}", rbd.features));
+            }
             if rbd.metadata.contains_key(MARK) && rbd.ours {
                 broken.push(format!("active image {id} bears our mark"));
             }
@@ -150,7 +159,7 @@ fn image(world: &World, id: &str, record: &super::cloud::Record, job: Option<&Re
                 if image.disk_format.as_deref() != Some("raw") || image.container_format.as_deref() != Some("bare") {
                     broken.push(format!("active image {id} is not raw and bare"));
                 }
-                if image.tags.iter().any(|tag| tag.starts_with(HANDOVER_PREFIX)) {
+                if image.tags.iter().any(|tag| tag.starts_with(HANDOVER_PREFIX) || tag == COPYING_TAG) {
                     broken.push(format!("active image {id} has the tags {:?}", image.tags));
                 }
                 let handed_over = world.cloud.services.contains_key(id);

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use super::at_once;
 use super::cluster::FSID;
 use super::glance;
 use super::node::{Handle, Kind};
@@ -191,10 +192,9 @@ fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
     let Some(rbd) = world.ceph.named(pool, name).cloned() else {
         return world.violated(format!("image {id} became active without its RBD image"));
     };
-    if rbd.parent.is_some() {
-        world.violated(format!("image {id} became active while its RBD image has a parent"));
-    }
-    if !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected && s.content == rbd.content) {
+    at_once::published(world, &rbd);
+    let content = world.ceph.content(&rbd);
+    if !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected && s.content == content) {
         world.violated(format!("image {id} became active without a protected snapshot of its content"));
     }
     if world.cloud.services.get(id).is_some_and(|service| !service.said_go) {
@@ -202,15 +202,15 @@ fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
     }
     let right =
         record.posted_for().map(|(source, asked)| world.cloud.right_contents(source, asked)).unwrap_or_default();
-    if rbd.content == 0 || !right.contains(&rbd.content) {
-        world.violated(format!("image {id} became active with content {}, right is {right:?}", rbd.content));
+    if content == 0 || !right.contains(&content) {
+        world.violated(format!("image {id} became active with content {content}, right is {right:?}"));
     }
     let owner = record.posted.as_ref().and_then(|image| image.owner.as_ref());
     if rbd.owner.is_none() || rbd.owner.as_ref() != owner {
         let whose = &rbd.owner;
         world.violated(format!("image {id} of {owner:?} became active with what {whose:?} owned at the snapshot"));
     }
-    if world.ceph.containers.contains(&rbd.content) {
+    if world.ceph.containers.contains(&content) {
         world.violated(format!("image {id} became active with the header of a container format"));
     }
 }
@@ -259,6 +259,10 @@ async fn location_task(shared: Shared, id: String, task: String, url: String) {
         if record.image.disk_format.is_none() || record.image.container_format.is_none() {
             remove_data(&mut world, &id);
             return finish(&mut world, "failure", "formats are unset");
+        }
+        let depends = world.ceph.named("images", &id).is_some_and(|rbd| rbd.parent.is_some());
+        if depends && world.ceph.at_once.is_refused {
+            return finish(&mut world, "failure", "Permission denied");
         }
         if fails {
             if removes {
@@ -575,7 +579,7 @@ impl Cloud for Handle {
                 }
                 let data = split(url).and_then(|(pool, name, _)| world.ceph.named(&pool, &name).cloned());
                 if let Some(data) = data {
-                    if data.parent.is_some() {
+                    if data.parent.is_some() && !world.ceph.at_once.is_asked_for {
                         world.violated(format!("the location of {id} was registered while the RBD image has a parent"));
                     }
                     if !data.ours {

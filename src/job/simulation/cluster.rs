@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::at_once::{self, AtOnce, CutOff};
 use super::lasting::Lasting;
 use super::node::{Handle, Kind, Node};
 use super::promises;
@@ -64,6 +65,8 @@ pub struct Rbd {
     /// Clients that have it open for writing.
     pub watchers: BTreeMap<String, Instant>,
     pub features: u64,
+    /// From its parent, by a daemon.
+    pub cut_off: Option<CutOff>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -85,6 +88,7 @@ pub struct Cluster {
     pub containers: BTreeSet<u64>,
     /// Until when a daemon may think that it holds a lock: by its address and the object.
     pub leases: BTreeMap<(String, String), Instant>,
+    pub at_once: AtOnce,
 }
 
 impl Cluster {
@@ -110,6 +114,7 @@ impl Cluster {
             ours,
             watchers: BTreeMap::new(),
             features: Features::PUBLISHED.0,
+            cut_off: None,
         });
         self.images.last_mut().unwrap()
     }
@@ -127,7 +132,7 @@ impl Cluster {
         self.images.iter_mut().find(|i| i.id == id)
     }
 
-    fn find(&self, spec: &ImageSpec) -> Option<&Rbd> {
+    pub fn find(&self, spec: &ImageSpec) -> Option<&Rbd> {
         match &spec.image {
             ImageKey::Name(name) => self.named(&spec.pool, name),
             ImageKey::Id(id) => self.by_id(id).filter(|i| i.pool == spec.pool),
@@ -148,6 +153,17 @@ impl Cluster {
             Some((parent, snap)) => self.snap_content(parent, *snap).unwrap_or(0),
             None => image.content,
         }
+    }
+
+    /// What it reads from below its own objects, the nearest first.
+    pub fn chain_of(&self, image: &Rbd) -> Vec<(String, u64)> {
+        let mut links = Vec::new();
+        let mut next = image.parent.clone();
+        while let Some(link) = next {
+            next = self.by_id(&link.0).and_then(|parent| parent.parent.clone());
+            links.push(link);
+        }
+        links
     }
 
     pub fn snap(&mut self, id: &str, name: &str, protected: bool, ours: bool) {
@@ -218,7 +234,7 @@ fn owner_of(world: &World, id: &str, snapshot: &str) -> Option<String> {
 
 impl Handle {
     /// A long call: `steps` times a while, in which the client may be fenced, frozen or told to stop.
-    async fn long(
+    pub async fn long(
         &self,
         what: &str,
         id: &str,
@@ -311,7 +327,7 @@ impl Handle {
         tokio::time::sleep(time).await;
     }
 
-    async fn open(&self, what: &str, image: &ImageSpec) -> Result<String> {
+    pub async fn open(&self, what: &str, image: &ImageSpec) -> Result<String> {
         let address = self.node.address();
         self.ceph(
             Kind::Write,
@@ -499,6 +515,7 @@ impl Storage for Handle {
                             return Ok(None);
                         }
                         found.snaps.retain(|s| s.id != snap.id);
+                        at_once::must_not_be_read(world, &id, Some(snap.id));
                         Ok(if named.len() > 1 { None } else { Some(Change::Made) })
                     },
                 )
@@ -750,10 +767,7 @@ impl Storage for Handle {
         cancel: &CancellationToken,
         saved: &(dyn Fn(FillState) + Send + Sync),
     ) -> Result<Moved> {
-        let id = self.open("fill", image).await?;
-        self.long("fill", &id, progress, cancel, false).await?;
-        saved(FillState { next_object: from.next_object.max(1), copied: from.copied + 1 });
-        Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+        self.fill_objects(image, from, progress, cancel, saved).await
     }
 
     async fn detach(
@@ -763,9 +777,7 @@ impl Storage for Handle {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
-        let moved = self.flatten(image, progress, cancel).await?;
-        self.rebuild_maps(image, progress, cancel).await?;
-        Ok(moved)
+        self.detach_image(image, progress, cancel).await
     }
 
     async fn sweep_objects(
@@ -777,15 +789,7 @@ impl Storage for Handle {
         _progress: &Progress,
         _cancel: &CancellationToken,
     ) -> Result<u64> {
-        self.ceph(
-            Kind::Write,
-            || format!("sweep the objects of {image}"),
-            |world| match world.ceph.find(image) {
-                Some(_) => Err(Error::new(format!("sweep {image}"), ErrorKind::Exists, "the image is there")),
-                None => Ok(0),
-            },
-        )
-        .await
+        self.sweep(image).await
     }
 
     async fn compare(
@@ -930,6 +934,7 @@ impl Storage for Handle {
                             }
                             _ => {
                                 world.ceph.drop_image(&id);
+                                at_once::must_not_be_read(world, &id, None);
                                 return Ok(Some(Change::Made));
                             }
                         }

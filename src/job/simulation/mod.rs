@@ -5,10 +5,12 @@
 //! `RBD_OFFLOAD_SIMULATION_SEEDS=20000` runs more seeds, `RBD_OFFLOAD_SIMULATION_SEED=17` runs one and prints what
 //! happened. `RBD_OFFLOAD_SIMULATION_TROUBLE` names further kinds of trouble (see `trouble.rs`).
 
+mod at_once;
 mod checks;
 mod cloud;
 mod cluster;
 mod custody;
+mod detaching;
 mod glance;
 mod lasting;
 mod leftovers;

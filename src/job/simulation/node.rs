@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::at_once;
 use super::lasting::Lasting;
 use super::promises;
 use super::trouble::Trouble;
@@ -415,6 +416,7 @@ impl Handle {
             world.script = Some(script);
         }
         let result = effect(&mut world);
+        at_once::watch_readers(&mut world);
         if world.trace.is_some() {
             let answer = match &result {
                 Ok(_) => "ok".to_owned(),

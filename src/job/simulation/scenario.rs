@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use super::at_once;
 use super::checks;
 use super::cloud::{self, Disk, Record};
 use super::cluster::FSID;
@@ -17,7 +18,6 @@ use super::tenants;
 use super::trouble::{self, Trouble};
 use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
-use crate::job::record::State;
 use crate::job::store::Store;
 use crate::openstack::{Image, Volume, VolumeSnapshot};
 use crate::request::{self, Asked};
@@ -452,7 +452,7 @@ impl Stage {
 /// Another client puts an RBD image under the image's name while the copy is being made.
 fn foreign_data(world: &mut World, image_id: Uuid) {
     let name = image_id.to_string();
-    let copying = checks::jobs(world).iter().any(|j| j.image_id == image_id && j.state == State::Copying);
+    let copying = checks::jobs(world).iter().any(|j| j.image_id == image_id && j.is_preparing());
     let queued = world.cloud.images.get(&name).is_some_and(|r| r.image.status == "queued");
     if !copying || !queued || world.ceph.named("images", &name).is_some() {
         return;
@@ -483,8 +483,15 @@ pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTr
     let mut trouble = Trouble::pick(&mut dice, Trouble::ORDINARY);
     trouble.extend(wanted.iter().filter(|kind| !trouble.contains(kind)).copied().collect::<Vec<_>>());
     let faults = trouble::faults(&mut dice, &trouble);
-    let config = config(&mut dice);
+    let mut config = config(&mut dice);
     let mut state = World::new(Dice::new(0), faults, trouble);
+    // by dice of its own: the other worlds stay as they were
+    let mut other_dice = Dice::new(seed ^ (nodes << 48) ^ 0xa7_0ce);
+    if other_dice.percent(40) {
+        at_once::configure(&mut config);
+        state.ceph.at_once.is_asked_for = true;
+        state.ceph.at_once.is_refused = other_dice.percent(15);
+    }
     state.trace = trace.then(Vec::new);
     let images = images_of(&mut dice, &mut state);
     let foreign: Vec<_> = state.ceph.images.iter().filter(|i| i.pool == "images").cloned().collect();

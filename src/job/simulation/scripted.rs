@@ -30,14 +30,14 @@ const OWNER: &str = "blue";
 const OTHER: &str = "green";
 
 /// A world with one image and two volumes of its owner.
-struct Stage {
-    world: Shared,
-    image: Uuid,
-    volumes: [Uuid; 2],
-    store: Store,
+pub(super) struct Stage {
+    pub world: Shared,
+    pub image: Uuid,
+    pub volumes: [Uuid; 2],
+    pub store: Store,
 }
 
-fn config(method: &str) -> Config {
+pub(super) fn config(method: &str) -> Config {
     let text = format!(
         "[messaging]\ntransport_url = rabbit://u:p@127.0.0.1:5672/\n\
          [keystone]\nauth_url = http://127.0.0.1:5000/v3\nusername = u\npassword = p\nproject_name = service\n\
@@ -47,7 +47,7 @@ fn config(method: &str) -> Config {
 }
 
 impl Stage {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut dice = Dice::new(11);
         let mut state = World::new(Dice::new(7), Faults::default(), Vec::new());
         let volumes = [dice.uuid(), dice.uuid()];
@@ -76,7 +76,7 @@ impl Stage {
     }
 
     /// Before the first call whose description has these words, the world is changed.
-    fn before(&self, words: &'static [&'static str], change: impl FnOnce(&mut World) + Send + 'static) {
+    pub fn before(&self, words: &'static [&'static str], change: impl FnOnce(&mut World) + Send + 'static) {
         let mut change = Some(change);
         self.world.lock().script = Some(Box::new(move |world, call| {
             if words.iter().all(|word| call.contains(word))
@@ -88,7 +88,7 @@ impl Stage {
         }));
     }
 
-    fn image(&self) -> ImageRecord {
+    pub fn image(&self) -> ImageRecord {
         self.world.lock().cloud.images[&self.image.to_string()].clone()
     }
 
@@ -106,14 +106,14 @@ impl Stage {
         }
     }
 
-    fn content_of(&self, volume: usize) -> u64 {
+    pub fn content_of(&self, volume: usize) -> u64 {
         let world = self.world.lock();
         let rbd = &world.cloud.disks[&self.volumes[volume].to_string()].rbd;
         world.ceph.by_id(rbd).unwrap().content
     }
 
     /// Content and mark of the RBD image under the image's id.
-    fn published(&self) -> Option<(u64, bool)> {
+    pub fn published(&self) -> Option<(u64, bool)> {
         let world = self.world.lock();
         world.ceph.named("images", &self.image.to_string()).map(|i| (i.content, i.metadata.contains_key(MARK)))
     }
@@ -122,7 +122,7 @@ impl Stage {
         Daemon::start(&self.world, name.into(), config(method))
     }
 
-    async fn ask(&self) {
+    pub async fn ask(&self) {
         let tags = self.image().image.tags;
         let storing = crate::job::intake::Intake::storing(
             self.store.clone(),
@@ -135,12 +135,12 @@ impl Stage {
         checks::stored(&self.world.lock()).into_iter().find(|job| job.record.image_id == self.image)
     }
 
-    fn job(&self) -> Option<Record> {
+    pub fn job(&self) -> Option<Record> {
         self.stored().map(|stored| stored.record)
     }
 
     /// Waits until the job has ended, and everybody has had time to do something more.
-    async fn end(&self) -> Record {
+    pub async fn end(&self) -> Record {
         let until = Instant::now() + Duration::from_secs(3600);
         loop {
             sleep(Duration::from_secs(1)).await;
@@ -156,9 +156,10 @@ impl Stage {
     }
 
     /// No promise was broken, and nothing of ours lies about but what an active image is made of.
-    fn is_tidy(&self) {
+    pub fn is_tidy(&self) {
         let world = self.world.lock();
         assert_eq!(world.violations, BTreeSet::new());
+        assert_eq!(world.ceph.at_once.orphans, BTreeSet::new());
         for image in world.ceph.images.iter().filter(|image| image.ours) {
             let name = image.name.clone().unwrap_or_default();
             let location = format!("rbd://{FSID}/images/{name}/snap");
@@ -172,7 +173,7 @@ impl Stage {
 }
 
 /// Runs a test in a time that costs nothing.
-fn play<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
+pub(super) fn play<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async { test().await });
 }
