@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{Failure, output};
 use crate::config;
 use crate::openstack::{Image, Tenant, is_reserved};
-use crate::request::{PROPERTY_PREFIX, Source, parse_uuid};
+use crate::request::{COPYING_TAG, PROPERTY_PREFIX, Source, parse_uuid};
 
 /// Between two looks at the record.
 const LOOK: Duration = Duration::from_secs(1);
@@ -36,6 +36,9 @@ pub struct Args {
     /// Wait until the image is active, and show the progress.
     #[arg(long)]
     wait: bool,
+    /// With --wait: wait also until the copy of an image that was published at once is complete.
+    #[arg(long, requires = "wait")]
+    detached: bool,
     /// With --wait: give up after this time (500ms, 30s, 5m, 12h, 7d); the request stays.
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
     timeout: Duration,
@@ -99,11 +102,11 @@ pub async fn request(args: Args) -> Result<ExitCode, Failure> {
     if !args.wait {
         return Ok(ExitCode::SUCCESS);
     }
-    wait(&tenant, image, args.timeout).await.map(|()| ExitCode::SUCCESS)
+    wait(&tenant, image, args.timeout, args.detached).await.map(|()| ExitCode::SUCCESS)
 }
 
-/// Follows the record until the image is active.
-async fn wait(tenant: &Tenant, image: Image, within: Duration) -> Result<(), Failure> {
+/// Follows the record until the image is active; with `detached`, until it depends on its source no more.
+async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -> Result<(), Failure> {
     let id = image.id.clone();
     let begun = Instant::now();
     let mut shown = Display::new();
@@ -111,8 +114,10 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration) -> Result<(), Fai
     let mut seen = Progress::of(&image);
     loop {
         match seen.outcome(&id) {
+            Some(Ok(())) if seen.copying && detached => {}
             Some(Ok(())) => {
-                shown.end(&format!("image {id} is active, after {:.1} s", begun.elapsed().as_secs_f64()));
+                let goes_on = if seen.copying { "; the copy goes on in the background" } else { "" };
+                shown.end(&format!("image {id} is active, after {:.1} s{goes_on}", begun.elapsed().as_secs_f64()));
                 return Ok(());
             }
             Some(Err(failure)) => {
@@ -121,7 +126,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration) -> Result<(), Fai
             }
             None => {}
         }
-        silent &= seen.status.is_none();
+        silent &= seen.status.is_none() && seen.image_status.as_deref() == Some("queued");
         let quiet = silent && begun.elapsed() >= SILENCE;
         shown.show(&seen, quiet);
         let Some(left) = within.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) else {
@@ -129,7 +134,8 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration) -> Result<(), Fai
             return Err(Failure::new(
                 Failure::TEMPORARY,
                 format!(
-                    "image {id} is not active after {} s; the request stays: look at the image again later",
+                    "image {id} is not {} after {} s; the request stays: look at the image again later",
+                    if seen.copying { "copied" } else { "active" },
                     within.as_secs_f64()
                 ),
             ));
@@ -158,6 +164,8 @@ struct Progress {
     status: Option<String>,
     percent: u64,
     message: String,
+    /// It is active, and its copy goes on.
+    copying: bool,
 }
 
 impl Progress {
@@ -168,11 +176,12 @@ impl Progress {
             status: property("status").map(|status| output::line(status)),
             percent: property("progress").and_then(|percent| percent.parse().ok()).unwrap_or(0).min(100),
             message: property("message").map(|message| output::line(message)).unwrap_or_default(),
+            copying: image.tags.iter().any(|tag| tag == COPYING_TAG),
         }
     }
 
     fn gone() -> Self {
-        Self { image_status: None, status: None, percent: 0, message: String::new() }
+        Self { image_status: None, status: None, percent: 0, message: String::new(), copying: false }
     }
 
     /// How it ended, if it did.
@@ -194,6 +203,7 @@ impl Progress {
         match (self.status.as_deref(), self.image_status.as_deref()) {
             (Some(status), _) if self.message.is_empty() => status.to_owned(),
             (Some(status), _) => format!("{status}: {}", self.message),
+            (None, Some("active")) if self.copying => "active; the copy goes on in the background".to_owned(),
             // taken off before the location is registered, or not yet there
             (None, Some("queued")) => "queued".to_owned(),
             (None, other) => other.unwrap_or("deleted").to_owned(),
@@ -286,6 +296,16 @@ mod tests {
         );
         assert_eq!(outcome("killed", &[]), Some(Err("image i is killed".into())));
         assert!(Progress::gone().outcome("i").is_some_and(|ended| ended.is_err()));
+    }
+
+    #[test]
+    fn an_active_image_tells_whether_its_copy_goes_on() {
+        let mut record = image("active", &[]);
+        assert!(!Progress::of(&record).copying);
+        record.tags = vec![COPYING_TAG.to_owned()];
+        let seen = Progress::of(&record);
+        assert!(seen.copying && seen.outcome("i").is_some_and(|ended| ended.is_ok()));
+        assert_eq!(seen.line(), "active; the copy goes on in the background");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::setup::{connect_store, image_id, no_such_job};
 use super::{Failure, output};
-use crate::job::record::{Record, Stage};
+use crate::job::record::{Publish, Record, Stage};
 use crate::job::signal::Signal;
 use crate::job::store::Stored;
 
@@ -86,6 +86,8 @@ fn describe(stored: &Stored, now: Timestamp) -> String {
         ("reason", line(&record.reason)),
         ("progress", progress),
         ("method", record.method.map(|method| method.as_str().to_owned()).unwrap_or_default()),
+        ("published", if record.publish == Publish::AtOnce { "at once".to_owned() } else { String::new() }),
+        ("fallback", line(&record.fallback)),
         ("attempts", if record.attempts == 0 { String::new() } else { format!("{} failed", record.attempts) }),
         ("next attempt", record.not_before.filter(|at| *at > now).map(|at| at.to_string()).unwrap_or_default()),
         ("owner", line(&record.owner)),
