@@ -12,6 +12,7 @@ use common::broker::Broker;
 use common::cloud::{Account, Volume, await_tidy, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
+use common::glance::Reader;
 use common::stage::{self, Kind, with};
 use common::{MIB, lab, pause, run, seconds, unique, until};
 use futures::future::join_all;
@@ -321,6 +322,23 @@ mod slowly {
 
 mod alone {
     use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn published_at_once_the_image_depends_on_nothing_in_the_end() {
+        let _stage = stage::alone().await;
+        let (_reader, demo) = (Reader::new().await, Account::demo().await);
+        let daemon = fast().set("offload", "publish", "at-once").set("offload", "detach_grace", "1s").start().await;
+        let volume = small_volume(&demo, 1).await;
+        let expected = volume.disk.digest(None).await;
+        let id = demo.stock_upload(&volume).await;
+        let image = end_of_upload(&demo, &volume, &id).await;
+        assert_eq!(image["status"], "active", "{image:#}");
+        was_handed_over(&daemon, &volume, &id).await;
+        assert_eq!(daemon.job(&id).await.unwrap()["publish"], "at-once");
+        is_right(&demo.image(&id).await, &expected, &volume).await;
+        daemon.await_idle().await;
+        daemon.stop();
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn without_a_daemon_cinder_does_it_after_the_claim_time() {

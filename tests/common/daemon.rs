@@ -303,6 +303,13 @@ impl Daemon {
         said
     }
 
+    /// Runs a command that must be refused; what it said.
+    pub async fn refused(&self, arguments: &[&str]) -> String {
+        let (well, said) = run(command(&self.dir.join("rbd-offload.conf")).args(arguments)).await;
+        assert!(!well, "rbd-offload {arguments:?}: {said}");
+        said
+    }
+
     /// Waits until no job of its namespace is alive, and all leases are given back.
     pub async fn await_idle(&self) {
         self.await_ended().await;

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod disk;
 pub mod env;
 pub mod gate;
+pub mod glance;
 pub mod published;
 pub mod stage;
 

@@ -1,0 +1,226 @@
+//! Publishing at once on a real Ceph, Glance and Cinder: the image is active before it is copied, whatever happens to
+//! it, its source and the daemon meanwhile.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::census::Census;
+use common::cloud::{Account, Volume, snapshot_tag};
+use common::daemon::{Daemon, Setup};
+use common::disk::{Digest, Disk};
+use common::glance::{self, Reader};
+use common::published::is_right;
+use common::stage;
+use common::{MIB, lab, seconds, until};
+use serde_json::{Value, json};
+
+/// On an active image whose copy is not complete.
+const COPYING: &str = "rbd-offload-copying";
+
+fn at_once() -> Setup {
+    Setup::default().set("offload", "publish", "at-once").set("offload", "detach_grace", "1s")
+}
+
+/// The copy behind the image takes 10 s and more.
+fn slowly() -> Setup {
+    at_once().set("offload", "objects_per_second", "80")
+}
+
+async fn become_active(account: &Account, image: &str, expected: &Digest) -> Value {
+    let record = account.await_image(image, "active").await;
+    // a client that opens it now reads what the source held
+    assert_eq!(Disk::of_image(image).digest(Some("snap")).await, *expected, "an early reader");
+    record
+}
+
+async fn is_done(account: &Account, daemon: &Daemon, image: &str, expected: &Digest, min_disk: u64) -> Value {
+    let job = daemon.await_job(image, "done").await;
+    let record = account.image(image).await;
+    is_right(&record, expected, min_disk).await;
+    assert!(!record["tags"].as_array().unwrap().contains(&json!(COPYING)), "{record:#}");
+    assert!(Disk::of_image(image).facts().await.unwrap().metadata.is_empty(), "our mark is taken off");
+    job
+}
+
+async fn source_is_free(volume: &Volume, image: &str, snapshots: usize) {
+    assert_eq!(volume.disk.facts().await.unwrap().snapshots.len(), snapshots);
+    assert!(Disk::new("volumes", format!("rbd-offload.{image}.anchor")).facts().await.is_none(), "the anchor is left");
+}
+
+fn seconds_of(job: &Value, stage: &str) -> f64 {
+    let stages = job["stages"].as_array().unwrap();
+    stages.iter().find(|found| found["name"] == stage).and_then(|found| found["seconds"].as_f64()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_an_image_before_it_is_copied_and_the_image_depends_on_nothing_in_the_end() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let expected = volume.disk.digest(None).await;
+    let daemon = slowly().start().await;
+    let id = demo.request(&volume).await;
+    let record = become_active(&demo, &id, &expected).await;
+    assert!(record["tags"].as_array().unwrap().contains(&json!(COPYING)), "{record:#}");
+    assert!(Disk::of_image(&id).facts().await.unwrap().parent.is_some(), "it is copied already");
+    daemon.await_job(&id, "detaching").await;
+
+    // a volume is made from it meanwhile, and the source is overwritten
+    let made = demo.create_volume(json!({"imageRef": id})).await;
+    assert!(made.disk.facts().await.unwrap().parent.is_some(), "a clone of the image, not a download");
+    volume.disk.write(9, &[(0, 48 * MIB)]).await;
+    let refused = daemon.refused(&["cancel", &id]).await;
+    assert!(refused.contains("only goes forward"), "{refused}");
+    assert_eq!(daemon.metric("rbd_offload_images_detaching").await, 1.0);
+
+    let job = is_done(&demo, &daemon, &id, &expected, 1).await;
+    assert_eq!(job["method"], "server-copy");
+    eprintln!("fill {:.1} s, detach {:.1} s", seconds_of(&job, "fill"), seconds_of(&job, "detach"));
+    source_is_free(&volume, &id, 0).await;
+    until("nothing depends on a source", seconds(20), || async {
+        (daemon.metric("rbd_offload_images_detaching").await == 0.0).then_some(())
+    })
+    .await;
+    daemon.await_idle().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_snapshot_as_source_gives_its_own_bytes() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.small_volume(json!({}), 6).await;
+    let snapshot = demo.create_snapshot(&volume).await;
+    let expected = volume.disk.digest(None).await;
+    volume.disk.write(7, &[(0, 5 * MIB), (50 * MIB, MIB)]).await;
+    let daemon = at_once().start().await;
+    let id = demo.create_image(&[snapshot_tag(&snapshot)], json!({})).await;
+    become_active(&demo, &id, &expected).await;
+    is_done(&demo, &daemon, &id, &expected, 1).await;
+    source_is_free(&volume, &id, 1).await;
+    daemon.await_idle().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_glance_may_not_read_the_volumes_the_job_publishes_when_copied() {
+    let _stage = stage::alone().await;
+    let demo = Account::demo().await;
+    glance::may_not_read_volumes().await;
+    let daemon = at_once().start().await;
+    for attempt in ["tried", "known"] {
+        let volume = demo.small_volume(json!({}), 3).await;
+        let expected = volume.disk.digest(None).await;
+        let id = demo.request(&volume).await;
+        demo.await_image(&id, "active").await;
+        let job = is_done(&demo, &daemon, &id, &expected, 1).await;
+        let note = job["fallback"].as_str().unwrap_or_default().to_owned();
+        eprintln!("{attempt}: {note}");
+        assert!(note.contains("at-once: "), "{job:#}");
+        assert_eq!(note.contains("in the last hour"), attempt == "known", "{note}");
+        source_is_free(&volume, &id, 0).await;
+    }
+    let log = daemon.log();
+    assert!(log.contains("profile rbd-read-only pool=volumes"), "the capability is not named");
+    daemon.await_idle().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_deleted_while_it_is_copied_leaves_no_object() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let daemon = slowly().start().await;
+    let before = Census::take().await;
+    let id = demo.request(&volume).await;
+    demo.await_image(&id, "active").await;
+    until("the first objects", seconds(60), || async {
+        let job = daemon.job(&id).await?;
+        (job["state"] == "detaching" && job["progress"].as_u64() > Some(0)).then_some(())
+    })
+    .await;
+    assert_eq!(demo.delete_image(&id).await, 204);
+    let job = daemon.await_job(&id, "cancelled").await;
+    assert!(job["reason"].as_str().unwrap().contains("deleted before its copy was complete"), "{job:#}");
+    source_is_free(&volume, &id, 0).await;
+    daemon.await_idle().await;
+    let difference = before.difference_beside_records().await;
+    assert!(difference.is_nothing(), "{difference:#?}");
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_is_whole() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let expected = volume.disk.digest(None).await;
+    let daemon = slowly().start().await;
+    let id = demo.request(&volume).await;
+    become_active(&demo, &id, &expected).await;
+    daemon.await_job(&id, "detaching").await;
+    demo.delete_volume(&volume).await;
+    assert_eq!(Disk::of_image(&id).digest(Some("snap")).await, expected);
+    is_done(&demo, &daemon, &id, &expected, 1).await;
+    daemon.await_idle().await;
+    assert!(volume.disk.facts().await.is_none());
+    let trash = lab().ceph("rbd", &["trash", "ls", "--all", "volumes"]).await;
+    assert!(!trash.contains(&volume.id), "{trash}");
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_is_killed_behind_an_active_image_is_followed_by_another() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let expected = volume.disk.digest(None).await;
+    let setup = slowly();
+    let first = setup.start().await;
+    let id = demo.request(&volume).await;
+    become_active(&demo, &id, &expected).await;
+    let copied = until("some objects are copied, and the record says so", seconds(60), || async {
+        first.job(&id).await.and_then(|job| job["fill"]["next_object"].as_u64()).filter(|next| *next > 4)
+    })
+    .await;
+    first.kill();
+    assert_eq!(Disk::of_image(&id).digest(Some("snap")).await, expected);
+    let next = setup.start().await;
+    let job = is_done(&demo, &next, &id, &expected, 1).await;
+    assert!(job["fill"]["next_object"].as_u64() >= Some(copied), "{job:#}");
+    next.await_idle_after_kills().await;
+    source_is_free(&volume, &id, 0).await;
+    next.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_behind_an_active_image_ends_in_time_and_the_next_daemon_goes_on() {
+    let _stage = stage::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let expected = volume.disk.digest(None).await;
+    let setup = slowly();
+    let first = setup.start().await;
+    let id = demo.request(&volume).await;
+    become_active(&demo, &id, &expected).await;
+    daemon_copies(&first, &id).await;
+    let (status, took) = first.terminate();
+    assert!(status.success(), "{status}");
+    assert!(took < seconds(40), "{took:?}");
+    let job = first.job(&id).await.unwrap();
+    assert_eq!((&job["state"], &job["owner"]), (&json!("detaching"), &Value::Null), "given back: {job:#}");
+    let next = setup.set("offload", "objects_per_second", "0").start().await;
+    is_done(&demo, &next, &id, &expected, 1).await;
+    next.await_idle().await;
+    source_is_free(&volume, &id, 0).await;
+    next.stop();
+}
+
+async fn daemon_copies(daemon: &Daemon, id: &str) {
+    until("the copy behind the image", seconds(60), || async {
+        let job = daemon.job(id).await?;
+        (job["state"] == "detaching" && job["owner"] != Value::Null).then_some(())
+    })
+    .await;
+}
