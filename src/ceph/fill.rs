@@ -219,8 +219,8 @@ impl<'a> Survey<'a> {
 }
 
 /// Copies what the survey finds from the object `first` on, a stretch at a time, and makes the holes that could not be
-/// foreseen. `before_copying` is called when it is known what is to be copied of a stretch, and none of it is; `done` when all
-/// objects before this one are there, with what was moved so far.
+/// foreseen. `before_copying` is called when it is known what is to be copied of a stretch, and none of it is; `done`
+/// when all objects before this one are there, with what was moved so far.
 pub(super) fn copy_all(
     copier: &mut Copier<'_>,
     survey: &Survey<'_>,

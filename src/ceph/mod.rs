@@ -418,8 +418,9 @@ pub trait Storage: Send + Sync + 'static {
     ) -> Result<Moved>;
 
     /// Makes `image` independent of its parents while others have it, or clones of it, open. It flattens the head and
-    /// all snapshots, verifies that no parent is left in any of them, makes an object of each hole in which clients would
-    /// still look for the parents' data, then switches the object map and fast-diff on and rebuilds them. `image` is found by its id, in the trash too.
+    /// all snapshots, verifies that no parent is left in any of them, makes an object of each hole in which clients
+    /// would still look for the parents' data, then switches the object map and fast-diff on and rebuilds them.
+    /// `image` is found by its id, in the trash too.
     ///
     /// It may be called again after it broke off anywhere; an image that is done is only verified. The image is open
     /// for changes meanwhile, so a removal by others is [`ErrorKind::Busy`] to them. [`ErrorKind::NotFound`] when the
@@ -432,7 +433,8 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Moved>;
 
-    /// Removes the data objects that [`fill_published`](Self::fill_published) wrote after others had removed the image.
+    /// Removes the data objects that [`fill_published`](Self::fill_published) or [`detach`](Self::detach) wrote after
+    /// others had removed the image. Only when neither of them runs any more.
     /// `image` is its id, `objects` is how many objects it had (`size / object_size`, rounded up; more does no harm),
     /// `data_pool` is [`ImageInfo::data_pool`]. Returns how many objects were removed; 0 when called again.
     /// [`ErrorKind::Exists`] while there is anything of the image itself: its header, or an entry in the directory or

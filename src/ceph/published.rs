@@ -7,8 +7,8 @@
 //! they read zeros. Without a map every client asks the OSDs for every object, and finds it as soon as it is there.
 
 //!
-//! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]): [`fill_published`]
-//! copies, [`detach`] cuts the parent off, and only then makes the maps.
+//! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]):
+//! [`fill_published`] copies, [`detach`] cuts the parent off, and only then makes the maps.
 //!
 //! The same clients ask the parents for what is a hole in the image, also after the parents have become something else:
 //! a read at a snapshot that was removed returns what was written since, and where an object of the source is gone that
