@@ -12,7 +12,7 @@ use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method, Publish};
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
-use crate::request::{self, Asked, Offer, PROPERTY_PREFIX, Source, Trigger};
+use crate::request::{self, Offer, PROPERTY_PREFIX, Source, TagRequest, Trigger};
 
 /// Image attributes that Cinder keeps among a volume's image metadata; they are no properties of the new image.
 const CORE_ATTRIBUTES: [&str; 9] =
@@ -42,7 +42,7 @@ const INHERITED_BYTES_MAX: usize = 256 << 10;
 
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Question {
+pub struct PlanRequest {
     pub image_id: Uuid,
     pub trigger: Trigger,
     /// The source that the job's record names; for a request with a tag, the tag decides.
@@ -84,7 +84,7 @@ pub struct Plan {
 
 /// Why there is no plan.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum NoPlan {
+pub enum PlanError {
     /// Final: this cannot be done here.
     #[error("{1}")]
     Declined(Decline, String),
@@ -100,37 +100,37 @@ pub enum NoPlan {
     OpenStack(#[from] openstack::Error),
 }
 
-type Result<T> = std::result::Result<T, NoPlan>;
+type Result<T> = std::result::Result<T, PlanError>;
 
 fn declined<T>(why: Decline, reason: impl Into<String>) -> Result<T> {
-    Err(NoPlan::Declined(why, reason.into()))
+    Err(PlanError::Declined(why, reason.into()))
 }
 
 /// Reads the image of a request.
 ///
 /// # Errors
-/// [`NoPlan::Gone`] when there is none.
+/// [`PlanError::Gone`] when there is none.
 pub async fn read_image(cloud: &dyn Cloud, image_id: Uuid) -> Result<Image> {
     match cloud.image(&image_id.to_string()).await? {
         Some(image) if image.status != "deleted" && image.status != "pending_delete" => Ok(image),
-        Some(_) | None => Err(NoPlan::Gone),
+        Some(_) | None => Err(PlanError::Gone),
     }
 }
 
 /// Whether the service that handed its work over still wants it done here.
 ///
 /// # Errors
-/// [`NoPlan::Declined`] when there is no offer (any more).
+/// [`PlanError::Declined`] when there is no offer (any more).
 pub fn read_offer(image: &Image) -> Result<Offer> {
-    request::offered_by(&image.tags)
+    request::parse_offer_tag(&image.tags)
         .map_or_else(|| declined(Decline::Handover, "the service that handed this over took it back"), Ok)
 }
 
 /// Which source the record asks for.
 ///
 /// # Errors
-/// [`NoPlan::Declined`] when the record or its tags do not ask for one.
-pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
+/// [`PlanError::Declined`] when the record or its tags do not ask for one.
+pub fn read_request(image: &Image, question: &PlanRequest) -> Result<Source> {
     if image.status != "queued" {
         return declined(
             Decline::OtherWriter,
@@ -155,21 +155,21 @@ pub fn read_request(image: &Image, question: &Question) -> Result<Source> {
             "Cinder or Nova is writing this image: a request needs an image record of its own",
         );
     }
-    let tagged = match request::asked_by(&image.tags) {
-        Asked::For(source) => Some(source),
-        Asked::Unclear(reason) => return declined(Decline::Request, reason),
-        Asked::Nothing => None,
+    let tagged = match request::parse_request_tags(&image.tags) {
+        TagRequest::Source(source) => Some(source),
+        TagRequest::Invalid(reason) => return declined(Decline::Request, reason),
+        TagRequest::Absent => None,
     };
     let source = if question.retried { tagged.or(question.source) } else { tagged };
     source.map_or_else(|| declined(Decline::Request, "the image has no request tag any more"), Ok)
 }
 
 /// Makes the plan for `source`, which [`read_request`] found on `image`.
-pub async fn make(
+pub async fn build(
     cloud: &dyn Cloud,
     storage: &dyn Storage,
     config: &Config,
-    question: &Question,
+    question: &PlanRequest,
     image: Image,
     source: Source,
 ) -> Result<Plan> {
@@ -181,9 +181,9 @@ pub async fn make(
 
     let find = async {
         match source {
-            Source::Volume(id) => of_volume(cloud, config, question.trigger, &image, &owner, id).await,
-            Source::Snapshot(id) => of_snapshot(cloud, config, &owner, id).await,
-            Source::Instance(id) => of_instance(cloud, config, question.trigger, &owner, id).await,
+            Source::Volume(id) => resolve_volume(cloud, config, question.trigger, &image, &owner, id).await,
+            Source::Snapshot(id) => resolve_snapshot(cloud, config, &owner, id).await,
+            Source::Instance(id) => resolve_instance(cloud, config, question.trigger, &owner, id).await,
         }
     };
     let (found, stores, limit) = tokio::join!(find, cloud.stores(), cloud.image_size_limit(&owner));
@@ -237,12 +237,12 @@ pub async fn make(
 /// may own the source since, and what the snapshot holds is theirs then.
 ///
 /// # Errors
-/// [`NoPlan::Declined`] where the plan would be declined now.
+/// [`PlanError::Declined`] where the plan would be declined now.
 pub async fn confirm(cloud: &dyn Cloud, config: &Config, trigger: Trigger, plan: &Plan) -> Result<()> {
     let owner = &plan.project_id;
     let found = match plan.source {
-        Source::Volume(id) => of_volume(cloud, config, trigger, &plan.image, owner, id).await?,
-        Source::Snapshot(id) => of_snapshot(cloud, config, owner, id).await?,
+        Source::Volume(id) => resolve_volume(cloud, config, trigger, &plan.image, owner, id).await?,
+        Source::Snapshot(id) => resolve_snapshot(cloud, config, owner, id).await?,
         Source::Instance(id) => {
             return check_instance(&owned_server(cloud, owner, id).await?, trigger, plan.source);
         }
@@ -257,7 +257,7 @@ pub async fn confirm(cloud: &dyn Cloud, config: &Config, trigger: Trigger, plan:
 /// What the image record itself rules out.
 ///
 /// # Errors
-/// [`NoPlan::Declined`] where the daemon does not publish under such a record.
+/// [`PlanError::Declined`] where the daemon does not publish under such a record.
 pub fn check_record(image: &Image) -> Result<()> {
     if image.disk_format.as_deref().is_some_and(|format| format != "raw") {
         return declined(
@@ -281,7 +281,7 @@ pub fn check_record(image: &Image) -> Result<()> {
 }
 
 /// Where a source lies and what the image inherits from it.
-struct Found {
+struct SourceDisk {
     pool: String,
     image: String,
     snapshot: Option<String>,
@@ -294,14 +294,14 @@ struct Found {
     image_metadata: BTreeMap<String, String>,
 }
 
-async fn of_volume(
+async fn resolve_volume(
     cloud: &dyn Cloud,
     config: &Config,
     trigger: Trigger,
     image: &Image,
     owner: &str,
     id: Uuid,
-) -> Result<Found> {
+) -> Result<SourceDisk> {
     let volume = match cloud.volume(&id.to_string()).await? {
         Some(volume) if volume.project_id == owner => volume,
         Some(_) | None => return no_such_source(Source::Volume(id)),
@@ -324,7 +324,7 @@ async fn of_volume(
     locate(config, &volume, Source::Volume(id), None)
 }
 
-async fn of_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) -> Result<Found> {
+async fn resolve_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) -> Result<SourceDisk> {
     let snapshot = match cloud.snapshot(&id.to_string()).await? {
         Some(snapshot) if snapshot.project_id == owner => snapshot,
         Some(_) | None => return no_such_source(Source::Snapshot(id)),
@@ -352,11 +352,17 @@ fn encrypted<T>(source: Source) -> Result<T> {
     )
 }
 
-async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner: &str, id: Uuid) -> Result<Found> {
+async fn resolve_instance(
+    cloud: &dyn Cloud,
+    config: &Config,
+    trigger: Trigger,
+    owner: &str,
+    id: Uuid,
+) -> Result<SourceDisk> {
     let source = Source::Instance(id);
     let server = owned_server(cloud, owner, id).await?;
     check_instance(&server, trigger, source)?;
-    let mut found = Found {
+    let mut found = SourceDisk {
         pool: config.nova.pool.clone(),
         image: config.nova.image_name.replace("{id}", &id.to_string()),
         snapshot: None,
@@ -387,7 +393,7 @@ async fn of_instance(cloud: &dyn Cloud, config: &Config, trigger: Trigger, owner
         let (base, names) = (base?, OwnerNames { user: user_name?, project: project_name? });
         found.min_disk = server.root_disk.unwrap_or(0).max(base.as_ref().map_or(0, |base| base.min_disk));
         found.min_ram = base.as_ref().map_or(0, |base| base.min_ram);
-        found.image_metadata = of_snapshot_image(&server, base, &names);
+        found.image_metadata = snapshot_properties(&server, base, &names);
     }
     Ok(found)
 }
@@ -464,7 +470,7 @@ struct OwnerNames {
 ///
 /// Nova's `user_id` is who asks for the snapshot; a tag does not tell who set it, so it is the instance's user here.
 /// Nova's `boot_roles`, the roles that this user had when the instance was made, are known to Nova alone.
-fn of_snapshot_image(server: &Server, base: Option<Image>, names: &OwnerNames) -> BTreeMap<String, String> {
+fn snapshot_properties(server: &Server, base: Option<Image>, names: &OwnerNames) -> BTreeMap<String, String> {
     let mut properties = base.map(|base| base.properties).unwrap_or_default();
     properties.extend(server.image_properties.clone());
     properties
@@ -503,13 +509,13 @@ fn no_disk(source: Source) -> String {
 /// The same sentence whether it is not there or another project's.
 ///
 /// # Errors
-/// Always: [`NoPlan::Declined`].
+/// Always: [`PlanError::Declined`].
 pub fn no_such_source<T>(source: Source) -> Result<T> {
     declined(Decline::NoSource, format!("there is no {source} in the project that owns the image"))
 }
 
 /// Finds a volume's disk by its backend.
-fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<Found> {
+fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<SourceDisk> {
     let Some(host) = volume.host.as_deref().filter(|host| !host.is_empty()) else {
         return declined(Decline::NoBackend, format!("{source} lies on no backend yet"));
     };
@@ -518,14 +524,14 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
     };
     let Some(backend) = config.backends.get(name) else {
         let reason = format!("{source} lies on the backend \"{name}\", for which this service is not configured");
-        return Err(NoPlan::OtherBackend { backend: name.to_owned(), reason });
+        return Err(PlanError::OtherBackend { backend: name.to_owned(), reason });
     };
     // after a migration, the disk keeps the name of the volume that it was migrated to
     let disk_id = volume.name_id.as_deref().filter(|id| !id.is_empty()).unwrap_or(&volume.id);
     let Some(disk_id) = request::parse_uuid(disk_id) else {
         return declined(Decline::Unsupported, format!("the disk of {source} has a name that is no id"));
     };
-    Ok(Found {
+    Ok(SourceDisk {
         pool: backend.pool.clone(),
         image: backend.image_name.replace("{id}", &disk_id.to_string()),
         snapshot,
@@ -618,8 +624,8 @@ mod tests {
         serde_json::from_value(record).unwrap()
     }
 
-    fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> Question {
-        Question { image_id: Uuid::nil(), trigger, source, retried, offered: false }
+    fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> PlanRequest {
+        PlanRequest { image_id: Uuid::nil(), trigger, source, retried, offered: false }
     }
 
     #[test]
@@ -654,10 +660,10 @@ mod tests {
     fn a_hand_over_is_planned_by_its_offer_alone() {
         let source = Source::Volume(Uuid::new_v4());
         let offer = offer_tag(source);
-        let offered = Question { offered: true, ..question(Trigger::VolumeUpload, Some(source), false) };
+        let offered = PlanRequest { offered: true, ..question(Trigger::VolumeUpload, Some(source), false) };
         assert_eq!(read_request(&image("queued", &[&offer]), &offered).unwrap(), source);
         assert!(read_request(&image("queued", &[]), &offered).is_err(), "taken back");
-        let other = Question { source: Some(Source::Volume(Uuid::new_v4())), ..offered };
+        let other = PlanRequest { source: Some(Source::Volume(Uuid::new_v4())), ..offered };
         assert!(read_request(&image("queued", &[&offer]), &other).is_err());
     }
 
@@ -674,7 +680,7 @@ mod tests {
         let tag = Source::Volume(Uuid::new_v4()).tag();
         for status in ["saving", "active", "importing", "deactivated", "killed"] {
             let declined = read_request(&image(status, &[&tag]), &question(Trigger::Request, None, false));
-            assert!(matches!(declined, Err(NoPlan::Declined(..))), "{status}");
+            assert!(matches!(declined, Err(PlanError::Declined(..))), "{status}");
         }
     }
 
@@ -713,7 +719,7 @@ mod tests {
         let source = Source::Instance(Uuid::nil());
         let judge = |server: &Server, trigger| match check_instance(server, trigger, source) {
             Ok(()) => "taken",
-            Err(NoPlan::Declined(..)) => "declined",
+            Err(PlanError::Declined(..)) => "declined",
             Err(_) => "later",
         };
         let asked = |server: &Server| judge(server, Trigger::Request);
@@ -756,7 +762,7 @@ mod tests {
             base.properties.insert(name.into(), value.into());
         }
         let names = OwnerNames { user: Some("ada".into()), project: None };
-        let given = inherited(&of_snapshot_image(&server("ACTIVE", None), Some(base), &names), &image("queued", &[]));
+        let given = inherited(&snapshot_properties(&server("ACTIVE", None), Some(base), &names), &image("queued", &[]));
         let expected = [
             ("base_image_ref", "base"),
             ("hw_disk_bus", "scsi"),
@@ -782,7 +788,7 @@ mod tests {
         assert!(check_inherited(&of(128, 1000), source).is_ok());
         for fat in [of(129, 1), of(20, 60_000), BTreeMap::from([("a".to_owned(), "\u{1}".repeat(60_000))])] {
             let declined = check_inherited(&fat, source);
-            assert!(matches!(declined, Err(NoPlan::Declined(Decline::Properties, _))), "{}", fat.len());
+            assert!(matches!(declined, Err(PlanError::Declined(Decline::Properties, _))), "{}", fat.len());
         }
     }
 

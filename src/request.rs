@@ -94,23 +94,23 @@ impl Trigger {
 
 /// What the tags of an image ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Asked {
-    Nothing,
-    For(Source),
+pub enum TagRequest {
+    Absent,
+    Source(Source),
     /// There is a request tag, but no request can be read from it; the sentence says why.
-    Unclear(String),
+    Invalid(String),
 }
 
 /// Reads the request from an image's tags: exactly one tag `rbd-offload:<kind>:<uuid>`.
-pub fn asked_by(tags: &[String]) -> Asked {
+pub fn parse_request_tags(tags: &[String]) -> TagRequest {
     let mut requests = tags.iter().filter(|tag| tag.starts_with(TAG_PREFIX));
-    let Some(tag) = requests.next() else { return Asked::Nothing };
+    let Some(tag) = requests.next() else { return TagRequest::Absent };
     if requests.next().is_some() {
-        return Asked::Unclear(format!("more than one tag starts with \"{TAG_PREFIX}\": set exactly one"));
+        return TagRequest::Invalid(format!("more than one tag starts with \"{TAG_PREFIX}\": set exactly one"));
     }
     match parse_tag(tag) {
-        Some(source) => Asked::For(source),
-        None => Asked::Unclear(
+        Some(source) => TagRequest::Source(source),
+        None => TagRequest::Invalid(
             "the request tag cannot be read: it must be rbd-offload:volume:<uuid>, rbd-offload:snapshot:<uuid> or \
              rbd-offload:instance:<uuid>"
                 .into(),
@@ -138,7 +138,7 @@ impl Offer {
 }
 
 /// Reads the offer from an image's tags: exactly one tag `rbd-offload-handover:<kind>:<uuid>@<fsid>`.
-pub fn offered_by(tags: &[String]) -> Option<Offer> {
+pub fn parse_offer_tag(tags: &[String]) -> Option<Offer> {
     let mut offers = tags.iter().filter(|tag| tag.starts_with(HANDOVER_PREFIX) && *tag != GO_TAG);
     let offer = offers.next()?.strip_prefix(HANDOVER_PREFIX)?;
     if offers.next().is_some() {
@@ -149,7 +149,7 @@ pub fn offered_by(tags: &[String]) -> Option<Offer> {
 }
 
 /// Whether the waiting service wants the prepared copy to be published.
-pub fn said_go(tags: &[String]) -> bool {
+pub fn has_commit_tag(tags: &[String]) -> bool {
     tags.iter().any(|tag| tag == GO_TAG)
 }
 
@@ -191,26 +191,28 @@ mod tests {
     fn one_well_formed_tag_is_a_request() {
         for kind in ["volume", "snapshot", "instance"] {
             let tag = format!("rbd-offload:{kind}:{ID}");
-            let Asked::For(source) = asked_by(&tags(&["blue", &tag])) else { panic!("{tag} not understood") };
+            let TagRequest::Source(source) = parse_request_tags(&tags(&["blue", &tag])) else {
+                panic!("{tag} not understood")
+            };
             assert_eq!(source.tag(), tag);
         }
     }
 
     #[test]
     fn other_tags_ask_for_nothing() {
-        assert_eq!(asked_by(&[]), Asked::Nothing);
-        assert_eq!(asked_by(&tags(&["rbd-offload", "volume:x", "Rbd-offload:volume:x"])), Asked::Nothing);
+        assert_eq!(parse_request_tags(&[]), TagRequest::Absent);
+        assert_eq!(parse_request_tags(&tags(&["rbd-offload", "volume:x", "Rbd-offload:volume:x"])), TagRequest::Absent);
     }
 
     #[test]
     fn an_offer_names_source_and_cluster_and_is_no_request() {
         const FSID: &str = "0c63bdba-5a4e-4a8b-9b4c-3e8e6a8f0001";
         let offer = format!("rbd-offload-handover:volume:{ID}@{FSID}");
-        let read = offered_by(&tags(&["blue", &offer, GO_TAG])).unwrap();
+        let read = parse_offer_tag(&tags(&["blue", &offer, GO_TAG])).unwrap();
         assert_eq!((read.source.to_string(), read.fsid.to_string()), (format!("volume {ID}"), FSID.to_owned()));
         assert_eq!(read.trigger(), Some(Trigger::VolumeUpload));
-        assert_eq!(asked_by(&tags(&[&offer, GO_TAG])), Asked::Nothing);
-        assert!(said_go(&tags(&[&offer, GO_TAG])) && !said_go(&tags(&[&offer])));
+        assert_eq!(parse_request_tags(&tags(&[&offer, GO_TAG])), TagRequest::Absent);
+        assert!(has_commit_tag(&tags(&[&offer, GO_TAG])) && !has_commit_tag(&tags(&[&offer])));
         for bad in [
             vec![GO_TAG.to_owned()],
             vec![offer.clone(), format!("rbd-offload-handover:instance:{ID}@{FSID}")],
@@ -219,7 +221,7 @@ mod tests {
             vec![format!("rbd-offload-handover:disk:{ID}@{FSID}")],
             vec![format!("rbd-offload-handover:volume:{ID}@{FSID}@{FSID}")],
         ] {
-            assert_eq!(offered_by(&bad), None, "{bad:?}");
+            assert_eq!(parse_offer_tag(&bad), None, "{bad:?}");
         }
     }
 
@@ -237,8 +239,8 @@ mod tests {
             format!("rbd-offload:volume:{}", ID.replace('-', "")),
             format!("rbd-offload:volume:../{}", &ID[3..]),
         ] {
-            assert!(matches!(asked_by(std::slice::from_ref(&bad)), Asked::Unclear(_)), "{bad}");
-            assert!(matches!(asked_by(&[good.clone(), bad.clone()]), Asked::Unclear(_)), "{bad}");
+            assert!(matches!(parse_request_tags(std::slice::from_ref(&bad)), TagRequest::Invalid(_)), "{bad}");
+            assert!(matches!(parse_request_tags(&[good.clone(), bad.clone()]), TagRequest::Invalid(_)), "{bad}");
         }
     }
 }

@@ -4,13 +4,13 @@
 
 mod common;
 
-use common::census::Census;
 use common::cloud::{Account, Volume, snapshot_tag};
 use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
 use common::glance::{self, Reader};
+use common::inventory::ClusterInventory;
+use common::lab_lease;
 use common::published::is_right;
-use common::stage;
 use common::{MIB, lab, seconds, until};
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ fn seconds_of(job: &Value, stage: &str) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_is_an_image_before_it_is_copied_and_the_image_depends_on_nothing_in_the_end() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.long_volume(48, 1).await;
     let expected = volume.disk.digest(None).await;
@@ -87,7 +87,7 @@ async fn a_volume_is_an_image_before_it_is_copied_and_the_image_depends_on_nothi
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_snapshot_as_source_gives_its_own_bytes() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.small_volume(json!({}), 6).await;
     let snapshot = demo.create_snapshot(&volume).await;
@@ -104,7 +104,7 @@ async fn a_volume_snapshot_as_source_gives_its_own_bytes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_glance_may_not_read_the_volumes_the_job_publishes_when_copied() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let demo = Account::demo().await;
     glance::may_not_read_volumes().await;
     let daemon = at_once().start().await;
@@ -128,11 +128,11 @@ async fn where_glance_may_not_read_the_volumes_the_job_publishes_when_copied() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_is_deleted_while_it_is_copied_leaves_no_object() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.long_volume(48, 1).await;
     let daemon = slowly().start().await;
-    let before = Census::take().await;
+    let before = ClusterInventory::take().await;
     let id = demo.request(&volume).await;
     demo.await_image(&id, "active").await;
     until("the first objects", seconds(60), || async {
@@ -152,7 +152,7 @@ async fn an_image_that_is_deleted_while_it_is_copied_leaves_no_object() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_is_whole() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.long_volume(48, 1).await;
     let expected = volume.disk.digest(None).await;
@@ -172,7 +172,7 @@ async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_i
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_is_killed_behind_an_active_image_is_followed_by_another() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.long_volume(48, 1).await;
     let expected = volume.disk.digest(None).await;
@@ -196,7 +196,7 @@ async fn a_daemon_that_is_killed_behind_an_active_image_is_followed_by_another()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_behind_an_active_image_ends_in_time_and_the_next_daemon_goes_on() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (_reader, demo) = (Reader::new().await, Account::demo().await);
     let volume = demo.long_volume(48, 1).await;
     let expected = volume.disk.digest(None).await;

@@ -14,7 +14,7 @@ use rbd_offload::ceph::{
     Locked, Moved, Objects, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
-use rbd_offload::publish::{self, Name};
+use rbd_offload::publish::{self, RenameOutcome};
 use rbd_offload::transfer::{self, MARK};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -816,7 +816,7 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image:
     let source = lab.volume();
     snapshotted(&client, &source).await;
     for method in [transfer::Method::ServerCopy, transfer::Method::Clone, transfer::Method::Copy] {
-        let order = transfer::Order {
+        let order = transfer::TransferRequest {
             source: source.clone(),
             snapshot: "s".into(),
             anchor: None,
@@ -857,10 +857,10 @@ async fn a_rename_that_died_half_way_is_finished() {
         } else {
             copy_object(&private, &id);
         }
-        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), Name::Ours);
+        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), RenameOutcome::Renamed);
         assert!(listed().lines().any(|line| line == id) && !listed().contains(&private), "{}", listed());
         assert!(!objects().contains(&format!("rbd_id.{private}")), "the old name is gone");
-        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), Name::Ours, "done before");
+        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), RenameOutcome::Renamed, "done before");
         assert_eq!(client.remove_image(&ImageSpec::named("images", &id)).await.unwrap(), Change::Made);
         assert!(!objects().contains(&id), "nothing is left");
     }
@@ -878,7 +878,7 @@ async fn a_rename_that_died_half_way_is_finished() {
     let second = ImageSpec::named("images", own.image_id.to_string());
     lab.python(&format!("create('images', '{}', M)", own.image_id));
     client.set_metadata(&second, MARK, &own.to_string()).await.unwrap();
-    assert_eq!(publish::take_name(&client, &first, &own).await.unwrap(), Name::Taken);
+    assert_eq!(publish::take_name(&client, &first, &own).await.unwrap(), RenameOutcome::Taken);
     assert!(client.image(&first, None).await.unwrap().is_some());
     for image in [&first, &second] {
         assert_eq!(client.remove_image(image).await.unwrap(), Change::Made);
@@ -1015,7 +1015,7 @@ async fn only_what_has_the_published_shape_is_sealed() {
 
     // a parent cannot be repaired
     client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
-    let fault = publish::seal(&client, &image, &progress, &never).await.unwrap().unwrap();
+    let fault = publish::create_snap(&client, &image, &progress, &never).await.unwrap().unwrap();
     assert!(fault.contains("parent"), "{fault}");
     assert_eq!(client.image(&image, None).await.unwrap().unwrap().snapshots, [], "it got no snapshot");
 
@@ -1025,17 +1025,17 @@ async fn only_what_has_the_published_shape_is_sealed() {
         lab.command("rbd", &[&["feature", what[0], &image.to_string()], &what[1..]].concat());
     };
     features(&["disable", "object-map", "fast-diff"]);
-    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
     features(&["disable", "object-map", "fast-diff"]);
     features(&["enable", "object-map", "fast-diff"]);
     assert_ne!(client.image(&image, None).await.unwrap().unwrap().flags, 0, "the map is invalid");
-    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
 
     // what nobody would have enabled goes
     features(&["enable", "journaling"]);
-    assert_eq!(publish::seal(&client, &image, &progress, &never).await.unwrap(), None);
+    assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
     assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
 }

@@ -13,7 +13,7 @@ use common::cloud::{Account, Volume, await_tidy, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{Digest, Disk};
 use common::glance::Reader;
-use common::stage::{self, Kind, with};
+use common::lab_lease::{self, Kind, with};
 use common::{MIB, lab, pause, run, seconds, unique, until};
 use futures::future::join_all;
 use serde_json::{Value, json};
@@ -140,7 +140,7 @@ mod together {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_upload_is_made_by_the_daemon_and_a_volume_from_it() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 1).await;
         let before = demo.volume(&volume.id).await;
@@ -165,7 +165,7 @@ mod together {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_record_is_that_of_a_stock_upload_field_by_field() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let base = json!({"disk_format": "raw", "container_format": "bare", "min_ram": 64, "os_distro": "debian"});
         let base = demo.create_image(&["theirs".to_owned()], base).await;
@@ -212,7 +212,7 @@ mod together {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_encrypted_volume_is_copied_as_it_is_and_keeps_its_key() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let volume = demo.create_volume(json!({"volume_type": "luks-offload"})).await;
         volume.disk.write(3, &[(32 * MIB, 5 * MIB)]).await;
@@ -227,7 +227,7 @@ mod together {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn another_format_is_made_by_cinder_without_an_offer() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 4).await;
         let id = demo.ask_for_upload(&volume, json!({"disk_format": "qcow2"})).await;
@@ -240,7 +240,7 @@ mod together {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_disk_that_begins_like_a_container_format_ends_as_with_stock_cinder() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let mut ends = Vec::new();
         for kind in ["ceph", INTEGRATED] {
@@ -270,7 +270,7 @@ mod together {
     /// The record and the offer as a cinder-volume of another cluster would write them.
     #[tokio::test(flavor = "multi_thread")]
     async fn an_offer_from_another_cluster_is_declined() {
-        let (_stage, daemon) = with(Kind::HandOver).await;
+        let (_lab, daemon) = with(Kind::HandOver).await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 6).await;
         let offer = format!("rbd-offload-handover:volume:{}@{}", volume.id, uuid::Uuid::new_v4());
@@ -289,7 +289,7 @@ mod slowly {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_image_that_is_deleted_meanwhile_ends_the_upload() {
-        let (_stage, daemon) = with(Kind::SlowHandOver).await;
+        let (_lab, daemon) = with(Kind::SlowHandOver).await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 1).await;
         let id = demo.stock_upload(&volume).await;
@@ -303,7 +303,7 @@ mod slowly {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_expires_meanwhile() {
-        let (_stage, daemon) = with(Kind::SlowHandOver).await;
+        let (_lab, daemon) = with(Kind::SlowHandOver).await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 2).await;
         // nearly all of it, for fifteen seconds of copying
@@ -325,7 +325,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn published_at_once_the_image_depends_on_nothing_in_the_end() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let (_reader, demo) = (Reader::new().await, Account::demo().await);
         let daemon = fast().set("offload", "publish", "at-once").set("offload", "detach_grace", "1s").start().await;
         let volume = small_volume(&demo, 1).await;
@@ -342,7 +342,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn without_a_daemon_cinder_does_it_after_the_claim_time() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 1).await;
         let expected = volume.disk.digest(None).await;
@@ -380,7 +380,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn without_the_integration_a_daemon_leaves_the_offer_alone() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 2).await;
         let expected = volume.disk.digest(None).await;
@@ -394,7 +394,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn what_the_daemon_declines_is_uploaded_at_once() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 3).await;
         let expected = volume.disk.digest(None).await;
@@ -411,7 +411,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_is_killed_half_way_is_followed_by_another() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 4).await;
         let expected = volume.disk.digest(None).await;
@@ -430,7 +430,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_is_killed_half_way_for_good_and_one_that_comes_late() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 5).await;
         let expected = volume.disk.digest(None).await;
@@ -453,7 +453,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_freezes_half_way_and_wakes_when_all_is_over() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 6).await;
         let expected = volume.disk.digest(None).await;
@@ -474,7 +474,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_freezes_when_all_is_prepared_leaves_no_doubt_behind() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 7).await;
         let expected = volume.disk.digest(None).await;
@@ -517,7 +517,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_volume_dies_before_it_says_go() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 8).await;
         let daemon = slow().start().await;
@@ -539,7 +539,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_volume_dies_when_it_has_said_go() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 9).await;
         let expected = volume.disk.digest(None).await;
@@ -561,7 +561,7 @@ mod alone {
     /// As an upgrade of Cinder does: what is at work may end.
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_volume_that_is_told_to_stop_ends_the_upload_first() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 12).await;
         let expected = volume.disk.digest(None).await;
@@ -578,7 +578,7 @@ mod alone {
     /// A job may wait longer for its turn than Cinder waits without a sign.
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_waits_for_a_queued_job_while_other_jobs_make_progress() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let (first, second) = (long_volume(&demo, 13).await, small_volume(&demo, 14).await);
         let expected = [first.disk.digest(None).await, second.disk.digest(None).await];
@@ -606,7 +606,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_takes_a_queued_job_back_when_no_job_makes_progress() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let (first, second) = (demo.long_volume(16, 15).await, small_volume(&demo, 16).await);
         let expected = second.disk.digest(None).await;
@@ -629,7 +629,7 @@ mod alone {
     /// Of a large volume a per cent may take longer than Cinder waits without a sign.
     #[tokio::test(flavor = "multi_thread")]
     async fn cinder_waits_for_a_slow_copy_that_makes_progress() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.create_volume(json!({"volume_type": INTEGRATED})).await;
         volume.disk.remove().await;
@@ -658,7 +658,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn ten_at_once_with_two_daemons() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volumes = join_all((0..10).map(|seed| small_volume(&demo, 20 + seed))).await;
         let setup = fast().set("offload", "max_jobs", "2");
@@ -685,7 +685,7 @@ mod alone {
     /// Glance is away for a while too: it remembers tokens that it has seen, and forgets them with a restart.
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_is_revoked_meanwhile_and_cinders_own_user_goes_on() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 10).await;
         let expected = volume.disk.digest(None).await;
@@ -705,7 +705,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_is_revoked_and_cinders_own_user_uploads() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = small_volume(&demo, 11).await;
         let expected = volume.disk.digest(None).await;
@@ -731,7 +731,7 @@ mod alone {
     /// Its marks must not be taken for what a tenant asked for, nor the other way round.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_commit_without_an_offer_does_nothing() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let daemon = fast().start().await;
         let tags = ["rbd-offload-handover:go".to_owned(), format!("theirs-{}", unique())];

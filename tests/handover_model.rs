@@ -118,7 +118,7 @@ struct World {
     job: Job,
     daemons: [Daemon; 2],
     service: Service,
-    said_go: bool,
+    has_commit_tag: bool,
     doubted: bool,
     /// Set by a step that must not happen.
     broken: Option<&'static str>,
@@ -131,7 +131,7 @@ impl World {
             job: Job { stage: Stage::Copying, committed: false, copy: false, name: None, owner: 0, takeovers: 0 },
             daemons: [Daemon::Begin, Daemon::Idle],
             service: Service::Read,
-            said_go: false,
+            has_commit_tag: false,
             doubted: false,
             broken: None,
         }
@@ -316,14 +316,16 @@ impl World {
             Service::Decide(Image { status: Status::Active(_), .. }) => worlds.push(go_to(Service::Done)),
             Service::Decide(Image { status: Status::Gone, .. }) => worlds.push(go_to(Service::Raised)),
             Service::Decide(Image { said: Said::Declined, .. }) => worlds.push(go_to(Service::TakeOff)),
-            Service::Decide(_) if self.said_go && fault == Fault::TakesGoForDone => worlds.push(go_to(Service::Done)),
+            Service::Decide(_) if self.has_commit_tag && fault == Fault::TakesGoForDone => {
+                worlds.push(go_to(Service::Done))
+            }
             Service::Decide(read) => {
                 worlds.push(go_to(Service::Read));
                 if read.said == Said::Prepared && !read.go {
                     worlds.push(go_to(Service::SayGo));
                 }
                 // by any of its limits: nobody took it, the copy did not start, nothing moved, it took too long
-                if !self.said_go || fault == Fault::FallsBackAfterGo {
+                if !self.has_commit_tag || fault == Fault::FallsBackAfterGo {
                     worlds.push(go_to(Service::TakeOff));
                 } else {
                     // minutes of silence, though a daemon may still be at work
@@ -332,7 +334,7 @@ impl World {
             }
             Service::SayGo => {
                 let said = self.with(|w| {
-                    (w.said_go, w.image.go, w.service) = (true, w.image.status == Status::Queued, Service::Read);
+                    (w.has_commit_tag, w.image.go, w.service) = (true, w.image.status == Status::Queued, Service::Read);
                 });
                 // another change of the record at the same moment may take the tag off again
                 worlds.push(said.with(|w| w.image.go = false));
@@ -388,7 +390,7 @@ impl World {
         let unheard = self.image.status == Status::Queued && self.image.said != Said::Declined;
         // where a daemon stood still, what it does late may take the word off again: then there is a doubt
         let ended = self.job.stage == Stage::Ended && self.job.takeovers == 0;
-        if ended && self.said_go && waits && unheard {
+        if ended && self.has_commit_tag && waits && unheard {
             return Some("the daemon ended it without a word after go");
         }
         if self.service == Service::Done && !matches!(self.image.status, Status::Active(_)) {

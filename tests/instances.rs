@@ -9,7 +9,7 @@ use std::time::Instant;
 use common::cloud::{Account, Instance, PATIENCE, Rest, await_tidy, instance_tag, nothing_is_left_of};
 use common::daemon::{Daemon, Setup};
 use common::disk::{self, Digest, Disk};
-use common::stage::{Kind, Stage, alone, with};
+use common::lab_lease::{Kind, LabLease, alone, with};
 use common::{MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
 use serde_json::{Value, json};
@@ -82,7 +82,7 @@ mod requests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_paused_and_a_stopped_instance_become_images_that_instances_boot_from() {
-        let (_stage, daemon) = with(Kind::ServerCopy).await;
+        let (_lab, daemon) = with(Kind::ServerCopy).await;
         let demo = Account::demo().await;
         becomes_an_image(&daemon, &demo, Rest::Paused).await;
         becomes_an_image(&daemon, &demo, Rest::Stopped).await;
@@ -90,7 +90,7 @@ mod requests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn another_tenants_instance_reads_the_same_as_a_missing_one() {
-        let (_stage, _daemon) = with(Kind::ServerCopy).await;
+        let (_lab, _daemon) = with(Kind::ServerCopy).await;
         let (demo, demo2) = (Account::demo().await, Account::demo2().await);
         let base = demo2.base_image().await;
         let theirs = demo2.create_instance("d1", json!({"imageRef": base})).await;
@@ -101,7 +101,7 @@ mod requests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_instance_that_boots_from_a_volume_is_declined_with_the_way_out() {
-        let (_stage, _daemon) = with(Kind::ServerCopy).await;
+        let (_lab, _daemon) = with(Kind::ServerCopy).await;
         let demo = Account::demo().await;
         let volume = demo.create_volume(json!({})).await;
         demo.volume_action(&volume.id, json!({"os-set_bootable": {"bootable": true}})).await;
@@ -117,7 +117,7 @@ mod requests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_instance_can_be_deleted_while_its_disk_is_copied() {
-        let (_stage, daemon) = with(Kind::Slow).await;
+        let (_lab, daemon) = with(Kind::Slow).await;
         let demo = Account::demo().await;
         let base = demo.base_image().await;
         let instance = demo.resting_instance(&base, Rest::Paused, 2).await;
@@ -177,7 +177,7 @@ mod disks_that_nova_takes {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_rebuilt_instance_boots_the_new_image() {
-        let _stage = alone().await;
+        let _lab = alone().await;
         let demo = Account::demo().await;
         let (base, other) = (demo.base_image().await, demo.base_image().await);
         let fresh = demo.create_instance("d1", json!({"imageRef": other})).await;
@@ -199,7 +199,7 @@ mod disks_that_nova_takes {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_shelved_and_a_resized_and_a_deleted_instance_get_their_disk_back() {
-        let _stage = alone().await;
+        let _lab = alone().await;
         let demo = Account::demo().await;
         let base = demo.base_image().await;
         let daemon = slowly(METHODS[1]).start().await;
@@ -233,7 +233,7 @@ mod disks_that_nova_takes {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_stops_and_one_that_nova_does_not_answer_leave_the_disk() {
-        let _stage = alone().await;
+        let _lab = alone().await;
         let demo = Account::demo().await;
         let base = demo.base_image().await;
         let setup = slowly(METHODS[1]);
@@ -314,7 +314,7 @@ mod handed_over {
     }
 
     /// The lab for oneself with such a nova-compute, and an image to make instances from.
-    async fn begin(compute: Compute) -> (Stage, Account, String) {
+    async fn begin(compute: Compute) -> (LabLease, Account, String) {
         let stage = alone().await;
         compute.ready().await;
         let demo = Account::demo().await;
@@ -323,14 +323,14 @@ mod handed_over {
     }
 
     /// A paused instance with some data.
-    async fn little(compute: Compute) -> (Stage, Account, Instance) {
+    async fn little(compute: Compute) -> (LabLease, Account, Instance) {
         let (stage, demo, base) = begin(compute).await;
         let instance = demo.resting_instance(&base, Rest::Paused, 1).await;
         (stage, demo, instance)
     }
 
     /// A paused instance with enough for half a minute.
-    async fn much() -> (Stage, Account, Instance) {
+    async fn much() -> (LabLease, Account, Instance) {
         let (stage, demo, instance) = little(Compute::Integrated).await;
         instance.disk.write(9, &[(64 * MIB, 120 * MIB)]).await;
         (stage, demo, instance)
@@ -386,7 +386,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_record_is_as_after_novas_own_snapshot() {
-        let (_stage, demo, instance) = little(Compute::Stock).await;
+        let (_lab, demo, instance) = little(Compute::Stock).await;
         let expected = instance.disk.digest(None).await;
         let id = demo.snapshot_instance(&instance.id).await;
         let stock = await_snapshot(&demo, &id, &instance, "PAUSED").await;
@@ -425,7 +425,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_stopped_instance_and_a_running_one_and_a_second_snapshot_meanwhile() {
-        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let (_lab, demo, base) = begin(Compute::Integrated).await;
         let daemon = slow().start().await;
         let stopped = demo.resting_instance(&base, Rest::Stopped, 1).await;
         let expected = stopped.disk.digest(None).await;
@@ -447,7 +447,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn without_a_daemon_and_after_a_decline_nova_does_it() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let expected = instance.disk.digest(None).await;
         let id = demo.snapshot_instance(&instance.id).await;
         is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
@@ -463,7 +463,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_snapshot_that_waits_too_long_for_its_turn_is_made_by_nova() {
-        let (_stage, demo, other) = much().await;
+        let (_lab, demo, other) = much().await;
         let instance = demo.resting_instance(&demo.base_image().await, Rest::Paused, 4).await;
         let expected = instance.disk.digest(None).await;
         // so slow that the only place is taken
@@ -486,7 +486,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_snapshot_for_which_the_guest_is_suspended_is_not_offered() {
-        let (_stage, demo, base) = begin(Compute::Cold).await;
+        let (_lab, demo, base) = begin(Compute::Cold).await;
         let daemon = setup().start().await;
         let stopped = demo.resting_instance(&base, Rest::Stopped, 1).await;
         let running = demo.create_instance("d1", json!({"imageRef": base})).await;
@@ -507,7 +507,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_dies_is_replaced_by_another_or_by_nova() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
 
         let setup = slow();
@@ -532,7 +532,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_image_that_is_deleted_meanwhile_ends_both() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
@@ -545,7 +545,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_instance_that_is_deleted_meanwhile_goes_with_its_disk() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
@@ -562,7 +562,7 @@ mod handed_over {
 
     /// Ends nova-compute and starts it again, while the daemon copies.
     async fn is_cut_off_by(end: &str) {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
         await_copying(&daemon, &id).await;
@@ -593,7 +593,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn when_nova_compute_dies_after_go_the_image_becomes_active() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let expected = instance.disk.digest(None).await;
         let daemon = setup().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
@@ -612,7 +612,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn ten_at_once_with_one_daemon_and_with_two() {
-        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let (_lab, demo, base) = begin(Compute::Integrated).await;
         let instances = join_all((0..10).map(|seed| demo.resting_instance(&base, Rest::Stopped, seed))).await;
         // Glance hashes every byte
         join_all(instances.iter().map(|instance| instance.disk.resize(64 * MIB))).await;
@@ -645,7 +645,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_freezes_half_way_and_wakes_when_all_is_over() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
         let daemon = slow().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
@@ -664,7 +664,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_that_freezes_when_all_is_prepared_leaves_no_doubt_behind() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let expected = instance.disk.digest(None).await;
         let daemon = setup().start().await;
         let id = demo.snapshot_instance(&instance.id).await;
@@ -703,7 +703,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_expires_meanwhile() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
         let daemon = slow().start().await;
         let short = demo.short_lived(10).await;
@@ -726,7 +726,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_is_revoked_meanwhile_and_novas_own_user_goes_on() {
-        let (_stage, demo, instance) = much().await;
+        let (_lab, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
         let daemon = slow().start().await;
         let theirs = Account::demo().await;
@@ -743,7 +743,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_users_token_is_revoked_and_novas_own_user_makes_the_image() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let expected = instance.disk.digest(None).await;
         let theirs = Account::demo().await;
         let id = theirs.ask_for_snapshot(&instance.id, json!({})).await;
@@ -760,7 +760,7 @@ mod handed_over {
     /// The record and the offer as a nova-compute of another cluster would write them.
     #[tokio::test(flavor = "multi_thread")]
     async fn an_offer_from_another_cluster_is_declined() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let daemon = setup().start().await;
         let offer = format!("rbd-offload-handover:instance:{}@{}", instance.id, uuid::Uuid::new_v4());
         let id = demo.create_image(&[offer], json!({"disk_format": "raw", "container_format": "bare"})).await;
@@ -774,7 +774,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_shelved_instance_comes_back_from_the_image() {
-        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let (_lab, demo, base) = begin(Compute::Integrated).await;
         let daemon = setup().start().await;
         let instance = demo.resting_instance(&base, Rest::Stopped, 1).await;
         let expected = instance.disk.digest(None).await;
@@ -797,7 +797,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_backup_takes_the_place_of_the_one_before() {
-        let (_stage, demo, instance) = little(Compute::Integrated).await;
+        let (_lab, demo, instance) = little(Compute::Integrated).await;
         let daemon = setup().start().await;
         let mut ids = Vec::new();
         for seed in 2..4 {
@@ -822,7 +822,7 @@ mod handed_over {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_suspended_instance_a_name_of_many_bytes_and_properties_of_the_users() {
-        let (_stage, demo, base) = begin(Compute::Integrated).await;
+        let (_lab, demo, base) = begin(Compute::Integrated).await;
         let daemon = setup().start().await;
         let instance = demo.resting_instance(&base, Rest::Suspended, 1).await;
         let expected = instance.disk.digest(None).await;

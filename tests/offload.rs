@@ -10,12 +10,12 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use common::broker::Broker;
-use common::census::Census;
 use common::cloud::{Account, Volume, nothing_is_left_of, snapshot_tag, volume_tag};
 use common::daemon::{Daemon, Setup};
 use common::disk::{self, Disk};
+use common::inventory::ClusterInventory;
+use common::lab_lease::{self, Kind, with};
 use common::published::is_right;
-use common::stage::{self, Kind, with};
 use common::{GIB, MIB, lab, pause, seconds, unique, until};
 use futures::future::join_all;
 use rand::rngs::StdRng;
@@ -58,7 +58,7 @@ macro_rules! shapes {
 
             #[tokio::test(flavor = "multi_thread")]
             async fn a_volume_becomes_an_image_that_volumes_are_made_from() {
-                let (_stage, daemon) = with(KIND).await;
+                let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let volume = demo.small_volume(json!({}), 1).await;
                 let id = offloads(&daemon, &demo, &volume, 1).await;
@@ -73,7 +73,7 @@ macro_rules! shapes {
 
             #[tokio::test(flavor = "multi_thread")]
             async fn a_clone_of_an_image_and_a_clone_of_that_hold_what_only_their_parents_have() {
-                let (_stage, daemon) = with(KIND).await;
+                let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 // an image as everybody uploads it
                 let image = demo.create_image(&[], json!({"disk_format": "raw", "container_format": "bare"})).await;
@@ -99,7 +99,7 @@ macro_rules! shapes {
 
             #[tokio::test(flavor = "multi_thread")]
             async fn an_extended_volume_is_whole() {
-                let (_stage, daemon) = with(KIND).await;
+                let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let volume = demo.create_volume(json!({})).await;
                 volume.disk.write(4, &[(0, MIB), (GIB - MIB, MIB)]).await;
@@ -111,7 +111,7 @@ macro_rules! shapes {
 
             #[tokio::test(flavor = "multi_thread")]
             async fn a_snapshot_as_source_gives_its_own_bytes_not_the_volumes() {
-                let (_stage, daemon) = with(KIND).await;
+                let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let volume = demo.small_volume(json!({}), 6).await;
                 let snapshot = demo.create_snapshot(&volume).await;
@@ -126,7 +126,7 @@ macro_rules! shapes {
 
             #[tokio::test(flavor = "multi_thread")]
             async fn another_backend_and_an_empty_volume() {
-                let (_stage, daemon) = with(KIND).await;
+                let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let other = demo.small_volume(json!({"volume_type": "ceph2"}), 8).await;
                 offloads(&daemon, &demo, &other, 1).await;
@@ -169,7 +169,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn another_tenants_source_reads_the_same_as_a_missing_one() {
-        let (_stage, _daemon) = with(KIND).await;
+        let (_lab, _daemon) = with(KIND).await;
         let (demo, demo2) = (Account::demo().await, Account::demo2().await);
         let theirs = demo2.small_volume(json!({}), 1).await;
         let snapshot = demo2.create_snapshot(&theirs).await;
@@ -187,7 +187,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_volume_in_use_or_encrypted_or_on_another_backend_is_not_taken() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let declines = ["busy", "encrypted", "no_backend"].map(|reason| {
             format!(
@@ -218,7 +218,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_disk_that_begins_like_a_container_format_is_not_registered_as_raw() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let flat = ["-o", "subformat=monolithicFlat"];
         let formats: [(&str, &str, &[&str]); 8] = [
@@ -253,7 +253,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_record_that_is_not_raw_and_bare_or_wants_a_signature_checked() {
-        let (_stage, _daemon) = with(KIND).await;
+        let (_lab, _daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         for (record, word) in [
@@ -274,7 +274,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_thousand_garbage_tags_are_taken_off_in_bounded_time() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let id = uuid::Uuid::new_v4();
         let kinds = [
@@ -328,7 +328,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn two_tags_are_none_and_other_tags_stay() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let tags = [volume_tag(&volume.id), volume_tag(&uuid::Uuid::new_v4().to_string()), "blue".into()];
@@ -348,7 +348,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn after_a_decline_a_plain_upload_works() {
-        let (_stage, _daemon) = with(KIND).await;
+        let (_lab, _daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let record = json!({"disk_format": "raw", "container_format": "bare"});
         let id = demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], record).await;
@@ -359,7 +359,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_image_that_is_active_or_being_uploaded_is_not_touched() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let record = json!({"disk_format": "raw", "container_format": "bare"});
@@ -396,7 +396,7 @@ mod declined {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_writer_that_was_there_first_keeps_the_name() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let id = demo.create_image(&[], json!({})).await;
@@ -433,7 +433,7 @@ mod meanwhile {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_image_deleted_while_it_waits_or_is_copied_leaves_nothing() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         volume.disk.write(2, &[(0, 60 * MIB)]).await;
@@ -459,7 +459,7 @@ mod meanwhile {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_tenant_sees_the_progress_and_the_image_equals_the_moment_of_the_request() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         volume.disk.write(2, &[(0, 60 * MIB)]).await;
@@ -489,7 +489,7 @@ mod meanwhile {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_writer_that_takes_the_name_first_wins() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         volume.disk.write(2, &[(0, 40 * MIB)]).await;
@@ -511,7 +511,7 @@ mod meanwhile {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_tenant_that_uploads_meanwhile_wins() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         volume.disk.write(2, &[(0, 40 * MIB)]).await;
@@ -555,7 +555,7 @@ mod deleted {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_volume_deleted_during_its_copy_goes_and_its_image_is_whole() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         for method in METHODS {
             let demo = Account::demo().await;
             let volume = demo.long_volume(48, 1).await;
@@ -579,7 +579,7 @@ mod deleted {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_volume_snapshot_deleted_during_its_copy_goes_and_its_image_is_whole() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         for method in ["server-copy", "clone"] {
             let demo = Account::demo().await;
             let volume = demo.long_volume(48, 1).await;
@@ -604,7 +604,7 @@ mod deleted {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_volume_deleted_during_a_copy_that_is_cancelled_leaves_nothing() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.long_volume(48, 1).await;
         let daemon = slowly("server-copy").start().await;
@@ -619,7 +619,7 @@ mod deleted {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_daemon_killed_with_an_anchor_is_followed_by_another() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.long_volume(48, 1).await;
         let expected = volume.disk.digest(None).await;
@@ -657,7 +657,7 @@ mod full {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_full_pool_fails_the_request_cleanly_by_every_method() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         for method in ["clone", "copy", "server-copy"] {
@@ -688,7 +688,7 @@ mod full {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_request_that_no_record_can_be_stored_for_waits_for_space() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let daemon = Setup::default().start().await;
@@ -714,7 +714,7 @@ mod afterwards {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn an_upload_after_a_decline_keeps_none_of_our_words() {
-        let (_stage, _daemon) = with(Kind::Clone).await;
+        let (_lab, _daemon) = with(Kind::Clone).await;
         let demo = Account::demo().await;
         let formats = json!({"disk_format": "raw", "container_format": "bare"});
         let id = demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], formats).await;
@@ -739,7 +739,7 @@ mod beside {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn twenty_stock_uploads_pass_untouched_and_no_notification_is_lost() {
-        let (_stage, daemon) = with(KIND).await;
+        let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let broker = Broker::connect().await;
         // what Ceilometer would consume; the services declare it themselves
@@ -793,7 +793,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_cluster_is_as_before_plus_exactly_the_image() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         for method in METHODS {
             let demo = Account::demo().await;
             let image = demo.create_image(&[], json!({"disk_format": "raw", "container_format": "bare"})).await;
@@ -802,7 +802,7 @@ mod alone {
             let volume = demo.create_volume(json!({"imageRef": image})).await;
             volume.disk.resize(64 * MIB).await;
             volume.disk.write(1, &[(20 * MIB, 10 * MIB)]).await;
-            let before = Census::take().await;
+            let before = ClusterInventory::take().await;
 
             let daemon = Setup::default().set("offload", "method", method).start().await;
             let id = offloads(&daemon, &demo, &volume, 1).await;
@@ -813,11 +813,11 @@ mod alone {
             common::disk::forget(&namespace).await;
 
             let rbd_id = Disk::of_image(&id).facts().await.unwrap().id;
-            let mut added = Census::take().await.since(&before);
+            let mut added = ClusterInventory::take().await.since(&before);
             if !added.less.is_empty() || added.more.iter().any(|object| object.starts_with("watcher")) {
                 // Glance may still have open what it hashed
                 pause(seconds(5)).await;
-                added = Census::take().await.since(&before);
+                added = ClusterInventory::take().await.since(&before);
             }
             assert_eq!(added.less, Vec::<String>::new(), "{method}");
             let strange: Vec<_> = added.more.iter().filter(|object| !is_part_of(object, &id, &rbd_id)).collect();
@@ -861,7 +861,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_request_whose_notification_was_lost_is_found_within_the_interval() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let expected = volume.disk.digest(None).await;
@@ -883,7 +883,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn sigterm_while_copying_ends_in_time_and_the_next_daemon_finishes() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         volume.disk.write(2, &[(0, 62 * MIB)]).await;
@@ -907,7 +907,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn no_secret_and_no_token_reaches_the_log_even_at_trace() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         for format in ["text", "json"] {
@@ -948,7 +948,7 @@ mod alone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn captured_and_damaged_notifications_do_no_harm() {
-        let _stage = stage::alone().await;
+        let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;
         let expected = volume.disk.digest(None).await;

@@ -10,13 +10,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::broker::Broker;
-use common::census::Census;
 use common::cloud::{AT_A_TIME, Account, Volume, nothing_is_left_of, volume_tag};
 use common::daemon::{Daemon, Setup};
 use common::disk::{self, Digest, Disk};
-use common::gate::Gate;
+use common::inventory::ClusterInventory;
 use common::published::are_right;
-use common::{MIB, lab, pause, run, seconds, stage, unique, until};
+use common::tcp_proxy::TcpProxy;
+use common::{MIB, lab, lab_lease, pause, run, seconds, unique, until};
 use futures::future::join_all;
 use futures::{StreamExt, stream};
 use rand::rngs::StdRng;
@@ -40,14 +40,14 @@ struct Request {
 struct Tenant {
     demo: Account,
     volumes: Vec<(Volume, Digest)>,
-    before: Census,
+    before: ClusterInventory,
 }
 
 impl Tenant {
     async fn new(demo: Account, volumes: Vec<Volume>) -> Self {
         let disks: Vec<_> = volumes.iter().map(|volume| (volume.disk.clone(), None)).collect();
         let volumes = volumes.into_iter().zip(disk::digests(&disks).await).collect();
-        Self { demo, volumes, before: Census::take().await }
+        Self { demo, volumes, before: ClusterInventory::take().await }
     }
 
     /// With volumes that are copied at once.
@@ -155,7 +155,7 @@ async fn ended_by(daemon: &Daemon) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let rounds = number("RBD_OFFLOAD_TEST_ROUNDS").unwrap_or(2);
     let first = number("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
     let tenant = Tenant::with_small_volumes(4).await;
@@ -209,7 +209,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_daemons_share_the_work() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(4).await;
     let setup = Setup::default().set("offload", "max_jobs", "2");
     let daemons = [setup.start().await, setup.start().await];
@@ -222,7 +222,7 @@ async fn two_daemons_share_the_work() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_goes_on_while_the_broker_is_dead() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(32).await;
     let (setup, _conf) = slow("copy");
     let daemon = setup.start().await;
@@ -248,12 +248,12 @@ async fn what_runs_goes_on_while_the_broker_is_dead() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn notifications_sent_while_the_daemon_was_cut_off_arrive() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let broker = Broker::connect().await;
     let url = &lab().offload_amqp;
     let port = url.trim_end_matches('/').rsplit(':').next().unwrap();
-    let gate = Gate::to(port.parse().unwrap()).await;
+    let gate = TcpProxy::to(port.parse().unwrap()).await;
     let url = url.replace(&format!(":{port}/"), &format!(":{}/", gate.port));
     let setup = Setup::default().set("messaging", "transport_url", &url).set("offload", "reconcile_interval", "1h");
     let daemon = setup.start().await;
@@ -272,7 +272,7 @@ async fn notifications_sent_while_the_daemon_was_cut_off_arrive() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_osd_is_killed_during_the_transfer_by_every_method() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(32).await;
     for (n, method) in METHODS.into_iter().enumerate() {
         let (setup, _conf) = slow(method);
@@ -292,7 +292,7 @@ async fn an_osd_is_killed_during_the_transfer_by_every_method() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn glance_and_keystone_are_away_for_half_a_minute() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(32).await;
     let (setup, _conf) = slow("copy");
     // the rate is the daemon's, and three jobs share it
@@ -317,7 +317,7 @@ async fn glance_and_keystone_are_away_for_half_a_minute() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_became_invalid_leads_to_a_new_login() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let mut tenant = Tenant::with_long_volume(32).await;
     let (setup, _conf) = slow("copy");
     let daemon = setup.start().await;
@@ -349,7 +349,7 @@ async fn a_token_that_became_invalid_leads_to_a_new_login() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(16).await;
     // the stage that was just over when it froze
     for (method, stage) in [
@@ -385,7 +385,7 @@ async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_broker_delivers_ten_times_is_done_once() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let broker = Broker::connect().await;
     let ours = format!("test-{}", unique());
@@ -435,7 +435,7 @@ async fn what_the_broker_delivers_ten_times_is_done_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(112).await;
     for method in METHODS {
         let (setup, _conf) = slow(method);
@@ -503,7 +503,7 @@ async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn five_hundred_requests_of_one_tenant_do_not_hold_up_another() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let (many, one) = tokio::join!(Account::demo(), Account::demo2());
     let volume = one.small_volume(json!({}), 1).await;
     let one = Tenant::new(one, vec![volume]).await;
@@ -540,7 +540,7 @@ async fn five_hundred_requests_of_one_tenant_do_not_hold_up_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_limit_of_all_images_of_a_project_holds() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(1).await;
     let admin = Account::admin().await;
     let daemon = Setup::default().start().await;
@@ -564,7 +564,7 @@ async fn the_limit_of_all_images_of_a_project_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(48).await;
     let volume = &tenant.volumes[0].0;
     let (setup, _conf) = slow("copy");
@@ -611,7 +611,7 @@ async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_notify_socket_that_is_not_read_does_not_stop_the_daemon() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
@@ -635,7 +635,7 @@ async fn a_notify_socket_that_is_not_read_does_not_stop_the_daemon() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_is_too_large_holds_up_no_other_job() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(1).await;
     let setup = Setup::default();
     let client = Client::connect(&lab().ceph_conf(), "rbd-offload").await.unwrap();
@@ -666,18 +666,18 @@ async fn a_record_that_is_too_large_holds_up_no_other_job() {
 }
 
 /// A daemon that reaches Glance through the gate.
-fn through(gate: &Gate, setup: Setup) -> Setup {
+fn through(gate: &TcpProxy, setup: Setup) -> Setup {
     setup.set("glance", "endpoint_override", &format!("http://127.0.0.1:{}", gate.port))
 }
 
-async fn gate_to_glance() -> Gate {
+async fn gate_to_glance() -> TcpProxy {
     let port = lab().glance.trim_end_matches('/').rsplit(':').next().unwrap();
-    Gate::to(port.parse().unwrap()).await
+    TcpProxy::to(port.parse().unwrap()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_a_daemon_that_waits_for_a_glance_that_says_nothing() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(1).await;
     let gate = gate_to_glance().await;
     let setup = through(&gate, telling("clone"));
@@ -694,7 +694,7 @@ async fn sigterm_ends_a_daemon_that_waits_for_a_glance_that_says_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let gate = gate_to_glance().await;
     // a request to Glance takes longer than the lease holds
@@ -727,7 +727,7 @@ async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() 
 /// Two deployments over the same pools: each sees the other's live copy, snapshot and leftovers, and touches none.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_deployment_made_is_left_alone() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(96).await;
     let volume = &tenant.volumes[0].0;
     // the copy takes 96 s, longer than all that follows
@@ -793,7 +793,7 @@ async fn what_another_deployment_made_is_left_alone() {
 /// A daemon without the source's backend leaves the job to one that has it, also while that one restarts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let demo = Account::demo().await;
     let volume = demo.create_volume(json!({"volume_type": "ceph2"})).await;
     volume.disk.resize(16 * MIB).await;
@@ -817,7 +817,7 @@ async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
 /// A list of queued images that is too large for one answer keeps nobody's request from being found.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_are_too_large_are_passed_over() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(1).await;
     let record = |count: usize, value: String| {
         let mut record = json!({"disk_format": "raw", "container_format": "bare"});
@@ -854,7 +854,7 @@ async fn records_that_are_too_large_are_passed_over() {
 /// Two clouds with one jobs namespace would end each other's jobs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_of_another_cloud_is_refused() {
-    let _stage = stage::alone().await;
+    let _lab = lab_lease::alone().await;
     let setup = Setup::default();
     disk::put_object(&setup.name, "cloud", r#"{"project_id": "0a", "region": "Elsewhere"}"#).await;
     let daemon = setup.spawn();

@@ -27,13 +27,13 @@ use crate::ceph::{self, ErrorKind, Progress};
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long one look may take; a job that was claimed by a look that is given up is given up with it.
 const LOOK_WITHIN: Duration = Duration::from_secs(30);
 
-/// How many times a daemon that was fenced waits for its jobs to notice, [`LOOK_INTERVAL`] each.
-const COME_BACK_TRIES: u32 = 15;
+/// How many times a daemon that was fenced waits for its jobs to notice, [`POLL_INTERVAL`] each.
+const RECONNECT_DRAIN_POLLS: u32 = 15;
 
 /// How long the claim of one job may take, and how long that job is left alone after a claim that failed.
 const CLAIM_WITHIN: Duration = Duration::from_secs(10);
@@ -213,8 +213,8 @@ impl Engine {
                     lock(&self.status).last_look = Instant::now();
                     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
                 }
-                Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.come_back().await,
-                _ if self.context.clients.is_fenced() => self.come_back().await,
+                Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.reconnect_after_fence().await,
+                _ if self.context.clients.is_fenced() => self.reconnect_after_fence().await,
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
                 Err(_) => tracing::warn!(seconds = LOOK_WITHIN.as_secs(), "Ceph does not answer; tried again"),
@@ -223,7 +223,7 @@ impl Engine {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = self.wake.notified() => {}
-                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         }
         self.tasks.close();
@@ -264,14 +264,14 @@ impl Engine {
 
     /// Another daemon fenced this one. Every job here has lost its lease; once they have all noticed, the daemon
     /// connects again.
-    async fn come_back(&self) {
+    async fn reconnect_after_fence(&self) {
         tracing::error!("fenced by another daemon (Ceph blocklist); reconnecting");
         metrics::counter!("rbd_offload_fenced_total").increment(1);
-        for _ in 0..COME_BACK_TRIES {
+        for _ in 0..RECONNECT_DRAIN_POLLS {
             if lock(&self.running).is_empty() {
                 break;
             }
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         if let Err(error) = self.context.clients.reconnect().await {
             tracing::warn!(%error, "could not reconnect; tried again");
@@ -417,7 +417,7 @@ impl Engine {
 
     async fn not_taken(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
         // held by another daemon: look again when it may have run out; or there is no such object
-        self.hold(image_id, (lease / 3).max(LOOK_INTERVAL));
+        self.hold(image_id, (lease / 3).max(POLL_INTERVAL));
         match self.context.store.load(image_id).await {
             Ok(Some(_)) | Err(Error::Unreadable { .. }) => Ok(()),
             Ok(None) if lock(&self.orphans).insert(image_id) => {
@@ -449,9 +449,9 @@ impl Engine {
             let outcome = job.run(drain).await;
             match outcome {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
-                RunResult::Waiting(pause) => engine.hold(image_id, pause.min(LOOK_INTERVAL)),
+                RunResult::Waiting(pause) => engine.hold(image_id, pause.min(POLL_INTERVAL)),
                 RunResult::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
-                RunResult::Abandoned => engine.hold(image_id, LOOK_INTERVAL),
+                RunResult::Abandoned => engine.hold(image_id, POLL_INTERVAL),
                 RunResult::Ended(_) => lock(&engine.moves).ended += 1,
                 RunResult::Released => {}
             }
@@ -503,7 +503,7 @@ impl Engine {
                     Acknowledged::Service => {}
                     Acknowledged::NotYet => {
                         lock(&engine.acknowledged).remove(&image_id);
-                        engine.hold(image_id, LOOK_INTERVAL);
+                        engine.hold(image_id, POLL_INTERVAL);
                     }
                 }
                 lock(&engine.acknowledging).remove(&image_id);

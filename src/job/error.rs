@@ -7,7 +7,7 @@ use super::store;
 use crate::ceph::{self, ErrorKind};
 use crate::decline::Decline;
 use crate::openstack;
-use crate::plan::NoPlan;
+use crate::plan::PlanError;
 
 /// Why a step, or what leads to the steps, did not go on.
 #[derive(Debug)]
@@ -101,14 +101,14 @@ impl From<store::Error> for StepError {
     }
 }
 
-impl From<NoPlan> for StepError {
-    fn from(none: NoPlan) -> Self {
+impl From<PlanError> for StepError {
+    fn from(none: PlanError) -> Self {
         match none {
-            NoPlan::Declined(why, reason) => Self::End(Outcome::declined(why, reason)),
-            NoPlan::OtherBackend { backend, reason } => Self::OtherBackend { backend, reason },
-            NoPlan::Gone => Self::End(Outcome::new(State::Cancelled, none.to_string())),
-            NoPlan::Ceph(error) => error.into(),
-            NoPlan::OpenStack(error) => error.into(),
+            PlanError::Declined(why, reason) => Self::End(Outcome::declined(why, reason)),
+            PlanError::OtherBackend { backend, reason } => Self::OtherBackend { backend, reason },
+            PlanError::Gone => Self::End(Outcome::new(State::Cancelled, none.to_string())),
+            PlanError::Ceph(error) => error.into(),
+            PlanError::OpenStack(error) => error.into(),
         }
     }
 }

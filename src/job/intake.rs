@@ -13,7 +13,7 @@ use super::signal::Signal;
 use super::store::{Error, NewJob, Result, Store, Stored, Submitted};
 use crate::config::Config;
 use crate::notification::{Event, Meta, Sink, SinkError};
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, TagRequest, Trigger};
 
 /// How long Glance may take to show a record that a service announced.
 const OFFER_READ_WITHIN: Duration = Duration::from_secs(5);
@@ -48,12 +48,12 @@ impl Intake {
     /// An image record is queued and bears these tags. Once this returned, what they ask for, or a service offers by
     /// them, is stored.
     pub async fn image_queued(&self, image_id: Uuid, owner: Option<String>, tags: &[String]) -> Result<()> {
-        let source = match request::asked_by(tags) {
-            Asked::For(source) => Some(source),
+        let source = match request::parse_request_tags(tags) {
+            TagRequest::Source(source) => Some(source),
             // the plan reads the tags again, and tells the tenant
-            Asked::Unclear(_) => None,
-            Asked::Nothing => {
-                let offer = request::offered_by(tags);
+            TagRequest::Invalid(_) => None,
+            TagRequest::Absent => {
+                let offer = request::parse_offer_tag(tags);
                 let Some((offer, trigger)) = offer.and_then(|offer| Some((offer, offer.trigger()?))) else {
                     return Ok(());
                 };
@@ -66,8 +66,9 @@ impl Intake {
 
     /// Whether these tags ask for something, or offer something that this daemon is to do.
     pub fn takes(&self, tags: &[String]) -> bool {
-        let offer = || request::offered_by(tags).and_then(|offer| offer.trigger());
-        request::asked_by(tags) != Asked::Nothing || offer().is_some_and(|trigger| self.integrates(trigger))
+        let offer = || request::parse_offer_tag(tags).and_then(|offer| offer.trigger());
+        request::parse_request_tags(tags) != TagRequest::Absent
+            || offer().is_some_and(|trigger| self.integrates(trigger))
     }
 
     /// A service offers its work. Without the integration in the configuration it is left alone: stock services write

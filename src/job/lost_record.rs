@@ -9,7 +9,7 @@ use super::record::{Artifact, CloneImage, Publish, Record, Registration, SourceI
 use crate::ceph::{self, ImageInfo, ImageSpec, Parent, Storage};
 use crate::openstack::Image;
 use crate::publish::tag::OwnershipTag;
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, TagRequest, Trigger};
 use crate::transfer::Method;
 
 /// The record for `published`, which bears `tag`. `image` is the image record, `pools` are those where the anchor may
@@ -24,9 +24,9 @@ pub async fn make_again(
 ) -> ceph::Result<Option<Record>> {
     let Some(info) = storage.image(published, None).await? else { return Ok(None) };
     let image_id = tag.image_id;
-    let asked = match request::asked_by(&image.tags) {
-        Asked::For(source) => Some(source),
-        Asked::Nothing | Asked::Unclear(_) => None,
+    let asked = match request::parse_request_tags(&image.tags) {
+        TagRequest::Source(source) => Some(source),
+        TagRequest::Absent | TagRequest::Invalid(_) => None,
     };
     let mut record = Record::new(image_id, Trigger::Request, asked, image.owner.clone(), clock.now());
     if let Some(maker) = tag.maker {

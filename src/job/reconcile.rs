@@ -36,7 +36,7 @@ use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage
 use crate::openstack::{self, ListCursor};
 use crate::publish::record as tenant;
 use crate::publish::tag::{OwnershipTag, tag_of};
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, TagRequest, Trigger};
 
 /// Object whose lock keeps two daemons from doing the same round.
 const ROUND: &str = "reconcile";
@@ -190,7 +190,7 @@ impl Reconciler {
     /// A round at once, then one every `[offload] reconcile_interval`, until `stop` fires.
     pub async fn run(mut self, stop: CancellationToken) {
         while !stop.is_cancelled() {
-            self.guarded_round(&stop).await;
+            self.run_exclusive(&stop).await;
             let interval = self.context().config.borrow().offload.reconcile_interval;
             tokio::select! {
                 () = sleep(interval) => {}
@@ -204,7 +204,7 @@ impl Reconciler {
         self.engine.context()
     }
 
-    async fn guarded_round(&mut self, stop: &CancellationToken) {
+    async fn run_exclusive(&mut self, stop: &CancellationToken) {
         let objects = self.context().store.objects().clone();
         let key = LockKey { name: ROUND.into(), cookie: self.context().identity.instance.to_string() };
         let owner = self.context().identity.owner();
@@ -275,7 +275,7 @@ impl Reconciler {
             let work = async {
                 match part {
                     Part::Expire => self.expire(findings, until).await,
-                    Part::Index => self.adopt_unindexed(findings).await,
+                    Part::Index => self.index_missing(findings).await,
                     Part::Requests => self.find_requests(findings, until).await,
                     Part::Ended => self.look_through_ended(findings, until).await,
                     Part::Images => self.remove_images(findings, until).await,
@@ -295,7 +295,7 @@ impl Reconciler {
 
     /// Records that were stored by hand, or whose writer died before the index was written and whose request was not
     /// delivered again. Walks the whole pool, so only once.
-    async fn adopt_unindexed(&mut self, findings: &mut Findings) -> Result<()> {
+    async fn index_missing(&mut self, findings: &mut Findings) -> Result<()> {
         let store = self.context().store.clone();
         let mut unindexed = match self.unindexed.take() {
             Some(unindexed) => unindexed,
@@ -374,7 +374,7 @@ impl Reconciler {
         live: &HashSet<Uuid>,
         findings: &mut Findings,
     ) -> Result<()> {
-        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
         let known = match self.context().store.load(image_id).await {
             Ok(Some(stored)) if !stored.record.state.is_ended() => {
                 if !live.contains(&image_id) {
@@ -468,7 +468,7 @@ impl Reconciler {
                 if record.trigger == Trigger::Request
                     && record.is_reported()
                     && record.state != State::Done
-                    && request::asked_by(&image.tags) == Asked::Nothing =>
+                    && request::parse_request_tags(&image.tags) == TagRequest::Absent =>
             {
                 let reason = record.reason.clone().unwrap_or_default();
                 let (status, message) = outcome_message(record.state, &reason, record.request_id);

@@ -33,7 +33,7 @@ pub async fn inspect(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Op
 
 /// Gives the copy the snapshot that consumers clone from, if head and snapshot are as a published image must be. A
 /// missing or invalid object map is rebuilt once. `Some`: what is wrong all the same; the copy must not be published.
-pub async fn seal(
+pub async fn create_snap(
     storage: &dyn Storage,
     copy: &ImageSpec,
     progress: &Progress,
@@ -153,34 +153,34 @@ pub async fn sha512(
 
 /// What became of taking the image's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Name {
+pub enum RenameOutcome {
     /// The copy has it now, or had it since an earlier attempt.
-    Ours,
+    Renamed,
     /// An image that is not ours has it.
     Taken,
     /// Neither the copy nor an image of that name is there.
-    Lost,
+    Missing,
 }
 
 /// Renames the copy to the image's id, if that name is free. `own` is the tag of the job that does so.
-pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, own: &OwnershipTag) -> ceph::Result<Name> {
+pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, own: &OwnershipTag) -> ceph::Result<RenameOutcome> {
     let image_id = own.image_id.to_string();
     let target = ImageSpec::named(&copy.pool, image_id.as_str());
     match storage.rename(copy, &image_id).await {
-        Ok(()) => return Ok(Name::Ours),
+        Ok(()) => return Ok(RenameOutcome::Renamed),
         // the copy is there, and an image of another internal id has the name
-        Err(e) if e.kind() == ErrorKind::Exists => return Ok(Name::Taken),
+        Err(e) if e.kind() == ErrorKind::Exists => return Ok(RenameOutcome::Taken),
         Err(e) if e.kind() == ErrorKind::NotFound => {}
         Err(e) => return Err(e),
     }
     if storage.image(&target, None).await?.is_none() {
-        return Ok(Name::Lost);
+        return Ok(RenameOutcome::Missing);
     }
-    if is_tagged(storage, &target, own).await? { Ok(Name::Ours) } else { Ok(Name::Taken) }
+    if is_tagged(storage, &target, own).await? { Ok(RenameOutcome::Renamed) } else { Ok(RenameOutcome::Taken) }
 }
 
 /// Removes the published image if it bears the tag `own`; what is another's stays.
-pub async fn withdraw(storage: &dyn Storage, pool: &str, own: &OwnershipTag) -> ceph::Result<()> {
+pub async fn unpublish(storage: &dyn Storage, pool: &str, own: &OwnershipTag) -> ceph::Result<()> {
     let published = ImageSpec::named(pool, own.image_id.to_string());
     if is_tagged(storage, &published, own).await? {
         storage.remove_image(&published).await?;

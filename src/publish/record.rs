@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::openstack::{Image, ImageChange};
 use crate::request::PROPERTY_PREFIX;
-use crate::request::{self, Asked, Source};
+use crate::request::{self, Source, TagRequest};
 
 const STATUS: &str = "rbd_offload_status";
 const PROGRESS: &str = "rbd_offload_progress";
@@ -134,10 +134,10 @@ pub fn clear(image: &Image) -> Vec<ImageChange> {
 /// image's tags are not the daemon's business.
 pub fn finished(image: &Image, source: Option<Source>) -> Vec<ImageChange> {
     let mut changes = clear(image);
-    let asked = request::asked_by(&image.tags);
+    let asked = request::parse_request_tags(&image.tags);
     if let Some(source) = source
-        && asked != Asked::Nothing
-        && asked != Asked::For(source)
+        && asked != TagRequest::Absent
+        && asked != TagRequest::Source(source)
     {
         let mut tags: Vec<String> = image.tags.iter().filter(|tag| !request::is_request(tag)).cloned().collect();
         tags.push(source.tag());

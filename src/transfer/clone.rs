@@ -4,21 +4,21 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{Order, Transfer, clone_marked, clone_obstacle};
+use super::{Transfer, TransferRequest, clone_marked, clone_unsupported_reason};
 use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
 
-pub struct Clone;
+pub struct CloneFlatten;
 
 #[async_trait]
-impl Transfer for Clone {
-    fn obstacle(&self, source: &ImageInfo) -> Option<String> {
-        clone_obstacle(source)
+impl Transfer for CloneFlatten {
+    fn unsupported_reason(&self, source: &ImageInfo) -> Option<String> {
+        clone_unsupported_reason(source)
     }
 
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &Order,
+        order: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {

@@ -4,21 +4,21 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{MARK, Order, Transfer};
+use super::{MARK, Transfer, TransferRequest};
 use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
 
-pub struct Copy;
+pub struct RbdCopy;
 
 #[async_trait]
-impl Transfer for Copy {
-    fn obstacle(&self, _source: &ImageInfo) -> Option<String> {
+impl Transfer for RbdCopy {
+    fn unsupported_reason(&self, _source: &ImageInfo) -> Option<String> {
         None
     }
 
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &Order,
+        order: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {

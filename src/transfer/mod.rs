@@ -45,8 +45,8 @@ impl Method {
     pub fn transfer(self) -> &'static dyn Transfer {
         match self {
             Self::ServerCopy => &server_copy::ServerCopy,
-            Self::Clone => &clone::Clone,
-            Self::Copy => &copy::Copy,
+            Self::Clone => &clone::CloneFlatten,
+            Self::Copy => &copy::RbdCopy,
         }
     }
 }
@@ -59,7 +59,7 @@ impl fmt::Display for Method {
 
 /// What to bring where.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct TransferRequest {
     pub source: ImageSpec,
     pub snapshot: String,
     /// The anchor's snapshot, a clone of `source@snapshot`, to clone from; `None`: `source@snapshot` itself.
@@ -74,14 +74,14 @@ pub struct Order {
 #[async_trait]
 pub trait Transfer: Send + Sync {
     /// Why this source cannot be transferred this way; `None` when it can.
-    fn obstacle(&self, source: &ImageInfo) -> Option<String>;
+    fn unsupported_reason(&self, source: &ImageInfo) -> Option<String>;
 
     /// Makes the destination and fills it. [`ErrorKind::Cancelled`] soon after `cancel` fires. On an error the
     /// destination may be left half made: the caller removes it.
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &Order,
+        order: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved>;
@@ -100,7 +100,7 @@ pub fn candidates(wanted: config::Method, source: &ImageInfo) -> (Vec<Method>, V
     let mut reasons = Vec::new();
     let mut methods = Vec::new();
     for method in first.into_iter().chain(AUTO.into_iter().filter(|method| Some(*method) != first)) {
-        match method.transfer().obstacle(source) {
+        match method.transfer().unsupported_reason(source) {
             None => methods.push(method),
             Some(reason) => reasons.push(format!("{method}: {reason}")),
         }
@@ -115,7 +115,7 @@ pub fn is_for_another_method(error: &ceph::Error) -> bool {
 }
 
 /// Why no clone can be made of this source.
-fn clone_obstacle(source: &ImageInfo) -> Option<String> {
+fn clone_unsupported_reason(source: &ImageInfo) -> Option<String> {
     if source.old_format {
         return Some("the source is an image of format 1, which cannot be cloned".into());
     }
@@ -128,7 +128,7 @@ fn clone_obstacle(source: &ImageInfo) -> Option<String> {
     None
 }
 
-async fn clone_marked(storage: &dyn Storage, order: &Order) -> ceph::Result<()> {
+async fn clone_marked(storage: &dyn Storage, order: &TransferRequest) -> ceph::Result<()> {
     let (parent, snapshot) =
         order.anchor.as_ref().map_or((&order.source, &order.snapshot), |(image, snapshot)| (image, snapshot));
     storage.clone_image(parent, snapshot, &order.destination, Features::PUBLISHED).await?;

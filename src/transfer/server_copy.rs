@@ -4,24 +4,24 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{Order, Transfer, clone_marked, clone_obstacle};
+use super::{Transfer, TransferRequest, clone_marked, clone_unsupported_reason};
 use crate::ceph::{self, ErrorKind, Features, ImageInfo, Moved, Progress, Storage};
 
 pub struct ServerCopy;
 
 #[async_trait]
 impl Transfer for ServerCopy {
-    fn obstacle(&self, source: &ImageInfo) -> Option<String> {
+    fn unsupported_reason(&self, source: &ImageInfo) -> Option<String> {
         if source.features.has(Features::JOURNALING) {
             return Some("the source has journaling".into());
         }
-        clone_obstacle(source)
+        clone_unsupported_reason(source)
     }
 
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &Order,
+        order: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {

@@ -32,7 +32,7 @@ impl Default for Setup {
     fn default() -> Self {
         let lab = lab();
         let name = format!("test-{}", unique());
-        super::stage::note(&name);
+        super::lab_lease::note(&name);
         let mut setup = Self { keys: Vec::new(), environment: Vec::new(), name: name.clone() };
         for (section, key, value) in [
             ("messaging", "transport_url", lab.offload_amqp.as_str()),

@@ -1,16 +1,16 @@
-//! What the tests against the lab share: the lab's facts, accounts, disks, the daemon, the broker and the census.
+//! What the tests against the lab share: the lab's facts, accounts, disks, the daemon, the broker and the inventory.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod broker;
-pub mod census;
 pub mod cloud;
 pub mod daemon;
 pub mod disk;
 pub mod env;
-pub mod gate;
 pub mod glance;
+pub mod inventory;
+pub mod lab_lease;
 pub mod published;
-pub mod stage;
+pub mod tcp_proxy;
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -10,7 +10,7 @@ use crate::plan;
 use crate::publish;
 use crate::publish::record::{self as image_status, Status};
 use crate::publish::tag::is_tagged;
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, TagRequest, Trigger};
 
 /// How often a change of the image record is tried when the record changes meanwhile.
 pub const CHANGE_TRIES: usize = 5;
@@ -43,7 +43,7 @@ impl HeldJob {
     /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the
     /// image itself.
     pub async fn check_offer(&self, image: &Image) -> StepResult<()> {
-        if self.record().await.handover == Some(Handover::Offered) && !request::said_go(&image.tags) {
+        if self.record().await.handover == Some(Handover::Offered) && !request::has_commit_tag(&image.tags) {
             plan::read_offer(image)?;
         }
         Ok(())
@@ -61,13 +61,15 @@ impl HeldJob {
         if record.trigger != Trigger::Request {
             return self.check_offer(image).await;
         }
-        match request::asked_by(&image.tags) {
-            Asked::For(asked) if asked == source => Ok(()),
-            Asked::For(_) => end(State::Cancelled, "the request tag was changed: the new one is a request of its own"),
-            Asked::Unclear(reason) => decline(Decline::Request, reason),
+        match request::parse_request_tags(&image.tags) {
+            TagRequest::Source(asked) if asked == source => Ok(()),
+            TagRequest::Source(_) => {
+                end(State::Cancelled, "the request tag was changed: the new one is a request of its own")
+            }
+            TagRequest::Invalid(reason) => decline(Decline::Request, reason),
             // `retry` needs no tag
-            Asked::Nothing if record.retried => Ok(()),
-            Asked::Nothing => end(State::Cancelled, "the request tag was taken off"),
+            TagRequest::Absent if record.retried => Ok(()),
+            TagRequest::Absent => end(State::Cancelled, "the request tag was taken off"),
         }
     }
 

@@ -8,7 +8,7 @@ use super::{Begins, JobRun, StepError, StepResult};
 use crate::job::record::{Handover, State};
 use crate::openstack::Image;
 use crate::publish::record::Status;
-use crate::request::{self, Asked};
+use crate::request::{self, TagRequest};
 
 const QUEUED_MESSAGE: &str = "the request waits for its turn";
 
@@ -81,7 +81,7 @@ impl JobRun {
         if dry_run || !waits || record.outcome.is_some() || !tells {
             return Ok(());
         }
-        let offered = |image: &Image| request::offered_by(&image.tags).is_some();
+        let offered = |image: &Image| request::parse_offer_tag(&image.tags).is_some();
         if waited_for {
             let image = self.job.read_image().await?;
             if image.status == "queued" && !offered(&image) {
@@ -93,7 +93,7 @@ impl JobRun {
         self.take_over(Begins::Report).await?;
         // it may have been taken back meanwhile
         let image = self.job.read_image().await?;
-        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
         if image.status == "queued" && (asks || offered(&image)) {
             let message = if record.acknowledged {
                 format!("{QUEUED_MESSAGE}; {}", self.heartbeat_text())

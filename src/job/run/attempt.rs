@@ -13,8 +13,8 @@ use crate::job::record::{Artifact, Handover, Outcome, Phase, Publication, Publis
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::Image;
-use crate::plan::{self, Plan, Question};
-use crate::request::{self, Asked, Source, Trigger};
+use crate::plan::{self, Plan, PlanRequest};
+use crate::request::{self, Source, TagRequest, Trigger};
 use crate::transfer::{self, Method};
 
 impl JobRun {
@@ -99,7 +99,7 @@ impl JobRun {
         }
         let record = self.job.record().await;
         let pool = &plan.origin.pool;
-        let obstacle = if let Some(reason) = record.at_once_refused {
+        let unsupported_reason = if let Some(reason) = record.at_once_refused {
             // it has been said
             return (Publish::WhenCopied, Some(reason));
         } else if matches!(plan.source, Source::Instance(_)) {
@@ -120,9 +120,9 @@ impl JobRun {
         } else {
             return (Publish::AtOnce, None);
         };
-        tracing::info!(image_id = %self.job.id, job_stage = "plan", reason = obstacle,
+        tracing::info!(image_id = %self.job.id, job_stage = "plan", reason = unsupported_reason,
             "the image is not published at once, but when it is copied");
-        (Publish::WhenCopied, Some(obstacle))
+        (Publish::WhenCopied, Some(unsupported_reason))
     }
 
     /// Plans the job, and writes down what is to be done.
@@ -210,7 +210,7 @@ impl JobRun {
         let record = self.job.record().await;
         let offered = record.handover == Some(Handover::Offered);
         let (image_id, trigger, source, retried) = (self.job.id, record.trigger, record.source, record.retried);
-        let question = Question { image_id, trigger, source, retried, offered };
+        let question = PlanRequest { image_id, trigger, source, retried, offered };
         if trigger != Trigger::Request && record.handover.is_none() {
             return decline(Decline::Handover, "no service offered this image");
         }
@@ -226,7 +226,7 @@ impl JobRun {
                 .await?;
         }
         let context = &self.job.context;
-        Ok(plan::make(context.cloud.as_ref(), context.storage.as_ref(), config, &question, image, source).await?)
+        Ok(plan::build(context.cloud.as_ref(), context.storage.as_ref(), config, &question, image, source).await?)
     }
 
     /// An ended job may have been requested again, says a notification that perhaps came late: the image record knows.
@@ -241,10 +241,10 @@ impl JobRun {
             return Ok(false);
         }
         let record = self.job.record().await;
-        let asked = match image.map(|image| request::asked_by(&image.tags)) {
-            None | Some(Asked::Nothing) => None,
-            Some(Asked::For(source)) => Some(Some(source)),
-            Some(Asked::Unclear(_)) => Some(None),
+        let asked = match image.map(|image| request::parse_request_tags(&image.tags)) {
+            None | Some(TagRequest::Absent) => None,
+            Some(TagRequest::Source(source)) => Some(Some(source)),
+            Some(TagRequest::Invalid(_)) => Some(None),
         };
         let asked = asked.filter(|_| !self.job.context.config.borrow().offload.dry_run);
         let retried = seen.has(Signal::Retry) && record.trigger == Trigger::Request;
@@ -281,9 +281,9 @@ impl JobRun {
 
     /// The operator cancelled a request that was made after the job's end, before the job began again.
     async fn withdraw_request(&self, image: Option<Image>, seen: &Signals) -> StepResult<()> {
-        if let Some(image) = image.filter(|image| request::asked_by(&image.tags) != Asked::Nothing) {
+        if let Some(image) = image.filter(|image| request::parse_request_tags(&image.tags) != TagRequest::Absent) {
             // stored before the tag goes: `retry` goes by the latest request
-            if let Asked::For(source) = request::asked_by(&image.tags) {
+            if let TagRequest::Source(source) = request::parse_request_tags(&image.tags) {
                 self.job.update(|record| record.source = Some(source)).await?;
             }
             let outcome = Outcome::new(State::Cancelled, "cancelled by the operator");

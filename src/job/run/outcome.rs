@@ -15,7 +15,7 @@ use crate::job::record::{Outcome, Phase, Publication, Publish, Record, Registrat
 use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
-use crate::plan::{self, NoPlan};
+use crate::plan::{self, PlanError};
 use crate::transfer::Method;
 
 /// Whether an attempt counts for the limit of retries.
@@ -250,7 +250,7 @@ impl JobRun {
         self.release_instance().await?;
         let image = match plan::read_image(self.job.context.cloud.as_ref(), self.job.id).await {
             Ok(image) => Some(image),
-            Err(NoPlan::Gone) => None,
+            Err(PlanError::Gone) => None,
             Err(error) => return Err(error.into()),
         };
         if let Some(state) = self.became_active_anyway(image.as_ref()).await? {

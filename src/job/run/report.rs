@@ -7,7 +7,7 @@ use crate::job::record::Outcome;
 use crate::job::signal::Signal;
 use crate::openstack::{self, Image};
 use crate::publish::record as image_status;
-use crate::request::{self, Asked, Trigger};
+use crate::request::{self, TagRequest, Trigger};
 
 impl JobRun {
     /// The job is looked at again when it has ended.
@@ -26,18 +26,18 @@ impl JobRun {
         let cancelled =
             self.job.context.store.load(self.job.id).await?.is_some_and(|now| now.signals.has(Signal::Cancel));
         if record.trigger == Trigger::Request && !cancelled {
-            match request::asked_by(&image.tags) {
+            match request::parse_request_tags(&image.tags) {
                 // not what this job was for, so its end is not that request's
-                Asked::For(source) if Some(source) != record.source => {
+                TagRequest::Source(source) if Some(source) != record.source => {
                     return self.look_again().await;
                 }
                 // a notification said so, and the record does not: it is not the daemon's to write on
-                Asked::Nothing if !record.retried && !image_status::shows_work(&image) => return Ok(()),
+                TagRequest::Absent if !record.retried && !image_status::shows_work(&image) => return Ok(()),
                 _ => {}
             }
         }
-        if let (true, Trigger::Request, Asked::For(source)) =
-            (cancelled, record.trigger, request::asked_by(&image.tags))
+        if let (true, Trigger::Request, TagRequest::Source(source)) =
+            (cancelled, record.trigger, request::parse_request_tags(&image.tags))
             && record.source != Some(source)
         {
             // `retry` goes by the latest request, and this one is taken off
@@ -49,7 +49,7 @@ impl JobRun {
                 .await?;
         }
         let (status, message) = outcome_message(ending.state, &ending.reason, record.request_id);
-        let asks = !matches!(request::asked_by(&image.tags), Asked::Nothing);
+        let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
         if record.is_reported() && asks && !cancelled && image_status::show(&image, status, 0, &message).is_empty() {
             // told already, which took the tag off: the tenant has asked again since
             return self.look_again().await;

@@ -18,7 +18,7 @@ use crate::openstack::{
     Cloud, Error, ErrorKind, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Result, Server,
     Store, Validation, Volume, VolumeSnapshot,
 };
-use crate::request::{self, Asked, Source};
+use crate::request::{self, Source, TagRequest};
 
 pub const TASK: &str = "os_glance_import_task";
 
@@ -86,8 +86,8 @@ impl Record {
     /// The request that the daemon which registered the location knew, and when it was made.
     fn posted_for(&self) -> Option<(Source, Instant)> {
         let tags = self.posted.as_ref().map(|image| image.tags.as_slice()).unwrap_or_default();
-        match request::asked_by(tags) {
-            Asked::For(source) if Some(source) != self.posted_request.map(|(source, _)| source) => {
+        match request::parse_request_tags(tags) {
+            TagRequest::Source(source) if Some(source) != self.posted_request.map(|(source, _)| source) => {
                 self.requests.iter().find(|(known, _)| *known == source).copied()
             }
             _ => self.posted_request,
@@ -197,7 +197,7 @@ fn check_published(world: &mut World, id: &str, pool: &str, name: &str) {
     if !rbd.snaps.iter().any(|s| s.name == "snap" && s.protected && s.content == content) {
         world.violated(format!("image {id} became active without a protected snapshot of its content"));
     }
-    if world.cloud.services.get(id).is_some_and(|service| !service.said_go) {
+    if world.cloud.services.get(id).is_some_and(|service| !service.has_commit_tag) {
         world.violated(format!("image {id} became active before the service that waits for it said go"));
     }
     let right =

@@ -20,7 +20,7 @@ use super::world::{Dice, Faults, Shared, World};
 use crate::config::Config;
 use crate::job::store::Store;
 use crate::openstack::{Image, Volume, VolumeSnapshot};
-use crate::request::{self, Asked};
+use crate::request::{self, TagRequest};
 
 const PROJECTS: [&str; 2] = ["blue", "green"];
 
@@ -131,9 +131,9 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             1..=4 => Some("raw".to_owned()),
             _ => None,
         };
-        let source = match request::asked_by(&tags) {
-            Asked::For(source) => Some(source),
-            _ => request::offered_by(&tags).map(|offer| offer.source),
+        let source = match request::parse_request_tags(&tags) {
+            TagRequest::Source(source) => Some(source),
+            _ => request::parse_offer_tag(&tags).map(|offer| offer.source),
         };
         let requested = tags.iter().any(|t| t.starts_with("rbd-offload:"));
         let image = Image {
@@ -260,7 +260,7 @@ impl Stage {
         if let Some(record) = world.cloud.images.get_mut(&image_id.to_string()) {
             record.image.tags.push(tag);
             record.asked = now;
-            if let Asked::For(source) = request::asked_by(&record.image.tags) {
+            if let TagRequest::Source(source) = request::parse_request_tags(&record.image.tags) {
                 record.asks_for(source, now);
             }
         }
@@ -314,7 +314,7 @@ impl Stage {
     }
 
     /// Events at the worst moment: while Glance works on a location, or just when a job ends.
-    async fn meddler(self, until: Instant) {
+    async fn inject_races(self, until: Instant) {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(50, 1_500));
             sleep(pause).await;
@@ -353,7 +353,7 @@ impl Stage {
     }
 
     /// What befalls the volumes and the services.
-    async fn weather(self, until: Instant) {
+    async fn inject_outages(self, until: Instant) {
         while Instant::now() < until {
             let pause = self.dice(|dice| dice.millis(500, 30_000));
             sleep(pause).await;
@@ -520,8 +520,8 @@ pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTr
     for image_id in services {
         tokio::spawn(stage.clone().service(image_id));
     }
-    tokio::spawn(stage.clone().weather(until));
-    tokio::spawn(stage.clone().meddler(until));
+    tokio::spawn(stage.clone().inject_outages(until));
+    tokio::spawn(stage.clone().inject_races(until));
     tokio::spawn(tenants::changes(stage.clone(), until));
     sleep(length).await;
     stage.calm();

@@ -617,7 +617,7 @@ fn a_cancelled_request_that_was_made_again_stays_cancelled() {
         Stage::change_image(image, |record| record.image.tags.push(tag))(&mut stage.world.lock());
         stage.ask().await;
         assert!(stage.stored().unwrap().signals.has(Signal::Rerequested));
-        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Asked));
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::TagRequest));
         let _second = stage.daemon("second", "clone");
         let job = stage.end().await;
         assert_eq!((job.state, stage.stored().unwrap().signals), (State::Declined, Signals::default()), "{job:#?}");
@@ -705,7 +705,7 @@ fn retry_after_a_cancel_goes_by_the_request_that_was_taken_off() {
         while !changed.load(Ordering::SeqCst) {
             sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Asked));
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::TagRequest));
         assert_eq!(stage.end().await.state, State::Cancelled);
         assert_eq!(stage.image().image.tags, ["mine"]);
         assert_eq!(stage.store.retry(image).await.unwrap(), Some(crate::job::store::Retried::Restarted));

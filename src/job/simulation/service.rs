@@ -19,7 +19,7 @@ const DOUBT: Duration = Duration::from_secs(300);
 /// Where the service's own call stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Service {
-    pub said_go: bool,
+    pub has_commit_tag: bool,
     /// It did not hear what came of its go, and did the work itself.
     pub doubted: bool,
     pub outcome: Option<Outcome>,
@@ -61,7 +61,8 @@ impl Stage {
     async fn wait(&self, id: &str) -> Outcome {
         let begun = Instant::now();
         let dies = self.dice(|dice| dice.percent(15).then(|| dice.millis(0, 60_000)));
-        let (mut last, mut moved, mut said_go): (Seen, Instant, Option<Instant>) = ([None, None, None], begun, None);
+        let (mut last, mut moved, mut has_commit_tag): (Seen, Instant, Option<Instant>) =
+            ([None, None, None], begun, None);
         let mut waiting = begun;
         loop {
             let pause = self.dice(|dice| if dice.percent(2) { dice.millis(0, 200_000) } else { dice.millis(300, 700) });
@@ -88,7 +89,7 @@ impl Stage {
             if matches!(status.as_deref(), Some("copying" | "publishing")) {
                 waiting = Instant::now();
             }
-            match said_go {
+            match has_commit_tag {
                 Some(when) if when.elapsed() > DOUBT && !image.properties.contains_key(cloud::TASK) => {
                     if let Some(service) = self.world.lock().cloud.services.get_mut(id) {
                         service.doubted = true;
@@ -103,8 +104,8 @@ impl Stage {
                 }
                 _ => {}
             }
-            if status.as_deref() == Some("publishing") && !request::said_go(&image.tags) {
-                said_go.get_or_insert_with(Instant::now);
+            if status.as_deref() == Some("publishing") && !request::has_commit_tag(&image.tags) {
+                has_commit_tag.get_or_insert_with(Instant::now);
                 self.say_go(id);
             }
         }
@@ -113,7 +114,7 @@ impl Stage {
     fn say_go(&self, id: &str) {
         let mut world = self.world.lock();
         if let Some(service) = world.cloud.services.get_mut(id) {
-            service.said_go = true;
+            service.has_commit_tag = true;
         }
         // another change of the record at the same moment takes it off again
         let lost = world.dice.percent(20);

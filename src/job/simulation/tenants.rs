@@ -66,7 +66,7 @@ fn change_tag(stage: &Stage, image_id: Uuid) {
         if let Some(record) = world.cloud.images.get_mut(&id) {
             record.image.tags.retain(|tag| !tag.starts_with(request::TAG_PREFIX));
             record.image.tags.push(tag);
-            if let request::Asked::For(source) = request::asked_by(&record.image.tags) {
+            if let request::TagRequest::Source(source) = request::parse_request_tags(&record.image.tags) {
                 record.asks_for(source, now);
             }
         }

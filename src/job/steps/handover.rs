@@ -20,7 +20,7 @@ use crate::request;
 const GO_WITHIN: Duration = Duration::from_secs(120);
 
 /// Pause between looks at the image record.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the image record says while the service is waited for.
 const PREPARED: &str = "the copy is complete and waits for the service that asked for it";
@@ -57,7 +57,7 @@ async fn await_go(job: &HeldJob, mut image: Image) -> StepResult<Image> {
         if image.status != "queued" {
             return other_writer();
         }
-        if request::said_go(&image.tags) {
+        if request::has_commit_tag(&image.tags) {
             job.update(|record| record.handover = Some(Bound::Committed)).await?;
             tracing::info!(image_id = %job.id, job_stage = "handover", "the service that waits said go");
             return Ok(image);
@@ -71,7 +71,7 @@ async fn await_go(job: &HeldJob, mut image: Image) -> StepResult<Image> {
         }
         let told = image_status::show(&image, Status::Publishing, 95, PREPARED).is_empty();
         image = if told {
-            sleep(LOOK_INTERVAL).await;
+            sleep(POLL_INTERVAL).await;
             job.read_image().await?
         } else {
             job.patch_status(image, Status::Publishing, 95, PREPARED).await?

@@ -9,7 +9,7 @@ use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::decline::Decline;
 use crate::openstack::Image;
-use crate::publish::{self, Name};
+use crate::publish::{self, RenameOutcome};
 
 pub struct Rename;
 
@@ -55,12 +55,12 @@ impl Step for Rename {
         job.before_visible_step().await?;
         job.will_make(Artifact::Published).await?;
         match publish::take_name(job.context.storage.as_ref(), &copy, &job.tag().await).await? {
-            Name::Ours => Ok(()),
-            Name::Taken => {
+            RenameOutcome::Renamed => Ok(()),
+            RenameOutcome::Taken => {
                 job.disown(Artifact::Published).await?;
                 other_writer()
             }
-            Name::Lost => {
+            RenameOutcome::Missing => {
                 job.begin_again().await?;
                 Err(StepError::Retry("the copy is gone, it is made again".into()))
             }
@@ -69,7 +69,7 @@ impl Step for Rename {
 
     async fn undo(&self, job: &HeldJob, record: &Record, _image: Option<&Image>) -> StepResult<()> {
         if let Some(pool) = record.dest_pool.as_ref().filter(|_| record.has(Artifact::Published)) {
-            publish::withdraw(job.context.storage.as_ref(), pool, &job.tag().await).await?;
+            publish::unpublish(job.context.storage.as_ref(), pool, &job.tag().await).await?;
         }
         Ok(())
     }

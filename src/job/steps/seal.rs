@@ -24,7 +24,7 @@ impl Step for Seal {
     async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
         let (storage, copy) = (job.context.storage.as_ref(), &attempt.copying()?.copy);
         let fault = match job.record().await.publish {
-            Publish::WhenCopied => publish::seal(storage, copy, &job.progress, &job.cancel).await?,
+            Publish::WhenCopied => publish::create_snap(storage, copy, &job.progress, &job.cancel).await?,
             Publish::AtOnce => publish::seal_clone(storage, copy).await?,
         };
         let Some(fault) = fault else { return Ok(()) };

@@ -11,7 +11,7 @@ use super::readable::{CHAIN_TRIES, chain_changes};
 use super::{Attempt, Step};
 use crate::ceph::{self, ErrorKind, ImageSpec, Moved};
 use crate::openstack::Image;
-use crate::transfer::{self, Method, Order};
+use crate::transfer::{self, Method, TransferRequest};
 
 pub struct Transfer;
 
@@ -83,7 +83,7 @@ async fn run(job: &HeldJob, method: Method, copying: &Copying) -> ceph::Result<M
     let (storage, from, copy) = (job.context.storage.as_ref(), &copying.source, &copying.copy);
     for _ in 0..CHAIN_TRIES {
         let before = from.readable(storage).await?;
-        let order = Order {
+        let order = TransferRequest {
             source: before.source.clone(),
             snapshot: before.snapshot.clone(),
             anchor: from.anchor.clone(),

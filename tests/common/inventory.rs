@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{disk, pause};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Census(BTreeSet<String>);
+pub struct ClusterInventory(BTreeSet<String>);
 
 /// What one census has and another has not.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -21,7 +21,7 @@ impl Difference {
     }
 }
 
-impl Census {
+impl ClusterInventory {
     pub async fn take() -> Self {
         Self(disk::census().await.into_iter().collect())
     }

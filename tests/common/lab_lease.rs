@@ -9,9 +9,9 @@ use futures::FutureExt;
 use tokio::sync::Notify;
 
 use super::broker::Broker;
-use super::census::Census;
 use super::daemon::{Daemon, Setup};
 use super::disk;
+use super::inventory::ClusterInventory;
 
 /// Configurations that tests share a daemon of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +56,12 @@ struct State {
 
 static STATE: Mutex<State> = Mutex::new(State { kind: None, users: 0, daemon: None });
 static LEFT: Notify = Notify::const_new();
-static BEFORE: tokio::sync::Mutex<Option<Census>> = tokio::sync::Mutex::const_new(None);
+static BEFORE: tokio::sync::Mutex<Option<ClusterInventory>> = tokio::sync::Mutex::const_new(None);
 /// Names of queues and namespaces that are to be removed.
 static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// A test's leave to use the lab.
-pub struct Stage(());
+pub struct LabLease(());
 
 fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -73,7 +73,7 @@ pub fn note(name: &str) {
 }
 
 /// With the others that want a daemon of this kind.
-pub async fn with(kind: Kind) -> (Stage, Arc<Daemon>) {
+pub async fn with(kind: Kind) -> (LabLease, Arc<Daemon>) {
     let stage = enter(Some(kind)).await;
     let daemon = Arc::clone(lock(&STATE).daemon.get_or_insert_with(|| Arc::new(kind.setup().spawn())));
     daemon.await_health(200).await;
@@ -81,11 +81,11 @@ pub async fn with(kind: Kind) -> (Stage, Arc<Daemon>) {
 }
 
 /// Without any other; daemons are the test's own.
-pub async fn alone() -> Stage {
+pub async fn alone() -> LabLease {
     enter(None).await
 }
 
-async fn enter(kind: Option<Kind>) -> Stage {
+async fn enter(kind: Option<Kind>) -> LabLease {
     loop {
         let left = LEFT.notified();
         tokio::pin!(left);
@@ -100,15 +100,15 @@ async fn enter(kind: Option<Kind>) -> Stage {
         }
         left.await;
     }
-    let stage = Stage(());
+    let stage = LabLease(());
     let mut before = BEFORE.lock().await;
     if before.is_none() {
-        *before = Some(Census::take().await);
+        *before = Some(ClusterInventory::take().await);
     }
     stage
 }
 
-impl Drop for Stage {
+impl Drop for LabLease {
     fn drop(&mut self) {
         let daemon = {
             let mut state = lock(&STATE);
@@ -151,7 +151,7 @@ async fn close(daemon: Option<Arc<Daemon>>) {
     let mut before = BEFORE.lock().await;
     let difference = before.as_ref().unwrap().difference().await;
     // told once
-    *before = Some(Census::take().await);
+    *before = Some(ClusterInventory::take().await);
     assert_eq!(leases, Vec::<String>::new(), "leases that were not given back");
     assert!(difference.is_nothing(), "the cluster is not as it was: {difference:#?}");
 }

@@ -13,12 +13,12 @@ enum State {
     Frozen,
 }
 
-pub struct Gate {
+pub struct TcpProxy {
     pub port: u16,
     state: watch::Sender<State>,
 }
 
-impl Gate {
+impl TcpProxy {
     /// An open way to this port.
     pub async fn to(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
