@@ -593,6 +593,12 @@ impl Record {
         (self.takeovers, self.takeover_progress) = (0, 0);
     }
 
+    /// At once: Glance has the location, and may make the image active: what is published stays.
+    pub fn keep_published(&mut self) {
+        self.sealed = true;
+        self.registration = self.registration.max(Registration::Posted);
+    }
+
     /// The published image, by its id: its name may change, or be gone.
     pub fn published_by_id(&self) -> Option<ImageSpec> {
         Some(ImageSpec::with_id(self.dest_pool.as_ref()?, &self.clone.as_ref()?.id))

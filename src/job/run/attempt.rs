@@ -1,6 +1,7 @@
 //! One attempt, from where the record stands: what the job is to do, and the plan for it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{JobRun, StepError, StepResult};
 use crate::ceph::{ImageSpec, TransferLimits};
@@ -9,7 +10,7 @@ use crate::decline::Decline;
 use crate::job::error::{decline, end};
 use crate::job::held::has_running_task;
 use crate::job::names::private_name;
-use crate::job::record::{Artifact, Handover, Outcome, Phase, Publication, Publish, SourceImage, State};
+use crate::job::record::{Artifact, Handover, Outcome, Phase, Publication, Publish, Record, SourceImage, State};
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::Image;
@@ -57,6 +58,15 @@ impl JobRun {
 
     /// Undoes what an attempt before this one made, and plans the job again.
     async fn start_over(&self, config: Arc<Config>) -> StepResult<Attempt> {
+        let record = self.job.record().await;
+        if record.publish == Publish::AtOnce && record.has(Artifact::Published) {
+            let image = self.job.read_image().await?;
+            if image.status != "queued" || has_running_task(&image) {
+                // Glance makes it active all the same, or has: what is published stays
+                self.job.update(Record::keep_published).await?;
+                return Err(StepError::Retry("Glance still works on the image".into()));
+            }
+        }
         self.undo_steps().await?;
         // the next plan may find another source, and nothing tells of this one then
         self.apply_at_end().await?;
@@ -71,12 +81,8 @@ impl JobRun {
             "the image is not published at once, but when it is copied");
         // stored first: another daemon that takes over does not try again
         self.job.update(|record| record.turn_to_when_copied(reason)).await?;
-        if self.job.record().await.has(Artifact::Published) {
-            let image = self.job.read_image().await?;
-            if image.status != "queued" || has_running_task(&image) {
-                return Err(StepError::Retry("Glance still works on the image".into()));
-            }
-        }
+        // a copy is to be made: it takes a place again
+        self.job.waits.store(false, Ordering::SeqCst);
         let config = self.job.context.config.borrow().clone();
         let mut attempt = self.start_over(config).await?;
         Ok(self.apply_steps(&mut attempt).await)

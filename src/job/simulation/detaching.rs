@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::at_once;
 use super::cloud;
+use super::cluster::FSID;
 use super::node::Daemon;
 use super::scripted::{Stage, config, play};
 use super::world::World;
@@ -192,6 +193,30 @@ fn where_glance_cannot_read_the_source_the_job_publishes_when_copied() {
         assert_eq!((job.state, job.publish), (State::Done, Publish::WhenCopied));
         assert!(job.fallback.is_some_and(|note| note.contains("at-once: Glance refused the location")));
         assert_eq!(posted.load(Ordering::SeqCst), 2);
+        is_whole(&stage);
+        stage.is_tidy();
+    });
+}
+
+/// Glance may fail a task after it has made the image active. What is published is then an active image's data.
+#[test]
+fn an_image_that_is_active_though_its_task_failed_keeps_its_data() {
+    play(|| async {
+        let stage = stage();
+        stage.world.lock().ceph.at_once.is_refused = true;
+        let id = stage.image.to_string();
+        stage.world.lock().script = Some(Box::new(move |world, call| {
+            let Some(record) = world.cloud.images.get_mut(&id) else { return };
+            let has_failed = record.tasks.iter().any(|task| task.status == "failure");
+            if has_failed && record.image.status == "queued" && call.starts_with("glance tasks") {
+                record.image.status = "active".into();
+                record.locations.push(format!("rbd://{FSID}/images/{id}/snap"));
+            }
+        }));
+        let _daemon = daemon(&stage, "one");
+        stage.ask().await;
+        let job = stage.end().await;
+        assert_eq!((job.state, job.publish), (State::Done, Publish::AtOnce));
         is_whole(&stage);
         stage.is_tidy();
     });
