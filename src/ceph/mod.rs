@@ -433,6 +433,10 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Moved>;
 
+    /// Whether nothing is left of the image of this id: no header, and no entry in the directory or in the trash. An
+    /// image that cannot be opened, since a parent of it is missing, is not gone.
+    async fn is_gone(&self, image: &ImageSpec) -> Result<bool>;
+
     /// Removes the data objects that [`fill_published`](Self::fill_published) or [`detach`](Self::detach) wrote after
     /// others had removed the image. Only when neither of them runs any more.
     /// `image` is its id, `objects` is how many objects it had (`size / object_size`, rounded up; more does no harm),

@@ -250,6 +250,19 @@ fn fill_holes(image: &Image, hidden: &Objects, inquiry: Inquiry<'_>) -> Result<(
     Ok(())
 }
 
+/// [`Storage::is_gone`](super::Storage::is_gone).
+pub(super) fn is_gone(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<bool> {
+    let operation = format!("look whether {spec} is gone");
+    let ImageKey::Id(id) = &spec.image else {
+        return Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id"));
+    };
+    let io = IoCtx::open(cluster, &spec.pool)?;
+    let is_there = has_header(&io, id, &operation)?
+        || rbd::name_in_directory(&io, id, &operation)?.is_some()
+        || find_in_trash(&io, spec)?.is_some();
+    Ok(!is_there)
+}
+
 /// [`Storage::sweep_objects`](super::Storage::sweep_objects).
 pub(super) fn sweep_objects(
     cluster: &Arc<Cluster>,
@@ -264,11 +277,7 @@ pub(super) fn sweep_objects(
         return Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id"));
     };
     let io = IoCtx::open(cluster, &spec.pool)?;
-    let is_there = Image::open(cluster, spec, Access::ReadOnly)?.is_some()
-        || has_header(&io, id, &operation)?
-        || rbd::name_in_directory(&io, id, &operation)?.is_some()
-        || find_in_trash(&io, spec)?.is_some();
-    if is_there {
+    if !is_gone(cluster, spec)? {
         return Err(Error::new(operation, ErrorKind::Exists, "the image is there"));
     }
     let data_pool = data_pool.map(|pool| IoCtx::open(cluster, pool)).transpose()?;

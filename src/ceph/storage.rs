@@ -14,7 +14,7 @@ use super::fill::{FillFault, fill, has_unknown_holes, sparsify_flattened};
 use super::layers::{Inquiry, Missing};
 use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
-use super::published::{check_rule, detach, fill_published, sweep_objects};
+use super::published::{check_rule, detach, fill_published, is_gone, sweep_objects};
 use super::rbd::{self, Access, Image, Options};
 use super::{
     Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
@@ -255,6 +255,11 @@ impl Storage for Client {
             detach(cluster, &spec, &limits, (progress, cancel))
         })
         .await
+    }
+
+    async fn is_gone(&self, image: &ImageSpec) -> Result<bool> {
+        let spec = image.clone();
+        self.run(format!("look whether {image} is gone"), move |cluster| is_gone(cluster, &spec)).await
     }
 
     async fn sweep_objects(

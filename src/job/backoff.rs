@@ -30,8 +30,9 @@ pub fn pause_of(record: &Record) -> Duration {
 }
 
 /// Whether a pause is over. A time that lies further ahead than any pause was written by a clock that is wrong.
-pub fn is_due(not_before: Option<Timestamp>, now: Timestamp) -> bool {
-    let longest = SignedDuration::try_from(DETACH_MAX * 2).unwrap_or(SignedDuration::MAX);
+pub fn is_due(not_before: Option<Timestamp>, now: Timestamp, is_detaching: bool) -> bool {
+    let longest = if is_detaching { DETACH_MAX } else { BACKOFF_MAX };
+    let longest = SignedDuration::try_from(longest * 2).unwrap_or(SignedDuration::MAX);
     not_before.is_none_or(|time| time <= now || time.duration_since(now) > longest)
 }
 
@@ -72,9 +73,9 @@ mod tests {
     fn far_future_not_before_is_ignored() {
         let now = Timestamp::now();
         let ahead = |seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok();
-        assert!(is_due(None, now));
-        assert!(is_due(ahead(-1), now));
-        assert!(!is_due(ahead(30), now));
-        assert!(is_due(ahead(3600), now));
+        assert!(is_due(None, now, false));
+        assert!(is_due(ahead(-1), now, false));
+        assert!(!is_due(ahead(30), now, false));
+        assert!(is_due(ahead(3600), now, false));
     }
 }

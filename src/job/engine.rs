@@ -20,6 +20,7 @@ use super::backoff::is_due;
 use super::context::Context;
 use super::daemons::{self, Entry, HEARTBEAT};
 use super::lease::Lease;
+use super::record::State;
 use super::run::{Acknowledged, JobRun, RunResult};
 use super::slots::PoolSlots;
 use super::store::{Error, Summary};
@@ -98,6 +99,8 @@ struct Load {
     suspect: bool,
     /// Jobs behind an active image. The others do not count them.
     detaching: usize,
+    /// The same as `suspect`, of those.
+    detaching_suspect: bool,
 }
 
 impl Load {
@@ -129,7 +132,7 @@ impl Load {
             .iter()
             .enumerate()
             .filter(|_| self.detaching < max_detach)
-            .filter(|(_, (_, summary))| !(self.suspect && summary.suspect))
+            .filter(|(_, (_, summary))| !(self.detaching_suspect && summary.suspect))
             .min_by_key(|(_, (id, summary))| (summary.detaching, *id))
             .map(|(index, _)| index)?;
         Some(detaching.swap_remove(oldest))
@@ -343,7 +346,11 @@ impl Engine {
             .filter(|(_, summary)| {
                 let is_others = summary.grace_by.is_some_and(|by| by != self.context.identity.instance);
                 let patience = if is_others { GRACE_PATIENCE } else { SignedDuration::ZERO };
-                is_due(summary.not_before.and_then(|time| time.checked_add(patience).ok()), now)
+                is_due(
+                    summary.not_before.and_then(|time| time.checked_add(patience).ok()),
+                    now,
+                    summary.detaching.is_some(),
+                )
             })
             .collect()
     }
@@ -351,11 +358,12 @@ impl Engine {
     fn load(&self) -> Load {
         let mut load = Load::default();
         for job in lock(&self.running).values() {
-            load.suspect |= job.suspect;
             if job.detaches {
                 load.detaching += 1;
+                load.detaching_suspect |= job.suspect;
                 continue;
             }
+            load.suspect |= job.suspect;
             load.jobs += 1;
             if !job.waits.load(Ordering::SeqCst) {
                 load.copying += 1;
@@ -407,7 +415,9 @@ impl Engine {
             self.context.store.index(&stored).await?;
             return Ok(None);
         }
-        if !stored.is_urgent() && !is_due(stored.record.not_before, self.context.clock.now()) {
+        if !stored.is_urgent()
+            && !is_due(stored.record.not_before, self.context.clock.now(), stored.record.state == State::Detaching)
+        {
             lease.release(objects.as_ref()).await;
             self.context.store.index(&stored).await?;
             return Ok(None);

@@ -7,8 +7,9 @@ use jiff::SignedDuration;
 
 use super::outcome::CountsAttempt;
 use super::{JobRun, RunResult, StepResult};
+use crate::ceph::Change;
 use crate::job::backoff::BACKOFF_MAX;
-use crate::job::record::{Outcome, Phase, State};
+use crate::job::record::{Outcome, Phase, Publish, Registration, State};
 use crate::job::signal::Signal;
 
 impl JobRun {
@@ -38,7 +39,24 @@ impl JobRun {
     /// Whether the published image is gone: Glance removes its data before its record. In the trash it is not gone.
     pub(super) async fn is_image_gone(&self) -> StepResult<bool> {
         let Some(image) = self.job.record().await.published_by_id() else { return Ok(false) };
-        Ok(self.job.context.storage.image(&image, None).await?.is_none())
+        Ok(self.job.context.storage.is_gone(&image).await?)
+    }
+
+    /// Whether the image was active and was deleted before the record said so, and Glance has moved it to the trash since
+    /// it has clones: they read from it, and it reads from the source.
+    pub(super) async fn has_clones_in_trash(&self) -> StepResult<bool> {
+        let record = self.job.record().await;
+        let was_posted = record.publish == Publish::AtOnce && record.registration >= Registration::Posted;
+        let Some(image) = record.published_by_id().filter(|_| was_posted && record.state == State::Publishing) else {
+            return Ok(false);
+        };
+        let storage = self.job.context.storage.as_ref();
+        if !storage.in_trash(&image).await? {
+            return Ok(false);
+        }
+        // one without clones was being removed
+        self.job.renew_lease().await?;
+        Ok(storage.purge(&image).await? == Change::AlreadyThere && storage.image(&image, None).await?.is_some())
     }
 
     pub(super) async fn is_deletion_noted(&self) -> bool {

@@ -256,6 +256,11 @@ impl JobRun {
         if let Some(state) = self.became_active_anyway(image.as_ref()).await? {
             return Ok(state);
         }
+        if image.is_none() && self.has_clones_in_trash().await? {
+            self.job.update(|record| record.outcome = None).await?;
+            self.enter_detaching().await?;
+            return Err(StepError::Later(Duration::ZERO));
+        }
         // those that make nothing may have to wait for a service
         self.undo(image.as_ref(), |step| step.makes().is_none()).await?;
         self.job.before_visible_step().await?;

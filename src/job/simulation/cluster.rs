@@ -780,6 +780,10 @@ impl Storage for Handle {
         self.detach_image(image, progress, cancel).await
     }
 
+    async fn is_gone(&self, image: &ImageSpec) -> Result<bool> {
+        self.ceph(Kind::Read, || format!("is {image} gone"), |world| Ok(world.ceph.find(image).is_none())).await
+    }
+
     async fn sweep_objects(
         &self,
         image: &ImageSpec,

@@ -254,6 +254,10 @@ impl Storage for Lasting {
         .await
     }
 
+    async fn is_gone(&self, image: &ImageSpec) -> ceph::Result<bool> {
+        self.0.is_gone(image).await
+    }
+
     async fn sweep_objects(
         &self,
         image: &ImageSpec,

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use super::super::error::{StepError, StepResult};
 use super::super::held::HeldJob;
 use super::super::names::{anchor_name, private_name};
-use super::super::record::{Artifact, Phase, Record};
+use super::super::record::{Artifact, Phase, Publish, Record};
 use super::free_name::{check_free, in_the_way};
 use super::{Attempt, Step};
 use crate::ceph::{ErrorKind, ImageSpec};
@@ -60,7 +60,10 @@ impl Step for Anchor {
             Err(error) if transfer::is_for_another_method(&error) => {
                 // what there is of it would be in the way of the next method
                 storage.remove_image(&anchor).await?;
-                Err(StepError::NextMethod(Some(error)))
+                match job.record().await.publish {
+                    Publish::AtOnce => Err(StepError::WhenCopied(format!("the source cannot be cloned: {error}"))),
+                    Publish::WhenCopied => Err(StepError::NextMethod(Some(error))),
+                }
             }
             Err(error) if error.kind() == ErrorKind::Exists => {
                 job.disown(Artifact::Anchor).await?;

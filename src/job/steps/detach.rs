@@ -9,6 +9,7 @@ use super::super::record::{Detached, Phase, Record};
 use super::compare::{compare, extent};
 use super::detaching::{depends_on_source, limits, published, source};
 use super::{Attempt, Step};
+use crate::ceph::ErrorKind;
 use crate::publish;
 use crate::transfer::Method;
 
@@ -63,7 +64,16 @@ impl Step for Detach {
 async fn verify(job: &HeldJob, attempt: &Attempt, record: &Record, method: Method) -> StepResult<()> {
     let (Some(from), Some(extent)) = (source(record), extent(&attempt.config, record)) else { return Ok(()) };
     let image = published(record)?;
-    let Some(offset) = compare(job, &from, &image, extent).await? else { return Ok(()) };
+    let offset = match compare(job, &from, &image, extent).await {
+        // without an anchor Cinder flattens the image itself, and deletes the snapshot that it was made from
+        Err(error) if error.kind() == ErrorKind::NotFound && from.anchor.is_none() => {
+            tracing::warn!(image_id = %job.id, job_stage = "verify", %error,
+                "the source was deleted: the copy cannot be compared with it");
+            return Ok(());
+        }
+        offset => offset?,
+    };
+    let Some(offset) = offset else { return Ok(()) };
     metrics::counter!("rbd_offload_verify_failures_total").increment(1);
     tracing::error!(image_id = %job.id, job_stage = "verify", offset, copy = %image, method = method.as_str(),
         "the copy differs from its source");

@@ -155,7 +155,10 @@ async fn post_location(job: &HeldJob, image: &Image, pool: &str) -> StepResult<(
 /// from that pool for a while.
 async fn refused_at_once<T>(job: &HeldJob, reason: &str) -> StepResult<T> {
     let record = job.record().await;
-    if let Some(source) = &record.source_image {
+    let image = job.read_image().await?;
+    // the tenant's own change of the format is refused too, and says nothing about the pool
+    let is_unchanged = image_status::is_raw_and_bare(&image);
+    if let Some(source) = record.source_image.as_ref().filter(|_| is_unchanged) {
         let pool = &source.pool;
         job.context.refusals.note(pool);
         tracing::error!(image_id = %job.id, job_stage = "register", reason,
