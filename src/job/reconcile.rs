@@ -634,7 +634,7 @@ impl Reconciler {
                 let Some(tag) = tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)) else {
                     continue;
                 };
-                if !self.is_done(image_id).await && !self.adopt_active(&image, &tag, findings).await? {
+                if !self.is_done(image_id).await && !self.is_adopted(&image, &tag, findings).await {
                     let tag = Some(tag);
                     found.push(Leftover { image_id, kind: Kind::Published, image, tag });
                 }
@@ -647,6 +647,18 @@ impl Reconciler {
         }
         self.next_sweep = Instant::now() + sweep.begun.elapsed() * SWEEP_REST;
         Ok(())
+    }
+
+    /// Whether the image is an active one's data, and no leftover. One of which that cannot be told is none either.
+    async fn is_adopted(&self, image: &ImageSpec, tag: &OwnershipTag, findings: &mut Findings) -> bool {
+        match self.adopt_active(image, tag, findings).await {
+            Ok(is_active) => is_active,
+            Err(error) => {
+                tracing::warn!(image_id = %tag.image_id, %image, %error,
+                    "it cannot be told whether this is an active image's data; left alone, the next sweep looks again");
+                true
+            }
+        }
     }
 
     /// An image that bears our tag and is active depends on its source. Where its record was lost, it is made again.
