@@ -125,8 +125,12 @@ impl HeldJob {
                         None => return Err(StepError::Abandon("its record is gone".into())),
                     }
                 }
+                // this process stood still: another daemon may own the job by now
+                Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::TimedOut && self.lease.is_over() => {
+                    return Err(StepError::LeaseLost);
+                }
                 // carried out or not: the version of the record tells
-                Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::TimedOut && !self.lease.is_over() => {
+                Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::TimedOut => {
                     tokio::time::sleep(UPDATE_PAUSE).await;
                     match self.context.store.load(self.id).await {
                         Ok(Some(now)) => *stored = now,
