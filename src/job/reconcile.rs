@@ -51,7 +51,7 @@ const HEADERS_AT_A_TIME: usize = 2_000;
 /// How long a thing without a job is given before it is looked at again and removed: its job may be just beginning.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A sweep over all headers is not begun again before this many times its own duration has passed.
+/// A sweep over all headers is not begun again before this many times the time that it spent reading has passed.
 const SWEEP_REST: u32 = 4;
 
 /// The longest that a part may take when it does not end by itself.
@@ -121,7 +121,8 @@ impl Part {
 
 /// A sweep over the headers of all images, page by page.
 struct Sweep {
-    begun: Instant,
+    /// Spent in reading, without the waits before removals.
+    reading: Duration,
     /// Pools still to be looked at; the first one from the cursor on.
     pools: Vec<String>,
     after: Option<String>,
@@ -595,14 +596,14 @@ impl Reconciler {
         let mut sweep = match self.sweep.take() {
             Some(sweep) => sweep,
             None if Instant::now() < self.next_sweep => return Ok(()),
-            None => Sweep { begun: Instant::now(), pools: self.pools(), after: None },
+            None => Sweep { reading: Duration::ZERO, pools: self.pools(), after: None },
         };
         while let Some(pool) = sweep.pools.first().cloned() {
             if Instant::now() >= until {
                 self.sweep = Some(sweep);
                 return Ok(());
             }
-            let after = sweep.after.take();
+            let (after, begun) = (sweep.after.take(), Instant::now());
             let page = self
                 .storage
                 .snapshots(&pool, PRIVATE_PREFIX, HEADERS_PER_SECOND, after.as_deref(), HEADERS_AT_A_TIME)
@@ -643,9 +644,10 @@ impl Reconciler {
                 Some(next) => sweep.after = Some(next),
                 None => drop(sweep.pools.remove(0)),
             }
+            sweep.reading += begun.elapsed();
             self.remove_orphans(found, findings, until).await?;
         }
-        self.next_sweep = Instant::now() + sweep.begun.elapsed() * SWEEP_REST;
+        self.next_sweep = Instant::now() + sweep.reading * SWEEP_REST;
         Ok(())
     }
 
