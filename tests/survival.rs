@@ -565,7 +565,8 @@ async fn the_limit_of_all_images_of_a_project_holds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
     let _lab = lab_lease::alone().await;
-    let tenant = Tenant::with_long_volume(48).await;
+    // its copy takes 48 s, and the removals up to 20
+    let tenant = Tenant::with_long_volume(144).await;
     let volume = &tenant.volumes[0].0;
     let (setup, _conf) = slow("copy");
     let daemon = setup.set("offload", "reconcile_interval", "2s").start().await;
