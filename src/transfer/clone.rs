@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use super::{Transfer, TransferRequest, clone_marked, clone_unsupported_reason};
-use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
+use crate::ceph::{self, Features, ImageInfo, Moved, Progress, Storage};
 
 pub struct CloneFlatten;
 
@@ -18,11 +18,11 @@ impl Transfer for CloneFlatten {
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &TransferRequest,
+        request: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
-        clone_marked(storage, order).await?;
-        storage.flatten(&order.destination, progress, cancel).await
+        clone_marked(storage, request, Features::PUBLISHED).await?;
+        storage.flatten(&request.destination, progress, cancel).await
     }
 }

@@ -18,12 +18,12 @@ impl Transfer for RbdCopy {
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &TransferRequest,
+        request: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
-        storage.create_like(&order.source, &order.snapshot, &order.destination).await?;
-        storage.set_metadata(&order.destination, MARK, &order.mark).await?;
-        storage.copy(&order.source, &order.snapshot, &order.destination, &order.limits, progress, cancel).await
+        storage.create_like(&request.source, &request.snapshot, &request.destination).await?;
+        storage.set_metadata(&request.destination, MARK, &request.mark).await?;
+        storage.copy(&request.source, &request.snapshot, &request.destination, &request.limits, progress, cancel).await
     }
 }

@@ -81,7 +81,7 @@ pub trait Transfer: Send + Sync {
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &TransferRequest,
+        request: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved>;
@@ -128,11 +128,13 @@ fn clone_unsupported_reason(source: &ImageInfo) -> Option<String> {
     None
 }
 
-async fn clone_marked(storage: &dyn Storage, order: &TransferRequest) -> ceph::Result<()> {
+/// Clones the anchor, or the source where there is none, with these features. The clone has the ownership tag and no
+/// other metadata.
+pub async fn clone_marked(storage: &dyn Storage, request: &TransferRequest, features: Features) -> ceph::Result<()> {
     let (parent, snapshot) =
-        order.anchor.as_ref().map_or((&order.source, &order.snapshot), |(image, snapshot)| (image, snapshot));
-    storage.clone_image(parent, snapshot, &order.destination, Features::PUBLISHED).await?;
-    storage.replace_metadata(&order.destination, &[(MARK.to_owned(), order.mark.clone())]).await
+        request.anchor.as_ref().map_or((&request.source, &request.snapshot), |(image, snapshot)| (image, snapshot));
+    storage.clone_image(parent, snapshot, &request.destination, features).await?;
+    storage.replace_metadata(&request.destination, &[(MARK.to_owned(), request.mark.clone())]).await
 }
 
 #[cfg(test)]

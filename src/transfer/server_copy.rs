@@ -21,18 +21,19 @@ impl Transfer for ServerCopy {
     async fn run(
         &self,
         storage: &dyn Storage,
-        order: &TransferRequest,
+        request: &TransferRequest,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
-        clone_marked(storage, order).await?;
-        let fill =
-            storage.fill(&order.source, &order.snapshot, &order.destination, &order.limits, progress, cancel).await;
+        clone_marked(storage, request, Features::PUBLISHED).await?;
+        let fill = storage
+            .fill(&request.source, &request.snapshot, &request.destination, &request.limits, progress, cancel)
+            .await;
         let filled = match fill {
             Ok(moved) => moved,
             // it broke off: what there is of it is right, and the flatten does the rest, or says what is wrong
             Err(error) if matches!(error.kind(), ErrorKind::Other | ErrorKind::TimedOut) => {
-                tracing::warn!(image = %order.destination, %error, "the OSDs' copy broke off; this host copies the rest");
+                tracing::warn!(image = %request.destination, %error, "the OSDs' copy broke off; this host copies the rest");
                 Moved::default()
             }
             Err(error) => return Err(error),
@@ -40,7 +41,7 @@ impl Transfer for ServerCopy {
         // what is shown goes to the end once: with the fill, where that had something to do
         let unseen = progress.beside();
         let shown = if filled.objects > 0 { &unseen } else { progress };
-        let flattened = storage.flatten(&order.destination, shown, cancel).await?;
+        let flattened = storage.flatten(&request.destination, shown, cancel).await?;
         Ok(Moved {
             bytes: filled.bytes + flattened.bytes,
             through_host: filled.through_host + flattened.through_host,

@@ -10,7 +10,8 @@ use crate::ceph::{ImageSpec, TransferLimits};
 use crate::config::Config;
 use crate::openstack::Image;
 use crate::plan::Plan;
-use crate::transfer::Method;
+use crate::publish::tag::OwnershipTag;
+use crate::transfer::{Method, TransferRequest};
 
 pub(in super::super) struct Attempt {
     pub config: Arc<Config>,
@@ -32,6 +33,20 @@ pub(in super::super) struct Copying {
     pub limits: TransferLimits,
     /// The job's place among those that write to its destination pool.
     pub slot: PoolSlot,
+}
+
+impl Copying {
+    /// What is to be brought where, with this ownership tag.
+    pub fn request(&self, tag: OwnershipTag) -> TransferRequest {
+        TransferRequest {
+            source: self.source.source.clone(),
+            snapshot: self.source.snapshot.clone(),
+            anchor: self.source.anchor.clone(),
+            destination: self.copy.clone(),
+            mark: tag.to_string(),
+            limits: self.limits.clone(),
+        }
+    }
 }
 
 impl Attempt {

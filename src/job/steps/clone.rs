@@ -37,17 +37,11 @@ impl Step for Clone {
 
     async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
         let copying = attempt.copying()?;
-        let (storage, from, copy) = (job.context.storage.as_ref(), &copying.source, &copying.copy);
-        let (parent, snapshot) =
-            from.anchor.as_ref().map_or((&from.source, &from.snapshot), |(anchor, snapshot)| (anchor, snapshot));
+        let (storage, copy) = (job.context.storage.as_ref(), &copying.copy);
         job.will_make(Artifact::Copy).await?;
-        let mark = [(transfer::MARK.to_owned(), job.tag().await.to_string())];
-        let made = async {
-            // a client that opens the image before its objects are there must find no object map
-            storage.clone_image(parent, snapshot, copy, Features::WITHOUT_MAPS).await?;
-            storage.replace_metadata(copy, &mark).await
-        };
-        match made.await {
+        let request = copying.request(job.tag().await);
+        // a client that opens the image before its objects are there must find no object map
+        match transfer::clone_marked(storage, &request, Features::WITHOUT_MAPS).await {
             Ok(()) => {}
             Err(error) if transfer::is_for_another_method(&error) => {
                 return Err(StepError::WhenCopied(format!("the source cannot be cloned: {error}")));

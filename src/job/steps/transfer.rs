@@ -83,19 +83,16 @@ async fn run(job: &HeldJob, method: Method, copying: &Copying) -> ceph::Result<M
     let (storage, from, copy) = (job.context.storage.as_ref(), &copying.source, &copying.copy);
     for _ in 0..CHAIN_TRIES {
         let before = from.readable(storage).await?;
-        let order = TransferRequest {
+        let request = TransferRequest {
             source: before.source.clone(),
             snapshot: before.snapshot.clone(),
-            anchor: from.anchor.clone(),
-            destination: copy.clone(),
-            mark: job.tag().await.to_string(),
-            limits: copying.limits.clone(),
+            ..copying.request(job.tag().await)
         };
-        let result = method.transfer().run(storage, &order, &job.progress, &job.cancel).await;
+        let result = method.transfer().run(storage, &request, &job.progress, &job.cancel).await;
         if from.is_unchanged(storage, &before, &result).await? {
             return result;
         }
-        tracing::warn!(image_id = %job.id, job_stage = "transfer", source = %order.source,
+        tracing::warn!(image_id = %job.id, job_stage = "transfer", source = %request.source,
             "a parent of the source was cut off during the copy; the copy is made again");
         storage.remove_image(copy).await?;
     }
