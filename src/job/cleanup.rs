@@ -17,7 +17,7 @@ use super::engine::Engine;
 use super::names::private_name;
 use super::record::Record;
 use crate::ceph::{self, Change, ErrorKind, ImageKey, ImageSpec, Storage};
-use crate::openstack;
+use crate::openstack::{self, VolumeDeletion};
 use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Source};
 
@@ -313,11 +313,12 @@ impl Cleaner {
         let trash = self.storage.trash(&image.pool).await?;
         let Some(trashed) = trash.into_iter().find(|trashed| trashed.id == *id) else { return Ok(true) };
         let Some(volume) = self.volume_of(image_id, image, &trashed.name).await? else { return Ok(true) };
-        let status = self.context().cloud.volume(&volume.to_string()).await?.map(|volume| volume.status);
-        match status.as_deref() {
-            None | Some("deleted") => {}
-            Some("deleting") => return Ok(false),
-            Some(status) => {
+        let found = self.context().cloud.volume(&volume.to_string()).await?;
+        match VolumeDeletion::of(found.as_ref()) {
+            VolumeDeletion::Done => {}
+            VolumeDeletion::UnderWay => return Ok(false),
+            VolumeDeletion::No => {
+                let status = found.map(|volume| volume.status);
                 tracing::warn!(%image_id, %volume, status, source = %image,
                     "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
                 return Ok(true);

@@ -189,6 +189,26 @@ pub struct Volume {
     pub image_metadata: BTreeMap<String, String>,
 }
 
+/// How far Cinder is with the deletion of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeDeletion {
+    /// Cinder keeps the volume.
+    No,
+    UnderWay,
+    Done,
+}
+
+impl VolumeDeletion {
+    /// By what Cinder answered; `None`: it has no such volume.
+    pub fn of(volume: Option<&Volume>) -> Self {
+        match volume.map(|volume| volume.status.as_str()) {
+            None | Some("deleted") => Self::Done,
+            Some("deleting") => Self::UnderWay,
+            Some(_) => Self::No,
+        }
+    }
+}
+
 /// A Cinder snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct VolumeSnapshot {

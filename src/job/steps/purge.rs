@@ -10,6 +10,7 @@ use super::super::held::HeldJob;
 use super::super::record::Phase;
 use super::{Attempt, Step};
 use crate::ceph::{Change, ImageSpec};
+use crate::openstack::VolumeDeletion;
 use crate::request::Source;
 
 /// How long Cinder usually takes to delete a volume once its disk is in the trash, and the pause between looks.
@@ -45,15 +46,16 @@ impl Step for Purge {
         }
         let started = Instant::now();
         loop {
-            let status = job.context.cloud.volume(&id.to_string()).await?.map(|volume| volume.status);
-            match status.as_deref() {
-                None | Some("deleted") => break,
+            let volume = job.context.cloud.volume(&id.to_string()).await?;
+            match VolumeDeletion::of(volume.as_ref()) {
+                VolumeDeletion::Done => break,
                 // between the move to the trash and the end of the volume
-                Some("deleting") if started.elapsed() < DELETED_WITHIN => sleep(DELETING_INTERVAL).await,
-                Some("deleting") if record.attempts < job.patience() => {
+                VolumeDeletion::UnderWay if started.elapsed() < DELETED_WITHIN => sleep(DELETING_INTERVAL).await,
+                VolumeDeletion::UnderWay if record.attempts < job.patience() => {
                     return Err(StepError::Retry(format!("Cinder is still deleting volume {id}")));
                 }
-                Some(status) => {
+                VolumeDeletion::UnderWay | VolumeDeletion::No => {
+                    let status = volume.map(|volume| volume.status);
                     tracing::warn!(image_id = %job.id, volume = %id, status, source = %source,
                         "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
                     return Ok(());
