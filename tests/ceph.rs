@@ -2354,13 +2354,19 @@ snap('volumes2', NAME + '-base', 'b')
 clone('volumes2', NAME + '-base', 'b', 'volumes', NAME + '-volume', order=16)
 write('volumes', NAME + '-volume', 2 * M, 3 * M, 2); discard('volumes', NAME + '-volume', 6 * M, M)";
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_image_with_an_object_map_is_neither_filled_nor_detached() {
-    let lab = Lab::new();
+/// That volume with the snapshot `s`, which is protected.
+async fn with_many_objects(lab: &Lab) -> (Client, ImageSpec) {
     let client = lab.client().await;
     lab.python(MANY_OBJECTS);
     let source = lab.volume();
     snapshotted(&client, &source).await;
+    (client, source)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_an_object_map_is_neither_filled_nor_detached() {
+    let lab = Lab::new();
+    let (client, source) = with_many_objects(&lab).await;
     let early = Early::publish(&client, &source, &lab.name, Features::PUBLISHED).await;
     let never = CancellationToken::new();
     let filled = early.fill(&client, &Mutex::new(FillState::default()), &no_limits(), &never).await.unwrap_err();
@@ -2389,10 +2395,7 @@ async fn an_image_with_an_object_map_is_neither_filled_nor_detached() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_detach_that_broke_off_anywhere_is_finished() {
     let lab = Lab::new();
-    let client = lab.client().await;
-    lab.python(MANY_OBJECTS);
-    let source = lab.volume();
-    snapshotted(&client, &source).await;
+    let (client, source) = with_many_objects(&lab).await;
     let expected = lab.data(&source, Some("s"));
     let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
     // a guest has a child open throughout: the image is never alone
@@ -2506,10 +2509,7 @@ rbd.RBD().remove(io('images'), NAME + '-zimage')";
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_is_deleted_during_the_fill_leaves_no_object() {
     let lab = Lab::new();
-    let client = lab.client().await;
-    lab.python(MANY_OBJECTS);
-    let source = lab.volume();
-    snapshotted(&client, &source).await;
+    let (client, source) = with_many_objects(&lab).await;
     let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let unlimited = no_limits();
@@ -2583,10 +2583,7 @@ with rbd.Image(io('images'), NAME + '-{name}') as image: print(image.id(), image
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_in_the_trash_is_filled_and_detached_by_its_id() {
     let lab = Lab::new();
-    let client = lab.client().await;
-    lab.python(MANY_OBJECTS);
-    let source = lab.volume();
-    snapshotted(&client, &source).await;
+    let (client, source) = with_many_objects(&lab).await;
     let expected = lab.data(&source, Some("s"));
     let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
     lab.python(
@@ -2652,10 +2649,7 @@ rbd.RBD().remove(io('volumes'), NAME + '-volume')";
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_goes_on_from_the_anchor_when_the_source_is_deleted() {
     let lab = Lab::new();
-    let client = lab.client().await;
-    lab.python(MANY_OBJECTS);
-    let source = lab.volume();
-    snapshotted(&client, &source).await;
+    let (client, source) = with_many_objects(&lab).await;
     let expected = lab.data(&source, Some("s"));
     let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
     let (state, never) = (Mutex::new(FillState::default()), CancellationToken::new());

@@ -5,7 +5,6 @@
 //! not exist, the client reads the parent without asking the OSDs, for as long as it has the image open. Clients that
 //! open an image read-only set no watch, so nothing tells them of new objects. Once the source's snapshot is removed,
 //! they read zeros. Without a map every client asks the OSDs for every object, and finds it as soon as it is there.
-
 //!
 //! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]):
 //! [`fill_published`] copies, [`detach`] cuts the parent off, and only then makes the maps.
@@ -253,14 +252,21 @@ fn fill_holes(image: &Image, hidden: &Objects, inquiry: Inquiry<'_>) -> Result<(
 /// [`Storage::is_gone`](super::Storage::is_gone).
 pub(super) fn is_gone(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<bool> {
     let operation = format!("look whether {spec} is gone");
-    let ImageKey::Id(id) = &spec.image else {
-        return Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id"));
-    };
-    let io = IoCtx::open(cluster, &spec.pool)?;
-    let is_there = has_header(&io, id, &operation)?
-        || rbd::name_in_directory(&io, id, &operation)?.is_some()
-        || find_in_trash(&io, spec)?.is_some();
+    is_gone_from(&IoCtx::open(cluster, &spec.pool)?, spec, id_of(spec, &operation)?, &operation)
+}
+
+fn is_gone_from(io: &IoCtx, spec: &ImageSpec, id: &str, operation: &str) -> Result<bool> {
+    let is_there = has_header(io, id, operation)?
+        || rbd::name_in_directory(io, id, operation)?.is_some()
+        || find_in_trash(io, spec)?.is_some();
     Ok(!is_there)
+}
+
+fn id_of<'a>(spec: &'a ImageSpec, operation: &str) -> Result<&'a str> {
+    match &spec.image {
+        ImageKey::Id(id) => Ok(id),
+        ImageKey::Name(_) => Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id")),
+    }
 }
 
 /// [`Storage::sweep_objects`](super::Storage::sweep_objects).
@@ -273,11 +279,8 @@ pub(super) fn sweep_objects(
     (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<u64> {
     let operation = format!("sweep the objects of {spec}");
-    let ImageKey::Id(id) = &spec.image else {
-        return Err(Error::new(operation, ErrorKind::Unsupported, "the image is not given by its id"));
-    };
-    let io = IoCtx::open(cluster, &spec.pool)?;
-    if !is_gone(cluster, spec)? {
+    let (id, io) = (id_of(spec, &operation)?, IoCtx::open(cluster, &spec.pool)?);
+    if !is_gone_from(&io, spec, id, &operation)? {
         return Err(Error::new(operation, ErrorKind::Exists, "the image is there"));
     }
     let data_pool = data_pool.map(|pool| IoCtx::open(cluster, pool)).transpose()?;
