@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method, Publish};
 use crate::decline::Decline;
-use crate::openstack::{self, Cloud, Image, Server, Store, Volume};
+use crate::openstack::{self, Cloud, Image, Server, Store, Volume, VolumeSnapshot};
 use crate::request::{self, Offer, PROPERTY_PREFIX, Source, TagRequest, Trigger};
 
 /// Image attributes that Cinder keeps among a volume's image metadata; they are no properties of the new image.
@@ -209,8 +209,7 @@ pub async fn build(
     // a service that hands over has made the record as it wants it
     let (min_disk, min_ram, properties) = match question.trigger {
         Trigger::Request => {
-            let properties = inherited(&found.image_metadata, &image);
-            check_inherited(&properties, source)?;
+            let properties = inherit(&found.image_metadata, &image, source)?;
             (found.min_disk.max(image.min_disk), found.min_ram.max(image.min_ram), properties)
         }
         Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
@@ -306,22 +305,31 @@ async fn resolve_volume(
         Some(volume) if volume.project_id == owner => volume,
         Some(_) | None => return no_such_source(Source::Volume(id)),
     };
+    // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
+    let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
+    check_volume(&volume, trigger, config.offload.allow_in_use, with_key, id)?;
+    locate(config, &volume, Source::Volume(id), None)
+}
+
+/// Whether a copy of the volume makes sense now. `with_key`: the image has a key of its own for the encrypted bytes.
+///
+/// # Errors
+/// [`PlanError::Declined`] where it does not.
+pub fn check_volume(volume: &Volume, trigger: Trigger, allow_in_use: bool, with_key: bool, id: Uuid) -> Result<()> {
     let allowed = match volume.status.as_str() {
         "available" => true,
-        "in-use" => config.offload.allow_in_use,
+        "in-use" => allow_in_use,
         "uploading" => trigger == Trigger::VolumeUpload,
         _ => false,
     };
     if !allowed {
-        let others = if config.offload.allow_in_use { "available or in-use" } else { "available" };
+        let others = if allow_in_use { "available or in-use" } else { "available" };
         return declined(Decline::Busy, format!("volume {id} is {}: it must be {others}", volume.status));
     }
-    // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
-    let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
     if volume.encrypted && !with_key {
         return encrypted(Source::Volume(id));
     }
-    locate(config, &volume, Source::Volume(id), None)
+    Ok(())
 }
 
 async fn resolve_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: Uuid) -> Result<SourceDisk> {
@@ -329,20 +337,29 @@ async fn resolve_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: U
         Some(snapshot) if snapshot.project_id == owner => snapshot,
         Some(_) | None => return no_such_source(Source::Snapshot(id)),
     };
-    if snapshot.status != "available" {
-        return declined(Decline::Busy, format!("snapshot {id} is {}: it must be available", snapshot.status));
-    }
     let volume = match cloud.volume(&snapshot.volume_id).await? {
         Some(volume) if volume.project_id == owner => volume,
         Some(_) | None => return no_such_source(Source::Snapshot(id)),
     };
-    if volume.encrypted {
-        return encrypted(Source::Snapshot(id));
-    }
+    check_snapshot(&snapshot, &volume, id)?;
     let mut found = locate(config, &volume, Source::Snapshot(id), Some(format!("snapshot-{id}")))?;
     // the volume may have been extended since
     found.min_disk = snapshot.size;
     Ok(found)
+}
+
+/// Whether a copy of the snapshot makes sense now.
+///
+/// # Errors
+/// [`PlanError::Declined`] where it does not.
+pub fn check_snapshot(snapshot: &VolumeSnapshot, volume: &Volume, id: Uuid) -> Result<()> {
+    if snapshot.status != "available" {
+        return declined(Decline::Busy, format!("snapshot {id} is {}: it must be available", snapshot.status));
+    }
+    match volume.encrypted {
+        true => encrypted(Source::Snapshot(id)),
+        false => Ok(()),
+    }
 }
 
 fn encrypted<T>(source: Source) -> Result<T> {
@@ -403,15 +420,24 @@ async fn owned_server(cloud: &dyn Cloud, owner: &str, id: Uuid) -> Result<Server
     match cloud.server(&id.to_string()).await {
         Ok(Some(server)) if server.project_id == owner => Ok(server),
         Ok(_) => no_such_source(Source::Instance(id)),
-        Err(error) if error.kind() == openstack::ErrorKind::NoService => {
-            declined(Decline::Unsupported, "the catalog of this cloud has no Nova: instances cannot be a source")
-        }
+        Err(error) if error.kind() == openstack::ErrorKind::NoService => no_nova(),
         Err(error) => Err(error.into()),
     }
 }
 
+/// An instance is asked for, and the cloud has none.
+///
+/// # Errors
+/// Always: [`PlanError::Declined`].
+pub fn no_nova<T>() -> Result<T> {
+    declined(Decline::Unsupported, "the catalog of this cloud has no Nova: instances cannot be a source")
+}
+
 /// Whether a copy of the instance's disk makes sense now.
-fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<()> {
+///
+/// # Errors
+/// [`PlanError::Declined`] where it does not.
+pub fn check_instance(server: &Server, trigger: Trigger, source: Source) -> Result<()> {
     if let Some(change) = server.disk_change() {
         let what = change.as_str();
         return declined(Decline::Busy, format!("{source} is being {what}: Nova may remove or replace its disk"));
@@ -565,7 +591,14 @@ fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
 /// The project's limit for all its images, where the cloud has one: an upload would be held to it.
 async fn check_limit(cloud: &dyn Cloud, limit: Option<u64>, project_id: &str, bytes: u64) -> Result<()> {
     let Some(limit) = limit else { return Ok(()) };
-    let used = cloud.image_usage(project_id).await?;
+    check_usage(cloud.image_usage(project_id).await?, limit, bytes)
+}
+
+/// Whether `bytes` more than `used` are within the limit.
+///
+/// # Errors
+/// [`PlanError::Declined`] where they are not.
+pub fn check_usage(used: u64, limit: u64, bytes: u64) -> Result<()> {
     if used.saturating_add(bytes) > limit {
         return declined(
             Decline::Quota,
@@ -582,6 +615,16 @@ async fn check_limit(cloud: &dyn Cloud, limit: Option<u64>, project_id: &str, by
 
 fn in_mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+/// The properties that the image gets from its source.
+///
+/// # Errors
+/// [`PlanError::Declined`] where they are more than an image takes.
+pub fn inherit(metadata: &BTreeMap<String, String>, image: &Image, source: Source) -> Result<BTreeMap<String, String>> {
+    let properties = inherited(metadata, image);
+    check_inherited(&properties, source)?;
+    Ok(properties)
 }
 
 /// What Cinder's own upload would hand on of the volume's image metadata; what the record has already stays.

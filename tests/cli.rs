@@ -576,6 +576,8 @@ fn a_wrong_command_line_or_configuration_has_its_own_status() {
     setup.run(&["jobz"]).failed(USAGE, "jobz");
     setup.run(&["show", "1234"]).failed(USAGE, "UUID");
     setup.run(&["request", "--name", "n"]).failed(USAGE, "--volume");
+    setup.run(&["request", "--volume", &Uuid::new_v4().to_string()]).failed(USAGE, "--name");
+    setup.run(&["request", "--volume", &Uuid::new_v4().to_string(), "--dry-run", "--wait"]).failed(USAGE, "--wait");
     setup.run(&["request", "--name", "n", "--volume", "1234"]).failed(USAGE, "UUID");
     let id = Uuid::new_v4().to_string();
     setup.run(&["request", "--name", "n", "--volume", &id, "--snapshot", &id]).failed(USAGE, "cannot be used with");
@@ -652,6 +654,20 @@ fn jobs_and_show_print_what_is_stored() {
     assert!(row.ends_with("ctl1:7"), "{row}");
     assert_eq!(table.out.lines().filter(|line| line.contains("unreadable")).count(), 2, "{table:?}");
     assert!(!table.out.contains('\x1b'), "{table:?}");
+
+    // a state that jobs end in needs no --all
+    assert_eq!(ids(&setup.run(&["jobs", "--json", "--state", "declined"]).json()), [declined.image_id.to_string()]);
+    let of_p1 = setup.run(&["jobs", "--json", "--project", "p1"]).json();
+    assert_eq!(ids(&of_p1), [copying.image_id.to_string()]);
+    assert_eq!(setup.run(&["jobs", "--json", "--project", "p2"]).json(), json!([]));
+    let columns = setup.run(&["jobs", "--state", "copying", "--format", "image,state,size,reason"]);
+    assert_eq!(
+        columns.out.lines().next().unwrap().split_whitespace().collect::<Vec<_>>().join(" "),
+        "IMAGE STATE SIZE REASON"
+    );
+    assert_eq!(columns.out.lines().count(), 2, "{columns:?}");
+    setup.run(&["jobs", "--state", "broken"]).failed(USAGE, "detaching");
+    setup.run(&["jobs", "--format", "image,nosuch"]).failed(USAGE, "attempts");
 
     let id = copying.image_id.to_string();
     let shown = setup.run(&["show", &id, "--json"]).json();
@@ -806,6 +822,57 @@ fn request_creates_a_tagged_record_for_the_tenant() {
         assert_eq!(image.properties.get("hw_disk_bus").map(String::as_str), Some("scsi"));
         assert_eq!(image.properties.get("a").map(String::as_str), Some("b=c"));
     }
+}
+
+/// What `openstack` prints, as the tenant of the lab.
+fn openstack(arguments: &[&str]) -> String {
+    let mut command = Command::new(PathBuf::from(lab_var("RBDLAB_DIR")).join("venv/bin/openstack"));
+    let ran = Ran::of(command.args(arguments).stdin(Stdio::null()).output().unwrap());
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran.out.trim().to_owned()
+}
+
+#[test]
+fn a_dry_run_judges_the_source_and_creates_nothing() {
+    struct Removed(String);
+    impl Drop for Removed {
+        fn drop(&mut self) {
+            openstack(&["volume", "delete", &self.0]);
+        }
+    }
+    let name = format!("dry-run-{}", Uuid::new_v4());
+    let create = ["volume", "create", "--size", "1", "--type", "ceph", "-f", "value", "-c", "id", &name];
+    let volume = Removed(openstack(&create));
+    let volume = &volume.0;
+    let within = Instant::now() + Duration::from_secs(60);
+    while openstack(&["volume", "show", "-f", "value", "-c", "status", volume]) != "available" {
+        assert!(Instant::now() < within, "the volume is not made");
+    }
+    let dry_run = |id: &str, more: &[&str]| {
+        let arguments = ["--dry-run", "--name", &name, "--volume", id];
+        Ran::of(request(&arguments).args(more).output().unwrap())
+    };
+
+    let taken = dry_run(volume, &["--json"]).json();
+    assert_eq!((&taken["outcome"], &taken["reason"]), (&json!("taken"), &Value::Null), "{taken:#}");
+    assert_eq!(taken["source"], json!({"kind": "volume", "id": volume}));
+    let row =
+        |name: &str| taken["checks"].as_array().unwrap().iter().find(|row| row["check"] == name).cloned().unwrap();
+    assert_eq!(row("volume")["detail"], "available, 1.00 GiB");
+    for hidden in ["disk", "method", "daemon"] {
+        assert_eq!(row(hidden)["result"], "skipped", "{taken:#}");
+    }
+    let text = dry_run(volume, &[]);
+    assert!(text.code == Some(0) && text.out.ends_with("; nothing was created\n"), "{text:?}");
+
+    let declined = dry_run(&Uuid::new_v4().to_string(), &[]);
+    assert_eq!(declined.code, Some(UNAVAILABLE), "{declined:?}");
+    assert!(declined.out.contains("it would be declined: there is no volume"), "{declined:?}");
+    let declined = dry_run(volume, &["--property", "img_signature=x", "--json"]);
+    let document: Value = serde_json::from_str(&declined.out).unwrap();
+    assert_eq!((declined.code, &document["outcome"]), (Some(UNAVAILABLE), &json!("declined")), "{document:#}");
+
+    assert_eq!(openstack(&["image", "list", "--name", &name, "-f", "value"]), "");
 }
 
 #[test]

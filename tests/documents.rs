@@ -31,10 +31,15 @@ fn documents() -> Vec<(String, String)> {
     ]
     .map(PathBuf::from)
     .into();
-    for entry in ["docs", "dev/adr"].iter().flat_map(|folder| std::fs::read_dir(root().join(folder)).unwrap()) {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "md") {
-            names.push(path.strip_prefix(root()).unwrap().to_owned());
+    let mut folders = ["docs", "dev/adr"].map(|folder| root().join(folder)).to_vec();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "md") {
+                names.push(path.strip_prefix(root()).unwrap().to_owned());
+            }
         }
     }
     assert!(names.len() > 18, "{names:?}");

@@ -11,9 +11,11 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::output::{Cell, Colour};
 use super::setup::connect_store;
 use super::show::document;
 use super::{Failure, output};
+use crate::job::record::State;
 use crate::job::signal::Signal;
 use crate::job::store::{Error, Store, Stored};
 
@@ -23,17 +25,109 @@ const AT_A_TIME: usize = 32;
 /// Between two paintings.
 const REFRESH: Duration = Duration::from_secs(2);
 
+/// State of a record that cannot be read, in the table and in JSON.
+const UNREADABLE: &str = "unreadable";
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Ended jobs too, and records that are in no index.
     #[arg(long)]
     all: bool,
+    /// Only the jobs of the project whose id this is, or begins with.
+    #[arg(long, value_name = "ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    project: Option<String>,
+    /// Only the jobs in these states, separated by commas. One that jobs end in looks at the ended jobs too.
+    #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = states())]
+    states: Vec<String>,
+    /// The columns, separated by commas. On a terminal, the default is as many as fit.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',', value_enum, conflicts_with = "json")]
+    format: Vec<Column>,
     /// An array of the documents that `show --json` prints.
     #[arg(long)]
     json: bool,
     /// Paint it again every two seconds, until Ctrl-C.
     #[arg(long)]
     watch: bool,
+}
+
+fn states() -> clap::builder::PossibleValuesParser {
+    State::ALL.map(State::as_str).into_iter().chain([UNREADABLE]).collect::<Vec<_>>().into()
+}
+
+impl Args {
+    /// Whether ended jobs are looked at.
+    fn includes_ended(&self) -> bool {
+        let ends =
+            |state: &String| state == UNREADABLE || State::ALL.iter().any(|s| s.is_ended() && s.as_str() == state);
+        self.all || self.states.iter().any(ends)
+    }
+
+    fn selects(&self, entry: &Entry) -> bool {
+        let state = self.states.is_empty() || self.states.iter().any(|state| state == entry.state());
+        let project = self.project.as_deref().is_none_or(|wanted| {
+            matches!(entry, Entry::Job(stored)
+                if stored.record.project_id.as_deref().is_some_and(|project| project.starts_with(wanted)))
+        });
+        state && project
+    }
+}
+
+/// What the table can show of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Column {
+    Image,
+    State,
+    Progress,
+    Source,
+    Project,
+    Method,
+    /// Since the request.
+    Age,
+    /// Since the record was last written.
+    Updated,
+    /// What the job was started by.
+    Trigger,
+    /// Attempts that failed.
+    Attempts,
+    /// Of the disk.
+    Size,
+    Owner,
+    Reason,
+}
+
+impl Column {
+    const DEFAULT: [Self; 9] = [
+        Self::Image,
+        Self::State,
+        Self::Progress,
+        Self::Source,
+        Self::Project,
+        Self::Method,
+        Self::Age,
+        Self::Owner,
+        Self::Reason,
+    ];
+
+    /// Those that a narrow terminal does without, the first first.
+    const OPTIONAL: [Self; 5] = [Self::Owner, Self::Method, Self::Project, Self::Source, Self::Progress];
+
+    fn heading(self) -> &'static str {
+        match self {
+            Self::Image => "IMAGE",
+            Self::State => "STATE",
+            Self::Progress => "PROGRESS",
+            Self::Source => "SOURCE",
+            Self::Project => "PROJECT",
+            Self::Method => "METHOD",
+            Self::Age => "AGE",
+            Self::Updated => "UPDATED",
+            Self::Trigger => "TRIGGER",
+            Self::Attempts => "ATTEMPTS",
+            Self::Size => "SIZE",
+            Self::Owner => "OWNER",
+            Self::Reason => "REASON",
+        }
+    }
 }
 
 /// A record, or why it cannot be read.
@@ -68,14 +162,17 @@ pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
 }
 
 async fn render(store: &Store, args: &Args) -> Result<String, Failure> {
-    let entries = read(store, args.all).await?;
+    let all = args.includes_ended();
+    let mut entries = read(store, all).await?;
+    entries.retain(|entry| args.selects(entry));
     if args.json {
         return output::json(&entries.iter().map(Entry::document).collect::<Vec<_>>());
     }
     if entries.is_empty() {
-        return Ok(if args.all { "no jobs\n" } else { "no jobs; --all shows those that ended\n" }.to_owned());
+        return Ok(if all { "no jobs\n" } else { "no jobs; --all shows those that ended\n" }.to_owned());
     }
-    Ok(table(&entries, Timestamp::now(), output::width()))
+    let look = Look { now: Timestamp::now(), width: output::width(), colours: output::colours() };
+    Ok(table(&entries, &args.format, look))
 }
 
 /// The jobs, the oldest first; what cannot be read comes last.
@@ -125,45 +222,78 @@ impl Entry {
         match self {
             Self::Job(stored) => document(&stored.record),
             Self::Unreadable { image_id, reason } => {
-                json!({ "image_id": image_id, "state": "unreadable", "reason": reason })
+                json!({ "image_id": image_id, "state": UNREADABLE, "reason": reason })
             }
         }
     }
 
-    /// `full_ids`: ids are written whole.
-    fn row(&self, now: Timestamp, full_ids: bool) -> [String; 9] {
-        let stored = match self {
-            Self::Job(stored) => stored,
-            Self::Unreadable { image_id, reason } => {
-                let none = || "-".to_owned();
-                let state = "unreadable".to_owned();
-                let reason = output::line(reason);
-                return [image_id.to_string(), state, none(), none(), none(), none(), none(), none(), reason];
-            }
+    fn state(&self) -> &'static str {
+        match self {
+            Self::Job(stored) => stored.record.state.as_str(),
+            Self::Unreadable { .. } => UNREADABLE,
+        }
+    }
+
+    fn colour(&self) -> Option<Colour> {
+        match self {
+            Self::Unreadable { .. } => Some(Colour::Red),
+            Self::Job(stored) => match stored.record.state {
+                State::Done => Some(Colour::Green),
+                State::Declined | State::Cancelled => Some(Colour::Yellow),
+                State::Failed => Some(Colour::Red),
+                State::Accepted | State::Copying | State::Publishing | State::Detaching => None,
+            },
+        }
+    }
+
+    fn cell(&self, column: Column, look: &Look) -> Cell {
+        let text = match self {
+            Self::Job(stored) => field(stored, column, look),
+            Self::Unreadable { image_id, reason } => match column {
+                Column::Image => Some(image_id.to_string()),
+                Column::State => Some(UNREADABLE.to_owned()),
+                Column::Reason => Some(output::line(reason)),
+                _ => None,
+            },
         };
-        let record = &stored.record;
-        let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        let source = record.source.map(|source| {
-            let id = if full_ids { source.id().to_string() } else { output::short(source.id()) };
+        let colour = if look.colours && column == Column::State { self.colour() } else { None };
+        Cell { text: text.unwrap_or_else(|| "-".to_owned()), colour }
+    }
+}
+
+/// How a table is shown. `width`: of the terminal; without one nothing is cut, and ids are written whole.
+struct Look {
+    now: Timestamp,
+    width: Option<usize>,
+    colours: bool,
+}
+
+fn field(stored: &Stored, column: Column, look: &Look) -> Option<String> {
+    let record = &stored.record;
+    let is_whole = look.width.is_none();
+    match column {
+        Column::Image => Some(record.image_id.to_string()),
+        Column::State => Some(record.state.to_string()),
+        Column::Progress => Some(format!("{:>3} %", record.progress)),
+        Column::Source => record.source.map(|source| {
+            let id = if is_whole { source.id().to_string() } else { output::short(source.id()) };
             format!("{} {id}", source.kind())
-        });
-        let project = record.project_id.as_deref().map(|project| match full_ids {
+        }),
+        Column::Project => record.project_id.as_deref().map(|project| match is_whole {
             true => output::line(project),
             false => output::cut(&output::line(project), 9),
-        });
+        }),
+        Column::Method => record.method.map(|method| method.as_str().to_owned()),
+        Column::Age => Some(output::age(record.created_at, look.now)),
+        Column::Updated => Some(output::age(record.updated_at, look.now)),
+        Column::Trigger => Some(record.trigger.as_str().to_owned()),
+        Column::Attempts => Some(record.attempts.to_string()),
+        Column::Size => (record.bytes_total > 0).then(|| output::bytes(record.bytes_total)),
         // host:pid:instance
-        let owner = record.owner.as_deref().map(|owner| owner.rsplit_once(':').map_or(owner, |(owner, _)| owner));
-        [
-            record.image_id.to_string(),
-            record.state.to_string(),
-            format!("{:>3} %", record.progress),
-            or_none(source),
-            or_none(project),
-            or_none(record.method.map(|method| method.as_str().to_owned())),
-            output::age(record.created_at, now),
-            or_none(owner.map(output::line)),
-            reason(stored),
-        ]
+        Column::Owner => {
+            record.owner.as_deref().map(|owner| output::line(owner.rsplit_once(':').map_or(owner, |(owner, _)| owner)))
+        }
+        Column::Reason => Some(reason(stored)),
     }
 }
 
@@ -177,17 +307,32 @@ fn reason(stored: &Stored) -> String {
     format!("{wish}; {reason}").trim_end_matches("; ").to_owned()
 }
 
-fn table(entries: &[Entry], now: Timestamp, width: Option<usize>) -> String {
-    let headings = ["IMAGE", "STATE", "PROGRESS", "SOURCE", "PROJECT", "METHOD", "AGE", "OWNER", "REASON"];
-    let rows: Vec<_> = entries.iter().map(|entry| entry.row(now, width.is_none())).collect();
-    output::table(headings, &rows, width)
+/// `format` empty: the default columns, without the optional ones that do not fit.
+fn table(entries: &[Entry], format: &[Column], look: Look) -> String {
+    let mut columns = if format.is_empty() { Column::DEFAULT.to_vec() } else { format.to_vec() };
+    let mut optional = if format.is_empty() { &Column::OPTIONAL[..] } else { &[] };
+    loop {
+        let headings: Vec<&str> = columns.iter().map(|column| column.heading()).collect();
+        let row = |entry: &Entry| columns.iter().map(|column| entry.cell(*column, &look)).collect::<Vec<_>>();
+        let rows: Vec<Vec<Cell>> = entries.iter().map(row).collect();
+        let widths = output::widths(&headings, &rows);
+        let last = widths.last().map_or(0, |last| (*last).min(output::LAST_COLUMN));
+        let fits = look.width.is_none_or(|width| output::indent(&widths) + last <= width);
+        match optional.split_first() {
+            Some((unimportant, rest)) if !fits => {
+                columns.retain(|column| column != unimportant);
+                optional = rest;
+            }
+            _ => return output::table(&headings, &rows, look.width),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ceph::Version;
-    use crate::job::record::{Record, State};
+    use crate::job::record::Record;
     use crate::job::signal::Signals;
     use crate::request::{Source, Trigger};
     use crate::transfer::Method;
@@ -217,7 +362,8 @@ mod tests {
             Entry::Job(Box::new(stored(job()))),
             Entry::Unreadable { image_id: id, reason: "the record was written by a newer version".into() },
         ];
-        let whole = table(&entries, now, None);
+        let look = |width| Look { now, width, colours: false };
+        let whole = table(&entries, &[], look(None));
         let lines: Vec<&str> = whole.lines().collect();
         assert_eq!(
             lines[0].split_whitespace().collect::<Vec<_>>(),
@@ -231,8 +377,63 @@ mod tests {
             assert!(lines[1].contains(part), "{whole}");
         }
         assert!(lines[2].contains("unreadable") && lines[2].ends_with("by a newer version"), "{whole}");
-        let narrow = table(&entries, now, Some(100));
+        let narrow = table(&entries, &[], look(Some(160)));
         assert!(narrow.contains("volume 11111111  01234567…"), "{narrow}");
+        assert!(!narrow.contains('\x1b'), "{narrow}");
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal_and_the_id_is_whole() {
+        let now = Timestamp::from_second(1_000_090).unwrap();
+        let entries = [Entry::Job(Box::new(stored(job())))];
+        let shown = |width| table(&entries, &[], Look { now, width: Some(width), colours: false });
+        for width in [70, 80, 100, 120, 160] {
+            let table = shown(width);
+            assert!(table.lines().all(|line| line.chars().count() <= width), "{width}:\n{table}");
+            assert!(table.contains("c99c2483-d3ea-4877-bd86-edb7c4607374  copying"), "{table}");
+            assert!(table.contains("Glance: 503"), "{table}");
+        }
+        assert!(shown(80).starts_with("IMAGE                                 STATE    PROGRESS  AGE  REASON\n"));
+        assert!(shown(160).contains("OWNER"));
+    }
+
+    #[test]
+    fn the_columns_that_are_asked_for_are_shown_and_states_have_a_colour() {
+        let now = Timestamp::from_second(1_000_090).unwrap();
+        let mut failed = job();
+        failed.state = State::Failed;
+        failed.bytes_total = 4 << 30;
+        let entries = [Entry::Job(Box::new(stored(failed)))];
+        let columns = [Column::State, Column::Size, Column::Updated];
+        let table = |colours| table(&entries, &columns, Look { now, width: Some(10), colours });
+        assert_eq!(table(false), "STATE   SIZE      UPDATED\nfailed  4.00 GiB  1m\n");
+        assert_eq!(table(true), "STATE   SIZE      UPDATED\n\x1b[1;31mfailed\x1b[0m  4.00 GiB  1m\n");
+    }
+
+    #[test]
+    fn jobs_are_chosen_by_state_and_project() {
+        use clap::Parser;
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let args = |line: &str| Line::try_parse_from(["jobs"].into_iter().chain(line.split(' '))).map(|line| line.args);
+        let entry = Entry::Job(Box::new(stored(job())));
+        let unreadable = Entry::Unreadable { image_id: Uuid::nil(), reason: String::new() };
+        let chosen = |line: &str| {
+            let args = args(line).unwrap();
+            (args.includes_ended(), args.selects(&entry), args.selects(&unreadable))
+        };
+        assert_eq!(chosen("--json"), (false, true, true));
+        assert_eq!(chosen("--state copying,accepted"), (false, true, false));
+        assert_eq!(chosen("--state failed"), (true, false, false));
+        assert_eq!(chosen("--state unreadable --state copying"), (true, true, true));
+        assert_eq!(chosen("--project 0123456789abcdef"), (false, true, false));
+        assert_eq!(chosen("--project 0123 --all"), (true, true, false));
+        assert_eq!(chosen("--project 123"), (false, false, false));
+        assert!(args("--state broken").is_err() && args("--format image,nosuch").is_err());
+        assert!(args("--format image --json").is_err(), "JSON has all fields");
     }
 
     #[test]

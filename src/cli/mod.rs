@@ -5,6 +5,7 @@
 mod cancel;
 mod check;
 mod completions;
+mod dry_run;
 mod failure;
 mod jobs;
 mod man;

@@ -12,7 +12,7 @@ use crate::text::is_unsafe;
 const GAP: &str = "  ";
 
 /// A last column is not cut below this many characters, however narrow the terminal is.
-const LAST_COLUMN: usize = 20;
+pub const LAST_COLUMN: usize = 14;
 
 /// Writes to standard output. `false`: nobody reads it any more (`… | head`), which is no failure.
 pub fn print(text: &str) -> Result<bool, Failure> {
@@ -45,6 +45,31 @@ pub fn width() -> Option<usize> {
     terminal_size::terminal_size().map(|(width, _)| usize::from(width.0))
 }
 
+/// Whether standard output is a terminal that is asked to be colourful (<https://no-color.org/>).
+pub fn colours() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    io::stdout().is_terminal() && !is_set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// A colour of text, for what a person should see first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colour {
+    Green,
+    Yellow,
+    Red,
+}
+
+impl Colour {
+    pub fn paint(self, text: &str) -> String {
+        let sequence = match self {
+            Self::Green => "32",
+            Self::Yellow => "33",
+            Self::Red => "1;31",
+        };
+        format!("\x1b[{sequence}m{text}\x1b[0m")
+    }
+}
+
 /// Characters of a text from outside that are printed. Our own sentences are shorter.
 const LINE: usize = 2000;
 
@@ -68,30 +93,58 @@ pub fn cut(text: &str, length: usize) -> String {
     text
 }
 
-/// Rows under their headings, each column as wide as its widest cell; the last one is cut at the terminal's `width`.
-pub fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]], width: Option<usize>) -> String {
-    let mut widths = headings.map(|heading| heading.chars().count());
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
+/// A cell of a table. Its colour is for those who see it alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cell {
+    pub text: String,
+    pub colour: Option<Colour>,
+}
+
+impl Cell {
+    pub fn plain(text: impl Into<String>) -> Self {
+        Self { text: text.into(), colour: None }
     }
-    let before: usize = widths.iter().take(N.saturating_sub(1)).map(|width| width + GAP.len()).sum();
-    let last = width.map(|width| width.saturating_sub(before).max(LAST_COLUMN));
+
+    fn length(&self) -> usize {
+        self.text.chars().count()
+    }
+}
+
+/// Characters that each column takes.
+pub fn widths(headings: &[&str], rows: &[Vec<Cell>]) -> Vec<usize> {
+    let of = |(index, heading): (usize, &&str)| {
+        let cells = rows.iter().filter_map(|row| row.get(index)).map(Cell::length);
+        cells.max().unwrap_or(0).max(heading.chars().count())
+    };
+    headings.iter().enumerate().map(of).collect()
+}
+
+/// Characters before the last of the columns.
+pub fn indent(widths: &[usize]) -> usize {
+    widths.split_last().map_or(0, |(_, before)| before.iter().map(|width| width + GAP.len()).sum())
+}
+
+/// Rows under their headings, each column as wide as its widest cell; the last one is cut at the terminal's `width`.
+pub fn table(headings: &[&str], rows: &[Vec<Cell>], width: Option<usize>) -> String {
+    let widths = widths(headings, rows);
+    let last = width.map(|width| width.saturating_sub(indent(&widths)).max(LAST_COLUMN));
     let mut text = String::new();
-    let mut add = |cells: &[String]| {
+    let mut add = |cells: &[Cell]| {
         let mut line = String::new();
-        for (index, (cell, width)) in cells.iter().zip(widths).enumerate() {
-            if index + 1 == N {
-                line.push_str(&last.map_or_else(|| cell.clone(), |last| cut(cell, last)));
-            } else {
-                line.push_str(&format!("{cell:width$}{GAP}"));
-            }
+        for (index, (cell, width)) in cells.iter().zip(&widths).enumerate() {
+            let is_last = index + 1 == widths.len();
+            let shown = match last {
+                Some(last) if is_last => cut(&cell.text, last),
+                _ => cell.text.clone(),
+            };
+            let padding = if is_last { 0 } else { width.saturating_sub(cell.length()) + GAP.len() };
+            line.push_str(&cell.colour.map_or_else(|| shown.clone(), |colour| colour.paint(&shown)));
+            line.push_str(&" ".repeat(padding));
         }
         text.push_str(line.trim_end());
         text.push('\n');
     };
-    add(&headings.map(str::to_owned));
+    add(&headings.iter().map(|heading| Cell::plain(*heading)).collect::<Vec<_>>());
     for row in rows {
         add(row);
     }
@@ -125,17 +178,17 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_needed_and_the_last_is_cut() {
-        let rows = [["a".to_owned(), "x".repeat(50)], ["longer".to_owned(), String::new()]];
-        assert_eq!(
-            table(["ID", "REASON"], &rows, None),
-            format!("ID      REASON\na       {}\nlonger\n", "x".repeat(50))
-        );
-        assert_eq!(
-            table(["ID", "REASON"], &rows, Some(38)),
-            format!("ID      REASON\na       {}…\nlonger\n", "x".repeat(29))
-        );
+        let red = Cell { text: "a".to_owned(), colour: Some(Colour::Red) };
+        let mut rows =
+            [vec![Cell::plain("a"), Cell::plain("x".repeat(50))], vec![Cell::plain("longer"), Cell::plain("")]];
+        let columns = ["ID", "REASON"];
+        assert_eq!(table(&columns, &rows, None), format!("ID      REASON\na       {}\nlonger\n", "x".repeat(50)));
+        assert_eq!(table(&columns, &rows, Some(38)), format!("ID      REASON\na       {}…\nlonger\n", "x".repeat(29)));
         // a terminal that is too narrow for anything still shows the start
-        assert!(table(["ID", "REASON"], &rows, Some(3)).contains(&format!("{}…", "x".repeat(19))));
+        assert!(table(&columns, &rows, Some(3)).contains(&format!("{}…", "x".repeat(LAST_COLUMN - 1))));
+        // a colour takes no room
+        rows[0][0] = red;
+        assert!(table(&columns, &rows, None).contains("\n\x1b[1;31ma\x1b[0m       xxx"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! `request`: what a tenant runs. Creates the image record with the tag that asks for it, and may wait for the image.
+//! `request`: what a tenant runs. Creates the image record with the tag that asks for it, and may wait for the image;
+//! or only tells what can be told before that.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, stderr};
@@ -9,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use super::dry_run::dry_run;
 use super::{Failure, output};
 use crate::config;
 use crate::openstack::{Image, Tenant, is_reserved};
@@ -28,8 +30,8 @@ pub struct Args {
     #[command(flatten)]
     source: SourceArgs,
     /// Name of the image.
-    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    name: String,
+    #[arg(long, required_unless_present = "dry_run", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    name: Option<String>,
     /// A property of the image; may be given several times.
     #[arg(long = "property", value_name = "KEY=VALUE", value_parser = property)]
     properties: Vec<(String, String)>,
@@ -39,6 +41,13 @@ pub struct Args {
     /// With --wait: wait also until the copy of an image that was published at once is complete.
     #[arg(long, requires = "wait")]
     detached: bool,
+    /// Create nothing: tell what speaks for and against the request, by what a tenant may see. Exit status 69 if it
+    /// would be declined.
+    #[arg(long, conflicts_with_all = ["wait", "detached"])]
+    dry_run: bool,
+    /// With --dry-run: an object with source, outcome (taken, uncertain, declined), reason and checks.
+    #[arg(long, requires = "dry_run")]
+    json: bool,
     /// With --wait: give up after this time (500ms, 30s, 5m, 12h, 7d); the request stays.
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
     timeout: Duration,
@@ -97,7 +106,11 @@ pub async fn request(args: Args) -> Result<ExitCode, Failure> {
     let source = args.source.source().ok_or_else(|| Failure::new(Failure::USAGE, "name a source"))?;
     let tenant = Tenant::from_env(args.os_cloud.as_deref())?;
     let properties: BTreeMap<String, String> = args.properties.into_iter().collect();
-    let image = tenant.create_image(&args.name, &[source.tag()], &properties).await?;
+    if args.dry_run {
+        return dry_run(&tenant, source, properties, args.json).await;
+    }
+    let name = args.name.unwrap_or_default();
+    let image = tenant.create_image(&name, &[source.tag()], &properties).await?;
     output::print(&format!("{}\n", image.id))?;
     if !args.wait {
         return Ok(ExitCode::SUCCESS);

@@ -71,6 +71,7 @@ fn describe(stored: &Stored, now: Timestamp) -> String {
         let seconds = at.round(Unit::Second).unwrap_or(at);
         format!("{seconds} ({} ago)", output::age(at, now))
     };
+    let next = |at: Timestamp| format!("{} (in {})", at.round(Unit::Second).unwrap_or(at), output::age(now, at));
     let line = |text: &Option<String>| text.as_deref().map(output::line).unwrap_or_default();
     let mut progress = format!("{} %", record.progress);
     if record.bytes_total > 0 {
@@ -89,7 +90,7 @@ fn describe(stored: &Stored, now: Timestamp) -> String {
         ("published", if record.publish == Publish::AtOnce { "at once".to_owned() } else { String::new() }),
         ("fallback", line(&record.fallback)),
         ("attempts", if record.attempts == 0 { String::new() } else { format!("{} failed", record.attempts) }),
-        ("next attempt", record.not_before.filter(|at| *at > now).map(|at| at.to_string()).unwrap_or_default()),
+        ("next attempt", record.not_before.filter(|at| *at > now).map(next).unwrap_or_default()),
         ("owner", line(&record.owner)),
         ("created", time(record.created_at)),
         ("updated", time(record.updated_at)),
@@ -158,6 +159,15 @@ mod tests {
                 "updated_at"
             ]
         );
+        let reference = include_str!("../../docs/reference/commands.md");
+        let (_, documented) = reference.split_once("### A job\n").unwrap();
+        let (documented, _) = documented.split_once("\n### ").unwrap();
+        for name in names {
+            assert!(documented.contains(&format!("`{name}`")), "{name} is not in the reference");
+        }
+        for state in State::ALL {
+            assert!(documented.contains(&format!("`{state}`")), "{state} is not in the reference");
+        }
         assert_eq!(document["source"], json!({"kind": "snapshot", "id": "11111111-2222-4333-8444-555555555555"}));
         assert_eq!(document["trigger"], "volume-upload");
         assert_eq!(document["created_at"], "1970-01-12T13:46:40Z");
@@ -170,12 +180,14 @@ mod tests {
 
     #[test]
     fn a_person_reads_what_there_is() {
-        let stored = Stored { record: job(), signals: Signals::default(), version: Version(1) };
+        let mut stored = Stored { record: job(), signals: Signals::default(), version: Version(1) };
+        stored.record.not_before = Some(Timestamp::from_second(1_000_150).unwrap());
         let text = describe(&stored, Timestamp::from_second(1_000_030).unwrap());
         for part in [
             "source        snapshot 11111111-2222-4333-8444-555555555555\n",
             "progress      50 %, 2.00 GiB of 4.00 GiB\n",
             "created       1970-01-12T13:46:40Z (30s ago)\n",
+            "next attempt  1970-01-12T13:49:10Z (in 2m)\n",
             "stages        plan        0.25 s\n              transfer    for 30s\n",
         ] {
             assert!(text.contains(part), "{text}");

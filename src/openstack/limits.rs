@@ -6,7 +6,7 @@ use super::error::Result;
 use super::session::{Request, Service, Session};
 
 /// Glance's name of the limit; nobody else's.
-const RESOURCE: &str = "image_size_total";
+pub(super) const RESOURCE: &str = "image_size_total";
 
 /// Glance counts this limit in MiB.
 const UNIT: u64 = 1 << 20;
@@ -31,7 +31,7 @@ impl Session {
 }
 
 /// -1 stands for "no limit".
-fn bytes(limit: i64) -> Option<u64> {
+pub(super) fn bytes(limit: i64) -> Option<u64> {
     u64::try_from(limit).ok().map(|limit| limit.saturating_mul(UNIT))
 }
 

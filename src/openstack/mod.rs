@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{Error, ErrorKind, Result};
 pub use image::is_reserved;
 pub use session::Session;
-pub use tenant::Tenant;
+pub use tenant::{ImageSizeUsage, Tenant};
 
 /// A Glance image record.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -432,15 +432,15 @@ impl Cloud for Session {
     }
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>> {
-        self.get_volume(id).await
+        volume::get(&self.wire, id).await
     }
 
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
-        self.get_snapshot(id).await
+        volume::get_snapshot(&self.wire, id).await
     }
 
     async fn server(&self, id: &str) -> Result<Option<Server>> {
-        self.get_server(id).await
+        server::get(&self.wire, id).await
     }
 
     async fn user_name(&self, id: &str) -> Result<Option<String>> {

@@ -8,25 +8,23 @@ use serde::de::{Deserializer, Error as _};
 use serde_json::Value;
 
 use super::error::Result;
-use super::session::{Request, Service, Session};
+use super::session::{HttpClient, Request, Service};
 use super::{Server, json};
 
 /// The newest first: from 2.98 on a server holds the properties that its image had when it was made, from 2.47 on
 /// (Pike) its flavor's numbers.
 const MICROVERSIONS: [&str; 2] = ["compute 2.98", "compute 2.47"];
 
-impl Session {
-    pub(super) async fn get_server(&self, id: &str) -> Result<Option<Server>> {
-        let path = ["servers", id];
-        let request =
-            |microversion| Request::get(Service::Compute, format!("get server {id}"), &path).microversion(microversion);
-        let [newest, oldest] = MICROVERSIONS;
-        let mut answer = self.wire.send(request(newest)).await?;
-        if answer.status == StatusCode::NOT_ACCEPTABLE {
-            answer = self.wire.send(request(oldest)).await?;
-        }
-        Ok(answer.read_if_found::<Answer>()?.map(|answer| answer.server.into()))
+pub(super) async fn get(wire: &HttpClient, id: &str) -> Result<Option<Server>> {
+    let path = ["servers", id];
+    let request =
+        |microversion| Request::get(Service::Compute, format!("get server {id}"), &path).microversion(microversion);
+    let [newest, oldest] = MICROVERSIONS;
+    let mut answer = wire.send(request(newest)).await?;
+    if answer.status == StatusCode::NOT_ACCEPTABLE {
+        answer = wire.send(request(oldest)).await?;
     }
+    Ok(answer.read_if_found::<Answer>()?.map(|answer| answer.server.into()))
 }
 
 #[derive(Deserialize)]

@@ -8,19 +8,48 @@ use std::time::Duration;
 use http::{Method, StatusCode};
 use openstack_sdk_core::config::{CloudConfig, ConfigFile};
 use secrecy::SecretString;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result, shorten};
-use super::image;
 use super::session::{ConnectOptions, HttpClient, Proxy, Request, Service};
-use super::{Image, is_reserved};
+use super::{Image, Server, Volume, VolumeSnapshot, image, is_reserved, limits, server, volume};
 
 /// Of one request.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 const CALL: &str = "credentials";
 
-/// Glance as the person sees it who runs the command.
+/// What a project's images may take, and take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageSizeUsage {
+    /// Bytes.
+    pub limit: u64,
+    /// Bytes.
+    pub used: u64,
+}
+
+#[derive(Deserialize)]
+struct UsageAnswer {
+    #[serde(default)]
+    usage: BTreeMap<String, Usage>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    /// -1: no limit.
+    limit: i64,
+    usage: i64,
+}
+
+impl UsageAnswer {
+    fn image_size(&self) -> Option<ImageSizeUsage> {
+        let found = self.usage.get(limits::RESOURCE)?;
+        Some(ImageSizeUsage { limit: limits::bytes(found.limit)?, used: limits::bytes(found.usage).unwrap_or(0) })
+    }
+}
+
+/// The cloud as the person sees it who runs the command.
 #[derive(Debug)]
 pub struct Tenant {
     wire: HttpClient,
@@ -95,6 +124,29 @@ impl Tenant {
             StatusCode::NOT_FOUND => Ok(false),
             _ => answer.success().map(|_| true),
         }
+    }
+
+    /// `None` when there is no such volume, or not for this tenant.
+    pub async fn volume(&self, id: &str) -> Result<Option<Volume>> {
+        volume::get(&self.wire, id).await
+    }
+
+    /// `None` when there is no such snapshot, or not for this tenant.
+    pub async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
+        volume::get_snapshot(&self.wire, id).await
+    }
+
+    /// `None` when there is no such server, or not for this tenant.
+    pub async fn server(&self, id: &str) -> Result<Option<Server>> {
+        server::get(&self.wire, id).await
+    }
+
+    /// The limit `image_size_total` of the tenant's project. `None` where Glance holds nobody to one, or cannot tell
+    /// it (before Glance 23).
+    pub async fn image_size_usage(&self) -> Result<Option<ImageSizeUsage>> {
+        let request = Request::get(Service::Image, "get usage", &["info", "usage"]);
+        let answer = self.wire.send(request).await?;
+        Ok(answer.read_if_found::<UsageAnswer>()?.and_then(|answer| answer.image_size()))
     }
 
     /// Id of the project that the credentials are for.
@@ -217,6 +269,19 @@ mod tests {
         assert_eq!(credential.auth.unwrap().project_name, None);
         let token = config(&[url, ("OS_TOKEN", "t"), ("OS_PROJECT_ID", "x")]);
         assert_eq!(token.auth_type.as_deref(), Some("v3token"));
+    }
+
+    #[test]
+    fn glances_usage_is_in_mebibytes_and_may_have_no_limit() {
+        let usage = |limit: i64| {
+            let body = json!({ "usage": {
+                "image_size_total": { "limit": limit, "usage": 3 }, "image_count_total": { "limit": 10, "usage": 1 },
+            } });
+            serde_json::from_value::<UsageAnswer>(body).unwrap().image_size()
+        };
+        assert_eq!(usage(5), Some(ImageSizeUsage { limit: 5 << 20, used: 3 << 20 }));
+        assert_eq!(usage(-1), None);
+        assert_eq!(serde_json::from_str::<UsageAnswer>(r#"{"usage": {}}"#).unwrap().image_size(), None);
     }
 
     #[test]

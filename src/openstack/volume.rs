@@ -8,22 +8,10 @@ use serde_json::Value;
 
 use super::error::Result;
 use super::json;
-use super::session::{Request, Service, Session};
+use super::session::{HttpClient, Request, Service, Session};
 use super::{Volume, VolumeSnapshot};
 
 impl Session {
-    pub(super) async fn get_volume(&self, id: &str) -> Result<Option<Volume>> {
-        let path = ["volumes", id];
-        let answer = self.wire.send(Request::get(Service::BlockStorage, format!("get volume {id}"), &path)).await?;
-        Ok(answer.read_if_found::<VolumeAnswer>()?.map(|answer| answer.volume))
-    }
-
-    pub(super) async fn get_snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
-        let path = ["snapshots", id];
-        let answer = self.wire.send(Request::get(Service::BlockStorage, format!("get snapshot {id}"), &path)).await?;
-        Ok(answer.read_if_found::<SnapshotAnswer>()?.map(|answer| answer.snapshot))
-    }
-
     /// Whether Cinder answers us.
     pub async fn probe_volume(&self) -> Result<()> {
         let request =
@@ -45,6 +33,18 @@ impl Session {
             .query(vec![("detail", "true".to_owned())]);
         self.wire.send(request).await?.read().map(others)
     }
+}
+
+pub(super) async fn get(wire: &HttpClient, id: &str) -> Result<Option<Volume>> {
+    let path = ["volumes", id];
+    let answer = wire.send(Request::get(Service::BlockStorage, format!("get volume {id}"), &path)).await?;
+    Ok(answer.read_if_found::<VolumeAnswer>()?.map(|answer| answer.volume))
+}
+
+pub(super) async fn get_snapshot(wire: &HttpClient, id: &str) -> Result<Option<VolumeSnapshot>> {
+    let path = ["snapshots", id];
+    let answer = wire.send(Request::get(Service::BlockStorage, format!("get snapshot {id}"), &path)).await?;
+    Ok(answer.read_if_found::<SnapshotAnswer>()?.map(|answer| answer.snapshot))
 }
 
 #[derive(Deserialize)]

@@ -6,7 +6,7 @@
 mod broker;
 mod ceph;
 mod cloud;
-mod report;
+pub(super) mod report;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -33,7 +33,7 @@ const NO_ANSWER: &str = "no answer within";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An array of objects with check, result (ok, warning, fault, skipped), detail and remedy.
+    /// An array of objects with check, result (ok, warning, fault, skipped), detail and remedy; the same exit status.
     #[arg(long)]
     json: bool,
 }
@@ -47,7 +47,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.extend(ceph.rows);
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
     rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
-    let text = if args.json { output::json(&rows)? } else { report::table(&rows, report::colours()) };
+    let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
     output::print(&text)?;
     if ceph.stuck {
         // what still runs removes what it made, if Ceph answers it after all

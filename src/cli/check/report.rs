@@ -1,10 +1,8 @@
 //! What `check` found, as a table or as JSON.
 
-use std::io::{IsTerminal, stdout};
-
 use serde::Serialize;
 
-use crate::cli::output;
+use crate::cli::output::{self, Colour};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -27,12 +25,11 @@ impl Verdict {
         }
     }
 
-    /// An SGR sequence.
-    fn colour(self) -> &'static str {
+    fn colour(self) -> Colour {
         match self {
-            Self::Ok => "\x1b[32m",
-            Self::Warning | Self::Skipped => "\x1b[33m",
-            Self::Fault => "\x1b[1;31m",
+            Self::Ok => Colour::Green,
+            Self::Warning | Self::Skipped => Colour::Yellow,
+            Self::Fault => Colour::Red,
         }
     }
 }
@@ -85,25 +82,9 @@ impl CheckResult {
     }
 }
 
-/// Whether standard output is a terminal that is asked to be colourful.
-pub fn colours() -> bool {
-    stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-}
-
-/// A line a check, and one more for its remedy. Lines are not broken: commands are copied from them.
+/// The lines, and the sum of it.
 pub fn table(rows: &[CheckResult], colours: bool) -> String {
-    const VERDICT: usize = 7;
-    let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for row in rows {
-        let verdict = format!("{:VERDICT$}", row.verdict.as_str());
-        let verdict = if colours { format!("{}{verdict}\x1b[0m", row.verdict.colour()) } else { verdict };
-        text.push_str(format!("{:name$}  {verdict}  {}", row.check, row.detail).trim_end());
-        text.push('\n');
-        if let Some(remedy) = &row.remedy {
-            text.push_str(&format!("{:name$}  {:VERDICT$}  → {remedy}\n", "", ""));
-        }
-    }
+    let mut text = lines(rows, colours);
     let faults = rows.iter().filter(|row| row.verdict == Verdict::Fault).count();
     let skipped = rows.iter().filter(|row| row.verdict == Verdict::Skipped).count();
     text.push_str(&match (faults, skipped) {
@@ -111,6 +92,23 @@ pub fn table(rows: &[CheckResult], colours: bool) -> String {
         (_, 0) => format!("{faults} of {} checks failed\n", rows.len()),
         _ => format!("{faults} of {} checks failed, {skipped} skipped\n", rows.len()),
     });
+    text
+}
+
+/// A line a check, and one more for its remedy. Lines are not broken: commands are copied from them.
+pub fn lines(rows: &[CheckResult], colours: bool) -> String {
+    const VERDICT: usize = 7;
+    let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in rows {
+        let verdict = format!("{:VERDICT$}", row.verdict.as_str());
+        let verdict = if colours { row.verdict.colour().paint(&verdict) } else { verdict };
+        text.push_str(format!("{:name$}  {verdict}  {}", row.check, row.detail).trim_end());
+        text.push('\n');
+        if let Some(remedy) = &row.remedy {
+            text.push_str(&format!("{:name$}  {:VERDICT$}  → {remedy}\n", "", ""));
+        }
+    }
     text
 }
 

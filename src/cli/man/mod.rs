@@ -18,7 +18,11 @@ const STATUSES: [(&str, &str); 12] = [
     ("64", "The command line is wrong."),
     ("65", "A record or a line of the input cannot be read."),
     ("66", "There is no such file or job."),
-    ("69", "A service does not answer, the request was declined or failed, or the job has ended another way."),
+    (
+        "69",
+        "A service does not answer, the request was declined or failed (with --dry-run: would be declined), or the job \
+         has ended another way.",
+    ),
     ("70", "A fault of the program."),
     ("71", "The operating system refused something."),
     ("74", "The output cannot be written."),
@@ -135,6 +139,7 @@ fn rest() -> Roff {
         ("RBD_OFFLOAD_<SECTION>__<KEY>", "Overrides a key of the configuration."),
         ("CREDENTIALS_DIRECTORY", "Where systemd puts secrets; see rbd-offload.conf(5)."),
         ("OS_*", "Credentials for request, as the openstack command takes them."),
+        ("NO_COLOR", "With a value: no colours on a terminal."),
     ] {
         roff.control("TP", []);
         roff.text([bold(name)]);
@@ -151,6 +156,22 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
+
+    #[test]
+    fn the_reference_has_the_same_statuses_and_columns() {
+        let reference = include_str!("../../../docs/reference/commands.md");
+        for (status, meaning) in STATUSES {
+            assert!(reference.contains(&format!("| `{status}` | {meaning} |\n")), "{status}");
+        }
+        let mut program = Cli::command();
+        program.build();
+        let jobs = program.find_subcommand("jobs").unwrap();
+        let format = jobs.get_arguments().find(|argument| argument.get_id() == "format").unwrap();
+        let (_, columns) = reference.split_once("the columns of the table: ").unwrap();
+        let columns = columns.split(" |").next().unwrap().replace('`', "");
+        let known: Vec<String> = format.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+        assert_eq!(columns.split(", ").collect::<Vec<_>>(), known);
+    }
 
     #[test]
     fn the_page_holds_every_command() {
