@@ -11,6 +11,8 @@ pub enum Decline {
     Request,
     /// The image is not queued, or another client writes it.
     OtherWriter,
+    /// The image is active and empty: `openstack image create` uploads its standard input, also where that is empty.
+    EmptyUpload,
     /// The service that handed its work over took it back, changed it, or does not answer.
     Handover,
     /// The record wants another format than raw and bare.
@@ -42,9 +44,10 @@ pub enum Decline {
 }
 
 impl Decline {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Request,
         Self::OtherWriter,
+        Self::EmptyUpload,
         Self::Handover,
         Self::Format,
         Self::Signature,
@@ -66,6 +69,7 @@ impl Decline {
         match self {
             Self::Request => "request",
             Self::OtherWriter => "other_writer",
+            Self::EmptyUpload => "empty_upload",
             Self::Handover => "handover",
             Self::Format => "format",
             Self::Signature => "signature",

@@ -21,12 +21,15 @@ pub const GO_TAG: &str = "rbd-offload-handover:go";
 /// On an active image that was published at once: its copy is not complete. Tags are not handed on to later images.
 pub const COPYING_TAG: &str = "rbd-offload-copying";
 
+/// On an image that an empty upload made active, in place of its request tag: the request cannot be done any more.
+pub const EMPTY_UPLOAD_TAG: &str = "rbd-offload-empty-upload";
+
 /// Prefix of the properties that the daemon keeps on a queued record for the tenant.
 pub const PROPERTY_PREFIX: &str = "rbd_offload_";
 
 /// Whether a tag is one of ours, well-formed or not.
 pub fn is_ours(tag: &str) -> bool {
-    tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX) || tag == COPYING_TAG
+    tag.starts_with(TAG_PREFIX) || tag.starts_with(HANDOVER_PREFIX) || tag == COPYING_TAG || tag == EMPTY_UPLOAD_TAG
 }
 
 /// Whether a tag is a request, well-formed or not.

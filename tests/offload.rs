@@ -713,6 +713,44 @@ mod afterwards {
     use super::*;
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn an_empty_upload_of_the_openstack_command_is_declined_and_told_on_the_record() {
+        let (_lab, daemon) = with(Kind::Clone).await;
+        let demo = Account::demo().await;
+        let volume = demo.small_volume(json!({}), 71).await;
+        // of any method: the upload may end before the plan, or after it
+        let count = async || {
+            let (_, body) = daemon.page("/metrics").await.unwrap();
+            let ended = body.lines().filter(|line| line.starts_with("rbd_offload_jobs_ended_total{"));
+            let empty = ended.filter(|line| line.contains(r#"reason="empty_upload""#));
+            empty.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>()
+        };
+        let before = count().await;
+        let mut create = Command::new(lab().dir.join("venv/bin/openstack"));
+        create.args(["image", "create", "--tag", "blue", "--tag", &volume_tag(&volume.id), "-f", "value", "-c", "id"]);
+        create.arg("empty").stdin(std::process::Stdio::null());
+        let created = tokio::task::spawn_blocking(move || create.output().unwrap()).await.unwrap();
+        assert!(created.status.success(), "{created:?}");
+        let id = String::from_utf8(created.stdout).unwrap().trim().to_owned();
+        demo.adopt_image(&id);
+
+        let job = daemon.await_job(&id, "declined").await;
+        assert!(job["reason"].as_str().unwrap().contains("active and empty"), "{job:#}");
+        assert_eq!(count().await, before + 1.0);
+        let image = until("a tag tells what happened", seconds(60), || async {
+            let image = demo.image(&id).await;
+            image["tags"].as_array().unwrap().contains(&json!("rbd-offload-empty-upload")).then_some(image)
+        })
+        .await;
+        assert_eq!((&image["status"], &image["size"]), (&json!("active"), &json!(0)), "{image:#}");
+        let mut tags: Vec<&str> = image["tags"].as_array().unwrap().iter().map(|tag| tag.as_str().unwrap()).collect();
+        tags.sort_unstable();
+        assert_eq!(tags, ["blue", "rbd-offload-empty-upload"], "the request is gone, the tenant's own tag is not");
+        let ours = image.as_object().unwrap().keys().find(|name| name.starts_with("rbd_offload_"));
+        assert_eq!(ours, None, "what is made from it would inherit it: {image:#}");
+        source_is_as_before(&volume, 0).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn an_upload_after_a_decline_keeps_none_of_our_words() {
         let (_lab, _daemon) = with(Kind::Clone).await;
         let demo = Account::demo().await;

@@ -462,6 +462,15 @@ impl Reconciler {
                 if changes.is_empty() {
                     changes.extend(tenant::without_copying_tag(&image));
                 }
+                if record.trigger == Trigger::Request
+                    && record.state != State::Done
+                    && let Some(marked) = tenant::mark_empty_upload(&image)
+                {
+                    tracing::info!(%image_id, tag = request::EMPTY_UPLOAD_TAG,
+                        "an empty upload made the image active; a tag in place of its request says so");
+                    changes.retain(|change| !matches!(change, openstack::ImageChange::Tags(_)));
+                    changes.push(marked);
+                }
                 changes
             }
             // what was handed over is about to be written by the service that did

@@ -120,6 +120,22 @@ pub fn without_copying_tag(image: &Image) -> Option<ImageChange> {
     without_tags(image, |tag| tag == request::COPYING_TAG)
 }
 
+/// Whether a client made the image active by uploading nothing. No image of ours is empty.
+pub fn is_empty_upload(image: &Image) -> bool {
+    image.status == "active" && image.size == Some(0)
+}
+
+/// Says on an image that was uploaded empty that its request will not be done: by a tag in place of the request's,
+/// since what is made from an active image inherits its properties, and never its tags.
+pub fn mark_empty_upload(image: &Image) -> Option<ImageChange> {
+    if !is_empty_upload(image) || request::parse_request_tags(&image.tags) == TagRequest::Absent {
+        return None;
+    }
+    let mut tags: Vec<String> = image.tags.iter().filter(|tag| !request::is_ours(tag)).cloned().collect();
+    tags.push(request::EMPTY_UPLOAD_TAG.to_owned());
+    Some(ImageChange::Tags(tags))
+}
+
 /// Takes off what is ours from a record that turned active all the same.
 pub fn clear(image: &Image) -> Vec<ImageChange> {
     image
@@ -190,6 +206,21 @@ mod tests {
         let mut untagged = image();
         untagged.tags = vec!["blue".into()];
         assert!(!end(&untagged, Status::Declined, "no").iter().any(|c| matches!(c, ImageChange::Tags(_))));
+    }
+
+    #[test]
+    fn an_empty_upload_is_told_by_a_tag_and_by_no_property() {
+        let empty = Image { status: "active".into(), size: Some(0), ..image() };
+        let marked = ImageChange::Tags(vec!["blue".into(), request::EMPTY_UPLOAD_TAG.into()]);
+        assert_eq!(mark_empty_upload(&empty), Some(marked));
+        assert!(finished(&empty, None).iter().all(|change| matches!(change, ImageChange::Remove { .. })));
+        let told = Image { tags: vec![request::EMPTY_UPLOAD_TAG.into()], ..empty.clone() };
+        assert_eq!(mark_empty_upload(&told), None);
+        // what is uploaded, and what still is to be, is not ours to judge
+        for (status, size) in [("active", Some(1)), ("active", None), ("queued", Some(0)), ("saving", Some(0))] {
+            let other = Image { status: status.into(), size, ..empty.clone() };
+            assert_eq!(mark_empty_upload(&other), None, "{status} {size:?}");
+        }
     }
 
     #[test]

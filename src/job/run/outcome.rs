@@ -16,7 +16,12 @@ use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
 use crate::plan::{self, PlanError};
+use crate::publish::record::is_empty_upload;
 use crate::transfer::Method;
+
+/// Why a request is not done that an empty upload came before.
+const EMPTY_UPLOAD: &str = "the image is active and empty: a client uploaded nothing to it (`openstack image create` \
+    uploads its standard input). Delete it, and ask with `rbd-offload request`";
 
 /// Whether an attempt counts for the limit of retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -275,10 +280,16 @@ impl JobRun {
             Some(_) => self.job.context.cloud.image(&self.job.id.to_string()).await?,
             None => None,
         };
+        let mut outcome = outcome;
         match image {
             Some(image) if image.status == "queued" => self.report_outcome(image, &outcome).await?,
             // another writer's; while it uploads, Glance would bring back what is taken off
-            Some(_) => self.job.update(|record| record.needs_repair = true).await?,
+            Some(image) => {
+                if outcome.decline == Some(Decline::OtherWriter) && is_empty_upload(&image) {
+                    outcome = Outcome::declined(Decline::EmptyUpload, EMPTY_UPLOAD);
+                }
+                self.job.update(|record| record.needs_repair = true).await?;
+            }
             None => {}
         }
         self.finish_job(&outcome).await?;
