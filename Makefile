@@ -28,7 +28,7 @@ rpm: release
 	$(CARGO) generate-rpm
 	packaging/integrations rpm
 
-# headers and libraries that the build links; elsewhere than on Debian docs/install.md names them
+# headers and libraries that the build links; elsewhere than on Debian docs/how-to/install.md names them
 deps:
 	@! command -v apt-get >/dev/null || lab/lib/install-packages librados-dev librbd-dev libradospp-dev pkg-config g++
 

@@ -1,5 +1,5 @@
 """A service's side of a hand-over: offer the image to rbd-offload, say go, wait; or fall back to the native path.
-docs/handover.md is the protocol.
+docs/explanation/handover.md is the protocol.
 
 One file for Cinder and Nova, so it knows neither of them, nor how Glance is reached.
 """

@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn the_documentation_names_each() {
-        let text = include_str!("../docs/operating.md");
+        let text = include_str!("../docs/reference/metrics-and-logs.md");
         for decline in Decline::ALL {
             assert!(text.contains(&format!("| `{}` |", decline.as_str())), "{}", decline.as_str());
         }

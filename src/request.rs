@@ -12,7 +12,7 @@ use uuid::Uuid;
 pub const TAG_PREFIX: &str = "rbd-offload:";
 
 /// Tags that start like this belong to a hand-over: a service of the cloud lets the daemon do its work, and waits
-/// (`docs/handover.md`).
+/// (`docs/explanation/handover.md`).
 pub const HANDOVER_PREFIX: &str = "rbd-offload-handover:";
 
 /// By this tag the waiting service says that the prepared copy is to be published.

@@ -137,7 +137,10 @@ fn every_command_of_ours_has_the_options_that_it_is_shown_with() {
 fn check_command(at: &str, line: &str) -> Option<String> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let ours = words.iter().rposition(|word| *word == "rbd-offload")?;
-    let (name, options) = words[ours + 1..].split_first()?;
+    let after = &words[ours + 1..];
+    // it may stand before the command
+    let (name, options) =
+        after.strip_prefix(&["--config"]).map_or(after, |rest| rest.get(1..).unwrap_or(&[])).split_first()?;
     // `rbd-offload` as a name: of a user, a service, a package
     if ours > 0
         && !["sudo", "--"].contains(&words[0])

@@ -1,5 +1,6 @@
 //! `openstack image create --volume` by a cinder-volume that hands its uploads over (`integrations/cinder`), on the
-//! real services: whatever dies or freezes, the image is made once, and right. `docs/handover.md` is the protocol.
+//! real services: whatever dies or freezes, the image is made once, and right. `docs/explanation/handover.md` is the
+//! protocol.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;

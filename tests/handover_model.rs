@@ -1,5 +1,6 @@
-//! The protocol of `docs/handover.md`, walked through in every interleaving: a service that waits, two daemons of which
-//! each may freeze, die or be taken over from at any moment, and Glance and Ceph as far as they decide anything.
+//! The protocol of `docs/explanation/handover.md`, walked through in every interleaving: a service that waits, two
+//! daemons of which each may freeze, die or be taken over from at any moment, and Glance and Ceph as far as they decide
+//! anything.
 //!
 //! A step is one call that others can see; reading and acting upon what was read are two. The faults are planted to
 //! show that the walk would find them.

@@ -1,4 +1,4 @@
-//! The results as tables for people: `docs/benchmarks.md` is written by this.
+//! The results as tables for people: `docs/reference/benchmarks.md` is written by this.
 
 use std::fmt::Write as _;
 

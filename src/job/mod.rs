@@ -2,7 +2,7 @@
 //!
 //! A job is one object in RADOS. The daemon that holds the lease (a lock on that object, with a time limit that the OSD
 //! keeps) may move it on; every step may be run again by anybody after a crash at any point, and ends the same.
-//! `docs/jobs.md` draws the states.
+//! `docs/explanation/jobs.md` draws the states.
 
 pub mod backoff;
 pub mod bindings;

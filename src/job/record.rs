@@ -61,7 +61,7 @@ impl State {
         matches!(self, Self::Done | Self::Declined | Self::Failed | Self::Cancelled)
     }
 
-    /// The legal transitions; `docs/jobs.md` draws them.
+    /// The legal transitions; `docs/explanation/jobs.md` draws them.
     pub fn may_become(self, next: State) -> bool {
         use State::*;
         match (self, next) {
@@ -249,7 +249,8 @@ pub enum Registration {
     Active,
 }
 
-/// How far a service that handed its work over, and waits for the image, has bound itself (`docs/handover.md`).
+/// How far a service that handed its work over, and waits for the image, has bound itself
+/// (`docs/explanation/handover.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Handover {

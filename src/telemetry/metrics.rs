@@ -217,12 +217,12 @@ mod tests {
 
     #[test]
     fn the_documentation_the_dashboard_and_the_alerts_name_metrics_that_there_are() {
-        let documented = named(include_str!("../../docs/operating.md"));
+        let documented = named(include_str!("../../docs/reference/metrics-and-logs.md"));
         assert_eq!(table().difference(&documented).collect::<Vec<_>>(), Vec::<&String>::new(), "not documented");
         // properties of an image record have the same prefix
         let properties = ["status", "progress", "message"].map(|name| format!("rbd_offload_{name}"));
         for (what, text) in [
-            ("docs/operating.md", include_str!("../../docs/operating.md")),
+            ("docs/reference/metrics-and-logs.md", include_str!("../../docs/reference/metrics-and-logs.md")),
             ("the dashboard", include_str!("../../packaging/grafana/rbd-offload.json")),
             ("the alerts", include_str!("../../packaging/prometheus/rbd-offload.rules.yml")),
         ] {

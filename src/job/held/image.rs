@@ -50,7 +50,8 @@ impl HeldJob {
     }
 
     /// Whether the record asks for this job as it did when the plan was made. It is asked when the record is read
-    /// during the copy, before the copy takes its name, and last right before the location is posted (`docs/jobs.md`).
+    /// during the copy, before the copy takes its name, and last right before the location is posted
+    /// (`docs/explanation/jobs.md`).
     pub async fn check_request(&self, image: &Image) -> StepResult<()> {
         let record = self.record().await;
         let Some(source) = record.source else { return Ok(()) };

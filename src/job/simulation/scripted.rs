@@ -1,5 +1,6 @@
 //! One exact moment: the real engine in a world without accidents, and a script that changes the world right before a
-//! call of the daemon is done. Each test is one row of "The publish window" in `docs/jobs.md`, or what is like it.
+//! call of the daemon is done. Each test is one row of "The publish window" in `docs/explanation/jobs.md`, or what is
+//! like it.
 
 use std::collections::BTreeSet;
 use std::path::Path;

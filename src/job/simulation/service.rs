@@ -1,5 +1,5 @@
-//! A service that handed its work over and waits for the image: the other side of `docs/handover.md`, as Cinder's and
-//! Nova's integrations have it.
+//! A service that handed its work over and waits for the image: the other side of `docs/explanation/handover.md`, as
+//! Cinder's and Nova's integrations have it.
 
 use std::time::Duration;
 

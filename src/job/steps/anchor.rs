@@ -1,5 +1,5 @@
 //! The anchor: a clone of the source's snapshot in the source's pool, and the only child that Cinder ever sees
-//! (`docs/jobs.md`).
+//! (`docs/explanation/jobs.md`).
 
 use async_trait::async_trait;
 

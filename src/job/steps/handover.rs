@@ -1,5 +1,5 @@
 //! Waits until the service that handed its work over commits: it may do the work itself until then.
-//! `docs/handover.md` is the protocol.
+//! `docs/explanation/handover.md` is the protocol.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
