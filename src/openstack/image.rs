@@ -460,6 +460,8 @@ struct Tasks {
 #[derive(Deserialize)]
 struct TaskRecord {
     id: String,
+    #[serde(default, rename = "type", deserialize_with = "json::or_default")]
+    kind: String,
     status: String,
     #[serde(default, deserialize_with = "json::or_default")]
     message: String,
@@ -470,7 +472,7 @@ struct TaskRecord {
 /// The newest first.
 fn tasks(mut answer: Tasks) -> Vec<ImageTask> {
     answer.tasks.sort_by(|one, other| other.created_at.cmp(&one.created_at));
-    let task = |TaskRecord { id, status, message, .. }| ImageTask { id, status, message };
+    let task = |TaskRecord { id, kind, status, message, .. }| ImageTask { id, kind, status, message };
     answer.tasks.into_iter().map(task).collect()
 }
 
@@ -683,7 +685,7 @@ mod tests {
             }
         })
         .await;
-        Session { wire: wire(&url, std::time::Duration::from_secs(5)), register }
+        Session::new(wire(&url, std::time::Duration::from_secs(5)), register)
     }
 
     /// A Glance whose queued images have ids from 1 on, some with records of more than a whole answer may have.
@@ -714,7 +716,7 @@ mod tests {
             Some((200, String::new(), format!(r#"{{"images": [{}]{next}}}"#, records.join(", "))))
         })
         .await;
-        Session { wire: wire(&url, std::time::Duration::from_secs(60)), register: Register::Auto }
+        Session::new(wire(&url, std::time::Duration::from_secs(60)), Register::Auto)
     }
 
     async fn list(session: &Session) -> (Vec<u32>, Vec<u32>) {

@@ -10,6 +10,7 @@ mod image;
 mod json;
 mod limits;
 mod names;
+mod recent;
 mod server;
 mod session;
 mod tenant;
@@ -104,9 +105,18 @@ pub struct Validation {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageTask {
     pub id: String,
+    /// `location_import`, `api_image_import`, …; empty where Glance does not tell.
+    pub kind: String,
     /// `pending`, `processing`, `success`, `failure`.
     pub status: String,
     pub message: String,
+}
+
+impl ImageTask {
+    /// Whether it may be of a location that was posted.
+    pub fn is_of_location(&self) -> bool {
+        self.kind.is_empty() || self.kind == "location_import"
+    }
 }
 
 /// One of Glance's stores, as `GET /v2/info/stores/detail` tells it.
@@ -365,10 +375,11 @@ pub trait Cloud: Send + Sync + 'static {
     /// Bytes that the project's images take by Glance's count, all statuses that count included.
     async fn image_usage(&self, project_id: &str) -> Result<u64>;
 
-    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud has
-    /// none.
+    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud had
+    /// none within the last minute.
     async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>>;
 
+    /// As they were within the last minute.
     async fn stores(&self) -> Result<Vec<Store>>;
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>>;
@@ -428,7 +439,7 @@ impl Cloud for Session {
     }
 
     async fn stores(&self) -> Result<Vec<Store>> {
-        self.list_stores().await
+        self.stores.or(self.list_stores()).await
     }
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>> {

@@ -28,9 +28,9 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use url::Url;
 
-use super::CloudId;
 use super::error::{Error, ErrorKind, Result, shorten};
-use super::json;
+use super::recent::Recent;
+use super::{CloudId, Store, json};
 use crate::config::{Credentials, Glance, Interface, Keystone, Register};
 
 /// Longest answer that is read, in bytes.
@@ -57,9 +57,16 @@ static MICROVERSION: HeaderName = HeaderName::from_static("openstack-api-version
 pub struct Session {
     pub(super) wire: HttpClient,
     pub(super) register: Register,
+    pub(super) stores: Recent<Vec<Store>>,
+    /// The registered limit of a project's images, in Glance's unit, where the cloud has one.
+    pub(super) size_limit: Recent<Option<i64>>,
 }
 
 impl Session {
+    pub(super) fn new(wire: HttpClient, register: Register) -> Self {
+        Self { wire, register, stores: Recent::default(), size_limit: Recent::default() }
+    }
+
     /// Reads `cafile` and checks the URLs; the login is made by the first call, or by [`Session::login`], so that a
     /// daemon can start while Keystone is away.
     pub fn connect(keystone: &Keystone, glance: &Glance) -> Result<Self> {
@@ -96,7 +103,7 @@ impl Session {
             timeout: keystone.timeout,
             image_override: glance.endpoint_override.clone(),
         };
-        Ok(Self { wire: HttpClient::new(access)?, register: glance.register })
+        Ok(Self::new(HttpClient::new(access)?, glance.register))
     }
 
     /// Logs in if that has not happened yet. [`ErrorKind::Unauthorized`] when Keystone refuses the credentials,
