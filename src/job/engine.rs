@@ -25,6 +25,7 @@ use super::run::{Acknowledged, JobRun, RunResult};
 use super::slots::PoolSlots;
 use super::store::{Error, Summary};
 use crate::ceph::{self, ErrorKind, Progress};
+use crate::publish::record::SHOWN_AFTER;
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
@@ -315,7 +316,13 @@ impl Engine {
             }
         }
         metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
-        self.acknowledge(waiting.iter().chain(&without_room).map(|(id, _)| *id), drain).await
+        let now = self.context.clock.now();
+        let is_to_be_told = |summary: &Summary| {
+            let age = summary.created.map(|created| now.duration_since(created).unsigned_abs());
+            summary.handover || age.is_none_or(|age| age >= SHOWN_AFTER)
+        };
+        let waiting = waiting.iter().chain(&without_room).filter(|(_, summary)| is_to_be_told(summary));
+        self.acknowledge(waiting.map(|(id, _)| *id), drain).await
     }
 
     /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest does.

@@ -321,6 +321,9 @@ pub struct Record {
     /// Started by `retry`: needs no tag.
     #[serde(default)]
     pub retried: bool,
+    /// The image had a job before this one, which ended.
+    #[serde(default)]
+    pub restarted: bool,
     /// The tenant was told that the request was accepted.
     #[serde(default)]
     pub acknowledged: bool,
@@ -443,6 +446,7 @@ impl Record {
             handover: None,
             not_before: None,
             retried: false,
+            restarted: false,
             acknowledged: false,
             needs_repair: false,
             deactivated: false,
@@ -548,6 +552,7 @@ impl Record {
         let fresh = Self::new(self.image_id, Trigger::Request, self.source, self.project_id.clone(), now);
         *self = Self {
             retried,
+            restarted: true,
             owner: self.owner.take(),
             owner_address: self.owner_address.take(),
             needs_repair: self.needs_repair,
@@ -556,6 +561,11 @@ impl Record {
             ..fresh
         };
         Ok(())
+    }
+
+    /// Whether no attempt before this one, of this job or of one before it, can have posted a location.
+    pub fn is_first_try(&self) -> bool {
+        self.registration == Registration::Unposted && self.attempts == 0 && self.takeovers == 0 && !self.restarted
     }
 
     /// The part of its list of steps that the job is in.

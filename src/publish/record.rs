@@ -4,6 +4,7 @@
 //! inherited by later images, so all of them are taken off before the location is registered.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::openstack::{Image, ImageChange};
 use crate::request::PROPERTY_PREFIX;
@@ -12,6 +13,10 @@ use crate::request::{self, Source, TagRequest};
 const STATUS: &str = "rbd_offload_status";
 const PROGRESS: &str = "rbd_offload_progress";
 const MESSAGE: &str = "rbd_offload_message";
+
+/// A job that is over before that has shown nothing: each change of a record costs Glance more than a small copy costs
+/// Ceph.
+pub const SHOWN_AFTER: Duration = Duration::from_secs(2);
 
 /// Characters of a message; Glance takes 65,535 bytes, a person less.
 const MESSAGE_MAX: usize = 500;

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use tokio::time::Instant;
+
 use super::{JobRun, StepError, StepResult};
 use crate::ceph::{ImageSpec, TransferLimits};
 use crate::config::{self, Config};
@@ -133,6 +135,7 @@ impl JobRun {
 
     /// Plans the job, and writes down what is to be done.
     async fn lay_down(&self, config: Arc<Config>) -> StepResult<Attempt> {
+        let began = Instant::now();
         let plan = self.job.stage("plan", self.plan(&config)).await?;
         let Some(slot) = self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) else {
             return Err(StepError::NoRoom { pool: plan.dest_pool });
@@ -150,7 +153,7 @@ impl JobRun {
         let Some(first) = methods.first().copied() else { return self.no_method(None).await };
         let (publish, not_at_once) = self.when_to_publish(&plan, &methods, &config).await;
         reasons.extend(not_at_once.map(|reason| format!("at-once: {reason}")));
-        let mut attempt = Attempt::new(Arc::clone(&config));
+        let mut attempt = Attempt { began, ..Attempt::new(Arc::clone(&config)) };
         let copying = attempt.copying.insert(Copying {
             source: CopySource {
                 source: ImageSpec::with_id(&plan.origin.pool, &plan.origin_id),

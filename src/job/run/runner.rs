@@ -8,10 +8,10 @@ use super::{JobRun, StepError, StepResult};
 use crate::ceph;
 use crate::job::error::{end, other_writer};
 use crate::job::held::has_running_task;
-use crate::job::record::{Artifact, Phase, Record, Registration, State};
+use crate::job::record::{Artifact, Phase, Publish, Record, Registration, State};
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
-use crate::publish::record::Status;
+use crate::publish::record::{self as image_status, Status};
 use crate::transfer::Method;
 
 impl JobRun {
@@ -120,7 +120,7 @@ impl JobRun {
     /// The copy is complete. Reads what has become of the image meanwhile.
     async fn begin_publishing(&self, attempt: &mut Attempt) -> StepResult<()> {
         // from here on the watcher leaves the image record alone, and nothing more is copied into the pool
-        *self.shown.lock().await = None;
+        let known = self.shown.lock().await.take().filter(|image| !image_status::shows_work(image));
         if let Some(copying) = attempt.copying.take() {
             drop(copying.slot);
         }
@@ -129,7 +129,13 @@ impl JobRun {
             return Err(StepError::Abandon("its record names no destination pool".into()));
         }
         let is_posted = record.registration >= Registration::Posted;
-        let image = self.job.read_image().await?;
+        // What the plan read a moment ago will do: Glance's answer to the change of the record is judged again, before
+        // the location is posted. Published at once, that change replaces the tags.
+        let is_recent = attempt.began.elapsed() < image_status::SHOWN_AFTER && record.publish == Publish::WhenCopied;
+        let image = match known.filter(|_| is_recent && record.is_first_try() && record.handover.is_none()) {
+            Some(image) => image,
+            None => self.job.read_image().await?,
+        };
         match image.status.as_str() {
             "active" | "deactivated" if self.job.is_our_image(&image).await? => {}
             // a task that is at work before we posted anything is another writer's import
@@ -159,7 +165,10 @@ impl JobRun {
                 "this method cannot do it; the next one is tried");
         }
         self.undo(None, Step::depends_on_method).await?;
-        applied.retain(|name| !steps::step(*name).is_some_and(Step::depends_on_method));
+        // the snapshot step asks again whose the source is: the first copy may have taken long
+        let stays =
+            |name: &StepName| *name != StepName::Snapshot && !steps::step(*name).is_some_and(Step::depends_on_method);
+        applied.retain(stays);
         let note = refused.map(|error| format!("{}: {error}", before.map_or("", Method::as_str)));
         self.job
             .update(|record| {

@@ -31,8 +31,9 @@ const COPYING: &str = "the disk is being copied inside the storage cluster";
 
 /// What the watcher has seen and shown.
 struct PollState {
-    /// When it last looked at the tenant's record.
+    /// When it last looked at the tenant's record, and how long after that it looks again.
     looked: Instant,
+    look_again: Duration,
     /// When it last changed the record, and the job's steps by then.
     shown: Instant,
     steps: u64,
@@ -72,7 +73,8 @@ impl JobRun {
 
     async fn poll_loop(&self) -> StepError {
         let (looked, shown) = (Instant::now(), Instant::now());
-        let mut seen = PollState { looked, shown, steps: 0, message: COPYING.to_owned() };
+        let message = COPYING.to_owned();
+        let mut seen = PollState { looked, look_again: image_status::SHOWN_AFTER, shown, steps: 0, message };
         loop {
             sleep(WATCH_INTERVAL.min(self.job.lease.renewal_interval())).await;
             match self.poll_once(&mut seen).await {
@@ -106,14 +108,14 @@ impl JobRun {
                 self.job.check_request(&image).await?;
             }
         }
-        if self.job.record().await.state != State::Copying {
+        if !self.job.record().await.is_preparing() {
             return Ok(());
         }
         let percent = self.note_progress().await?;
-        if seen.looked.elapsed() < TENANT_INTERVAL {
+        if seen.looked.elapsed() < seen.look_again {
             return Ok(());
         }
-        seen.looked = Instant::now();
+        (seen.looked, seen.look_again) = (Instant::now(), TENANT_INTERVAL);
         let steps = self.job.progress.steps();
         if steps != seen.steps && seen.shown.elapsed() >= HEARTBEAT_INTERVAL && self.has_waiting_service().await {
             seen.message = format!("{COPYING}; {}", self.heartbeat_text());
@@ -183,21 +185,23 @@ impl JobRun {
         Ok(percent)
     }
 
-    /// Shows status and message on the record, and lets the watcher go on from there.
+    /// Shows status and message on the record where there is a status already, or a service waits for it. Otherwise
+    /// the watcher shows the first one, if the job lasts.
     pub(super) async fn show(&self, image: Image, status: Status, message: &str) -> StepResult<()> {
         self.job.check_cancelled()?;
         let mut shown = self.shown.lock().await;
-        *shown = Some(self.job.patch_status(image, status, 0, message).await?);
+        let is_awaited = image_status::shows_work(&image) || self.job.record().await.handover.is_some();
+        *shown = Some(if is_awaited { self.job.patch_status(image, status, 0, message).await? } else { image });
         Ok(())
     }
 
-    /// Like [`show`](Self::show), where a failure is no reason to stop.
+    /// Replaces what the record shows. A failure is no reason to stop.
     pub(super) async fn show_again(&self, status: Status, message: &str) {
         // the delegating service reads `publishing` as "prepared"
         if self.job.record().await.handover.is_some() {
             return;
         }
-        let Some(image) = self.shown.lock().await.take() else { return };
+        let Some(image) = self.shown.lock().await.take_if(|image| image_status::shows_work(image)) else { return };
         if let Err(stop) = self.job.patch_status(image, status, 95, message).await {
             tracing::debug!(image_id = %self.job.id, ?stop, "the status was not shown");
         }

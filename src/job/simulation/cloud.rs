@@ -595,7 +595,12 @@ impl Cloud for Handle {
                     record.posted = record.told.get(&self.node.name).cloned();
                     let first = |source| record.requests.iter().find(|(known, _)| changed && *known == source).copied();
                     record.posted_request = record.source.map(|source| first(source).unwrap_or((source, record.asked)));
-                    let queued = ImageTask { id: task.clone(), status: "processing".into(), message: String::new() };
+                    let queued = ImageTask {
+                        id: task.clone(),
+                        kind: String::new(),
+                        status: "processing".into(),
+                        message: String::new(),
+                    };
                     record.tasks.insert(0, queued);
                 }
                 tokio::spawn(location_task(shared, id.to_owned(), task, url.to_owned()));

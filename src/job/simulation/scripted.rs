@@ -357,7 +357,12 @@ fn an_import_that_began_before_our_location_was_posted_is_another_writers() {
                 Stage::change_image(image, |record| {
                     record.image.status = "importing".into();
                     record.image.properties.insert(TASK.into(), "theirs".into());
-                    let task = ImageTask { id: "theirs".into(), status: "processing".into(), message: String::new() };
+                    let task = ImageTask {
+                        id: "theirs".into(),
+                        kind: "api_image_import".into(),
+                        status: "processing".into(),
+                        message: String::new(),
+                    };
                     record.tasks.insert(0, task);
                 }),
             );

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::super::error::{StepError, StepResult};
 use super::super::slots::PoolSlot;
 use super::readable::CopySource;
@@ -15,6 +17,8 @@ use crate::transfer::{Method, TransferRequest};
 
 pub(in super::super) struct Attempt {
     pub config: Arc<Config>,
+    /// When it began.
+    pub began: Instant,
     /// Of an attempt that copies.
     pub copying: Option<Copying>,
     /// The image record as Glance answered last, once the copy is complete.
@@ -51,7 +55,7 @@ impl Copying {
 
 impl Attempt {
     pub fn new(config: Arc<Config>) -> Self {
-        Self { config, copying: None, image: None }
+        Self { config, began: Instant::now(), copying: None, image: None }
     }
 
     pub fn copying(&self) -> StepResult<&Copying> {

@@ -19,8 +19,9 @@ use crate::publish::record as image_status;
 /// How long Glance may take to make a registered image active, beside the time for reading it where it does that first.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(60);
 
-/// Pauses between looks at a registered image: the first and the longest. Glance takes about 0.3 s.
-const POLL_FIRST: Duration = Duration::from_millis(50);
+/// Pauses between looks at a registered image: the first and the longest. Glance takes about 0.3 s, and a look costs it
+/// about as much as anything else.
+const POLL_FIRST: Duration = Duration::from_millis(200);
 const POLL_MAX: Duration = Duration::from_secs(1);
 
 pub struct Register;
@@ -46,7 +47,7 @@ impl Step for Register {
             return Err(StepError::Abandon("its record names no destination pool".into()));
         };
         let is_posted = record.registration >= Registration::Posted;
-        let known: Vec<String> = tasks(job).await?.into_iter().map(|task| task.id).collect();
+        let known = tasks_before(job, &image, &record).await?;
         let posts = image.status == "queued" && !(is_posted && has_running_task(&image));
         if posts {
             image = job.stage("record", prepare_image_properties(job, image, &record)).await?;
@@ -79,6 +80,15 @@ impl Step for Register {
 
 async fn tasks(job: &HeldJob) -> StepResult<Vec<openstack::ImageTask>> {
     Ok(job.context.cloud.image_tasks(&job.id.to_string()).await?)
+}
+
+/// The image's tasks before the location is posted. A job that tries for the first time has posted none that failed, so
+/// only the one that runs counts, which the image record names.
+async fn tasks_before(job: &HeldJob, image: &Image, record: &Record) -> StepResult<Vec<String>> {
+    if record.is_first_try() {
+        return Ok(running_task(image).into_iter().cloned().collect());
+    }
+    Ok(tasks(job).await?.into_iter().map(|task| task.id).collect())
 }
 
 async fn prepare_image_properties(job: &HeldJob, mut image: Image, record: &Record) -> StepResult<Image> {
@@ -184,7 +194,7 @@ async fn await_active(
             () = job.cancel.cancelled() => {}
         }
         job.check_cancelled()?;
-        pause = (pause * 2).min(POLL_MAX);
+        pause = (pause * 3 / 2).min(POLL_MAX);
         let image = job.read_image().await?;
         let is_at_work = has_running_task(&image);
         if is_at_work {
@@ -209,7 +219,9 @@ async fn await_active(
 /// Whether a Glance task that is not in `known` failed. Glance then may have removed the RBD image.
 async fn check_tasks(job: &HeldJob, known: &[String], pool: &str) -> StepResult<()> {
     let tasks = tasks(job).await?;
-    let Some(failed) = tasks.iter().find(|task| task.status == "failure" && !known.contains(&task.id)) else {
+    // the tenant's own imports may have failed before
+    let is_ours = |task: &&openstack::ImageTask| task.is_of_location() && !known.contains(&task.id);
+    let Some(failed) = tasks.iter().filter(is_ours).find(|task| task.status == "failure") else {
         return Ok(());
     };
     let reason = format!("Glance refused the location: {}", failed.message);
