@@ -530,7 +530,7 @@ fn check_names_each_missing_capability() {
 }
 
 #[test]
-fn check_sees_a_queue_of_another_type_and_one_that_grows() {
+fn check_sees_a_queue_of_other_arguments_and_one_that_grows() {
     let setup = Setup::new();
     let queue = setup.config().messaging.queue;
     let url = TransportUrl::parse(&lab_var("RBDLAB_OFFLOAD_AMQP")).unwrap();
@@ -543,7 +543,13 @@ fn check_sees_a_queue_of_another_type_and_one_that_grows() {
             return;
         }
         let mut arguments = FieldTable::default();
+        let (kind, as_configured) = kind.split_once(' ').map_or((kind, true), |(kind, _)| (kind, false));
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+        if as_configured {
+            arguments.insert("x-max-length".into(), AMQPValue::LongInt(100_000));
+            arguments.insert("x-overflow".into(), AMQPValue::LongString("drop-head".into()));
+            arguments.insert("x-expires".into(), AMQPValue::LongInt(604_800_000));
+        }
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         channel.queue_declare(queue.as_str().into(), options, arguments).await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -560,7 +566,11 @@ fn check_sees_a_queue_of_another_type_and_one_that_grows() {
     block_on(declare("quorum", 3));
     check(&setup).fault(&name, "3 wait and nobody consumes it", "start the daemon");
     block_on(declare("classic", 0));
-    check(&setup).fault(&name, "not a durable queue of type quorum", "queue_type");
+    check(&setup).fault(&name, "other arguments than queue_type = quorum, queue_max_length = 100000", "delete_queue");
+    block_on(declare("quorum unlimited", 2));
+    let checked = check(&setup);
+    checked.fault(&name, "queue_expires = 7d", "start the daemon: it takes the messages that wait");
+    checked.fault(&name, "inequivalent arg", "delete_queue");
     block_on(declare("", 0));
 }
 

@@ -75,6 +75,8 @@ impl Broker {
             transport_url: lab_var("RBDLAB_OFFLOAD_AMQP").into(),
             queue: self.queue(),
             queue_type: QueueType::Quorum,
+            queue_max_length: 1_000,
+            queue_expires: Duration::from_secs(600),
             exchanges: vec![self.exchange()],
             topics: vec![self.topic()],
             prefetch: 128,
@@ -100,10 +102,18 @@ impl Broker {
         channel.exchange_declare(name.as_str().into(), kind, options, FieldTable::default()).await.is_ok()
     }
 
-    /// Whether a declaration of this type is what exists.
-    async fn queue_is(&self, kind: &str) -> bool {
+    /// Whether a declaration with these arguments is what exists.
+    async fn queue_is(&self, config: &Messaging) -> bool {
         let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(config.queue_type.as_str().into()));
+        if config.queue_max_length > 0 {
+            arguments.insert("x-max-length".into(), AMQPValue::LongInt(config.queue_max_length.try_into().unwrap()));
+            arguments.insert("x-overflow".into(), AMQPValue::LongString("drop-head".into()));
+        }
+        if !config.queue_expires.is_zero() {
+            let milliseconds = config.queue_expires.as_millis().try_into().unwrap();
+            arguments.insert("x-expires".into(), AMQPValue::LongInt(milliseconds));
+        }
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let channel = self.channel().await;
         channel.queue_declare(self.queue().as_str().into(), options, arguments).await.is_ok()
@@ -177,7 +187,8 @@ impl Running {
             hold_again: Duration::from_secs(2),
             attempt: Duration::from_secs(30),
             retry: Duration::from_millis(100),
-            look: Duration::from_millis(500),
+            look: Duration::from_millis(200),
+            bind: Duration::from_secs(2),
         });
         let status = listener.status();
         let cancel = CancellationToken::new();
@@ -317,6 +328,17 @@ fn rabbitmqctl(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Lines of the broker's log which say that there is no exchange of this name.
+async fn complaints_about(exchange: String) -> usize {
+    let locations = tokio::task::spawn_blocking(|| rabbitmqctl(&["-q", "eval", "rabbit:log_locations()."]));
+    let locations = locations.await.unwrap();
+    let paths = locations.split('"').filter(|path| path.starts_with('/'));
+    let logs: Vec<String> =
+        paths.map(|path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()).collect();
+    let complaint = format!("no exchange '{exchange}'");
+    logs.iter().flat_map(|log| log.lines()).filter(|line| line.contains(&complaint)).count()
+}
+
 /// Has the broker close the listener's connection, and no other.
 async fn close_connection(queue: String) {
     tokio::task::spawn_blocking(move || {
@@ -336,23 +358,27 @@ async fn close_connection(queue: String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_queue_has_the_configured_type() {
+async fn the_queue_has_the_configured_type_and_another_one_is_left_alone() {
     with_broker(|broker| async move {
+        broker.declare_exchange().await;
         let store = Arc::new(Store::default());
         let running = Running::bound(broker.config(), &store).await;
         assert!(running.status.get().queue_declared);
-        assert!(broker.queue_is("quorum").await);
-        assert!(!broker.queue_is("classic").await);
+        assert!(broker.queue_is(&broker.config()).await);
+        let classic = Messaging { queue_type: QueueType::Classic, ..broker.config() };
+        assert!(!broker.queue_is(&classic).await);
         running.stop().await;
 
-        // The other type: says what to do, and goes on as soon as it is done.
-        let classic = Messaging { queue_type: QueueType::Classic, ..broker.config() };
-        let running = Running::start(classic, &store);
+        // Daemons that know of no binding of it: it may be anybody's. Says what to do, and goes on once it is done.
+        broker.publish(&deletion(Uuid::new_v4())).await;
+        let running = Running::start(classic.clone(), &store);
         eventually("a second attempt", async || running.status.get().reconnects >= 2).await;
         let state = running.status.get();
         assert!(!state.connected() && !state.queue_declared);
         let problem = state.problem.clone().unwrap();
         assert!(problem.contains("queue_type = classic") && problem.contains("delete_queue"), "{problem}");
+        assert_eq!(broker.ready(&broker.queue()).await, Some(1));
+        assert!(store.images().is_empty());
         broker
             .channel()
             .await
@@ -360,8 +386,140 @@ async fn the_queue_has_the_configured_type() {
             .await
             .unwrap();
         running.consuming().await;
-        assert!(broker.queue_is("classic").await);
+        assert!(broker.queue_is(&classic).await);
         running.stop().await;
+    })
+    .await;
+}
+
+/// Runs a test with a quorum queue and with a classic one.
+async fn with_both_types<F: Future<Output = ()>>(test: impl Fn(Arc<Broker>, Messaging) -> F) {
+    for queue_type in [QueueType::Quorum, QueueType::Classic] {
+        with_broker(|broker| {
+            let config = Messaging { queue_type, ..broker.config() };
+            test(broker, config)
+        })
+        .await;
+    }
+}
+
+/// The same queue as made before it had a limit.
+fn unlimited(config: &Messaging) -> Messaging {
+    Messaging { queue_max_length: 0, queue_expires: Duration::ZERO, ..config.clone() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_nobody_consumes_is_bounded_and_expires() {
+    with_both_types(|broker, config| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let config = Messaging { queue_max_length: 5, queue_expires: Duration::from_secs(6), ..config };
+        Running::bound(config.clone(), &store).await.stop().await;
+        let images: Vec<Uuid> = (0..20).map(|_| Uuid::new_v4()).collect();
+        for image in &images {
+            broker.publish(&deletion(*image)).await;
+        }
+        eventually("five are kept", async || broker.ready(&broker.queue()).await == Some(5)).await;
+        // the oldest are dropped
+        let running = Running::start(config.clone(), &store);
+        eventually("they are stored", async || store.images().len() == 5).await;
+        assert_eq!(store.images(), images[15..].iter().copied().collect());
+        running.stop().await;
+        // not by a declaration, which counts as use
+        let is_listed = async || {
+            let list = tokio::task::spawn_blocking(|| rabbitmqctl(&["-q", "list_queues", "name"]));
+            list.await.unwrap().contains(&broker.queue())
+        };
+        assert!(is_listed().await);
+        eventually("the queue is gone", async || !is_listed().await).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_queue_is_emptied_and_then_replaced() {
+    with_both_types(|broker, config| async move {
+        broker.declare_exchange().await;
+        let (store, remembered) = (Arc::new(Store::default()), Arc::new(Remembered::default()));
+        let running = Running::with_bindings(unlimited(&config), &store, remembered.clone());
+        let key = format!("{}.info", broker.topic());
+        let bound = BTreeSet::from([(broker.exchange(), key)]);
+        eventually("the old queue is bound", async || bindings_of(broker.queue()).await == bound).await;
+        running.stop().await;
+        let images: BTreeSet<Uuid> = (0..50).map(|_| Uuid::new_v4()).collect();
+        for image in &images {
+            broker.publish(&deletion(*image)).await;
+        }
+
+        // the sink cannot store yet: the queue stays
+        store.fail.store(true, Ordering::SeqCst);
+        let running = Running::with_bindings(config.clone(), &store, remembered.clone());
+        eventually("they are tried", async || store.calls.load(Ordering::SeqCst) >= 50).await;
+        assert!(broker.queue_is(&unlimited(&config)).await);
+        store.fail.store(false, Ordering::SeqCst);
+        eventually("all that waited is stored", async || store.images() == images).await;
+        eventually("the queue is replaced", async || broker.queue_is(&config).await).await;
+        eventually("the new queue is bound", async || bindings_of(broker.queue()).await == bound).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("events come", async || store.images().contains(&image)).await;
+        assert_eq!(running.status.get().reconnects, 0);
+        running.stop().await;
+
+        // with nothing in it, and back: at once
+        let running = Running::with_bindings(unlimited(&config), &store, remembered);
+        running.consuming().await;
+        assert!(broker.queue_is(&unlimited(&config)).await);
+        running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_rolling_restart_the_queue_is_replaced_when_the_last_old_daemon_stops() {
+    with_both_types(|broker, config| async move {
+        broker.declare_exchange().await;
+        let remembered = Arc::new(Remembered::default());
+        let (old_store, new_store) = (Arc::new(Store::default()), Arc::new(Store::default()));
+        let old = Running::with_bindings(unlimited(&config), &old_store, remembered.clone());
+        let key = format!("{}.info", broker.topic());
+        let bound = BTreeSet::from([(broker.exchange(), key)]);
+        eventually("the old queue is bound", async || bindings_of(broker.queue()).await == bound).await;
+
+        // two that were restarted: the old one goes on, and they are not away
+        let start = || Running::with_bindings(config.clone(), &new_store, remembered.clone());
+        let new = [start(), start()];
+        eventually("they stand by", async || new.iter().all(|one| one.status.get().standing_by)).await;
+        assert!(new.iter().all(|one| one.status.get().connected()));
+        let before: BTreeSet<Uuid> = (0..50).map(|_| Uuid::new_v4()).collect();
+        for image in &before {
+            broker.publish(&deletion(*image)).await;
+        }
+        eventually("the old one takes all", async || old_store.images() == before).await;
+        assert!(broker.queue_is(&unlimited(&config)).await);
+
+        old.stop().await;
+        let consumes = |one: &Running| {
+            let state = one.status.get();
+            state.connected() && state.queue_declared && !state.standing_by
+        };
+        eventually("both consume the new queue", async || new.iter().all(consumes)).await;
+        assert!(broker.queue_is(&config).await);
+        eventually("the new queue is bound", async || bindings_of(broker.queue()).await == bound).await;
+        let after: BTreeSet<Uuid> = (0..50).map(|_| Uuid::new_v4()).collect();
+        for image in &after {
+            broker.publish(&deletion(*image)).await;
+        }
+        eventually("they take all", async || new_store.images() == after).await;
+
+        // one that was forgotten changes nothing
+        let old = Running::with_bindings(unlimited(&config), &old_store, remembered.clone());
+        eventually("it stands by", async || old.status.get().standing_by).await;
+        assert!(broker.queue_is(&config).await && new.iter().all(consumes));
+        old.stop().await;
+        for one in new {
+            one.stop().await;
+        }
     })
     .await;
 }
@@ -370,10 +528,15 @@ async fn the_queue_has_the_configured_type() {
 async fn a_missing_exchange_is_not_created_and_bound_when_it_comes() {
     with_broker(|broker| async move {
         let store = Arc::new(Store::default());
+        let begun = Instant::now();
         let running = Running::start(broker.config(), &store);
         let exchange = broker.exchange();
         eventually("the exchange is missed", async || running.status.get().missing_exchanges.contains(&exchange)).await;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        // every 2 s, not with each look at the queue: each look is an error in the broker's log
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let complaints = complaints_about(exchange.clone()).await;
+        let most = usize::try_from(begun.elapsed().as_secs() / 2 + 1).unwrap();
+        assert!((1..=most).contains(&complaints), "{complaints} of at most {most}");
         assert!(!broker.exchange_exists().await);
         let state = running.status.get();
         assert!(state.connected() && state.reconnects == 0);
@@ -386,7 +549,7 @@ async fn a_missing_exchange_is_not_created_and_bound_when_it_comes() {
         eventually("the event comes", async || store.images().contains(&image)).await;
         assert_eq!(running.status.get().reconnects, 0);
 
-        // Deleted by another client and declared again: bound again, at the latest with the sixth look.
+        // Deleted by another client and declared again: bound again, at the latest with the next binding of all.
         let channel = broker.channel().await;
         channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
         broker.declare_exchange().await;
@@ -582,10 +745,10 @@ async fn the_next_host_is_tried_when_one_is_away() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_is_declared_again() {
-    with_broker(|broker| async move {
+    with_both_types(|broker, config| async move {
         broker.declare_exchange().await;
         let store = Arc::new(Store::default());
-        let running = Running::bound(broker.config(), &store).await;
+        let running = Running::bound(config, &store).await;
         broker
             .channel()
             .await

@@ -91,6 +91,8 @@ fn the_least_configuration_gets_every_default() {
     assert_eq!(config.log, Log { log_level: LogLevel::Info, log_format: LogFormat::Text });
     assert_eq!(config.messaging.queue, "rbd-offload");
     assert_eq!(config.messaging.queue_type, QueueType::Quorum);
+    assert_eq!(config.messaging.queue_max_length, 100_000);
+    assert_eq!(config.messaging.queue_expires, Duration::from_secs(604_800));
     assert_eq!(config.messaging.exchanges, ["glance", "openstack", "cinder", "nova"]);
     assert_eq!(config.messaging.topics, ["notifications", "versioned_notifications"]);
     assert_eq!(config.messaging.prefetch, 128);
@@ -354,6 +356,9 @@ fn limits_hold_at_both_ends() {
         ("offload", "bandwidth_limit", ["0", "16777215GiB"], ["1 GiB", "17179869184GiB"]),
         ("offload", "objects_per_second", ["0", "1000000"], ["0.5", "1000001"]),
         ("messaging", "prefetch", ["1", "65535"], ["0", "65536"]),
+        ("messaging", "queue_max_length", ["0", "1000000000"], ["-1", "1000000001"]),
+        // RabbitMQ's own limit is 2^32 ms
+        ("messaging", "queue_expires", ["0", "49d"], ["7", "50d"]),
         ("jobs", "lease", ["5s", "10m"], ["4999ms", "601s"]),
         ("jobs", "retention", ["1m", "3650d"], ["59s", "99999999999999999d"]),
         ("keystone", "timeout", ["1s", "600000ms"], ["0s", "11m"]),

@@ -10,11 +10,12 @@ pub fn whole(text: &str) -> Option<u64> {
     text.parse().ok()
 }
 
-/// `500ms`, `30s`, `5m`, `12h` or `7d`: a whole number and its unit, without a space.
+/// `500ms`, `30s`, `5m`, `12h` or `7d`: a whole number and its unit, without a space. `0` needs none.
 pub fn duration(text: &str) -> Option<Duration> {
     let (number, unit) = number_and_unit(text)?;
     let seconds = match unit {
         "ms" => return Some(Duration::from_millis(number)),
+        "" if number == 0 => 1,
         "s" => 1,
         "m" => 60,
         "h" => 60 * 60,
@@ -100,6 +101,7 @@ mod tests {
         assert_eq!(duration("5m"), Some(Duration::from_secs(300)));
         assert_eq!(duration("12h"), Some(Duration::from_secs(43_200)));
         assert_eq!(duration("7d"), Some(Duration::from_secs(604_800)));
+        assert_eq!(duration("0"), Some(Duration::ZERO));
         for wrong in
             ["", "30", "s", "1.5h", "-1s", "+1s", "30 s", "30S", "30sec", "1h30m", "٣s", "18446744073709551615d"]
         {

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! run      one host after the other, with growing pauses
-//! └ session     connect, declare the queue, consume; until the connection ends
-//!   ├ maintain_bindings    binds the queue to each exchange, to a missing one as soon as a service declares it
+//! └ session     connect, declare the queue (or replace an old one: `queue.rs`), consume; until the connection ends
+//!   ├ maintain_bindings    binds the queue to each exchange, to a missing one once a service has declared it
 //!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored or never can be | give back
 //! ```
 //!
@@ -20,13 +20,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    ExchangeDeclareOptions, QueueBindOptions,
 };
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
@@ -44,11 +45,12 @@ use super::bindings::{Binding, Bindings, BindingsError, NoMemory};
 use super::envelope::Unreadable;
 use super::event::{Event, EventType, Notification};
 use super::permissions::Permissions;
+use super::queue::{self, Depth};
 use super::sink::{Meta, Sink, SinkError};
 use super::status::Status;
 use super::transport_url::{self, FileError, Host, TransportUrl};
 use super::{is_hard_error, is_soft_error};
-use crate::config::{Messaging, QueueType};
+use crate::config::Messaging;
 
 /// The pause after all hosts failed, and what it grows by each time up to the last: oslo.messaging's own figures.
 const RECONNECT_FIRST: Duration = Duration::from_secs(1);
@@ -71,9 +73,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const LOG_AGAIN: Duration = Duration::from_secs(600);
 /// Acknowledgements are batched for up to this long.
 const ACK_DELAY: Duration = Duration::from_millis(20);
-/// Every so many polls for missing exchanges, all are bound again: one may have been deleted and declared again.
-const REBIND_ALL: u32 = 12;
-
 /// What stands for the memory of the bindings among the names of exchanges that were warned of.
 const UNREMEMBERED: &str = " bindings";
 
@@ -96,8 +95,11 @@ pub struct Timeouts {
     pub attempt: Duration,
     /// Before the sink is tried again; doubles up to eight times.
     pub retry: Duration,
-    /// Between two looks for missing exchanges.
+    /// Between two looks at the queue.
     pub look: Duration,
+    /// Between two bindings of all exchanges, the missing ones included. The broker logs an error for each look at one
+    /// that does not exist.
+    pub bind: Duration,
 }
 
 impl Default for Timeouts {
@@ -108,6 +110,7 @@ impl Default for Timeouts {
             attempt: Duration::from_secs(30),
             retry: Duration::from_secs(1),
             look: Duration::from_secs(5),
+            bind: Duration::from_secs(60),
         }
     }
 }
@@ -138,10 +141,20 @@ enum SessionError {
     #[error(transparent)]
     File(FileError),
     #[error(
-        "queue {queue:?} exists with other properties than queue_type = {wanted} in [messaging] asks for: set queue_type to what it is, name \
-         another queue, or delete it with `rabbitmqctl delete_queue {queue}` ({error})"
+        "queue {queue:?} exists with other arguments than [messaging] asks for ({wanted}), and the daemons know of no \
+         binding of it: it may be another service's. Name another queue, set the keys to what it is, or delete it with \
+         `rabbitmqctl delete_queue {queue}` ({error})"
     )]
-    QueueDiffers { queue: String, wanted: &'static str, error: lapin::Error },
+    QueueDiffers { queue: String, wanted: String, error: lapin::Error },
+    #[error(
+        "queue {queue:?} exists with other arguments than [messaging] asks for ({wanted}), and could not be replaced; \
+         delete it with `rabbitmqctl delete_queue {queue}` ({error})"
+    )]
+    NotReplaced { queue: String, wanted: String, error: lapin::Error },
+    #[error("cannot read whether queue {queue:?}, which exists with other arguments, is the daemons' own: {error}")]
+    NotKnown { queue: String, error: BindingsError },
+    #[error("the old queue is empty, and is replaced")]
+    Emptied,
     #[error(
         "not allowed to {what}: give the user what it needs ({}) with `{command}` ({error})",
         Permissions::REPLACES
@@ -215,10 +228,15 @@ impl Listener {
                 let mut status = self.status.lock();
                 let since = status.connected_since.take();
                 status.queue_declared = false;
+                status.standing_by = false;
                 since.map(|since| since.elapsed())
             };
             gauge!("rbd_offload_broker_connected").set(0.0);
             let Err(ended) = ended else { break };
+            if matches!(ended, SessionError::Emptied) {
+                debug!("{ended}");
+                continue;
+            }
             {
                 let mut status = self.status.lock();
                 status.reconnects += 1;
@@ -230,7 +248,10 @@ impl Listener {
                 Some(_)
                     if matches!(
                         ended,
-                        SessionError::QueueDiffers { .. } | SessionError::Denied { .. } | SessionError::Login { .. }
+                        SessionError::QueueDiffers { .. }
+                            | SessionError::NotReplaced { .. }
+                            | SessionError::Denied { .. }
+                            | SessionError::Login { .. }
                     ) =>
                 {
                     error!(problem = %text, "no connection to the broker; tried again");
@@ -261,35 +282,98 @@ impl Listener {
         &self.config.queue
     }
 
-    /// On a channel of its own, since a refusal closes it.
-    async fn declare_queue(&self, connection: &Connection) -> Result<(), SessionError> {
-        let wanted = match self.config.queue_type {
-            QueueType::Quorum => "quorum",
-            QueueType::Classic => "classic",
-        };
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(wanted.into()));
-        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        let what = "declare the queue";
-        let channel = call(what, connection.create_channel()).await?;
-        match call(what, channel.queue_declare(self.queue().into(), options, arguments)).await {
-            Ok(_) => {
+    /// Declares the queue. One of other arguments is replaced, once nobody consumes it and it is empty: see `queue.rs`.
+    async fn declare_queue(&self, connection: &Connection) -> Result<Queue, SessionError> {
+        let mut waited = false;
+        loop {
+            let Some(error) = self.try_declare(connection).await? else {
                 self.status.lock().queue_declared = true;
-                let _ = timeout(CLOSE_TIMEOUT, channel.close(200, "".into())).await;
-                Ok(())
+                return Ok(Queue::AsConfigured);
+            };
+            let (queue, wanted) = (self.queue().to_owned(), queue::described(&self.config));
+            match remember(self.bindings.all()).await {
+                Ok(all) if all.iter().any(|known| known.queue == queue && known.vhost == self.url.vhost) => {}
+                Ok(_) => return Err(SessionError::QueueDiffers { queue, wanted, error }),
+                Err(error) => return Err(SessionError::NotKnown { queue, error }),
             }
-            Err(SessionError::Call { error, .. }) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
-                Err(SessionError::QueueDiffers { queue: self.queue().to_owned(), wanted, error })
+            let mut channel = call("open a channel", connection.create_channel()).await?;
+            let Some(depth) = self.depth(&channel).await? else { continue };
+            match depth {
+                Depth { consumers: 0, messages: 0 } => {
+                    let deleted = call("delete the old queue", queue::delete_unused(&channel, &self.config)).await;
+                    match deleted {
+                        Ok(true) => info!("queue {queue:?} had other arguments; it is made again with {wanted}"),
+                        Ok(false) => {}
+                        Err(SessionError::Call { error, .. })
+                            if matches!(error.kind(), lapin::ErrorKind::ProtocolError(_)) =>
+                        {
+                            return Err(SessionError::NotReplaced { queue, wanted, error });
+                        }
+                        Err(ended) => return Err(ended),
+                    }
+                }
+                Depth { consumers: 0, messages } => {
+                    info!(
+                        "queue {queue:?} has other arguments than [messaging] asks for ({wanted}); its {messages} \
+                         messages are taken first, then it is replaced ({error})"
+                    );
+                    return Ok(Queue::Old);
+                }
+                Depth { consumers, .. } => {
+                    if !waited {
+                        warn!(
+                            "queue {queue:?} has other arguments than [messaging] asks for ({wanted}), and {consumers} \
+                             consumers read it; this daemon stands by, and replaces it when they have stopped. Give all \
+                             daemons the same [messaging] and restart them ({error})"
+                        );
+                        waited = true;
+                        let mut status = self.status.lock();
+                        status.standing_by = true;
+                        status.connected_since = Some(Instant::now());
+                        status.problem = None;
+                        gauge!("rbd_offload_broker_connected").set(1.0);
+                    }
+                    self.stand_by(connection, &mut channel, consumers).await?;
+                }
             }
-            Err(ended) => Err(self.denied(ended)),
         }
     }
 
-    /// Messages in the queue that have been delivered to nobody.
-    async fn count(&self, channel: &Channel) -> Result<u32, SessionError> {
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let declared = channel.queue_declare(self.queue().into(), passive, FieldTable::default());
-        call("look at the queue", declared).await.map(|queue| queue.message_count())
+    /// On a channel of its own, since a refusal closes it. `Some`: the queue exists with other arguments.
+    async fn try_declare(&self, connection: &Connection) -> Result<Option<lapin::Error>, SessionError> {
+        let what = "declare the queue";
+        let channel = call(what, connection.create_channel()).await?;
+        let refusal = call(what, queue::declare(&channel, &self.config)).await.map_err(|ended| self.denied(ended))?;
+        if refusal.is_none() {
+            let _ = timeout(CLOSE_TIMEOUT, channel.close(200, "".into())).await;
+        }
+        Ok(refusal)
+    }
+
+    /// Waits until another number of consumers reads the old queue, for `Timeouts::bind` at most: the broker logs an
+    /// error for each declaration that it refuses, and none for a look.
+    async fn stand_by(
+        &self,
+        connection: &Connection,
+        channel: &mut Channel,
+        consumers: u32,
+    ) -> Result<(), SessionError> {
+        let until = Instant::now() + self.timeouts.bind;
+        while Instant::now() < until {
+            sleep(self.timeouts.look).await;
+            if !channel.status().connected() {
+                *channel = call("open a channel", connection.create_channel()).await?;
+            }
+            match self.depth(channel).await? {
+                Some(depth) if depth.consumers == consumers => gauge!("rbd_offload_queue_messages").set(depth.messages),
+                _ => break,
+            }
+        }
+        Ok(())
+    }
+
+    async fn depth(&self, channel: &Channel) -> Result<Option<Depth>, SessionError> {
+        call("look at the queue", queue::depth(channel, self.queue())).await.map_err(|ended| self.denied(ended))
     }
 
     fn denied(&self, ended: SessionError) -> SessionError {
@@ -371,6 +455,14 @@ impl Listener {
     }
 }
 
+/// The queue that a session consumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Queue {
+    AsConfigured,
+    /// One of other arguments: the session ends when it is empty.
+    Old,
+}
+
 /// What lives over the sessions.
 struct Supervisor<'a> {
     listener: &'a Listener,
@@ -391,7 +483,7 @@ impl Supervisor<'_> {
         listener.status.lock().host = Some(host.to_string());
         let setup = async {
             let connection = self.connect(place, host).await?;
-            listener.declare_queue(&connection).await?;
+            let queue = listener.declare_queue(&connection).await?;
             let what = "consume";
             let channel = call(what, connection.create_channel()).await?;
             let prefetch = listener.config.prefetch.max(1);
@@ -399,27 +491,30 @@ impl Supervisor<'_> {
             let options = BasicConsumeOptions::default();
             let consume = channel.basic_consume(listener.queue().into(), "".into(), options, FieldTable::default());
             let consumer = call(what, consume).await.map_err(|ended| listener.denied(ended))?;
-            Ok((connection, channel, consumer))
+            Ok((connection, channel, consumer, queue))
         };
-        let (connection, channel, consumer) = tokio::select! {
+        let (connection, channel, consumer, queue) = tokio::select! {
             () = cancel.cancelled() => return Ok(()),
             ready = setup => ready?,
         };
         {
             let mut status = listener.status.lock();
             status.connected_since = Some(Instant::now());
+            status.standing_by = false;
             status.problem = None;
         }
         self.logged.forget();
         info!(queue = listener.queue(), %host, "connected to the broker");
         gauge!("rbd_offload_broker_connected").set(1.0);
 
+        let held = AtomicUsize::new(0);
         let mut pump = Session {
             host,
             channel,
             sink: self.sink.clone(),
             stop: CancellationToken::new(),
             stores: JoinSet::new(),
+            held: &held,
             acks: Acks::default(),
             logged: &mut self.logged,
             counters: &self.counters,
@@ -428,11 +523,11 @@ impl Supervisor<'_> {
         let ended = tokio::select! {
             biased;
             () = cancel.cancelled() => Ok(()),
-            ended = maintain_bindings(listener, &mut self.warned, &connection) => Err(ended),
+            ended = maintain_bindings(listener, &mut self.warned, &connection, queue, &held) => Err(ended),
             ended = pump.run(consumer.clone()) => Err(ended),
         };
         // A lost connection may show first in what is not its cause; lapin knows.
-        pump.stop(&consumer, ended.is_ok()).await;
+        pump.stop(&consumer, matches!(ended, Ok(()) | Err(SessionError::Emptied))).await;
         let _ = timeout(CLOSE_TIMEOUT, connection.close(200, "".into())).await;
         ended
     }
@@ -509,87 +604,106 @@ async fn remove_unwanted(listener: &Listener, connection: &Connection) -> Result
     Ok(())
 }
 
-/// Binds the queue to all exchanges, then looks for the missing ones again and again. Ends with the connection only.
+/// Binds the queue to all exchanges that exist, again and again: a missing one may have come, and one that was there
+/// may have been deleted and declared again. Ends with the connection, or when an old queue is empty and nothing of it
+/// is `held`.
 async fn maintain_bindings(
     listener: &Listener,
     warned: &mut BTreeSet<String>,
     connection: &Connection,
+    queue: Queue,
+    held: &AtomicUsize,
 ) -> SessionError {
     if let Err(ended) = remove_unwanted(listener, connection).await {
         return ended;
     }
     let mut scratch: Option<Channel> = None;
     let mut bound = BTreeSet::new();
-    let mut remembered = false;
-    for round in 0u32.. {
-        let all = round % REBIND_ALL == 0;
-        if all || !remembered {
-            let wanted: Vec<Binding> = listener.wanted().into_iter().collect();
-            remembered = match remember(listener.bindings.add(&wanted)).await {
-                Ok(()) => {
-                    warned.remove(UNREMEMBERED);
-                    true
-                }
-                Err(error) => {
-                    if warned.insert(UNREMEMBERED.to_owned()) {
-                        warn!("no new binding is made while it cannot be remembered; trying again: {error}");
-                    }
-                    false
-                }
-            };
-        }
-        for exchange in &listener.config.exchanges {
-            if !remembered || (!all && bound.contains(exchange)) {
-                continue;
-            }
-            let channel = match reuse_or_open(scratch.take(), connection).await {
-                Ok(channel) => channel,
-                Err(ended) => return ended,
-            };
-            let found = match listener.bind(&channel, exchange).await.map_err(|ended| listener.denied(ended)) {
-                Ok(found) => found,
-                Err(ended @ SessionError::Denied { .. }) => {
-                    if warned.insert(format!("{exchange} denied")) {
-                        error!("exchange {exchange:?}: {ended}");
-                    }
-                    false
-                }
-                Err(ended) => return ended,
-            };
-            if found {
-                scratch = Some(channel);
-                if bound.insert(exchange.clone()) {
-                    info!("queue {:?} is bound to exchange {exchange:?}", listener.queue());
-                }
-                listener.status.lock().missing_exchanges.remove(exchange);
-                warned.remove(exchange);
-            } else {
-                bound.remove(exchange);
-                listener.status.lock().missing_exchanges.insert(exchange.clone());
-                if warned.insert(exchange.clone()) {
-                    warn!(
-                        "exchange {exchange:?} does not exist yet; bound as soon as its service sends a first notification or starts \
-                         (if there is none of that name, take it out of exchanges in [messaging])"
-                    );
+    let mut bind_at = Instant::now();
+    loop {
+        if Instant::now() >= bind_at && remember_wanted(listener, warned).await {
+            for exchange in &listener.config.exchanges {
+                if let Err(ended) = maintain(listener, warned, connection, &mut scratch, &mut bound, exchange).await {
+                    return ended;
                 }
             }
+            bind_at = Instant::now() + listener.timeouts.bind;
         }
+        sleep(listener.timeouts.look).await;
         let channel = match reuse_or_open(scratch.take(), connection).await {
             Ok(channel) => channel,
             Err(ended) => return ended,
         };
-        match listener.count(&channel).await {
-            Ok(waiting) => {
-                gauge!("rbd_offload_queue_messages").set(waiting);
+        match listener.depth(&channel).await {
+            Ok(Some(depth)) => {
+                gauge!("rbd_offload_queue_messages").set(depth.messages);
                 scratch = Some(channel);
+                if queue == Queue::Old && depth.messages == 0 && held.load(Ordering::Relaxed) == 0 {
+                    return SessionError::Emptied;
+                }
             }
             // the queue is gone, which ends the consumer too
-            Err(SessionError::Call { .. }) => {}
+            Ok(None) | Err(SessionError::Call { .. }) => {}
             Err(ended) => return ended,
         }
-        sleep(listener.timeouts.look).await;
     }
-    SessionError::CallTimeout { what: "look for an exchange" }
+}
+
+/// Remembers the bindings that are about to be made. False: that is not possible now.
+async fn remember_wanted(listener: &Listener, warned: &mut BTreeSet<String>) -> bool {
+    let wanted: Vec<Binding> = listener.wanted().into_iter().collect();
+    match remember(listener.bindings.add(&wanted)).await {
+        Ok(()) => {
+            warned.remove(UNREMEMBERED);
+            true
+        }
+        Err(error) => {
+            if warned.insert(UNREMEMBERED.to_owned()) {
+                warn!("no new binding is made while it cannot be remembered; trying again: {error}");
+            }
+            false
+        }
+    }
+}
+
+/// Binds the queue to one exchange, if that exists.
+async fn maintain(
+    listener: &Listener,
+    warned: &mut BTreeSet<String>,
+    connection: &Connection,
+    scratch: &mut Option<Channel>,
+    bound: &mut BTreeSet<String>,
+    exchange: &str,
+) -> Result<(), SessionError> {
+    let channel = reuse_or_open(scratch.take(), connection).await?;
+    let found = match listener.bind(&channel, exchange).await.map_err(|ended| listener.denied(ended)) {
+        Ok(found) => found,
+        Err(ended @ SessionError::Denied { .. }) => {
+            if warned.insert(format!("{exchange} denied")) {
+                error!("exchange {exchange:?}: {ended}");
+            }
+            false
+        }
+        Err(ended) => return Err(ended),
+    };
+    if found {
+        *scratch = Some(channel);
+        if bound.insert(exchange.to_owned()) {
+            info!("queue {:?} is bound to exchange {exchange:?}", listener.queue());
+        }
+        listener.status.lock().missing_exchanges.remove(exchange);
+        warned.remove(exchange);
+    } else {
+        bound.remove(exchange);
+        listener.status.lock().missing_exchanges.insert(exchange.to_owned());
+        if warned.insert(exchange.to_owned()) {
+            warn!(
+                "exchange {exchange:?} does not exist yet; bound within a minute of the first notification of its \
+                 service (if there is none of that name, take it out of exchanges in [messaging])"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A refusal closes a channel; then another one is opened.
@@ -609,6 +723,8 @@ struct Session<'a> {
     /// Cuts retries short.
     stop: CancellationToken,
     stores: JoinSet<(u64, EventType, Outcome)>,
+    /// How many of them run.
+    held: &'a AtomicUsize,
     acks: Acks,
     logged: &'a mut LogThrottle,
     counters: &'a Counters,
@@ -683,6 +799,7 @@ impl Session<'_> {
             }
         };
         self.acks.hold(tag);
+        self.held.fetch_add(1, Ordering::Relaxed);
         let timeouts = self.listener.timeouts;
         let hold = if rounds(delivery) >= LONG_HOLD_AFTER_REDELIVERIES { timeouts.hold_again } else { timeouts.hold };
         let (sink, stop, event_type) = (self.sink.clone(), self.stop.clone(), meta.event_type);
@@ -690,6 +807,7 @@ impl Session<'_> {
     }
 
     async fn settle(&mut self, (tag, event_type, outcome): (u64, EventType, Outcome)) -> lapin::Result<()> {
+        self.held.fetch_sub(1, Ordering::Relaxed);
         match outcome {
             Outcome::Stored => self.counters.stored(event_type),
             Outcome::Refused => self.counters.refused(event_type),

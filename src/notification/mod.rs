@@ -14,6 +14,7 @@ mod envelope;
 mod event;
 mod listener;
 mod permissions;
+pub(crate) mod queue;
 mod replay;
 mod sink;
 mod status;

@@ -6,7 +6,7 @@ use crate::config::Messaging;
 
 /// The three regular expressions of `rabbitmqctl set_permissions`.
 ///
-/// Declaring the queue takes `configure` on it, binding and unbinding it `write` on it and `read` on the exchange,
+/// Declaring and deleting the queue takes `configure` on it, binding and unbinding it `write` on it and `read` on the exchange,
 /// consuming it `read` on it. Nothing is published, and no exchange is declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Permissions {
@@ -64,6 +64,8 @@ mod tests {
             transport_url: "rabbit://h/".to_owned().into(),
             queue: queue.into(),
             queue_type: QueueType::Quorum,
+            queue_max_length: 0,
+            queue_expires: std::time::Duration::ZERO,
             exchanges: exchanges.iter().map(ToString::to_string).collect(),
             topics: vec!["notifications".into()],
             prefetch: 1,

@@ -14,11 +14,13 @@ pub struct Status(Mutex<State>);
 pub struct State {
     /// `host:port` of the broker that is consumed from, or was tried last.
     pub host: Option<String>,
-    /// Consuming since; None: not connected.
+    /// Consuming or standing by since; None: not connected.
     pub connected_since: Option<Instant>,
+    /// Other daemons consume the queue, which has other arguments than the configuration asks for.
+    pub standing_by: bool,
     /// Connections lost or refused since the start.
     pub reconnects: u64,
-    /// The queue exists and is of the right type.
+    /// The queue exists as the configuration describes it.
     pub queue_declared: bool,
     /// Exchanges that no service has declared yet.
     pub missing_exchanges: BTreeSet<String>,
@@ -45,6 +47,12 @@ impl State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.host, &self.problem) {
+            (Some(host), _) if self.connected() && self.standing_by => {
+                write!(
+                    f,
+                    "standing by at {host}: others consume the queue, which has other arguments than [messaging]"
+                )?;
+            }
             (Some(host), _) if self.connected() => write!(f, "consuming from {host}")?,
             (_, Some(problem)) => write!(f, "not connected: {problem}")?,
             _ => write!(f, "connecting")?,

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
+use lapin::options::ExchangeDeclareOptions;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use secrecy::ExposeSecret;
 
 use super::report::{CheckResult, Verdict};
 use super::within;
 use crate::config::{Config, Messaging};
+use crate::notification::queue::{self as own_queue, Depth};
 use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
 
 /// Between two looks at a queue that a daemon consumes.
@@ -122,12 +123,6 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
     CheckResult::fault(name, format!("cannot be reached: {error}"), remedy).transient_if(true)
 }
 
-/// What is known of the queue without touching it.
-struct Depth {
-    messages: u32,
-    consumers: u32,
-}
-
 async fn queue(connection: &Connection, config: &Config) -> CheckResult {
     let name = queue_name(config);
     let row =
@@ -164,23 +159,21 @@ async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Resul
     let Some(depth) = depth(connection, queue).await? else {
         return Ok(CheckResult::ok(name, "not there yet; the daemon makes it when it first starts"));
     };
-    // It is there: declared with the configured type, that changes nothing, or is refused.
+    // It is there: declared as configured, that changes nothing, or is refused.
     let wanted = config.messaging.queue_type.as_str();
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString(wanted.into()));
-    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    match connection.create_channel().await?.queue_declare(queue.as_str().into(), options, arguments).await {
-        Ok(_) => {}
-        Err(error) if is_soft_error(&error, AMQPSoftError::PRECONDITIONFAILED) => {
-            return Ok(CheckResult::fault(
-                name,
-                format!("it exists and is not a durable queue of type {wanted}"),
-                format!(
-                    "set queue_type in [messaging] to what it is, name another queue, or `rabbitmqctl delete_queue {queue}`"
-                ),
-            ));
-        }
-        Err(error) => return Err(error),
+    if let Some(error) = own_queue::declare(&connection.create_channel().await?, &config.messaging).await? {
+        let remedy = match depth.consumers {
+            0 => "start the daemon: it takes the messages that wait, and replaces a queue of its own",
+            _ => "restart all daemons with the same [messaging]: the last restart lets one of them replace the queue",
+        };
+        return Ok(CheckResult::fault(
+            name,
+            format!("it exists with other arguments than {}: {error}", own_queue::described(&config.messaging)),
+            format!(
+                "{remedy}. Or set the keys to what it is, name another queue, or `rabbitmqctl delete_queue {queue}`, \
+                 whose requests the reconciler finds"
+            ),
+        ));
     }
     if depth.consumers > 0 && depth.messages > MANY {
         tokio::time::sleep(GROWTH).await;
@@ -211,12 +204,7 @@ fn classify(name: String, wanted: &str, depth: &Depth) -> CheckResult {
 
 /// `None`: there is no such queue. On a channel of its own, since a refusal closes it.
 async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Depth>> {
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    match connection.create_channel().await?.queue_declare(queue.into(), passive, FieldTable::default()).await {
-        Ok(queue) => Ok(Some(Depth { messages: queue.message_count(), consumers: queue.consumer_count() })),
-        Err(error) if is_soft_error(&error, AMQPSoftError::NOTFOUND) => Ok(None),
-        Err(error) => Err(error),
-    }
+    own_queue::depth(&connection.create_channel().await?, queue).await
 }
 
 async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> CheckResult {
