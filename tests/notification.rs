@@ -4,12 +4,13 @@
 
 #[path = "common/env.rs"]
 mod env;
+#[path = "common/tls_listener.rs"]
+mod tls_listener;
 
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, resume_unwind};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use env::lab_var;
+use tls_listener::{TlsListener, rabbitmqctl};
 
 /// A broker of the lab, and names that nobody else uses.
 struct Broker {
@@ -81,6 +83,7 @@ impl Broker {
             topics: vec![self.topic()],
             prefetch: 128,
             ssl_ca_file: None,
+            ssl_verify_hostname: true,
         }
     }
 
@@ -316,16 +319,6 @@ fn message(event_type: &str, payload: serde_json::Value) -> String {
 
 fn deletion(image: Uuid) -> String {
     message("image.delete", json!({"id": image, "status": "deleted"}))
-}
-
-/// rabbitmqctl on the lab's broker.
-fn rabbitmqctl(arguments: &[&str]) -> String {
-    let command =
-        std::env::var("RBDLAB_RABBITMQCTL").unwrap_or_else(|_| format!("{}/svc rabbitctl", lab_var("RBDLAB_HERE")));
-    let mut words = command.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Lines of the broker's log which say that there is no exchange of this name.
@@ -722,6 +715,50 @@ async fn a_wrong_password_is_reported_and_retried() {
         assert!(!format!("{state:?} {state} {:?}", running.status).contains("hunter2"));
         assert!(!state.connected());
         running.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_for_another_name_is_told_and_can_be_allowed() {
+    with_broker(|broker| async move {
+        let listener = tokio::task::spawn_blocking(TlsListener::start).await.unwrap();
+        let store = Arc::new(Store::default());
+        let config = |ca: &str, ssl_verify_hostname| Messaging {
+            transport_url: listener.transport_url().into(),
+            ssl_ca_file: Some(listener.file(ca)),
+            ssl_verify_hostname,
+            ..broker.config()
+        };
+        let problem = async |config: Messaging| {
+            let running = Running::start(config, &store);
+            eventually("a second attempt", async || running.status.get().reconnects >= 2).await;
+            let state = running.status.get();
+            assert!(!state.connected());
+            running.stop().await;
+            state.problem.unwrap()
+        };
+        let named = problem(config("ca.pem", true)).await;
+        assert!(named.contains("not for that name") && named.contains("ssl_verify_hostname = false"), "{named}");
+
+        let running = Running::start(config("ca.pem", false), &store);
+        running.consuming().await;
+        running.stop().await;
+
+        // the authority, the purpose and the time are verified all the same
+        let unknown = problem(config("other-ca.pem", false)).await;
+        assert!(unknown.contains("UnknownIssuer"), "{unknown}");
+        for (certificate, reason) in [("client.pem", "key usage"), ("expired.pem", "expired")] {
+            let listener = tokio::task::spawn_blocking(|| TlsListener::start_with(certificate)).await.unwrap();
+            let refused = problem(Messaging {
+                transport_url: listener.transport_url().into(),
+                ssl_ca_file: Some(listener.file("ca.pem")),
+                ssl_verify_hostname: false,
+                ..broker.config()
+            });
+            let refused = refused.await.to_lowercase();
+            assert!(refused.contains(reason), "{certificate}: {refused}");
+        }
     })
     .await;
 }

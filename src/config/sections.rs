@@ -124,6 +124,9 @@ section! {
         prefetch: u16 = "128", Whole { min: 1, max: 65_535 };
         /// The certificate authorities that vouch for the message bus, a PEM file. Not set: those of the system.
         ssl_ca_file: Option<PathBuf> = "", Text;
+        /// Whether the certificate of the message bus must bear the name of its host in transport_url. false: any name
+        /// will do; the authority that signed the certificate is verified all the same.
+        ssl_verify_hostname: bool = "true", Flag;
     }
 }
 

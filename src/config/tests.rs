@@ -97,6 +97,7 @@ fn the_least_configuration_gets_every_default() {
     assert_eq!(config.messaging.topics, ["notifications", "versioned_notifications"]);
     assert_eq!(config.messaging.prefetch, 128);
     assert_eq!(config.messaging.ssl_ca_file, None);
+    assert!(config.messaging.ssl_verify_hostname);
     assert_eq!(config.keystone.interface, Interface::Internal);
     assert_eq!(config.keystone.timeout, Duration::from_secs(30));
     assert_eq!(config.glance, Glance { pool: "images".into(), endpoint_override: None, register: Register::Auto });

@@ -31,7 +31,7 @@ use lapin::options::{
 };
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection, ConnectionProperties, Consumer, ExchangeKind};
+use lapin::{Channel, Connection, Consumer, ExchangeKind};
 use metrics::{Counter, counter, gauge};
 use rand::seq::SliceRandom;
 use secrecy::ExposeSecret;
@@ -42,6 +42,7 @@ use tracing::{debug, error, info, warn};
 
 use super::acks::Acks;
 use super::bindings::{Binding, Bindings, BindingsError, NoMemory};
+use super::connect::{self, WRONG_NAME_REMEDY};
 use super::envelope::Unreadable;
 use super::event::{Event, EventType, Notification};
 use super::permissions::Permissions;
@@ -134,6 +135,8 @@ enum SessionError {
     Login { host: String, user: String },
     #[error("{host}: user {user:?} may not use the virtual host {vhost:?}, or there is none of that name ({error})")]
     Vhost { host: String, user: String, vhost: String, error: lapin::Error },
+    #[error("the certificate of {host} is not for that name: {WRONG_NAME_REMEDY} ({error})")]
+    Name { host: String, error: lapin::Error },
     #[error("cannot connect to {host}: {error}")]
     Connect { host: String, error: lapin::Error },
     #[error("{host} did not answer within {} s", CONNECT_TIMEOUT.as_secs())]
@@ -208,6 +211,9 @@ impl Listener {
         if self.config.ssl_ca_file.is_some() && self.url.tls.is_none() {
             warn!("ssl_ca_file in [messaging] has no effect without ssl=1 in transport_url");
         }
+        if !self.config.ssl_verify_hostname && self.url.tls.is_none() {
+            warn!("ssl_verify_hostname in [messaging] has no effect without ssl=1 in transport_url");
+        }
         let mut hosts = self.url.hosts.clone();
         hosts.shuffle(&mut rand::rng());
 
@@ -252,6 +258,7 @@ impl Listener {
                             | SessionError::NotReplaced { .. }
                             | SessionError::Denied { .. }
                             | SessionError::Login { .. }
+                            | SessionError::Name { .. }
                     ) =>
                 {
                     error!(problem = %text, "no connection to the broker; tried again");
@@ -537,15 +544,9 @@ impl Supervisor<'_> {
         let mut attempt = match self.connecting.remove(&place) {
             Some(attempt) => attempt,
             None => {
-                let ca_file = listener.config.ssl_ca_file.as_deref();
-                let tls = listener.url.read_tls(ca_file).await.map_err(SessionError::File)?;
-                let uri = listener.url.amqp_uri(host);
                 let name = format!("rbd-offload:{}", listener.queue());
-                let properties = ConnectionProperties::default().with_connection_name(name.into());
-                tokio::spawn(async move {
-                    let runtime = lapin::runtime::default_runtime()?;
-                    Connection::connect_uri_with_config(uri, properties, tls, runtime).await
-                })
+                let connecting = connect::connect(&listener.url, host, &listener.config, name);
+                connecting.await.map_err(SessionError::File)?
             }
         };
         let text = host.to_string();
@@ -564,6 +565,7 @@ impl Supervisor<'_> {
                 vhost: listener.url.vhost.clone(),
                 error,
             }),
+            Ok(Ok(Err(error))) if connect::is_wrong_name(&error) => Err(SessionError::Name { host: text, error }),
             Ok(Ok(Err(error))) => Err(SessionError::Connect { host: text, error }),
             Ok(Err(_)) => Err(SessionError::ConnectTimeout { host: text }),
         }

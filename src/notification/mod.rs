@@ -10,6 +10,7 @@
 
 mod acks;
 mod bindings;
+pub(crate) mod connect;
 mod envelope;
 mod event;
 mod listener;

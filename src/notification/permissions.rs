@@ -70,6 +70,7 @@ mod tests {
             topics: vec!["notifications".into()],
             prefetch: 1,
             ssl_ca_file: None,
+            ssl_verify_hostname: true,
         })
     }
 

@@ -5,12 +5,13 @@ use std::time::Duration;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use lapin::types::FieldTable;
-use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use lapin::{Connection, ExchangeKind};
 use secrecy::ExposeSecret;
 
 use super::report::{CheckResult, Verdict};
 use super::within;
 use crate::config::{Config, Messaging};
+use crate::notification::connect::{self, WRONG_NAME_REMEDY};
 use crate::notification::queue::{self as own_queue, Depth};
 use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
 
@@ -63,8 +64,8 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (CheckResu
     let name = format!("RabbitMQ {host}");
     let mut connected = None;
     let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async || {
-        let tls = match url.read_tls(config.ssl_ca_file.as_deref()).await {
-            Ok(tls) => tls,
+        let attempt = match connect::connect(url, host, config, "rbd-offload check".into()).await {
+            Ok(attempt) => attempt,
             Err(error) => {
                 return CheckResult::fault(
                     &name,
@@ -73,13 +74,6 @@ async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (CheckResu
                 );
             }
         };
-        let uri = url.amqp_uri(host);
-        let properties = ConnectionProperties::default().with_connection_name("rbd-offload check".into());
-        // on a task of its own: giving up waiting does not end lapin's attempt
-        let attempt = tokio::spawn(async move {
-            let runtime = lapin::runtime::default_runtime()?;
-            Connection::connect_uri_with_config(uri, properties, tls, runtime).await
-        });
         match attempt.await {
             Ok(Ok(connection)) => {
                 connected = Some(connection);
@@ -115,6 +109,9 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
                 Permissions::of(config).command(user, vhost),
             ),
         };
+    }
+    if connect::is_wrong_name(error) {
+        return CheckResult::fault(name, format!("its certificate is for other names: {error}"), WRONG_NAME_REMEDY);
     }
     let remedy = match url.tls {
         Some(_) => "see whether the broker runs and takes TLS on that port, and whether ssl_ca_file holds its CA",
