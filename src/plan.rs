@@ -209,7 +209,8 @@ pub async fn build(
     // a service that hands over has made the record as it wants it
     let (min_disk, min_ram, properties) = match question.trigger {
         Trigger::Request => {
-            let properties = inherit(&found.image_metadata, &image, source)?;
+            let protected = &config.glance.protected_properties;
+            let properties = inherit(&found.image_metadata, &image, protected, source)?;
             (found.min_disk.max(image.min_disk), found.min_ram.max(image.min_ram), properties)
         }
         Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
@@ -617,22 +618,29 @@ fn in_mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// The properties that the image gets from its source.
+/// The properties that the image gets from its source. `protected`: what the names start with of those that it does not.
 ///
 /// # Errors
 /// [`PlanError::Declined`] where they are more than an image takes.
-pub fn inherit(metadata: &BTreeMap<String, String>, image: &Image, source: Source) -> Result<BTreeMap<String, String>> {
-    let properties = inherited(metadata, image);
+pub fn inherit(
+    metadata: &BTreeMap<String, String>,
+    image: &Image,
+    protected: &[String],
+    source: Source,
+) -> Result<BTreeMap<String, String>> {
+    let properties = inherited(metadata, image, protected);
     check_inherited(&properties, source)?;
     Ok(properties)
 }
 
-/// What Cinder's own upload would hand on of the volume's image metadata; what the record has already stays.
-fn inherited(metadata: &BTreeMap<String, String>, image: &Image) -> BTreeMap<String, String> {
+/// What Cinder's own upload would hand on of the volume's image metadata; what the record has already stays. Names that
+/// start with one of `protected` are left out: the daemon may write what Glance forbids the tenant.
+fn inherited(metadata: &BTreeMap<String, String>, image: &Image, protected: &[String]) -> BTreeMap<String, String> {
     metadata
         .iter()
         .filter(|(name, _)| !CORE_ATTRIBUTES.contains(&name.as_str()) && !openstack::is_reserved(name))
         .filter(|(name, _)| !RESERVED.iter().any(|prefix| name.starts_with(prefix)))
+        .filter(|(name, _)| !protected.iter().any(|prefix| name.starts_with(prefix)))
         .filter(|(name, _)| !image.properties.contains_key(*name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect()
@@ -805,7 +813,8 @@ mod tests {
             base.properties.insert(name.into(), value.into());
         }
         let names = OwnerNames { user: Some("ada".into()), project: None };
-        let given = inherited(&snapshot_properties(&server("ACTIVE", None), Some(base), &names), &image("queued", &[]));
+        let of_nova = snapshot_properties(&server("ACTIVE", None), Some(base), &names);
+        let given = inherited(&of_nova, &image("queued", &[]), &[]);
         let expected = [
             ("base_image_ref", "base"),
             ("hw_disk_bus", "scsi"),
@@ -854,6 +863,22 @@ mod tests {
         .into();
         let mut record = image("queued", &[]);
         record.properties.insert("os_type".into(), "windows".into());
-        assert_eq!(inherited(&metadata, &record).into_keys().collect::<Vec<_>>(), ["hw_disk_bus"]);
+        assert_eq!(inherited(&metadata, &record, &[]).into_keys().collect::<Vec<_>>(), ["hw_disk_bus"]);
+    }
+
+    #[test]
+    fn what_glance_protects_is_not_inherited() {
+        let of = |names: &[&str]| -> BTreeMap<String, String> {
+            names.iter().map(|name| (name.to_string(), "v".to_string())).collect()
+        };
+        let metadata = of(&["x_billing_code", "x_bill", "xx_billing", "cache_in_nova", "bittorrent", "os_type"]);
+        let left = |protected: &[String]| {
+            inherited(&metadata, &image("queued", &[]), protected).into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(left(&["x_billing".into(), "os_".into()]), ["bittorrent", "cache_in_nova", "x_bill", "xx_billing"]);
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = u\n\
+                    password = p\nproject_name = s\n[backend:a]\n";
+        let by_default = Config::parse("test".as_ref(), text).unwrap().glance.protected_properties;
+        assert_eq!(left(&by_default), ["os_type", "x_bill", "x_billing_code", "xx_billing"]);
     }
 }

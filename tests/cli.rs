@@ -228,6 +228,7 @@ fn check_passes_where_all_holds_and_leaves_nothing() {
         "clock ",
         "Glance ",
         "Glance location API ",
+        "Glance status ",
         "Glance stores ",
         "Cinder ",
         "Cinder backends ",

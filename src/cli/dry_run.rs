@@ -122,7 +122,8 @@ fn forecast(
                 ),
                 _ => CheckResult::ok(source.kind(), seen),
             });
-            let inherited = plan::inherit(disk.metadata, &record, source);
+            // which names Glance protects, only the daemon's configuration says
+            let inherited = plan::inherit(disk.metadata, &record, &[], source);
             let count = inherited.as_ref().map_or(0, BTreeMap::len);
             checks.push(row("properties", &format!("{count} from the source"), inherited.map(drop)));
             checks.push(limit(usage, disk.size));

@@ -174,6 +174,11 @@ section! {
         /// How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. auto
         /// takes the location API where Glance has it.
         register: Register = "auto", OneOf(Register::NAMES);
+        /// What the names of properties start with that no image inherits from its source: those that Glance's property
+        /// protections keep from tenants, since the daemon may write them. Those of encryption and signatures are left
+        /// out in any case.
+        protected_properties: Vec<String> =
+            "bittorrent,cache_in_nova,cinder_encryption_key,img_signature,signature_verified", List;
     }
 }
 

@@ -100,7 +100,16 @@ fn the_least_configuration_gets_every_default() {
     assert!(config.messaging.ssl_verify_hostname);
     assert_eq!(config.keystone.interface, Interface::Internal);
     assert_eq!(config.keystone.timeout, Duration::from_secs(30));
-    assert_eq!(config.glance, Glance { pool: "images".into(), endpoint_override: None, register: Register::Auto });
+    let protected = ["bittorrent", "cache_in_nova", "cinder_encryption_key", "img_signature", "signature_verified"];
+    assert_eq!(
+        config.glance,
+        Glance {
+            pool: "images".into(),
+            endpoint_override: None,
+            register: Register::Auto,
+            protected_properties: protected.map(str::to_owned).into(),
+        }
+    );
     assert_eq!(config.ceph, Ceph { conf: "/etc/ceph/ceph.conf".into(), user: "rbd-offload".into() });
     assert_eq!(
         config.offload,

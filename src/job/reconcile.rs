@@ -500,7 +500,13 @@ impl Reconciler {
                     it was deactivated again");
             }
             if !changes.is_empty() {
-                self.context().cloud.update_image(&id, &changes).await?;
+                match self.context().cloud.update_image(&id, &changes).await {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == openstack::ErrorKind::Forbidden => {
+                        tracing::debug!(%image_id, %error, "the image record is not repaired");
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
             Ok::<_, Trouble>(())
         };

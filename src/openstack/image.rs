@@ -315,6 +315,32 @@ impl Session {
         }
     }
 
+    /// Whether Glance lets us write this property on image records and remove it again. Tried on a record of our own
+    /// without data, which is deleted again. `None`: we may not create one.
+    pub async fn may_write_property(&self, property: &str) -> Result<Option<bool>> {
+        let record = json!({ "name": "rbd-offload check", "visibility": "private" });
+        let request = Request::send(Method::POST, Service::Image, "create an image record", &["images"]);
+        let answer = self.wire.send(request.body(JSON, record)).await?;
+        if answer.status == StatusCode::FORBIDDEN {
+            return Ok(None);
+        }
+        let Named { id } = answer.read()?;
+        let property = property.to_owned();
+        let set = ImageChange::Set { property: property.clone(), value: "1".into() };
+        let mut written = self.patch_image(&id, &[set]).await;
+        if written.is_ok() {
+            written = self.patch_image(&id, &[ImageChange::Remove { property }]).await;
+        }
+        let path = ["images", &id];
+        let request = Request::send(Method::DELETE, Service::Image, format!("delete image {id}"), &path);
+        self.wire.send(request).await?.success()?;
+        match written {
+            Ok(_) => Ok(Some(true)),
+            Err(error) if error.kind() == ErrorKind::Forbidden => Ok(Some(false)),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether Glance answers us: the cheapest call that takes a token.
     pub async fn probe_image(&self) -> Result<()> {
         let query = vec![("limit", "1".to_owned()), ("status", "queued".to_owned())];

@@ -66,8 +66,13 @@ pub fn show(image: &Image, status: Status, percent: u8, message: &str) -> Vec<Im
 /// The end without an image: status and message stay for the tenant, the tag goes, so that setting one asks again.
 pub fn end(image: &Image, status: Status, message: &str) -> Vec<ImageChange> {
     let mut changes = show(image, status, 0, message);
-    changes.extend(without_tags(image, request::is_ours));
+    changes.extend(end_without_status(image));
     changes
+}
+
+/// The same end where Glance does not let the daemon write properties.
+pub fn end_without_status(image: &Image) -> Option<ImageChange> {
+    without_tags(image, request::is_ours)
 }
 
 /// Takes the tags off that are `unwanted`, where there are such.

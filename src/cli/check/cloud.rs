@@ -41,16 +41,17 @@ pub async fn check(config: &Config) -> Findings {
         findings.rows.insert(1, clock);
         return findings;
     }
-    let (roles, glance, location_api, (stores_row, stores), cinder, backends, nova) = tokio::join!(
+    let (roles, glance, location_api, status, (stores_row, stores), cinder, backends, nova) = tokio::join!(
         roles(config, &session),
         glance(&session),
         location_api(config, &session),
+        status(&session),
         stores(&session),
         cinder(&session),
         backends(config, &session),
         nova(config, &session),
     );
-    let mut rows = vec![login, clock, roles, glance, location_api];
+    let mut rows = vec![login, clock, roles, glance, location_api, status];
     rows.extend(stores_row);
     rows.extend([cinder, backends]);
     rows.extend(nova);
@@ -58,7 +59,8 @@ pub async fn check(config: &Config) -> Findings {
 }
 
 fn without_login(config: &Config, login: CheckResult) -> Findings {
-    let mut names = vec!["Keystone roles", "Glance", "Glance location API", "Cinder", "Cinder backends"];
+    let mut names =
+        vec!["Keystone roles", "Glance", "Glance location API", "Glance status", "Cinder", "Cinder backends"];
     if config.nova.integration {
         names.push("Nova");
     }
@@ -228,6 +230,25 @@ fn judge_location_api(name: &str, register: Register, there: bool) -> CheckResul
         ),
         (Register::Patch, false) => CheckResult::warning(name, "not used: register = patch", PATCH),
     }
+}
+
+/// Whether property protections leave tenants without the status of their requests.
+async fn status(session: &Session) -> CheckResult {
+    const NAME: &str = "Glance status";
+    within(NAME, "see whether Glance runs, and its log", async || {
+        match session.may_write_property("rbd_offload_status").await {
+            Ok(Some(true)) => CheckResult::ok(NAME, "can be written on image records"),
+            Ok(Some(false)) => CheckResult::warning(
+                NAME,
+                "cannot be written: Glance protects rbd_offload_status; requests are done, and tenants see no status",
+                "let the roles of the daemon's user create, update and delete ^rbd_offload_.* in the file that \
+                 property_protection_file in glance-api.conf names",
+            ),
+            Ok(None) => CheckResult::skipped(NAME, "this user may not create an image record to try it on"),
+            Err(error) => failed(NAME, "Glance", &error),
+        }
+    })
+    .await
 }
 
 /// A row only where Glance did not answer; what it says is judged with Ceph's fsid.

@@ -1,4 +1,8 @@
 //! The image record of a job: read, changed under the lease, and judged.
+//!
+//! **Status is a courtesy.** A Glance with property protections may forbid it (403): the job then runs without.
+
+use std::sync::atomic::Ordering;
 
 use super::super::error::{StepResult, decline, end, image_gone, other_writer};
 use super::super::record::{Artifact, Handover, Registration, State};
@@ -28,6 +32,9 @@ impl HeldJob {
 
     /// Shows status and message on the image record, and returns the record then.
     pub async fn patch_status(&self, image: Image, status: Status, percent: u8, message: &str) -> StepResult<Image> {
+        if self.is_status_refused() {
+            return self.read_image().await;
+        }
         self.check_offer(&image).await?;
         let changes = image_status::show(&image, status, percent, message);
         match self.change_image(&changes).await? {
@@ -36,8 +43,22 @@ impl HeldJob {
             Ok(None) => image_gone(),
             // the record changed since it was read; the next look tells
             Err(error) if error.kind() == openstack::ErrorKind::Conflict => Ok(image),
+            Err(error) if error.kind() == openstack::ErrorKind::Forbidden => {
+                self.note_status_refused(&error);
+                self.read_image().await
+            }
             Err(error) => Err(error.into()),
         }
+    }
+
+    pub fn is_status_refused(&self) -> bool {
+        self.status_refused.load(Ordering::Relaxed)
+    }
+
+    /// Status is neither written nor removed any more in this run.
+    pub fn note_status_refused(&self, error: &openstack::Error) {
+        self.status_refused.store(true, Ordering::Relaxed);
+        tracing::warn!(image_id = %self.id, %error, "Glance refuses the status of the job; the job goes on without");
     }
 
     /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the

@@ -53,6 +53,8 @@ pub(super) struct HeldJob {
     stored: Mutex<Stored>,
     /// It is on its way to an end, and stops for nothing but a lost lease.
     uncancellable: AtomicBool,
+    /// Glance lets the daemon write or remove no status on the image record.
+    status_refused: AtomicBool,
     /// Of the latest attempts, one of each name.
     stages: std::sync::Mutex<Vec<Stage>>,
 }
@@ -74,6 +76,7 @@ impl HeldJob {
             span: tracing::error_span!("job", image_id = %id, %request_id),
             stored: Mutex::new(stored),
             uncancellable: AtomicBool::new(false),
+            status_refused: AtomicBool::new(false),
             stages: std::sync::Mutex::new(stages),
         }
     }

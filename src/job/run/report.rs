@@ -56,7 +56,12 @@ impl JobRun {
         }
         self.job.update(|record| record.begin_report(ending)).await?;
         for _ in 0..CHANGE_TRIES {
-            match self.job.change_image(&image_status::end(&image, status, &message)).await? {
+            let shows = !self.job.is_status_refused();
+            let changes = match shows {
+                true => image_status::end(&image, status, &message),
+                false => image_status::end_without_status(&image).into_iter().collect(),
+            };
+            match self.job.change_image(&changes).await? {
                 Ok(_) => return Ok(()),
                 Err(error)
                     if matches!(error.kind(), openstack::ErrorKind::Conflict | openstack::ErrorKind::Forbidden) =>
@@ -65,8 +70,10 @@ impl JobRun {
                         Some(now) if now.status == "queued" => image = now,
                         _ => return Ok(()),
                     }
-                    if error.kind() == openstack::ErrorKind::Forbidden {
-                        return Err(error.into());
+                    match error.kind() {
+                        openstack::ErrorKind::Forbidden if shows => self.job.note_status_refused(&error),
+                        openstack::ErrorKind::Forbidden => return Err(error.into()),
+                        _ => {}
                     }
                 }
                 Err(error) => return Err(error.into()),

@@ -114,6 +114,8 @@ pub struct CloudState {
     /// Services that wait for an image, by its id.
     pub services: BTreeMap<String, Service>,
     pub glance_away_until: Option<Instant>,
+    /// What the names of properties start with that the daemon may neither set nor remove.
+    pub protected: Option<&'static str>,
     pub cinder_away_until: Option<Instant>,
     /// Owner of what a content was written for.
     pub projects: BTreeMap<u64, String>,
@@ -488,10 +490,17 @@ impl Handle {
     }
 }
 
-fn apply(record: &Record, changes: &[ImageChange]) -> std::result::Result<Image, ErrorKind> {
+fn apply(record: &Record, changes: &[ImageChange], protected: Option<&str>) -> std::result::Result<Image, ErrorKind> {
     let mut image = record.image.clone();
     let changeable = image.status == "queued";
     for change in changes {
+        if let ImageChange::Set { property, .. }
+        | ImageChange::Replace { property, .. }
+        | ImageChange::Remove { property } = change
+            && protected.is_some_and(|prefix| property.starts_with(prefix))
+        {
+            return Err(ErrorKind::Forbidden);
+        }
         match change {
             ImageChange::Set { property, value } => {
                 image.properties.insert(property.clone(), value.clone());
@@ -548,7 +557,7 @@ impl Cloud for Handle {
             || format!("glance patch {id} {changes:?}"),
             |world| {
                 let Some(record) = world.cloud.images.get_mut(id) else { return Ok(None) };
-                match apply(record, changes) {
+                match apply(record, changes, world.cloud.protected) {
                     Ok(image) => {
                         record.image = image;
                         record.told.insert(self.node.name.clone(), record.image.clone());

@@ -761,3 +761,38 @@ fn what_is_too_much_to_inherit_is_declined_before_anything_is_made() {
         stage.is_tidy();
     });
 }
+
+#[test]
+fn a_job_runs_and_ends_where_glance_protects_its_status() {
+    for other_owner in [false, true] {
+        play(|| async {
+            let stage = Stage::new();
+            let image = stage.image;
+            let volume = stage.volumes[0].to_string();
+            {
+                let mut world = stage.world.lock();
+                world.cloud.protected = Some("rbd_offload_");
+                if other_owner {
+                    world.cloud.disks.get_mut(&volume).unwrap().volume.project_id = OTHER.into();
+                }
+                // from before the protection: what can be neither changed nor removed
+                Stage::change_image(image, |record| {
+                    record.image.properties.insert("rbd_offload_progress".into(), "7".into());
+                })(&mut world);
+            }
+            let _daemon = stage.daemon("node", "clone");
+            stage.ask().await;
+            let job = stage.end().await;
+            let record = stage.image();
+            assert_eq!(record.image.properties.get("rbd_offload_status"), None);
+            if other_owner {
+                assert_eq!(job.state, State::Declined, "{job:#?}");
+                assert_eq!(record.image.tags, ["mine"], "it can be asked again");
+            } else {
+                assert_eq!(job.state, State::Done, "{job:#?}");
+                assert_eq!(stage.published(), Some((stage.content_of(0), false)));
+            }
+            stage.is_tidy();
+        });
+    }
+}

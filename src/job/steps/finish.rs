@@ -43,7 +43,9 @@ impl Step for Finish {
             }
             match job.change_image(&leftovers).await? {
                 Ok(_) => {}
-                Err(error) if error.kind() == openstack::ErrorKind::Conflict => {}
+                // the second: protected properties, which stay
+                Err(error)
+                    if matches!(error.kind(), openstack::ErrorKind::Conflict | openstack::ErrorKind::Forbidden) => {}
                 Err(error) => return Err(error.into()),
             }
         }

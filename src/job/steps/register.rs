@@ -8,10 +8,10 @@ use tokio::time::{Instant, sleep};
 
 use super::super::error::{StepError, StepResult, image_gone, other_writer};
 use super::super::held::{CHANGE_TRIES, HASHED_PER_SECOND, HeldJob, has_running_task, running_task};
-use super::super::record::{Artifact, Phase, Publication, Publish, Record, Registration, State};
+use super::super::record::{Artifact, Outcome, Phase, Publication, Publish, Record, Registration, State};
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
-use crate::openstack::{self, Image, LocationAnswer, Validation};
+use crate::openstack::{self, Image, ImageChange, LocationAnswer, Validation};
 use crate::plan;
 use crate::publish;
 use crate::publish::record as image_status;
@@ -95,11 +95,18 @@ async fn prepare_image_properties(job: &HeldJob, mut image: Image, record: &Reco
     let Publication { min_disk, min_ram, properties, .. } = &record.publication;
     let copying = record.publish == Publish::AtOnce;
     for _ in 0..CHANGE_TRIES {
-        let mut changes = image_status::prepare(&image, *min_disk, *min_ram, properties, copying);
+        let needed = |image: &Image| {
+            let mut changes = image_status::prepare(image, *min_disk, *min_ram, properties, copying);
+            if job.is_status_refused() {
+                changes.retain(|change| !matches!(change, ImageChange::Remove { .. }));
+            }
+            changes
+        };
+        let mut changes = needed(&image);
         if changes.is_empty() {
             // what is judged before the location is posted must be of now
             image = job.read_image().await?;
-            changes = image_status::prepare(&image, *min_disk, *min_ram, properties, copying);
+            changes = needed(&image);
         }
         if image.status != "queued" || changes.is_empty() {
             return Ok(image);
@@ -113,14 +120,26 @@ async fn prepare_image_properties(job: &HeldJob, mut image: Image, record: &Reco
                 if image.status != "queued" {
                     return other_writer();
                 }
-                if error.kind() == openstack::ErrorKind::Forbidden {
-                    return Err(error.into());
+                let removes = changes.iter().any(|change| matches!(change, ImageChange::Remove { .. }));
+                match error.kind() {
+                    openstack::ErrorKind::Forbidden if removes => job.note_status_refused(&error),
+                    openstack::ErrorKind::Forbidden => return Err(refused_record(&error, properties.len())),
+                    _ => {}
                 }
             }
             Err(error) => return Err(error.into()),
         }
     }
     Err(StepError::Retry("the image record changes all the time".into()))
+}
+
+/// Glance does not let the daemon make the record ready.
+fn refused_record(error: &openstack::Error, inherited: usize) -> StepError {
+    let hint = match inherited {
+        0 => "",
+        _ => "; a property that Glance protects and the image would inherit belongs into [glance] protected_properties",
+    };
+    StepError::End(Outcome::new(State::Failed, format!("{error}{hint}")))
 }
 
 /// Tells Glance the location. `image` is the record as Glance answered it last: whatever was changed since the plan
