@@ -28,11 +28,11 @@ pub enum Decline {
     NoBackend,
     /// The disk is not in the pool that the configuration names.
     NoDisk,
-    /// Source and destination are not in the same Ceph cluster, or Glance has no store there.
+    /// Source and destination are not in the same Ceph cluster, Glance has no store there, or the source is a mirror.
     OtherCluster,
     /// A kind of disk that is not done here.
     Unsupported,
-    /// The project's limit for its images.
+    /// The project's limit for its images, Glance's for one image, or Ceph's for the snapshots of the source.
     Quota,
     /// The image would inherit more properties than it may have.
     Properties,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
-use crate::ceph::{self, ErrorKind, ImageInfo, ImageSpec, Storage};
+use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Storage};
 use crate::config::{Config, Method, Publish};
 use crate::decline::Decline;
 use crate::openstack::{self, Cloud, Image, Server, Store, Volume, VolumeSnapshot};
@@ -203,6 +203,10 @@ pub async fn build(
             format!("the disk of {source} is an RBD image of format 1, which cannot be cloned or copied safely"),
         );
     }
+    if info.features.has(Features::NON_PRIMARY) {
+        return declined(Decline::OtherCluster, not_primary(source));
+    }
+    check_cap(config.glance.image_size_cap, info.size)?;
     check_destination(&stores?, &storage.fsid().await?, &found.dest_pool)?;
     check_limit(cloud, limit?, &owner, info.size).await?;
 
@@ -533,6 +537,14 @@ fn no_disk(source: Source) -> String {
     }
 }
 
+/// The sentence for a mirror: what is written in the cluster of the primary may be missing in it.
+pub fn not_primary(source: Source) -> String {
+    format!(
+        "the disk of {source} cannot be written in this Ceph cluster: it is a mirror, whose primary is in another \
+         cluster (demoted, or failed over)"
+    )
+}
+
 /// The same sentence whether it is not there or another project's.
 ///
 /// # Errors
@@ -543,6 +555,10 @@ pub fn no_such_source<T>(source: Source) -> Result<T> {
 
 /// Finds a volume's disk by its backend.
 fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<String>) -> Result<SourceDisk> {
+    if volume.replication_status.as_deref().is_some_and(|status| status.starts_with("failed-over")) {
+        let reason = format!("{source} was failed over: its disk is in another storage cluster than this service's");
+        return declined(Decline::OtherCluster, reason);
+    }
     let Some(host) = volume.host.as_deref().filter(|host| !host.is_empty()) else {
         return declined(Decline::NoBackend, format!("{source} lies on no backend yet"));
     };
@@ -587,6 +603,17 @@ fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
         return Ok(());
     }
     declined(Decline::OtherCluster, "Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
+}
+
+/// Glance's limit for one image, where the configuration names it: an upload would be held to it. 0: none is known.
+fn check_cap(cap: u64, bytes: u64) -> Result<()> {
+    if cap == 0 || bytes <= cap {
+        return Ok(());
+    }
+    declined(
+        Decline::Quota,
+        format!("the image of {} would be larger than Glance allows: {} (image_size_cap)", in_mib(bytes), in_mib(cap)),
+    )
 }
 
 /// The project's limit for all its images, where the cloud has one: an upload would be held to it.
@@ -677,6 +704,34 @@ mod tests {
 
     fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> PlanRequest {
         PlanRequest { image_id: Uuid::nil(), trigger, source, retried, offered: false }
+    }
+
+    #[test]
+    fn an_image_is_no_larger_than_glance_allows() {
+        assert!(check_cap(0, u64::MAX).is_ok());
+        assert!(check_cap(1 << 30, 1 << 30).is_ok());
+        let declined = check_cap(1 << 30, (1 << 30) + 1).unwrap_err().to_string();
+        assert!(declined.contains("1025 MiB") && declined.contains("1024 MiB (image_size_cap)"), "{declined}");
+    }
+
+    #[test]
+    fn a_volume_that_was_failed_over_is_declined() {
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = u\n\
+                    password = p\nproject_name = s\n[backend:a]\n";
+        let config = Config::parse("test".as_ref(), text).unwrap();
+        let of = |status: serde_json::Value| {
+            let volume: Volume = serde_json::from_value(json!({
+                "id": Uuid::nil(), "os-vol-tenant-attr:tenant_id": "p", "status": "available", "size": 1,
+                "os-vol-host-attr:host": "n@a#a", "replication_status": status,
+            }))
+            .unwrap();
+            locate(&config, &volume, Source::Volume(Uuid::nil()), None)
+        };
+        for status in [json!(null), json!("disabled"), json!("enabled"), json!("not-capable")] {
+            assert!(of(status.clone()).is_ok(), "{status}");
+        }
+        let declined = of(json!("failed-over"));
+        assert!(matches!(declined, Err(PlanError::Declined(Decline::OtherCluster, _))));
     }
 
     #[test]

@@ -217,6 +217,44 @@ mod declined {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn a_source_that_takes_no_snapshot_or_is_no_primary_is_not_copied() {
+        let _lab = lab_lease::alone().await;
+        let demo = Account::demo().await;
+        let (limited, mirror) = tokio::join!(demo.small_volume(json!({}), 1), demo.small_volume(json!({}), 1));
+        let of = |volume: &Volume| format!("volumes/volume-{}", volume.id);
+        let (limited_disk, mirror_disk) = (of(&limited), of(&mirror));
+        let daemon = Setup::default().start().await;
+
+        let theirs = format!("{limited_disk}@theirs");
+        lab().ceph("rbd", &["snap", "create", &theirs]).await;
+        lab().ceph("rbd", &["snap", "limit", "set", "--limit", "1", &limited_disk]).await;
+        let sentence = declined_sentence(&demo, volume_tag(&limited.id)).await;
+        assert!(sentence.contains("as many as its limit allows"), "{sentence}");
+        source_is_as_before(&limited, 1).await;
+        lab().ceph("rbd", &["snap", "limit", "clear", &limited_disk]).await;
+        lab().ceph("rbd", &["snap", "rm", &theirs]).await;
+        offloads(&daemon, &demo, &limited, 1).await;
+
+        // by snapshots and by a journal: the one is seen in the features, the other when the snapshot is made
+        lab().ceph("rbd", &["mirror", "pool", "enable", "volumes", "image"]).await;
+        for mode in ["snapshot", "journal"] {
+            lab().ceph("rbd", &["mirror", "image", "enable", &mirror_disk, mode]).await;
+            lab().ceph("rbd", &["mirror", "image", "demote", &mirror_disk]).await;
+            let sentence = declined_sentence(&demo, volume_tag(&mirror.id)).await;
+            assert!(sentence.contains("primary is in another cluster"), "{mode}: {sentence}");
+            lab().ceph("rbd", &["mirror", "image", "promote", &mirror_disk]).await;
+            lab().ceph("rbd", &["mirror", "image", "disable", &mirror_disk]).await;
+        }
+        lab().ceph("rbd", &["mirror", "pool", "disable", "volumes"]).await;
+        source_is_as_before(&mirror, 0).await;
+
+        drop(daemon);
+        let _daemon = Setup::default().set("glance", "image_size_cap", "32MiB").start().await;
+        let sentence = declined_sentence(&demo, volume_tag(&limited.id)).await;
+        assert!(sentence.contains("image_size_cap"), "{sentence}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn a_disk_that_begins_like_a_container_format_is_not_registered_as_raw() {
         let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;

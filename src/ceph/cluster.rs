@@ -393,7 +393,9 @@ impl Cluster {
         let Err(error) = &result else { return result };
         let shut_out = match error.kind() {
             ErrorKind::Fenced => true,
-            ErrorKind::Other | ErrorKind::TimedOut | ErrorKind::PermissionDenied => self.ask_whether_fenced(),
+            ErrorKind::Other | ErrorKind::TimedOut | ErrorKind::PermissionDenied | ErrorKind::ReadOnly => {
+                self.ask_whether_fenced()
+            }
             _ => false,
         };
         if shut_out {

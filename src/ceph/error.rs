@@ -10,6 +10,8 @@ pub struct Error {
     operation: String,
     kind: ErrorKind,
     detail: String,
+    /// Positive; 0 where there was none.
+    errno: i32,
 }
 
 /// What a caller may want to do about it.
@@ -26,6 +28,11 @@ pub enum ErrorKind {
     /// The cephx user's capabilities do not allow it.
     PermissionDenied,
     NoSpace,
+    /// The image has as many snapshots as its limit allows (or the quota of its pool is reached).
+    SnapshotLimit,
+    /// The image cannot be written here: it is a mirror whose primary is in another cluster, or its exclusive lock is
+    /// not to be had.
+    ReadOnly,
     /// This client was fenced (blocklisted).
     Fenced,
     /// Stopped by its caller.
@@ -40,7 +47,7 @@ pub enum ErrorKind {
 
 impl Error {
     pub fn new(operation: impl Into<String>, kind: ErrorKind, detail: impl Into<String>) -> Self {
-        Self { operation: operation.into(), kind, detail: detail.into() }
+        Self { operation: operation.into(), kind, detail: detail.into(), errno: 0 }
     }
 
     /// From a C function's result: `errno` may carry either sign.
@@ -53,12 +60,18 @@ impl Error {
             libc::ERANGE | libc::EOVERFLOW | libc::ECANCELED => ErrorKind::Conflict,
             libc::EPERM | libc::EACCES => ErrorKind::PermissionDenied,
             libc::ENOSPC | libc::EDQUOT => ErrorKind::NoSpace,
+            libc::EROFS => ErrorKind::ReadOnly,
             libc::ESHUTDOWN => ErrorKind::Fenced,
             libc::EOPNOTSUPP | libc::ENOSYS => ErrorKind::Unsupported,
             libc::ETIMEDOUT => ErrorKind::TimedOut,
             _ => ErrorKind::Other,
         };
-        Self::new(operation, kind, io::Error::from_raw_os_error(errno).to_string())
+        Self { errno, ..Self::new(operation, kind, io::Error::from_raw_os_error(errno).to_string()) }
+    }
+
+    /// What a C function answered, positive; 0 where none did.
+    pub fn errno(&self) -> i32 {
+        self.errno
     }
 
     pub fn kind(&self) -> ErrorKind {

@@ -113,6 +113,8 @@ impl Features {
     pub const DATA_POOL: Self = Self(128);
     pub const OPERATIONS: Self = Self(256);
     pub const MIGRATING: Self = Self(512);
+    /// A mirror that is not the primary image (mirroring by snapshots).
+    pub const NON_PRIMARY: Self = Self(1024);
 
     /// Both that say which objects there are.
     pub const MAPS: Self = Self(8 | 16);

@@ -380,7 +380,12 @@ impl Image {
     }
 
     pub fn create_snapshot(&self, snapshot: &str) -> Result<()> {
-        self.snapshot_call("create snapshot", snapshot, sys::rbd_snap_create)
+        let created = self.snapshot_call("create snapshot", snapshot, sys::rbd_snap_create);
+        // EDQUOT, which is NoSpace elsewhere: `rbd snap limit`
+        created.map_err(|e| match e.errno() {
+            libc::EDQUOT => e.with_kind(ErrorKind::SnapshotLimit),
+            _ => e,
+        })
     }
 
     pub fn protect_snapshot(&self, snapshot: &str) -> Result<()> {

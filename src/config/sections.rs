@@ -174,6 +174,9 @@ section! {
         /// How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. auto
         /// takes the location API where Glance has it.
         register: Register = "auto", OneOf(Register::NAMES);
+        /// Glance's limit for the size of one image (image_size_cap in glance-api.conf), which its API does not tell. What
+        /// would be larger is declined before it is copied. 0: not known.
+        image_size_cap: u64 = "0", Size;
         /// What the names of properties start with that no image inherits from its source: those that Glance's property
         /// protections keep from tenants, since the daemon may write them. Those of encryption and signatures are left
         /// out in any case.

@@ -68,10 +68,14 @@ impl From<ceph::Error> for StepError {
             | ErrorKind::PermissionDenied
             | ErrorKind::Unsupported
             | ErrorKind::TooLarge
+            | ErrorKind::SnapshotLimit
             | ErrorKind::Exists => Self::End(Outcome::new(State::Failed, error.to_string())),
-            ErrorKind::NotFound | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::TimedOut | ErrorKind::Other => {
-                Self::Retry(error.to_string())
-            }
+            ErrorKind::NotFound
+            | ErrorKind::Busy
+            | ErrorKind::Conflict
+            | ErrorKind::TimedOut
+            | ErrorKind::ReadOnly
+            | ErrorKind::Other => Self::Retry(error.to_string()),
         }
     }
 }

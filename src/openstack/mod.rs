@@ -194,6 +194,9 @@ pub struct Volume {
     pub name_id: Option<String>,
     #[serde(default, deserialize_with = "json::flag")]
     pub encrypted: bool,
+    /// `failed-over` when its disk is the replica in another storage cluster.
+    #[serde(default)]
+    pub replication_status: Option<String>,
     /// As the API gives it, Glance's own attributes (`min_disk`, `image_id`, `size`, …) included.
     #[serde(default, rename = "volume_image_metadata", deserialize_with = "volume::image_metadata")]
     pub image_metadata: BTreeMap<String, String>,

@@ -32,7 +32,7 @@ impl Transfer for ServerCopy {
         let filled = match fill {
             Ok(moved) => moved,
             // it broke off: what there is of it is right, and the flatten does the rest, or says what is wrong
-            Err(error) if matches!(error.kind(), ErrorKind::Other | ErrorKind::TimedOut) => {
+            Err(error) if matches!(error.kind(), ErrorKind::Other | ErrorKind::ReadOnly | ErrorKind::TimedOut) => {
                 tracing::warn!(image = %request.destination, %error, "the OSDs' copy broke off; this host copies the rest");
                 Moved::default()
             }

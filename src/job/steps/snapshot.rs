@@ -2,14 +2,15 @@
 
 use async_trait::async_trait;
 
-use super::super::error::{StepResult, end};
+use super::super::error::{StepError, StepResult, end};
 use super::super::held::HeldJob;
 use super::super::names::private_name;
-use super::super::record::{Artifact, Phase, Record, State};
+use super::super::record::{Artifact, Outcome, Phase, Record, State};
 use super::{Attempt, Step};
-use crate::ceph::ImageSpec;
+use crate::ceph::{self, ErrorKind, Features, ImageSpec};
+use crate::decline::Decline;
 use crate::openstack::Image;
-use crate::plan;
+use crate::plan::{self, Plan};
 use crate::publish::record::Status;
 
 pub struct Snapshot;
@@ -55,8 +56,10 @@ impl Step for Snapshot {
             let (image, snapshot) = (&copying.source.source, &copying.source.snapshot);
             job.will_make(Artifact::Snapshot).await?;
             job.before_visible_step().await?;
-            storage.set_snapshot_tag(image, snapshot, &job.tag().await.to_string()).await?;
-            storage.create_protected_snapshot(image, snapshot).await?;
+            let tag = job.tag().await.to_string();
+            let refused = |error| refused_by_source(error, &copying.plan);
+            storage.set_snapshot_tag(image, snapshot, &tag).await.map_err(refused)?;
+            storage.create_protected_snapshot(image, snapshot).await.map_err(refused)?;
         }
         // what was read for the plan may be minutes old, and another project may own the source by now
         let trigger = job.record().await.trigger;
@@ -71,5 +74,25 @@ impl Step for Snapshot {
         job.context.storage.remove_snapshot(&image, &source.snapshot).await?;
         job.context.storage.remove_snapshot_tag(&image, &source.snapshot).await?;
         Ok(())
+    }
+}
+
+/// What the source's own state rules out is a decline: another attempt meets the same.
+fn refused_by_source(error: ceph::Error, plan: &Plan) -> StepError {
+    let declined = |why, reason| StepError::End(Outcome::declined(why, reason));
+    match error.kind() {
+        ErrorKind::SnapshotLimit => declined(
+            Decline::Quota,
+            format!(
+                "no snapshot of {} can be made in Ceph: it has as many as its limit allows, or the quota of its pool \
+                 is reached",
+                plan.source
+            ),
+        ),
+        // otherwise its exclusive lock may be free in a while
+        ErrorKind::ReadOnly if plan.info.features.has(Features::JOURNALING) => {
+            declined(Decline::OtherCluster, plan::not_primary(plan.source))
+        }
+        _ => error.into(),
     }
 }
