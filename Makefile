@@ -7,7 +7,7 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps deb rpm lab-up lab-down demo check test test-packages test-nova bench lint clean
+.PHONY: build release deps deb rpm lab-up lab-down demo check fuzz test test-packages test-nova bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -43,10 +43,16 @@ demo:
 
 # what needs neither a lab nor root: `make lint`, the tests that run by themselves, advisories
 check: lint
-	RBD_OFFLOAD_SIMULATION_SEEDS=100 $(CARGO) test --locked --lib --test captures --test documents --test handover_model \
-		--test integrations
+	RBD_OFFLOAD_SIMULATION_SEEDS=100 $(CARGO) test --locked --lib --test captures --test documents --test fuzz \
+		--test handover_model --test integrations
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check advisories; \
 	else echo "cargo-deny is not installed, so advisories were not looked for: cargo install cargo-deny"; fi
+
+# hostile input, a million times for each reader; `make check` does it some thousand times
+FUZZ_CASES ?= 1000000
+fuzz: deps
+	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --profile fuzz --test fuzz
+	PROPTEST_CASES=$$(($(FUZZ_CASES) / 100)) $(CARGO) test --locked --profile fuzz --lib breaks_it
 
 # every test, against a lab of its own; says how long that takes; ends with the test runner's summary
 test:
