@@ -123,7 +123,13 @@ impl Lab {
 }
 
 fn glance(register: Register) -> Glance {
-    Glance { pool: "images".into(), endpoint_override: None, register }
+    Glance {
+        pool: "images".into(),
+        endpoint_override: None,
+        register,
+        image_size_cap: 0,
+        protected_properties: Vec::new(),
+    }
 }
 
 struct Raw {
