@@ -31,4 +31,5 @@ mod steps;
 pub mod store;
 
 #[cfg(test)]
+#[path = "../../testing/simulation/mod.rs"]
 mod simulation;

@@ -1,0 +1,56 @@
+//! The clients of a daemon, one for each job.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+
+use crate::ceph::{Change, Lent, Result, Storage, StoragePool};
+use crate::job::simulation::faults::gate::Handle;
+use crate::job::simulation::faults::lasting::Lasting;
+use crate::job::simulation::faults::node::Node;
+
+#[async_trait]
+impl StoragePool for Handle {
+    async fn take(&self) -> Result<Box<dyn Lent>> {
+        self.node.pass().await;
+        Ok(Box::new(LentHandle { handle: Handle { node: Node::of_job(&self.node) }, control: self.clone() }))
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.node.is_fenced()
+    }
+
+    async fn reconnect(&self) -> Result<Change> {
+        Storage::reconnect(self).await
+    }
+}
+
+/// A client that one job uses.
+struct LentHandle {
+    handle: Handle,
+    control: Handle,
+}
+
+#[async_trait]
+impl Lent for LentHandle {
+    fn storage(&self) -> Arc<dyn Storage> {
+        Arc::new(Lasting(self.handle.clone()))
+    }
+
+    fn is_busy(&self) -> bool {
+        self.handle.node.calls.load(Ordering::SeqCst) > 0
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.handle.node.is_fenced()
+    }
+
+    fn give_back(self: Box<Self>) {
+        self.handle.node.give_back();
+    }
+
+    async fn give_up(self: Box<Self>) -> Result<()> {
+        self.control.fence(&self.handle.node.address()).await.map(drop)
+    }
+}
