@@ -130,24 +130,24 @@ pub fn read_offer(image: &Image) -> Result<Offer> {
 ///
 /// # Errors
 /// [`PlanError::Declined`] when the record or its tags do not ask for one.
-pub fn read_request(image: &Image, question: &PlanRequest) -> Result<Source> {
+pub fn read_request(image: &Image, request: &PlanRequest) -> Result<Source> {
     if image.status != "queued" {
         return declined(
             Decline::OtherWriter,
             format!("the image is {}, not queued: another client writes it or has written it", image.status),
         );
     }
-    if question.offered {
+    if request.offered {
         let offer = read_offer(image)?;
-        return match question.source {
+        return match request.source {
             Some(source) if source != offer.source => {
                 declined(Decline::Handover, "the service that handed this over offers another source")
             }
             _ => Ok(offer.source),
         };
     }
-    if question.trigger != Trigger::Request {
-        return question.source.map_or_else(|| declined(Decline::Request, "the notification named no source"), Ok);
+    if request.trigger != Trigger::Request {
+        return request.source.map_or_else(|| declined(Decline::Request, "the notification named no source"), Ok);
     }
     if image.tags.iter().any(|tag| tag.starts_with(request::HANDOVER_PREFIX)) {
         return declined(
@@ -160,7 +160,7 @@ pub fn read_request(image: &Image, question: &PlanRequest) -> Result<Source> {
         TagRequest::Invalid(reason) => return declined(Decline::Request, reason),
         TagRequest::Absent => None,
     };
-    let source = if question.retried { tagged.or(question.source) } else { tagged };
+    let source = if request.retried { tagged.or(request.source) } else { tagged };
     source.map_or_else(|| declined(Decline::Request, "the image has no request tag any more"), Ok)
 }
 
@@ -169,21 +169,21 @@ pub async fn build(
     cloud: &dyn Cloud,
     storage: &dyn Storage,
     config: &Config,
-    question: &PlanRequest,
+    request: &PlanRequest,
     image: Image,
     source: Source,
 ) -> Result<Plan> {
     check_record(&image)?;
     let Some(owner) = image.owner.clone() else { return declined(Decline::NoSource, "the image has no owner") };
-    if question.offered && read_offer(&image)?.fsid.to_string() != storage.fsid().await?.to_ascii_lowercase() {
+    if request.offered && read_offer(&image)?.fsid.to_string() != storage.fsid().await?.to_ascii_lowercase() {
         return declined(Decline::OtherCluster, "the disk is in another Ceph cluster than this service");
     }
 
     let find = async {
         match source {
-            Source::Volume(id) => resolve_volume(cloud, config, question.trigger, &image, &owner, id).await,
+            Source::Volume(id) => resolve_volume(cloud, config, request.trigger, &image, &owner, id).await,
             Source::Snapshot(id) => resolve_snapshot(cloud, config, &owner, id).await,
-            Source::Instance(id) => resolve_instance(cloud, config, question.trigger, &owner, id).await,
+            Source::Instance(id) => resolve_instance(cloud, config, request.trigger, &owner, id).await,
         }
     };
     let (found, stores, limit) = tokio::join!(find, cloud.stores(), cloud.image_size_limit(&owner));
@@ -211,7 +211,7 @@ pub async fn build(
     check_limit(cloud, limit?, &owner, info.size).await?;
 
     // a service that hands over has made the record as it wants it
-    let (min_disk, min_ram, properties) = match question.trigger {
+    let (min_disk, min_ram, properties) = match request.trigger {
         Trigger::Request => {
             let protected = &config.glance.protected_properties;
             let properties = inherit(&found.image_metadata, &image, protected, source)?;
@@ -702,7 +702,7 @@ mod tests {
         serde_json::from_value(record).unwrap()
     }
 
-    fn question(trigger: Trigger, source: Option<Source>, retried: bool) -> PlanRequest {
+    fn plan_request(trigger: Trigger, source: Option<Source>, retried: bool) -> PlanRequest {
         PlanRequest { image_id: Uuid::nil(), trigger, source, retried, offered: false }
     }
 
@@ -747,15 +747,15 @@ mod tests {
         let told = Source::Volume(Uuid::new_v4());
         let tagged = Source::Volume(Uuid::new_v4());
         let image = image("queued", &[&tagged.tag()]);
-        assert_eq!(read_request(&image, &question(Trigger::Request, Some(told), false)).unwrap(), tagged);
+        assert_eq!(read_request(&image, &plan_request(Trigger::Request, Some(told), false)).unwrap(), tagged);
     }
 
     #[test]
     fn without_its_tag_only_a_retry_goes_on() {
         let source = Source::Volume(Uuid::new_v4());
         let image = image("queued", &["other"]);
-        assert!(read_request(&image, &question(Trigger::Request, Some(source), false)).is_err());
-        assert_eq!(read_request(&image, &question(Trigger::Request, Some(source), true)).unwrap(), source);
+        assert!(read_request(&image, &plan_request(Trigger::Request, Some(source), false)).is_err());
+        assert_eq!(read_request(&image, &plan_request(Trigger::Request, Some(source), true)).unwrap(), source);
     }
 
     fn offer_tag(source: Source) -> String {
@@ -766,7 +766,7 @@ mod tests {
     fn a_hand_over_is_planned_by_its_offer_alone() {
         let source = Source::Volume(Uuid::new_v4());
         let offer = offer_tag(source);
-        let offered = PlanRequest { offered: true, ..question(Trigger::VolumeUpload, Some(source), false) };
+        let offered = PlanRequest { offered: true, ..plan_request(Trigger::VolumeUpload, Some(source), false) };
         assert_eq!(read_request(&image("queued", &[&offer]), &offered).unwrap(), source);
         assert!(read_request(&image("queued", &[]), &offered).is_err(), "taken back");
         let other = PlanRequest { source: Some(Source::Volume(Uuid::new_v4())), ..offered };
@@ -777,7 +777,7 @@ mod tests {
     fn a_request_on_an_offered_image_is_declined() {
         let source = Source::Volume(Uuid::new_v4());
         let offer = offer_tag(source);
-        let request = question(Trigger::Request, Some(source), false);
+        let request = plan_request(Trigger::Request, Some(source), false);
         assert!(read_request(&image("queued", &[&offer, &source.tag()]), &request).is_err());
     }
 
@@ -785,7 +785,7 @@ mod tests {
     fn an_image_that_another_client_writes_is_left_alone() {
         let tag = Source::Volume(Uuid::new_v4()).tag();
         for status in ["saving", "active", "importing", "deactivated", "killed"] {
-            let declined = read_request(&image(status, &[&tag]), &question(Trigger::Request, None, false));
+            let declined = read_request(&image(status, &[&tag]), &plan_request(Trigger::Request, None, false));
             assert!(matches!(declined, Err(PlanError::Declined(..))), "{status}");
         }
     }

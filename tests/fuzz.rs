@@ -21,7 +21,7 @@ use rbd_offload::job::record::{Record, State};
 use rbd_offload::notification::{Notification, TransportUrl, Unreadable};
 use rbd_offload::openstack::{Image, Volume, VolumeSnapshot};
 use rbd_offload::publish::header::container_format;
-use rbd_offload::publish::record::{self as image_record, Status};
+use rbd_offload::publish::image_status::{self, Status};
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::request::{Source, Trigger, parse_offer_tag, parse_request_tags};
 use serde::de::DeserializeOwned;
@@ -106,10 +106,10 @@ fn read_answers(bytes: &[u8]) {
     let Some(image) = read::<Image>(bytes) else { return };
     let _ = (parse_request_tags(&image.tags), parse_offer_tag(&image.tags));
     for changes in [
-        image_record::show(&image, Status::Copying, 255, &"m".repeat(2000)),
-        image_record::end(&image, Status::Declined, ""),
-        image_record::prepare(&image, u64::MAX, 0, &image.properties, true),
-        image_record::finished(&image, Some(Source::Volume(Uuid::nil()))),
+        image_status::show(&image, Status::Copying, 255, &"m".repeat(2000)),
+        image_status::end(&image, Status::Declined, ""),
+        image_status::prepare(&image, u64::MAX, 0, &image.properties, true),
+        image_status::finished(&image, Some(Source::Volume(Uuid::nil()))),
     ] {
         assert!(changes.len() <= 10 + 2 * image.properties.len(), "{changes:?}");
     }

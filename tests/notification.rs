@@ -25,7 +25,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
 use rbd_offload::config::{Messaging, QueueType};
 use rbd_offload::notification::{
-    Binding, Bindings, BindingsError, Event, Listener, Meta, Permissions, Sink, SinkError, Status, Timeouts,
+    Binding, Bindings, BindingsError, BrokerStatus, Event, Listener, Meta, Permissions, Sink, SinkError, Timeouts,
     TransportUrl,
 };
 use serde_json::json;
@@ -176,7 +176,7 @@ async fn with_broker<F: Future<Output = ()>>(test: impl FnOnce(Arc<Broker>) -> F
 struct Running {
     task: JoinHandle<()>,
     cancel: CancellationToken,
-    status: Arc<Status>,
+    status: Arc<BrokerStatus>,
 }
 
 impl Running {

@@ -233,7 +233,7 @@ async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) 
 
 /// What was sent while there was no connection, or before an exchange was there to bind, has not reached us: the
 /// reconciler looks as soon as that may have happened.
-async fn follow_broker(broker: Arc<notification::Status>, reconcile: Arc<Notify>) {
+async fn follow_broker(broker: Arc<notification::BrokerStatus>, reconcile: Arc<Notify>) {
     let seen = |state: notification::State| (state.connected_since, state.missing_exchanges);
     let mut before = seen(broker.get());
     loop {
@@ -305,7 +305,7 @@ fn reload(path: PathBuf, log: &LogHandle, (config, rates): (&watch::Sender<Arc<C
 /// What is asked for the daemon's health.
 struct Daemon {
     engine: Arc<Engine>,
-    broker: Arc<notification::Status>,
+    broker: Arc<notification::BrokerStatus>,
     store: Store,
     /// When Ceph was asked last, and what came of it.
     probed: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,

@@ -14,10 +14,11 @@ use uuid::Uuid;
 use super::context::Context;
 use super::custody::{Custody, Guarded};
 use super::engine::Engine;
+use super::error::CallError;
 use super::names::private_name;
 use super::record::Record;
-use crate::ceph::{self, Change, ErrorKind, ImageKey, ImageSpec, Storage};
-use crate::openstack::{self, VolumeDeletion};
+use crate::ceph::{Change, ErrorKind, ImageKey, ImageSpec, Storage};
+use crate::openstack::VolumeDeletion;
 use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Source};
 
@@ -48,16 +49,6 @@ pub(super) struct Leftover {
     pub image: ImageSpec,
     /// As it was seen: what bears another one when it is to be removed is something else.
     pub tag: Option<OwnershipTag>,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum Trouble {
-    #[error(transparent)]
-    Store(#[from] super::store::Error),
-    #[error(transparent)]
-    Ceph(#[from] ceph::Error),
-    #[error(transparent)]
-    OpenStack(#[from] openstack::Error),
 }
 
 /// What one task removed.
@@ -246,7 +237,7 @@ impl Cleaner {
                 Ok(false) => {}
                 Err(error) => {
                     ended.is_fenced =
-                        matches!(&error, Guarded::Failed(Trouble::Ceph(e)) if e.kind() == ErrorKind::Fenced);
+                        matches!(&error, Guarded::Failed(CallError::Ceph(e)) if e.kind() == ErrorKind::Fenced);
                     tracing::warn!(%image_id, image = %leftover.image, %error,
                         "a leftover was not removed; a later round tries again");
                     // what it depends on is not free either
@@ -260,7 +251,7 @@ impl Cleaner {
     }
 
     /// Removes a leftover, in custody. `false`: it is not what it was, or it is needed.
-    async fn remove(&self, leftover: &Leftover) -> Result<bool, Trouble> {
+    async fn remove(&self, leftover: &Leftover) -> Result<bool, CallError> {
         let Leftover { image_id, kind, image, tag } = leftover;
         let storage = self.storage.as_ref();
         if *kind == Kind::Snapshot {
@@ -287,7 +278,7 @@ impl Cleaner {
 
     /// The snapshot, then the disk of a volume that was deleted meanwhile, then the tag: as long as that is there, a
     /// later sweep finds what was not done.
-    async fn remove_snapshot(&self, leftover: &Leftover) -> Result<bool, Trouble> {
+    async fn remove_snapshot(&self, leftover: &Leftover) -> Result<bool, CallError> {
         let Leftover { image_id, image, tag, .. } = leftover;
         let storage = self.storage.as_ref();
         let snapshot = private_name(*image_id);
@@ -308,7 +299,7 @@ impl Cleaner {
     /// Removes from the trash the disk of a volume that Cinder has deleted, as a running job does: not while Cinder has
     /// the volume, not before the end of a deferment, and not while another snapshot needs it. `false`: Cinder is still
     /// at work on the volume.
-    async fn purge(&self, image_id: Uuid, image: &ImageSpec) -> Result<bool, Trouble> {
+    async fn purge(&self, image_id: Uuid, image: &ImageSpec) -> Result<bool, CallError> {
         let ImageKey::Id(id) = &image.image else { return Ok(true) };
         let trash = self.storage.trash(&image.pool).await?;
         let Some(trashed) = trash.into_iter().find(|trashed| trashed.id == *id) else { return Ok(true) };
@@ -331,7 +322,7 @@ impl Cleaner {
     }
 
     /// The volume that this image in the trash was the disk of: by the job's record, or by the name that it had.
-    async fn volume_of(&self, image_id: Uuid, image: &ImageSpec, name: &str) -> Result<Option<Uuid>, Trouble> {
+    async fn volume_of(&self, image_id: Uuid, image: &ImageSpec, name: &str) -> Result<Option<Uuid>, CallError> {
         let stored = self.context().store.load(image_id).await?;
         if let Some(Record { source: Some(Source::Volume(volume)), source_image: Some(origin), .. }) =
             stored.map(|stored| stored.record)

@@ -25,14 +25,14 @@ use super::run::{Acknowledged, JobRun, RunResult};
 use super::slots::PoolSlots;
 use super::store::{Error, Summary};
 use crate::ceph::{self, ErrorKind, Progress};
-use crate::publish::record::SHOWN_AFTER;
+use crate::publish::image_status::SHOWN_AFTER;
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How long one look may take; a job that was claimed by a look that is given up is given up with it.
-const LOOK_WITHIN: Duration = Duration::from_secs(30);
+/// How long one poll may take. A job that was claimed by a poll that is given up is given up with it.
+const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How many times a daemon that was fenced waits for its jobs to notice, [`POLL_INTERVAL`] each.
 const RECONNECT_DRAIN_POLLS: u32 = 15;
@@ -61,17 +61,17 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 /// nothing changes on the image record for two minutes.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Queued jobs that are acknowledged at a time. A service that hands its work over waits ten seconds for that.
-const ACKNOWLEDGED_AT_A_TIME: usize = 8;
+/// Most acknowledgements of queued jobs at the same time. A service that hands its work over waits ten seconds for that.
+const MAX_CONCURRENT_ACKS: usize = 8;
 
 /// What the engine does at the moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Status {
+pub struct EngineStatus {
     pub running: usize,
     pub waiting: usize,
     /// When the engine last looked for work and got an answer.
     pub last_look: Instant,
-    /// When the engine last looked, answer or not: it moves.
+    /// When the engine last looked, answer or not: it is not stalled.
     pub last_turn: Instant,
 }
 
@@ -142,7 +142,7 @@ impl Load {
 
 /// Whether the jobs here get anything done.
 #[derive(Debug, Default)]
-struct Moves {
+struct ProgressTracker {
     /// Jobs that came to an end.
     ended: u64,
     /// What was counted when it last had changed, and when that was.
@@ -154,9 +154,9 @@ pub struct Engine {
     context: Context,
     pools: PoolSlots,
     running: Mutex<HashMap<Uuid, Running>>,
-    moves: Mutex<Moves>,
+    progress: Mutex<ProgressTracker>,
     /// Jobs that are left alone until then.
-    held: Mutex<HashMap<Uuid, Instant>>,
+    backoff_until: Mutex<HashMap<Uuid, Instant>>,
     /// Jobs whose waiting was told of, and when that is to be repeated.
     acknowledged: Mutex<HashMap<Uuid, Option<Instant>>>,
     /// Jobs whose waiting is being told of.
@@ -165,7 +165,7 @@ pub struct Engine {
     orphans: Mutex<HashSet<Uuid>>,
     /// What the other daemons were told of this one, and when.
     told: Mutex<Option<(Instant, Entry)>>,
-    status: Mutex<Status>,
+    status: Mutex<EngineStatus>,
     wake: Notify,
     tasks: TaskTracker,
 }
@@ -180,13 +180,18 @@ impl Engine {
             context,
             pools: PoolSlots::default(),
             running: Mutex::default(),
-            moves: Mutex::default(),
-            held: Mutex::default(),
+            progress: Mutex::default(),
+            backoff_until: Mutex::default(),
             acknowledged: Mutex::default(),
             acknowledging: Mutex::default(),
             orphans: Mutex::default(),
             told: Mutex::default(),
-            status: Mutex::new(Status { running: 0, waiting: 0, last_look: Instant::now(), last_turn: Instant::now() }),
+            status: Mutex::new(EngineStatus {
+                running: 0,
+                waiting: 0,
+                last_look: Instant::now(),
+                last_turn: Instant::now(),
+            }),
             wake: Notify::new(),
             tasks: TaskTracker::new(),
         })
@@ -196,7 +201,7 @@ impl Engine {
         &self.context
     }
 
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> EngineStatus {
         let mut status = lock(&self.status).clone();
         status.running = lock(&self.running).len();
         status
@@ -204,7 +209,7 @@ impl Engine {
 
     /// There may be something new for this job: look now, also if it was left alone.
     pub fn wake(&self, image_id: Uuid) {
-        lock(&self.held).remove(&image_id);
+        lock(&self.backoff_until).remove(&image_id);
         self.wake.notify_one();
     }
 
@@ -212,7 +217,7 @@ impl Engine {
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             self.beat();
-            match tokio::time::timeout(LOOK_WITHIN, self.look(&drain)).await {
+            match tokio::time::timeout(POLL_TIMEOUT, self.poll_jobs(&drain)).await {
                 Ok(Ok(())) if !self.context.clients.is_fenced() => {
                     lock(&self.status).last_look = Instant::now();
                     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
@@ -221,7 +226,7 @@ impl Engine {
                 _ if self.context.clients.is_fenced() => self.reconnect_after_fence().await,
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
-                Err(_) => tracing::warn!(seconds = LOOK_WITHIN.as_secs(), "Ceph does not answer; tried again"),
+                Err(_) => tracing::warn!(seconds = POLL_TIMEOUT.as_secs(), "Ceph does not answer; tried again"),
             }
             lock(&self.status).last_turn = Instant::now();
             tokio::select! {
@@ -259,7 +264,7 @@ impl Engine {
         self.tasks.spawn(async move {
             let context = &engine.context;
             let beat = daemons::beat(context.store.objects().as_ref(), &context.identity, &entry);
-            if let Err(error) = within(LOOK_WITHIN, beat).await {
+            if let Err(error) = within(POLL_TIMEOUT, beat).await {
                 tracing::debug!(error, "the other daemons were not told that this one lives; tried again");
                 lock(&engine.told).take();
             }
@@ -282,13 +287,13 @@ impl Engine {
         }
     }
 
-    /// One look: starts as many of the waiting jobs as there is room for.
-    async fn look(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
+    /// Polls once: starts as many of the waiting jobs as there is room for.
+    async fn poll_jobs(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
         let live = self.context.store.live().await?;
-        self.forget_all_but(&live);
+        self.prune_state(&live);
         self.tell_of_detaching(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
-        self.note_moves();
+        self.record_progress();
         let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
         let has_room = |(_, summary): &(Uuid, Summary)| {
             summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool))
@@ -339,7 +344,7 @@ impl Engine {
         let now = self.context.clock.now();
         let running = lock(&self.running);
         let acknowledging = lock(&self.acknowledging);
-        let mut held = lock(&self.held);
+        let mut held = lock(&self.backoff_until);
         let config = self.context.config.borrow();
         live.into_iter()
             .filter(|(id, _)| !running.contains_key(id) && !acknowledging.contains(id))
@@ -450,7 +455,7 @@ impl Engine {
     }
 
     fn hold(&self, image_id: Uuid, pause: Duration) {
-        lock(&self.held).insert(image_id, Instant::now() + pause);
+        lock(&self.backoff_until).insert(image_id, Instant::now() + pause);
     }
 
     fn start(self: &Arc<Self>, image_id: Uuid, summary: Summary, job: JobRun, drain: CancellationToken) {
@@ -469,7 +474,7 @@ impl Engine {
                 RunResult::Waiting(pause) => engine.hold(image_id, pause.min(POLL_INTERVAL)),
                 RunResult::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
                 RunResult::Abandoned => engine.hold(image_id, POLL_INTERVAL),
-                RunResult::Ended(_) => lock(&engine.moves).ended += 1,
+                RunResult::Ended(_) => lock(&engine.progress).ended += 1,
                 RunResult::Released => {}
             }
             lock(&engine.running).remove(&image_id);
@@ -479,17 +484,17 @@ impl Engine {
     }
 
     /// Looks whether the jobs here have got anything done.
-    fn note_moves(&self) {
+    fn record_progress(&self) {
         let steps = lock(&self.running).values().fold(0u64, |sum, job| sum.wrapping_add(job.progress.steps()));
-        let mut moves = lock(&self.moves);
-        let now = moves.ended.wrapping_add(steps);
-        if now != moves.seen {
-            (moves.seen, moves.at) = (now, Some(Instant::now()));
+        let mut progress = lock(&self.progress);
+        let now = progress.ended.wrapping_add(steps);
+        if now != progress.seen {
+            (progress.seen, progress.at) = (now, Some(Instant::now()));
         }
     }
 
-    fn moves(&self) -> bool {
-        lock(&self.moves).at.is_some_and(|at| at.elapsed() < HEARTBEAT_INTERVAL)
+    fn is_progressing(&self) -> bool {
+        lock(&self.progress).at.is_some_and(|at| at.elapsed() < HEARTBEAT_INTERVAL)
     }
 
     /// Acknowledges queued jobs: once to the requester, and from time to time to a service that handed its work over. A
@@ -499,11 +504,11 @@ impl Engine {
         mut waiting: impl Iterator<Item = Uuid>,
         drain: &CancellationToken,
     ) -> Result<(), Error> {
-        let moves = self.moves();
-        while lock(&self.acknowledging).len() < ACKNOWLEDGED_AT_A_TIME {
+        let is_progressing = self.is_progressing();
+        while lock(&self.acknowledging).len() < MAX_CONCURRENT_ACKS {
             let next = waiting.find(|id| match lock(&self.acknowledged).get(id) {
                 None => true,
-                Some(again) => moves && again.is_some_and(|again| again <= Instant::now()),
+                Some(again) => is_progressing && again.is_some_and(|again| again <= Instant::now()),
             });
             let Some(image_id) = next else { break };
             lock(&self.acknowledged).insert(image_id, Some(Instant::now() + HEARTBEAT_INTERVAL));
@@ -532,10 +537,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Memory of jobs that are over is given up.
-    fn forget_all_but(&self, live: &[(Uuid, Summary)]) {
+    /// Forgets jobs that are over.
+    fn prune_state(&self, live: &[(Uuid, Summary)]) {
         let live: HashSet<Uuid> = live.iter().map(|(id, _)| *id).collect();
-        lock(&self.held).retain(|id, _| live.contains(id));
+        lock(&self.backoff_until).retain(|id, _| live.contains(id));
         lock(&self.acknowledged).retain(|id, _| live.contains(id));
         lock(&self.orphans).retain(|id| live.contains(id));
     }

@@ -59,6 +59,17 @@ pub(super) fn image_gone<T>() -> StepResult<T> {
     end(State::Cancelled, "the image was deleted")
 }
 
+/// A call on the store of jobs, on Ceph or on a service failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(transparent)]
+    Ceph(#[from] ceph::Error),
+    #[error(transparent)]
+    OpenStack(#[from] openstack::Error),
+}
+
 impl From<ceph::Error> for StepError {
     fn from(error: ceph::Error) -> Self {
         match error.kind() {

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::record::State;
-use crate::publish::record::Status;
+use crate::publish::image_status::Status;
 
 /// The status and the sentence on the image record.
 pub(super) fn outcome_message(state: State, reason: &str, request: Uuid) -> (Status, String) {

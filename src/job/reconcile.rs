@@ -25,6 +25,7 @@ use super::context::Context;
 use super::custody::Custody;
 use super::daemons;
 use super::engine::Engine;
+use super::error::CallError;
 use super::intake::Intake;
 use super::lost_record;
 use super::names::{PRIVATE_PREFIX, Private, parse_private};
@@ -34,12 +35,12 @@ use super::signal::Signal;
 use super::store::Error;
 use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
 use crate::openstack::{self, ListCursor};
-use crate::publish::record as tenant;
+use crate::publish::image_status;
 use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, TagRequest, Trigger};
 
 /// Object whose lock keeps two daemons from doing the same round.
-const ROUND: &str = "reconcile";
+const LOCK_OBJECT: &str = "reconcile";
 
 /// Images asked of Glance at a time.
 const PAGE: usize = 200;
@@ -63,21 +64,11 @@ const FAILURES_MAX: usize = 10;
 /// Ids of records that cannot be read, and that the log has named.
 const NAMED_MAX: usize = 1_000;
 
-#[derive(Debug, thiserror::Error)]
-enum Trouble {
-    #[error(transparent)]
-    Store(#[from] Error),
-    #[error(transparent)]
-    Ceph(#[from] ceph::Error),
-    #[error(transparent)]
-    OpenStack(#[from] openstack::Error),
-}
-
-type Result<T> = std::result::Result<T, Trouble>;
+type Result<T> = std::result::Result<T, CallError>;
 
 /// What a round found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Findings {
+pub struct RoundReport {
     /// Requests without a job.
     pub requests: usize,
     /// Records that were in no index.
@@ -207,13 +198,13 @@ impl Reconciler {
 
     async fn run_exclusive(&mut self, stop: &CancellationToken) {
         let objects = self.context().store.objects().clone();
-        let key = LockKey { name: ROUND.into(), cookie: self.context().identity.instance.to_string() };
+        let key = LockKey { name: LOCK_OBJECT.into(), cookie: self.context().identity.instance.to_string() };
         let owner = self.context().identity.owner();
         let duration = self.context().config.borrow().jobs.lease * 4;
         let taken = async {
             // the lock never creates its object
-            objects.set_omap(ROUND, &[]).await?;
-            objects.lock(ROUND, &key, &owner, duration).await
+            objects.set_omap(LOCK_OBJECT, &[]).await?;
+            objects.lock(LOCK_OBJECT, &key, &owner, duration).await
         };
         match taken.await {
             Ok(Locked::Acquired) => {}
@@ -223,11 +214,11 @@ impl Reconciler {
                 return;
             }
         }
-        let mut findings = Findings::default();
+        let mut report = RoundReport::default();
         let renewals = async {
             loop {
                 sleep(duration / 3).await;
-                if let Err(error) = objects.renew(ROUND, &key, &owner, duration).await
+                if let Err(error) = objects.renew(LOCK_OBJECT, &key, &owner, duration).await
                     && matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced)
                 {
                     return error;
@@ -235,35 +226,35 @@ impl Reconciler {
             }
         };
         tokio::select! {
-            () = self.round(&mut findings, duration / 2) => {}
+            () = self.round(&mut report, duration / 2) => {}
             error = renewals => {
                 tracing::warn!(%error, "the reconciler lost its lock; the next round goes on");
             }
             // the lock is given back, so that another daemon, or the next life of this one, need not wait for its end
             () = stop.cancelled() => {}
         }
-        if findings != Findings::default() {
-            tracing::info!(?findings, "the reconciler found something");
+        if report != RoundReport::default() {
+            tracing::info!(findings = ?report, "the reconciler found something");
         }
         for (kind, count) in [
-            ("request", findings.requests),
-            ("record", findings.records),
-            ("repaired", findings.repaired),
-            ("image", findings.images),
-            ("snapshot", findings.snapshots),
-            ("expired", findings.expired),
+            ("request", report.requests),
+            ("record", report.records),
+            ("repaired", report.repaired),
+            ("image", report.images),
+            ("snapshot", report.snapshots),
+            ("expired", report.expired),
         ] {
             metrics::counter!("rbd_offload_reconciler_findings_total", "kind" => kind).increment(count as u64);
         }
-        if let Err(error) = objects.unlock(ROUND, &key).await {
+        if let Err(error) = objects.unlock(LOCK_OBJECT, &key).await {
             tracing::debug!(%error, "the reconciler's lock was not given back; it runs out by itself");
         }
     }
 
     /// One round. A part that can be long stops after `time` and goes on in the next round.
-    async fn round(&mut self, findings: &mut Findings, time: Duration) {
+    async fn round(&mut self, report: &mut RoundReport, time: Duration) {
         let removed = self.removals.reap();
-        note(findings, removed);
+        note(report, removed);
         // nothing goes on over that client now; the jobs' client is the engine's to connect again
         if self.removals.may_reconnect()
             && self.has_own_client
@@ -275,12 +266,12 @@ impl Reconciler {
             let until = Instant::now() + time;
             let work = async {
                 match part {
-                    Part::Expire => self.expire(findings, until).await,
-                    Part::Index => self.index_missing(findings).await,
-                    Part::Requests => self.find_requests(findings, until).await,
-                    Part::Ended => self.look_through_ended(findings, until).await,
-                    Part::Images => self.remove_images(findings, until).await,
-                    Part::Snapshots => self.remove_snapshots(findings, until).await,
+                    Part::Expire => self.expire(report, until).await,
+                    Part::Index => self.index_missing(report).await,
+                    Part::Requests => self.find_requests(report, until).await,
+                    Part::Ended => self.look_through_ended(report, until).await,
+                    Part::Images => self.remove_images(report, until).await,
+                    Part::Snapshots => self.remove_snapshots(report, until).await,
                 }
             };
             match timeout(PART_LIMIT, work).await {
@@ -296,7 +287,7 @@ impl Reconciler {
 
     /// Records that were stored by hand, or whose writer died before the index was written and whose request was not
     /// delivered again. Walks the whole pool, so only once.
-    async fn index_missing(&mut self, findings: &mut Findings) -> Result<()> {
+    async fn index_missing(&mut self, report: &mut RoundReport) -> Result<()> {
         let store = self.context().store.clone();
         let mut unindexed = match self.unindexed.take() {
             Some(unindexed) => unindexed,
@@ -309,7 +300,7 @@ impl Reconciler {
         let (mut failures, mut retry) = (Failures::default(), Vec::new());
         while let Some(image_id) = unindexed.pop() {
             let adopted = match store.load(image_id).await {
-                Ok(Some(stored)) => store.index(&stored).await.map(|()| findings.records += 1),
+                Ok(Some(stored)) => store.index(&stored).await.map(|()| report.records += 1),
                 Ok(None) => Ok(()),
                 Err(error @ Error::Unreadable { .. }) => {
                     tracing::error!(%image_id, %error, "left alone");
@@ -334,7 +325,7 @@ impl Reconciler {
     }
 
     /// Queued images that ask for something, and that no live job is for.
-    async fn find_requests(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn find_requests(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let live: HashSet<Uuid> = self.context().store.live().await?.into_iter().map(|(id, _)| id).collect();
         let mut failures = Failures::default();
         loop {
@@ -352,7 +343,7 @@ impl Reconciler {
                 if !self.intake.takes(&image.tags) {
                     continue;
                 }
-                match self.find_request(&image, image_id, &live, findings).await {
+                match self.find_request(&image, image_id, &live, report).await {
                     Ok(()) => failures.end(),
                     Err(error) => {
                         tracing::warn!(%image_id, %error, "a request was not taken up; the next round tries again");
@@ -373,7 +364,7 @@ impl Reconciler {
         image: &openstack::Image,
         image_id: Uuid,
         live: &HashSet<Uuid>,
-        findings: &mut Findings,
+        report: &mut RoundReport,
     ) -> Result<()> {
         let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
         let known = match self.context().store.load(image_id).await {
@@ -381,7 +372,7 @@ impl Reconciler {
                 if !live.contains(&image_id) {
                     // stored, and the daemon that did it died or was not answered before the index said so
                     self.context().store.index(&stored).await?;
-                    findings.records += 1;
+                    report.records += 1;
                 }
                 true
             }
@@ -393,14 +384,14 @@ impl Reconciler {
         };
         if !known {
             self.intake.image_queued(image_id, image.owner.clone(), &image.tags).await?;
-            findings.requests += 1;
+            report.requests += 1;
         }
         Ok(())
     }
 
     /// Goes through the ended jobs. Indexes those that were begun again, repairs image records, and notes which jobs
     /// ended without an image.
-    async fn look_through_ended(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn look_through_ended(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
         let ended = self.context().store.ended().await?;
         let begun_at = self.ended.take();
@@ -409,7 +400,7 @@ impl Reconciler {
                 return Ok(());
             }
             self.ended = Some(image_id);
-            match self.look_at_ended(image_id, &own, findings).await {
+            match self.look_at_ended(image_id, &own, report).await {
                 Ok(true) => drop(self.walked.insert(image_id)),
                 Ok(false) => {}
                 Err(error) => {
@@ -423,7 +414,7 @@ impl Reconciler {
     }
 
     /// Whether the job ended without an image.
-    async fn look_at_ended(&self, image_id: Uuid, own: &str, findings: &mut Findings) -> Result<bool> {
+    async fn look_at_ended(&self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
@@ -433,11 +424,11 @@ impl Reconciler {
         if !stored.is_settled() {
             // the daemon that made it live again died before the index said so
             self.context().store.index(&stored).await?;
-            findings.records += 1;
+            report.records += 1;
             return Ok(false);
         }
         if record.needs_repair || stored.signals.has(Signal::NeedsRepair) {
-            self.repair(image_id, record, findings).await?;
+            self.repair(image_id, record, report).await?;
         } else if record.owner_address.as_deref() == Some(own)
             || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
         {
@@ -451,20 +442,20 @@ impl Reconciler {
 
     /// The image record of an ended job on which a daemon that was frozen, or another writer's upload, may have brought
     /// back what was taken off or repaired: Glance takes no condition with a change, so that cannot be prevented.
-    async fn repair(&self, image_id: Uuid, record: &super::record::Record, findings: &mut Findings) -> Result<()> {
+    async fn repair(&self, image_id: Uuid, record: &super::record::Record, report: &mut RoundReport) -> Result<()> {
         let id = image_id.to_string();
         let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
-        let deactivate = record.deactivated && image.status == "active" && !tenant::is_raw_and_bare(&image);
+        let deactivate = record.deactivated && image.status == "active" && !image_status::is_raw_and_bare(&image);
         let changes = match image.status.as_str() {
             "active" | "deactivated" => {
                 let ours = record.state == State::Done && record.trigger == Trigger::Request;
-                let mut changes = tenant::finished(&image, record.source.filter(|_| ours));
+                let mut changes = image_status::finished(&image, record.source.filter(|_| ours));
                 if changes.is_empty() {
-                    changes.extend(tenant::without_copying_tag(&image));
+                    changes.extend(image_status::without_copying_tag(&image));
                 }
                 if record.trigger == Trigger::Request
                     && record.state != State::Done
-                    && let Some(marked) = tenant::mark_empty_upload(&image)
+                    && let Some(marked) = image_status::mark_empty_upload(&image)
                 {
                     tracing::info!(%image_id, tag = request::EMPTY_UPLOAD_TAG,
                         "an empty upload made the image active; a tag in place of its request says so");
@@ -482,7 +473,7 @@ impl Reconciler {
             {
                 let reason = record.reason.clone().unwrap_or_default();
                 let (status, message) = outcome_message(record.state, &reason, record.request_id);
-                tenant::show(&image, status, 0, &message)
+                image_status::show(&image, status, 0, &message)
             }
             _ => return Ok(()),
         };
@@ -508,12 +499,12 @@ impl Reconciler {
                     Err(error) => return Err(error.into()),
                 }
             }
-            Ok::<_, Trouble>(())
+            Ok::<_, CallError>(())
         };
         let repaired = repaired.await;
         custody.give_back(false).await;
         repaired?;
-        findings.repaired += 1;
+        report.repaired += 1;
         Ok(())
     }
 
@@ -553,7 +544,7 @@ impl Reconciler {
 
     /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also
     /// those in the trash, where a removal that broke off leaves them.
-    async fn remove_images(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn remove_images(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let mut found = Vec::new();
         for pool in self.pools() {
             let names = self.storage.images(&pool, "").await;
@@ -575,7 +566,7 @@ impl Reconciler {
                 found.extend(self.leftover_in_trash(&pool, &trashed).await?);
             }
         }
-        self.remove_orphans(found, findings, until).await
+        self.remove_orphans(found, report, until).await
     }
 
     /// What the removal of one of our images left in the trash.
@@ -607,7 +598,7 @@ impl Reconciler {
 
     /// Looks through the headers of all images for temporary snapshots and their tags, and for images under a Glance
     /// image's id that bear our tag: a record that would tell of them may have expired.
-    async fn remove_snapshots(&mut self, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn remove_snapshots(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let mut sweep = match self.sweep.take() {
             Some(sweep) => sweep,
             None if Instant::now() < self.next_sweep => return Ok(()),
@@ -650,7 +641,7 @@ impl Reconciler {
                 let Some(tag) = tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)) else {
                     continue;
                 };
-                if !self.is_done(image_id).await && !self.is_adopted(&image, &tag, findings).await {
+                if !self.is_done(image_id).await && !self.is_adopted(&image, &tag, report).await {
                     let tag = Some(tag);
                     found.push(Leftover { image_id, kind: Kind::Published, image, tag });
                 }
@@ -660,15 +651,15 @@ impl Reconciler {
                 None => drop(sweep.pools.remove(0)),
             }
             sweep.reading += begun.elapsed();
-            self.remove_orphans(found, findings, until).await?;
+            self.remove_orphans(found, report, until).await?;
         }
         self.next_sweep = Instant::now() + sweep.reading * SWEEP_REST;
         Ok(())
     }
 
     /// Whether the image is an active one's data, and no leftover. One of which that cannot be told is none either.
-    async fn is_adopted(&self, image: &ImageSpec, tag: &OwnershipTag, findings: &mut Findings) -> bool {
-        match self.adopt_active(image, tag, findings).await {
+    async fn is_adopted(&self, image: &ImageSpec, tag: &OwnershipTag, report: &mut RoundReport) -> bool {
+        match self.adopt_active(image, tag, report).await {
             Ok(is_active) => is_active,
             Err(error) => {
                 tracing::warn!(image_id = %tag.image_id, %image, %error,
@@ -680,7 +671,7 @@ impl Reconciler {
 
     /// An image that bears our tag and is active depends on its source. Where its record was lost, it is made again.
     /// `false`: it is not active.
-    async fn adopt_active(&self, image: &ImageSpec, tag: &OwnershipTag, findings: &mut Findings) -> Result<bool> {
+    async fn adopt_active(&self, image: &ImageSpec, tag: &OwnershipTag, report: &mut RoundReport) -> Result<bool> {
         let (context, image_id) = (self.context(), tag.image_id);
         let found = context.cloud.image(&image_id.to_string()).await?;
         let Some(found) = found.filter(|found| matches!(found.status.as_str(), "active" | "deactivated")) else {
@@ -698,7 +689,7 @@ impl Reconciler {
         if context.store.create_live(&record).await? {
             tracing::error!(%image_id, %image,
                 "the record of an active image that depends on its source was lost; it was made again");
-            findings.records += 1;
+            report.records += 1;
             self.engine.wake(image_id);
         }
         Ok(true)
@@ -727,7 +718,7 @@ impl Reconciler {
     }
 
     /// Removes those of the leftovers that no live job owns, now and after a moment.
-    async fn remove_orphans(&mut self, found: Vec<Leftover>, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn remove_orphans(&mut self, found: Vec<Leftover>, report: &mut RoundReport, until: Instant) -> Result<()> {
         let mut orphans: BTreeMap<Uuid, Vec<Leftover>> = BTreeMap::new();
         let mut failures = Failures::default();
         for leftover in found {
@@ -756,7 +747,7 @@ impl Reconciler {
             begun.push(image_id);
         }
         self.removals.wait(&begun, &mut removed).await;
-        note(findings, removed);
+        note(report, removed);
         Ok(())
     }
 
@@ -770,7 +761,7 @@ impl Reconciler {
     }
 
     /// Removes ended records that are older than `[jobs] retention`.
-    async fn expire(&self, findings: &mut Findings, until: Instant) -> Result<()> {
+    async fn expire(&self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let store = &self.context().store;
         if let Err(error) = daemons::remove_dead(store.objects().as_ref(), self.context().clock.now()).await {
             tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
@@ -794,7 +785,7 @@ impl Reconciler {
                 Err(error) => Err(error),
             };
             match expired {
-                Ok(count) => findings.expired += count,
+                Ok(count) => report.expired += count,
                 Err(error) => tracing::warn!(%image_id, %error, "an old record stays; the next round tries again"),
             }
         }
@@ -824,17 +815,17 @@ impl Failures {
 
     /// # Errors
     /// Errors that every object would meet.
-    fn pass_over(&mut self, error: Trouble) -> Result<()> {
+    fn pass_over(&mut self, error: CallError) -> Result<()> {
         let kind = match &error {
-            Trouble::Ceph(error) | Trouble::Store(Error::Ceph(error)) => Some(error.kind()),
-            Trouble::Store(_) | Trouble::OpenStack(_) => None,
+            CallError::Ceph(error) | CallError::Store(Error::Ceph(error)) => Some(error.kind()),
+            CallError::Store(_) | CallError::OpenStack(_) => None,
         };
         self.in_a_row += 1;
         if kind == Some(ErrorKind::Fenced) || self.in_a_row >= FAILURES_MAX { Err(error) } else { Ok(()) }
     }
 }
 
-fn note(findings: &mut Findings, removed: Removed) {
-    findings.images += removed.images;
-    findings.snapshots += removed.snapshots;
+fn note(report: &mut RoundReport, removed: Removed) {
+    report.images += removed.images;
+    report.snapshots += removed.snapshots;
 }

@@ -48,7 +48,7 @@ use super::event::{Event, EventType, Notification};
 use super::permissions::Permissions;
 use super::queue::{self, Depth};
 use super::sink::{Meta, Sink, SinkError};
-use super::status::Status;
+use super::status::BrokerStatus;
 use super::transport_url::{self, FileError, Host, TransportUrl};
 use super::{is_hard_error, is_soft_error};
 use crate::config::Messaging;
@@ -122,7 +122,7 @@ pub struct Listener {
     config: Messaging,
     url: TransportUrl,
     timeouts: Timeouts,
-    status: Arc<Status>,
+    status: Arc<BrokerStatus>,
     bindings: Arc<dyn Bindings>,
 }
 
@@ -198,7 +198,7 @@ impl Listener {
         self
     }
 
-    pub fn status(&self) -> Arc<Status> {
+    pub fn status(&self) -> Arc<BrokerStatus> {
         self.status.clone()
     }
 

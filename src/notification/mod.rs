@@ -30,7 +30,7 @@ pub use listener::{Listener, Timeouts};
 pub use permissions::Permissions;
 pub use replay::{LineError, ReplaySummary, replay};
 pub use sink::{Meta, Sink, SinkError};
-pub use status::{State, Status};
+pub use status::{BrokerStatus, State};
 pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 
 /// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 /// Written by the listener, read by anyone.
 #[derive(Debug, Default)]
-pub struct Status(Mutex<State>);
+pub struct BrokerStatus(Mutex<State>);
 
 /// The listener's state at a moment.
 #[derive(Debug, Default, Clone)]
@@ -28,7 +28,7 @@ pub struct State {
     pub problem: Option<String>,
 }
 
-impl Status {
+impl BrokerStatus {
     pub fn get(&self) -> State {
         self.lock().clone()
     }

@@ -2,10 +2,10 @@
 //!
 //! Inspect the header, give the copy its protected snapshot, rename it to the image's id (which fails when another
 //! writer has taken the name), prepare the record, register the location, wait until Glance says `active`. Each step
-//! may be run again after a crash. [`record`] holds what the tenant sees.
+//! may be run again after a crash. [`image_status`] holds what the tenant sees.
 
 pub mod header;
-pub mod record;
+pub mod image_status;
 pub mod tag;
 
 use sha2::{Digest, Sha512};

@@ -12,7 +12,7 @@ use crate::decline::Decline;
 use crate::openstack::{self, Image, ImageChange};
 use crate::plan;
 use crate::publish;
-use crate::publish::record::{self as image_status, Status};
+use crate::publish::image_status::{self, Status};
 use crate::publish::tag::is_tagged;
 use crate::request::{self, TagRequest, Trigger};
 

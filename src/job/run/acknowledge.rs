@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Begins, JobRun, StepError, StepResult};
 use crate::job::record::{Handover, State};
 use crate::openstack::Image;
-use crate::publish::record::Status;
+use crate::publish::image_status::Status;
 use crate::request::{self, TagRequest};
 
 const QUEUED_MESSAGE: &str = "the request waits for its turn";

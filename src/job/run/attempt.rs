@@ -219,12 +219,12 @@ impl JobRun {
         let record = self.job.record().await;
         let offered = record.handover == Some(Handover::Offered);
         let (image_id, trigger, source, retried) = (self.job.id, record.trigger, record.source, record.retried);
-        let question = PlanRequest { image_id, trigger, source, retried, offered };
+        let request = PlanRequest { image_id, trigger, source, retried, offered };
         if trigger != Trigger::Request && record.handover.is_none() {
             return decline(Decline::Handover, "no service offered this image");
         }
         let image = self.job.read_image().await?;
-        let source = plan::read_request(&image, &question)?;
+        let source = plan::read_request(&image, &request)?;
         if record.source != Some(source) {
             // also where the plan then refuses it: `retry` goes by the latest request, not by one before
             self.job
@@ -235,7 +235,7 @@ impl JobRun {
                 .await?;
         }
         let context = &self.job.context;
-        Ok(plan::build(context.cloud.as_ref(), context.storage.as_ref(), config, &question, image, source).await?)
+        Ok(plan::build(context.cloud.as_ref(), context.storage.as_ref(), config, &request, image, source).await?)
     }
 
     /// An ended job may have been requested again, says a notification that perhaps came late: the image record knows.

@@ -16,7 +16,7 @@ use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
 use crate::plan::{self, PlanError};
-use crate::publish::record::is_empty_upload;
+use crate::publish::image_status::is_empty_upload;
 use crate::transfer::Method;
 
 /// Why a request is not done that an empty upload came before.

@@ -6,7 +6,7 @@ use crate::job::outcome_message::outcome_message;
 use crate::job::record::Outcome;
 use crate::job::signal::Signal;
 use crate::openstack::{self, Image};
-use crate::publish::record as image_status;
+use crate::publish::image_status;
 use crate::request::{self, TagRequest, Trigger};
 
 impl JobRun {

@@ -11,7 +11,7 @@ use crate::job::held::has_running_task;
 use crate::job::record::{Artifact, Phase, Publish, Record, Registration, State};
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::Image;
-use crate::publish::record::{self as image_status, Status};
+use crate::publish::image_status::{self, Status};
 use crate::transfer::Method;
 
 impl JobRun {

@@ -12,7 +12,7 @@ use crate::job::error::{end, other_writer};
 use crate::job::record::State;
 use crate::job::signal::{Signal, Signals};
 use crate::openstack::Image;
-use crate::publish::record::{self as image_status, Status};
+use crate::publish::image_status::{self, Status};
 use crate::telemetry::unix_time;
 
 /// How often the watcher looks at the record and shows progress.

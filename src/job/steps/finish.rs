@@ -9,7 +9,7 @@ use super::super::record::{Outcome, Phase, Publish, Record, Registration, State}
 use super::{Attempt, Step};
 use crate::ceph::ImageSpec;
 use crate::openstack::{self, Image};
-use crate::publish::record as image_status;
+use crate::publish::image_status;
 use crate::request::Trigger;
 use crate::transfer;
 

@@ -13,7 +13,7 @@ use super::super::record::{Handover as Bound, Phase, Record};
 use super::{Attempt, Step};
 use crate::decline::Decline;
 use crate::openstack::Image;
-use crate::publish::record::{self as image_status, Status};
+use crate::publish::image_status::{self, Status};
 use crate::request;
 
 /// How long the service may take to say go. It looks twice a second.

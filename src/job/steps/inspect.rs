@@ -8,7 +8,7 @@ use super::super::record::Phase;
 use super::{Attempt, Step};
 use crate::decline::Decline;
 use crate::publish;
-use crate::publish::record::Status;
+use crate::publish::image_status::Status;
 
 pub struct Inspect;
 

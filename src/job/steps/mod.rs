@@ -36,7 +36,7 @@ use super::error::StepResult;
 use super::held::HeldJob;
 use super::record::{Artifact, Phase, Publish, Record};
 use crate::openstack::Image;
-use crate::publish::record::Status;
+use crate::publish::image_status::Status;
 use crate::transfer::Method;
 
 #[async_trait]

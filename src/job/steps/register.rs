@@ -14,7 +14,7 @@ use crate::ceph::ImageSpec;
 use crate::openstack::{self, Image, ImageChange, LocationAnswer, Validation};
 use crate::plan;
 use crate::publish;
-use crate::publish::record as image_status;
+use crate::publish::image_status;
 
 /// How long Glance may take to make a registered image active, beside the time for reading it where it does that first.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(60);

@@ -11,7 +11,7 @@ use crate::ceph::{self, ErrorKind, Features, ImageSpec};
 use crate::decline::Decline;
 use crate::openstack::Image;
 use crate::plan::{self, Plan};
-use crate::publish::record::Status;
+use crate::publish::image_status::Status;
 
 pub struct Snapshot;
 

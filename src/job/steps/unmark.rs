@@ -9,7 +9,7 @@ use super::super::record::{Phase, Record};
 use super::detaching::{is_deleted, published};
 use super::{Attempt, Step};
 use crate::openstack;
-use crate::publish::record as image_status;
+use crate::publish::image_status;
 use crate::transfer;
 
 pub struct Unmark;
