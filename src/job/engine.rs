@@ -157,13 +157,13 @@ pub struct Engine {
     progress: Mutex<ProgressTracker>,
     /// Jobs that are left alone until then.
     backoff_until: Mutex<HashMap<Uuid, Instant>>,
-    /// Jobs whose waiting was told of, and when that is to be repeated.
+    /// Queued jobs that were acknowledged, and when the next heartbeat is due.
     acknowledged: Mutex<HashMap<Uuid, Option<Instant>>>,
-    /// Jobs whose waiting is being told of.
+    /// Queued jobs that are being acknowledged.
     acknowledging: Mutex<HashSet<Uuid>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
-    /// What the other daemons were told of this one, and when.
+    /// The entry that the other daemons last got of this one, and when.
     told: Mutex<Option<(Instant, Entry)>>,
     status: Mutex<EngineStatus>,
     wake: Notify,
@@ -225,8 +225,8 @@ impl Engine {
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.reconnect_after_fence().await,
                 _ if self.context.clients.is_fenced() => self.reconnect_after_fence().await,
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "could not look for jobs; tried again"),
-                Err(_) => tracing::warn!(seconds = POLL_TIMEOUT.as_secs(), "Ceph does not answer; tried again"),
+                Ok(Err(error)) => tracing::warn!(%error, "could not poll for jobs; the engine retries"),
+                Err(_) => tracing::warn!(seconds = POLL_TIMEOUT.as_secs(), "Ceph does not answer; the engine retries"),
             }
             lock(&self.status).last_turn = Instant::now();
             tokio::select! {
@@ -265,7 +265,7 @@ impl Engine {
             let context = &engine.context;
             let beat = daemons::beat(context.store.objects().as_ref(), &context.identity, &entry);
             if let Err(error) = within(POLL_TIMEOUT, beat).await {
-                tracing::debug!(error, "the other daemons were not told that this one lives; tried again");
+                tracing::debug!(error, "the other daemons were not told that this one lives; the engine retries");
                 lock(&engine.told).take();
             }
         });
@@ -283,7 +283,7 @@ impl Engine {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
         if let Err(error) = self.context.clients.reconnect().await {
-            tracing::warn!(%error, "could not reconnect; tried again");
+            tracing::warn!(%error, "could not reconnect; the engine retries");
         }
     }
 

@@ -22,7 +22,7 @@ const OFFER_READ_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Intake {
     store: Store,
-    /// Is told of new jobs; without one, a daemon finds them at its next look.
+    /// Woken for new jobs. Without one, a daemon finds them at its next poll.
     engine: Option<Arc<Engine>>,
     config: watch::Receiver<Arc<Config>>,
 }

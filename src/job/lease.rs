@@ -145,7 +145,7 @@ impl Lease {
                 if self.remaining() > Duration::ZERO {
                     return Ok(());
                 }
-                // this process stood still meanwhile
+                // this process was frozen meanwhile
                 self.lost.store(true, Ordering::SeqCst);
                 Err(self.lost_error())
             }

@@ -143,7 +143,7 @@ pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
     }
     metrics::gauge!("rbd_offload_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     metrics::gauge!("rbd_offload_broker_connected").set(0.0);
-    // nothing has stood still yet
+    // nothing has stalled yet
     metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
     // a rate of the first failure needs the zero before it

@@ -31,7 +31,7 @@ use crate::telemetry::unix_time;
 /// Bytes a second that Glance is trusted to hash at least (measured: 170 MiB/s and more).
 pub(super) const HASHED_PER_SECOND: u64 = 20 << 20;
 
-/// Pause before a change of the record is tried again whose outcome is unknown.
+/// Pause before a change of the record whose outcome is unknown is retried.
 const UPDATE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Pauses (of at most [`BACKOFF_MAX`]) that a job leaves to another service: to a Glance
@@ -128,7 +128,7 @@ impl HeldJob {
                         None => return Err(StepError::Abandon("its record is gone".into())),
                     }
                 }
-                // this process stood still: another daemon may own the job by now
+                // this process was frozen: another daemon may own the job by now
                 Err(store::Error::Ceph(error)) if error.kind() == ErrorKind::TimedOut && self.lease.is_over() => {
                     return Err(StepError::LeaseLost);
                 }

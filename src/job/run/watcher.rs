@@ -56,14 +56,14 @@ impl JobRun {
         let objects = self.job.context.store.objects().clone();
         let interval = self.job.lease.renewal_interval();
         loop {
-            // a renewal that failed is tried again soon
+            // a failed renewal is retried soon
             let pause = match self.job.lease.renew(objects.as_ref()).await {
                 Ok(()) => interval,
                 Err(error) if matches!(error.kind(), ErrorKind::NotLocked | ErrorKind::Fenced) => {
                     return StepError::LeaseLost;
                 }
                 Err(error) => {
-                    tracing::warn!(image_id = %self.job.id, %error, "the lease was not renewed; tried again");
+                    tracing::warn!(image_id = %self.job.id, %error, "the lease was not renewed; the watcher retries");
                     interval / 2
                 }
             };
