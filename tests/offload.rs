@@ -246,6 +246,7 @@ mod declined {
             lab().ceph("rbd", &["mirror", "image", "disable", &mirror_disk]).await;
         }
         lab().ceph("rbd", &["mirror", "pool", "disable", "volumes"]).await;
+        lab().ceph("rados", &["-p", "volumes", "rm", "rbd_mirroring"]).await;
         source_is_as_before(&mirror, 0).await;
 
         drop(daemon);

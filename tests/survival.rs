@@ -443,7 +443,8 @@ async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
         let requests = tenant.request(3).await;
         let [deleted, cancelled, uploaded] = [0, 1, 2].map(|n| requests[n].id.as_str());
         for request in &requests {
-            daemon.await_stage(&request.id, "snapshot").await;
+            let copy = Disk::of_image(&format!("rbd-offload.{}", request.id));
+            until("the transfer", seconds(60), || async { copy.facts().await.map(drop) }).await;
         }
         let begun = Instant::now();
         let ends = async |id: &str, state: &str| {

@@ -16,13 +16,13 @@ impl Session {
     pub(super) async fn read_image_size_limit(&self, project_id: &str) -> Result<Option<u64>> {
         let login = self.wire.login(None).await?;
         let region = self.wire.region_of(&login, Service::Image);
-        let registered = async {
+        let registered = async || -> Result<Option<i64>> {
             let request = Request::get(Service::Identity, "list registered limits", &["registered_limits"])
                 .query(vec![("resource_name", RESOURCE.to_owned())]);
             let answer = self.wire.send(request).await?;
             Ok(choose(&answer.read::<Limits>()?.limits, region.as_deref(), None))
         };
-        let Some(default) = self.size_limit.or(registered).await? else {
+        let Some(default) = registered().await? else {
             return Ok(None);
         };
         let own = Request::get(Service::Identity, format!("list limits of project {project_id}"), &["limits"])

@@ -378,8 +378,8 @@ pub trait Cloud: Send + Sync + 'static {
     /// Bytes that the project's images take by Glance's count, all statuses that count included.
     async fn image_usage(&self, project_id: &str) -> Result<u64>;
 
-    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud had
-    /// none within the last minute.
+    /// The project's limit `image_size_total` of the service glance in Keystone, in bytes; `None` where the cloud has
+    /// none.
     async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>>;
 
     /// As they were within the last minute.

@@ -58,13 +58,11 @@ pub struct Session {
     pub(super) wire: HttpClient,
     pub(super) register: Register,
     pub(super) stores: Recent<Vec<Store>>,
-    /// The registered limit of a project's images, in Glance's unit, where the cloud has one.
-    pub(super) size_limit: Recent<Option<i64>>,
 }
 
 impl Session {
     pub(super) fn new(wire: HttpClient, register: Register) -> Self {
-        Self { wire, register, stores: Recent::default(), size_limit: Recent::default() }
+        Self { wire, register, stores: Recent::default() }
     }
 
     /// Reads `cafile` and checks the URLs; the login is made by the first call, or by [`Session::login`], so that a
