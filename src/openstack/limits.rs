@@ -16,13 +16,10 @@ impl Session {
     pub(super) async fn read_image_size_limit(&self, project_id: &str) -> Result<Option<u64>> {
         let login = self.wire.login(None).await?;
         let region = self.wire.region_of(&login, Service::Image);
-        let registered = async || -> Result<Option<i64>> {
-            let request = Request::get(Service::Identity, "list registered limits", &["registered_limits"])
-                .query(vec![("resource_name", RESOURCE.to_owned())]);
-            let answer = self.wire.send(request).await?;
-            Ok(choose(&answer.read::<Limits>()?.limits, region.as_deref(), None))
-        };
-        let Some(default) = registered().await? else {
+        let registered = Request::get(Service::Identity, "list registered limits", &["registered_limits"])
+            .query(vec![("resource_name", RESOURCE.to_owned())]);
+        let answer = self.wire.send(registered).await?;
+        let Some(default) = choose(&answer.read::<Limits>()?.limits, region.as_deref(), None) else {
             return Ok(None);
         };
         let own = Request::get(Service::Identity, format!("list limits of project {project_id}"), &["limits"])
