@@ -164,7 +164,8 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
     for seed in first..first + rounds {
         eprintln!("RBD_OFFLOAD_TEST_SEED={seed}");
         let mut random = StdRng::seed_from_u64(seed);
-        let setup = Setup::default().set("offload", "max_jobs", "4");
+        // more daemons are killed here than one job may lose before it fails
+        let setup = Setup::default().set("offload", "max_jobs", "4").set("offload", "max_takeovers", "20");
         let any = |random: &mut StdRng| setup.clone().set("offload", "method", METHODS[random.random_range(0..3)]);
         let mut daemons = [any(&mut random).start().await, any(&mut random).start().await];
         // kept until the round is over: their logs are evidence
