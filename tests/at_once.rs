@@ -126,6 +126,44 @@ async fn where_glance_may_not_read_the_volumes_the_job_publishes_when_copied() {
     daemon.stop();
 }
 
+/// Rows of `check --probe`: name and result.
+async fn probed(daemon: &Daemon) -> Vec<(String, String)> {
+    let text = daemon.command(&["check", "--probe", "--json"]).await;
+    let rows: Vec<Value> = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let told = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let probes = rows.iter().filter(|row| told(row, "check").starts_with("probe "));
+    probes
+        .map(|row| (told(row, "check"), told(row, "result") + " " + &told(row, "detail") + &told(row, "remedy")))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_probes_from_end_to_end_whether_glance_takes_an_image_at_once() {
+    let _lab = lab_lease::alone().await;
+    let service = Account::service().await;
+    let (images, cluster) = (service.image_ids().await, ClusterInventory::take().await);
+    glance::may_not_read_volumes().await;
+    let daemon = at_once().set("backend:ceph-offload", "pool", "volumes").start().await;
+    let refused = probed(&daemon).await;
+    let reader = glance::Reader::new().await;
+    let taken = probed(&daemon).await;
+    daemon.stop();
+    assert_eq!(refused.len(), 4, "two backends, at once and when copied: {refused:?}");
+    for ((name, before), (_, after)) in refused.iter().zip(&taken) {
+        match name.ends_with("at once") {
+            true => {
+                assert!(before.starts_with("warning ") && before.contains("profile rbd-read-only pool="), "{before}")
+            }
+            false => assert!(before.starts_with("ok active after "), "{before}"),
+        }
+        assert!(after.starts_with("ok active after "), "{name}: {after}");
+    }
+    assert_eq!(service.image_ids().await, images);
+    let left = cluster.difference_beside_records().await;
+    assert!(left.is_nothing(), "{left:?}");
+    drop(reader);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_is_deleted_while_it_is_copied_leaves_no_object() {
     let _lab = lab_lease::alone().await;

@@ -16,6 +16,21 @@ pub struct Finding {
 }
 
 impl Client {
+    /// Makes an image of `size` bytes that begins with `data`, and its protected snapshot. What was made before an error
+    /// stays.
+    pub async fn create_probe_image(&self, image: &ImageSpec, snapshot: &str, size: u64, data: Vec<u8>) -> Result<()> {
+        let (spec, snapshot) = (image.clone(), snapshot.to_owned());
+        self.run(format!("create {image}"), move |cluster| {
+            rbd::create_default(&IoCtx::open(cluster, &spec.pool)?, &spec, size)?;
+            let image = Image::open_existing(cluster, &spec, Access::ReadWrite)?;
+            image.write(0, &data)?;
+            image.flush()?;
+            image.create_snapshot(&snapshot)?;
+            image.protect_snapshot(&snapshot)
+        })
+        .await
+    }
+
     /// What this client cannot do in a pool that it must be able to snapshot, write to and clean up: the first thing
     /// that fails, or `None`.
     pub async fn probe_pool(&self, pool: &str) -> Result<Option<Finding>> {

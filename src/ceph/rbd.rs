@@ -501,6 +501,13 @@ impl Image {
         Ok(data)
     }
 
+    /// Writes all of `data`, which must be shorter than 2 GiB and end within the image.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        // SAFETY: reads `data`, which lives until the call returns.
+        let r = unsafe { sys::rbd_write(self.raw, offset, data.len(), data.as_ptr().cast()) };
+        self.check("write", r.clamp(c_int::MIN as isize, c_int::MAX as isize) as c_int).map(drop)
+    }
+
     /// The extents below `end` whose objects exist in this image itself, at what is set; its parents' are not among
     /// them.
     pub fn own_extents(&self, end: u64) -> Result<Vec<Extent>> {

@@ -172,6 +172,7 @@ unsafe extern "C" {
 
     // Its data
     pub fn rbd_read(image: rbd_image_t, offset: u64, length: usize, buffer: *mut c_char) -> isize;
+    pub fn rbd_write(image: rbd_image_t, offset: u64, length: usize, buffer: *const c_char) -> isize;
     pub fn rbd_diff_iterate2(
         image: rbd_image_t,
         from_snap: *const c_char,

@@ -318,27 +318,50 @@ impl Session {
     /// Whether Glance lets us write this property on image records and remove it again. Tried on a record of our own
     /// without data, which is deleted again. `None`: we may not create one.
     pub async fn may_write_property(&self, property: &str) -> Result<Option<bool>> {
-        let record = json!({ "name": "rbd-offload check", "visibility": "private" });
-        let request = Request::send(Method::POST, Service::Image, "create an image record", &["images"]);
-        let answer = self.wire.send(request.body(JSON, record)).await?;
-        if answer.status == StatusCode::FORBIDDEN {
-            return Ok(None);
-        }
-        let Named { id } = answer.read()?;
+        let id = match self.create_probe_image().await {
+            Err(error) if error.kind() == ErrorKind::Forbidden => return Ok(None),
+            id => id?,
+        };
         let property = property.to_owned();
         let set = ImageChange::Set { property: property.clone(), value: "1".into() };
         let mut written = self.patch_image(&id, &[set]).await;
         if written.is_ok() {
             written = self.patch_image(&id, &[ImageChange::Remove { property }]).await;
         }
-        let path = ["images", &id];
-        let request = Request::send(Method::DELETE, Service::Image, format!("delete image {id}"), &path);
-        self.wire.send(request).await?.success()?;
+        self.delete_probe_image(&id).await?;
         match written {
             Ok(_) => Ok(Some(true)),
             Err(error) if error.kind() == ErrorKind::Forbidden => Ok(Some(false)),
             Err(error) => Err(error),
         }
+    }
+
+    /// Creates a record without data in our own project, and returns its id.
+    pub async fn create_probe_image(&self) -> Result<String> {
+        let record = json!({
+            "name": "rbd-offload check",
+            "visibility": "private",
+            "disk_format": "raw",
+            "container_format": "bare",
+        });
+        let request = Request::send(Method::POST, Service::Image, "create an image record", &["images"]);
+        let Named { id } = self.wire.send(request.body(JSON, record)).await?.read()?;
+        Ok(id)
+    }
+
+    /// The data of an image of ours, of at most 16 MiB.
+    pub async fn probe_image_data(&self, id: &str) -> Result<Vec<u8>> {
+        let path = ["images", id, "file"];
+        let request = Request::get(Service::Image, format!("download image {id}"), &path);
+        self.wire.send(request).await?.into_body()
+    }
+
+    /// Deletes an image of ours, which may be gone already. [`ErrorKind::Conflict`]: Glance still uses it.
+    pub async fn delete_probe_image(&self, id: &str) -> Result<()> {
+        let path = ["images", id];
+        let request = Request::send(Method::DELETE, Service::Image, format!("delete image {id}"), &path);
+        let answer = self.wire.send(request).await?;
+        if answer.status == StatusCode::NOT_FOUND { Ok(()) } else { answer.success().map(drop) }
     }
 
     /// Whether Glance answers us: the cheapest call that takes a token.

@@ -117,6 +117,10 @@ impl ImageTask {
     pub fn is_of_location(&self) -> bool {
         self.kind.is_empty() || self.kind == "location_import"
     }
+
+    pub fn has_ended(&self) -> bool {
+        matches!(self.status.as_str(), "success" | "failure")
+    }
 }
 
 /// One of Glance's stores, as `GET /v2/info/stores/detail` tells it.

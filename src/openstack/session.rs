@@ -294,6 +294,11 @@ impl Response {
         if self.status.is_success() { Ok(self) } else { Err(self.error()) }
     }
 
+    /// The body of a success, as it is.
+    pub(super) fn into_body(self) -> Result<Vec<u8>> {
+        self.success().map(|answer| answer.body)
+    }
+
     pub(super) fn error(&self) -> Error {
         Error::from_status(self.call.clone(), self.status, &self.body)
     }

@@ -282,6 +282,16 @@ impl Account {
         body
     }
 
+    /// Ids of the images that the account sees, of its own project, sorted.
+    pub async fn image_ids(&self) -> Vec<String> {
+        let (status, body) = self.call(Method::GET, &self.glance("images?visibility=private&limit=1000"), None).await;
+        assert_eq!(status, 200, "{body}");
+        let images = body["images"].as_array().unwrap().iter();
+        let mut ids: Vec<String> = images.map(|image| image["id"].as_str().unwrap().to_owned()).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// Waits until Glance's own work on the image (the hash of its bytes) is done.
     pub async fn await_tasks(&self, id: &str) {
         let url = self.glance(&format!("images/{id}/tasks"));

@@ -6,6 +6,7 @@
 mod broker;
 mod ceph;
 mod cloud;
+mod end_to_end;
 pub(super) mod report;
 
 use std::path::Path;
@@ -36,6 +37,10 @@ pub struct Args {
     /// An array of objects with check, result (ok, warning, fault, skipped), detail and remedy; the same exit status.
     #[arg(long)]
     json: bool,
+
+    /// Also make a tiny image in each source pool, publish it in Glance as a job does, download and delete it.
+    #[arg(long)]
+    probe: bool,
 }
 
 pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
@@ -47,6 +52,10 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.extend(ceph.rows);
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
     rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
+    if args.probe {
+        let is_ready = cloud.cloud.is_some() && ceph.fsid.is_some();
+        rows.extend(end_to_end::check(&config, is_ready).await);
+    }
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
     output::print(&text)?;
     if ceph.stuck {
