@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rbd_offload::ceph::{
-    Change, Client, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey, ImageSpec, LockKey,
-    Locked, Moved, Objects, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
+    Change, Client, ClientOptions, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey, ImageSpec,
+    LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, RenameOutcome};
@@ -793,7 +793,7 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
     assert!(!left.contains(&format!("{}-b", lab.name)) && left.contains(&format!("{}-c", lab.name)), "{left}");
 
     // the check of the pool's capabilities leaves nothing either
-    assert!(client.probe_pool("vms").await.unwrap().is_none());
+    assert!(matches!(client.probe_pool("vms", None).await.unwrap(), Probed::All { .. }));
     assert!(!trashed(&lab).contains("rbd-offload.check"), "{}", trashed(&lab));
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
     lab.python(
@@ -1417,14 +1417,23 @@ async fn missing_capabilities_are_found() {
     let lab = Lab::new();
     let client = lab.client().await;
     for pool in ["images", "volumes"] {
-        assert!(client.probe_pool(pool).await.unwrap().is_none());
+        assert!(matches!(client.probe_pool(pool, None).await.unwrap(), Probed::All { data_pool } if data_pool == pool));
     }
     assert!(client.images("volumes", "rbd-offload.check-").await.unwrap().is_empty());
-    let found = client.probe_pool("nothing").await.unwrap().unwrap();
+    let lacks = async |client: &Client, pool: &str, data_pool| match client.probe_pool(pool, data_pool).await.unwrap() {
+        Probed::Lacks(finding) => finding,
+        all => panic!("{all:?}"),
+    };
+    let found = lacks(&client, "nothing", None).await;
     assert!(found.error.to_string().contains("nothing"), "{found:?}");
+    let made = client.probe_pool("images", Some("ecdata")).await.unwrap();
+    assert!(matches!(&made, Probed::All { data_pool } if data_pool == "ecdata"), "{made:?}");
     let client = Client::connect(&lab.conf(), "rbd-offload-nocaps").await.unwrap();
-    let found = client.probe_pool("volumes").await.unwrap().unwrap();
-    assert_eq!(found.error.kind(), ErrorKind::PermissionDenied, "{found:?}");
+    for (pool, data_pool, lacking) in [("volumes", None, "volumes"), ("images", Some("ecdata"), "ecdata")] {
+        let found = lacks(&client, pool, data_pool).await;
+        assert_eq!(found.error.kind(), ErrorKind::PermissionDenied, "{found:?}");
+        assert_eq!(found.pool, lacking, "{found:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -2092,7 +2101,12 @@ async fn every_byte_of_random_chains_is_right() {
 async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     let lab = Lab::new();
     let control = lab.client().await;
-    let records = Client::connect_limited(&lab.conf(), "rbd-offload", Duration::from_secs(5)).await.unwrap();
+    let records = Client::open(ClientOptions {
+        limit: Some(Duration::from_secs(5)),
+        ..ClientOptions::new(lab.conf(), "rbd-offload")
+    })
+    .await
+    .unwrap();
     let pool = ClientPool::new(control.clone(), records.clone());
     let (hung, well) = (pool.take().await.unwrap(), pool.take().await.unwrap());
     let (storage, other) = (hung.storage(), well.storage());

@@ -342,6 +342,48 @@ fn check_compares_sections_backends_and_stores() {
     assert_eq!(checked.faults(), ["Cinder backends", "Glance stores"]);
 }
 
+/// A command of Ceph as its administrator.
+fn ceph(program: &str, arguments: &[&str]) {
+    let ceph = PathBuf::from(lab_var("RBDLAB_DIR")).join("ceph");
+    let mut command = Command::new(program);
+    command.arg("-c").arg(ceph.join("ceph.conf")).arg("--keyring").arg(ceph.join("client.admin.keyring"));
+    let output = command.args(["--id", "admin"]).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+}
+
+#[test]
+fn check_compares_the_data_pool_with_the_images_that_are_there() {
+    let setup = Setup::new().with("pool = volumes2", "pool = volumes2\ndest_pool = vms");
+    let with = |data_pool: &str| {
+        Setup::new().with(
+            "[backend:ceph2]\npool = volumes2",
+            &format!("[glance]\ndata_pool = {data_pool}\n[backend:ceph2]\npool = volumes2\ndest_pool = vms"),
+        )
+    };
+    let image = format!("vms/{}", Uuid::new_v4());
+    ceph("rbd", &["create", "--size", "1M", "--data-pool", "ecdata", &image]);
+    let unset = check(&setup);
+    let set = check(&with("ecdata"));
+    ceph("rbd", &["rm", "--no-progress", &image]);
+    let (result, detail, remedy) = unset.row("Ceph pool vms");
+    assert_eq!(result, "warning", "{}", unset.text);
+    assert!(detail.contains("have their data in ecdata") && detail.contains("would have it in vms"), "{detail}");
+    assert!(remedy.contains("[glance] data_pool = ecdata"), "{remedy}");
+    let (result, detail, _) = set.row("Ceph pool vms");
+    assert!(result == "ok" && detail.contains("data in ecdata"), "{}", set.text);
+    // volumes are none of Glance's images
+    assert!(!set.row("Ceph pool volumes").1.contains("ecdata"), "{}", set.text);
+
+    check(&with("nosuch")).fault("Ceph pool vms", "no such pool; pools here: ", "[glance] data_pool");
+    let appends = format!("test-{}", Uuid::new_v4());
+    ceph("ceph", &["osd", "pool", "create", &appends, "1", "1", "erasure", "ec21"]);
+    let checked = check(&with(&appends));
+    ceph("ceph", &["osd", "pool", "rm", &appends, &appends, "--yes-i-really-really-mean-it"]);
+    checked.fault("Ceph pool vms", "does not allow overwrites", "allow_ec_overwrites true");
+    let poor = with("ecdata").with("user = rbd-offload", "user = rbd-offload-nocaps");
+    check(&poor).fault("Ceph pool images", "missing: osd 'profile rbd pool=ecdata'", "profile rbd pool=ecdata");
+}
+
 /// Monitors that take connections and say nothing.
 #[test]
 fn check_gives_up_on_silent_monitors_and_a_silent_keystone() {

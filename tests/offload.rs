@@ -141,6 +141,38 @@ shapes!(clone, Clone, "clone");
 shapes!(copy, Copy, "copy");
 shapes!(server_copy, ServerCopy, "server-copy");
 
+/// Glance's images have their data in a pool of its own where the pool has `rbd_default_data_pool`, or Glance's client
+/// alone has it, which no other client sees.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_data_of_an_image_lies_where_that_of_glances_own_images_does() {
+    let _lab = lab_lease::alone().await;
+    let demo = Account::demo().await;
+    let volume = demo.small_volume(json!({}), 1).await;
+    let of_pool = ["config", "pool", "set", "images", "rbd_default_data_pool", "ecdata"];
+    lab().ceph("rbd", &of_pool).await;
+    for method in METHODS {
+        let daemon = Setup::default().set("offload", "method", method).start().await;
+        has_its_data_in_ecdata(&daemon, &demo, &volume, method).await;
+        daemon.stop();
+    }
+    lab().ceph("rbd", &["config", "pool", "rm", "images", "rbd_default_data_pool"]).await;
+    for method in METHODS {
+        let setup = Setup::default().set("offload", "method", method).set("glance", "data_pool", "ecdata");
+        let daemon = setup.start().await;
+        has_its_data_in_ecdata(&daemon, &demo, &volume, method).await;
+        daemon.stop();
+    }
+}
+
+async fn has_its_data_in_ecdata(daemon: &Daemon, account: &Account, volume: &Volume, method: &str) {
+    let id = offloads(daemon, account, volume, 1).await;
+    assert_eq!(daemon.job(&id).await.unwrap()["method"], method);
+    let facts = Disk::of_image(&id).facts().await.unwrap();
+    assert_eq!(facts.data_pool.as_deref(), Some("ecdata"), "{method}");
+    // nothing of it is left in either pool, which is looked at when the test ends
+    assert_eq!(account.delete_image(&id).await, 204);
+}
+
 /// An image for this tag was declined; the sentence, with the source's id taken out.
 async fn declined_sentence(account: &Account, tag: String) -> String {
     let id = account.create_image(std::slice::from_ref(&tag), json!({})).await;

@@ -127,6 +127,7 @@ fn glance(register: Register) -> Glance {
         pool: "images".into(),
         endpoint_override: None,
         register,
+        data_pool: None,
         image_size_cap: 0,
         protected_properties: Vec::new(),
     }

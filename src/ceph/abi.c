@@ -46,6 +46,7 @@ EQUAL(RBD_IMAGE_OPTION_FEATURES, 1);
 EQUAL(RBD_IMAGE_OPTION_ORDER, 2);
 EQUAL(RBD_IMAGE_OPTION_STRIPE_UNIT, 3);
 EQUAL(RBD_IMAGE_OPTION_STRIPE_COUNT, 4);
+EQUAL(RBD_IMAGE_OPTION_DATA_POOL, 10);
 EQUAL(RBD_SNAP_NAMESPACE_TYPE_USER, 0);
 EQUAL(RBD_SNAP_NAMESPACE_TYPE_TRASH, 2);
 EQUAL(RBD_TRASH_IMAGE_SOURCE_REMOVING, 3);
@@ -69,9 +70,11 @@ void rbd_offload_abi(void);
 void rbd_offload_abi(void)
 {
   SAME(rados_set_pool_full_try, void, rados_ioctx_t);
+  SAME(rados_ioctx_pool_requires_alignment2, int, rados_ioctx_t, int *);
   SAME(rbd_image_options_create, void, rbd_image_options_t *);
   SAME(rbd_image_options_destroy, void, rbd_image_options_t);
   SAME(rbd_image_options_set_uint64, int, rbd_image_options_t, int, uint64_t);
+  SAME(rbd_image_options_set_string, int, rbd_image_options_t, int, const char *);
 
   SAME(rbd_list2, int, rados_ioctx_t, rbd_image_spec_t *, size_t *);
   SAME(rbd_image_spec_list_cleanup, void, rbd_image_spec_t *, size_t);

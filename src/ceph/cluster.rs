@@ -63,7 +63,7 @@ const CALL_PATIENCE: Duration = Duration::from_secs(20);
 /// threads, and they abort the process then. Dropping the last clone shuts the connection down, which takes
 /// milliseconds.
 ///
-/// Calls have no time limit while OSDs are down (see `OPTIONS`), unless [`connect_limited`](Self::connect_limited) gave
+/// Calls have no time limit while OSDs are down (see `OPTIONS`), unless [`ClientOptions::limit`] gives
 /// one: a caller that cannot wait drops the future, and the call ends on its own thread once the OSDs are back. A
 /// client has a bounded number of such threads.
 #[derive(Clone)]
@@ -71,15 +71,33 @@ pub struct Client {
     shared: Arc<Shared>,
 }
 
+/// How a client connects, and where it puts the data of the images that it makes.
+#[derive(Debug, Clone)]
+pub struct ClientOptions {
+    /// Ceph's configuration file: monitors, keyring and options.
+    pub conf: PathBuf,
+    /// The cephx id, without "client.".
+    pub user: String,
+    /// A time limit of operations on OSDs. One that timed out may still be carried out: only for guarded writes, whose
+    /// version tells.
+    pub limit: Option<Duration>,
+    /// The pool of the data of images that are made by `clone_image` and `create_like`, which may be erasure-coded.
+    /// `None`: what `conf`, or the settings of the image's pool, say (`rbd_default_data_pool`).
+    pub data_pool: Option<String>,
+}
+
+impl ClientOptions {
+    pub fn new(conf: impl Into<PathBuf>, user: impl Into<String>) -> Self {
+        Self { conf: conf.into(), user: user.into(), limit: None, data_pool: None }
+    }
+}
+
 struct Shared {
-    conf: PathBuf,
-    user: String,
+    options: ClientOptions,
     current: Mutex<Arc<Cluster>>,
     reconnecting: tokio::sync::Mutex<()>,
     /// Addresses that this client has fenced.
     fenced: Mutex<HashSet<String>>,
-    /// A time limit of operations on OSDs.
-    limit: Option<Duration>,
     /// One permit for each call that has not returned.
     calls: Arc<Semaphore>,
 }
@@ -88,30 +106,23 @@ impl Client {
     /// Connects as `client.<user>` with the monitors, keyring and options of the file `conf`. Gives up after 30 s.
     /// The error names what to fix: the file, the keyring, the user or the monitors.
     pub async fn connect(conf: &Path, user: &str) -> Result<Self> {
-        Self::open(conf, user, None).await
+        Self::open(ClientOptions::new(conf, user)).await
     }
 
-    /// Like [`connect`](Self::connect), with a time limit of operations on OSDs. One that timed out may still be
-    /// carried out: only for guarded writes, whose version tells.
-    pub async fn connect_limited(conf: &Path, user: &str, limit: Duration) -> Result<Self> {
-        Self::open(conf, user, Some(limit)).await
-    }
-
-    /// A connection of its own to the same cluster, as the same user.
+    /// A connection of its own to the same cluster, with the same options.
     pub(super) async fn another(&self) -> Result<Self> {
-        Self::open(&self.shared.conf, &self.shared.user, self.shared.limit).await
+        Self::open(self.shared.options.clone()).await
     }
 
-    async fn open(conf: &Path, user: &str, limit: Option<Duration>) -> Result<Self> {
-        let cluster = connect_blocking(conf.to_owned(), user.to_owned(), limit).await?;
+    /// [`connect`](Self::connect), with all options.
+    pub async fn open(options: ClientOptions) -> Result<Self> {
+        let cluster = connect_blocking(options.clone()).await?;
         Ok(Self {
             shared: Arc::new(Shared {
-                conf: conf.to_owned(),
-                user: user.to_owned(),
+                options,
                 current: Mutex::new(cluster),
                 reconnecting: tokio::sync::Mutex::new(()),
                 fenced: Mutex::new(HashSet::new()),
-                limit,
                 calls: Arc::new(Semaphore::new(CALLS_MAX as usize)),
             }),
         })
@@ -126,6 +137,11 @@ impl Client {
     pub(super) async fn quiet(&self) {
         // it is never closed
         drop(self.shared.calls.acquire_many(CALLS_MAX).await);
+    }
+
+    /// The pool of the data of new images, where that was said.
+    pub(super) fn data_pool(&self) -> Option<String> {
+        self.shared.options.data_pool.clone()
     }
 
     /// This client's address, also when it was fenced.
@@ -145,7 +161,7 @@ impl Client {
         if !self.is_fenced() {
             return Ok(Change::AlreadyThere);
         }
-        let cluster = connect_blocking(self.shared.conf.clone(), self.shared.user.clone(), self.shared.limit).await?;
+        let cluster = connect_blocking(self.shared.options.clone()).await?;
         // The old handle is shut down when the last call over it has ended.
         *lock(&self.shared.current) = cluster;
         Ok(Change::Made)
@@ -279,9 +295,9 @@ impl Client {
     }
 }
 
-async fn connect_blocking(conf: PathBuf, user: String, limit: Option<Duration>) -> Result<Arc<Cluster>> {
-    let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
-    let task = tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user, limit));
+async fn connect_blocking(options: ClientOptions) -> Result<Arc<Cluster>> {
+    let operation = format!("connect to Ceph as client.{} with {}", options.user, options.conf.display());
+    let task = tokio::task::spawn_blocking(move || Cluster::connect(&options));
     match task.await {
         Ok(result) => result.map(Arc::new),
         Err(lost) => Err(Error::new(operation, ErrorKind::Other, lost.to_string())),
@@ -318,7 +334,8 @@ unsafe impl Send for Cluster {}
 unsafe impl Sync for Cluster {}
 
 impl Cluster {
-    fn connect(conf: &Path, user: &str, limit: Option<Duration>) -> Result<Self> {
+    fn connect(options: &ClientOptions) -> Result<Self> {
+        let ClientOptions { conf, user, limit, .. } = options;
         let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
         if let Err(e) = std::fs::File::open(conf) {
             let kind = match e.kind() {
@@ -561,6 +578,14 @@ impl IoCtx {
 
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.cluster
+    }
+
+    /// Whether images can have their data here: an erasure-coded pool must allow that objects are overwritten.
+    pub fn is_for_data(&self) -> Result<bool> {
+        let mut appends_only = 0;
+        // SAFETY: the ioctx is open; the result has a place.
+        let r = unsafe { sys::rados_ioctx_pool_requires_alignment2(self.raw, &mut appends_only) };
+        Ok(check("look at the pool", r).map(|_| appends_only == 0)?)
     }
 
     pub fn pool_id(&self) -> i64 {

@@ -447,6 +447,9 @@ pub(super) struct Copier<'a> {
     in_flight: usize,
     pub moved: Moved,
     look: Option<Look<'a>>,
+    /// The destination's pool makes no holes in objects: it is erasure-coded. Those that a flatten leaves out take
+    /// their space there too.
+    keeps_no_holes: bool,
 }
 
 /// What is looked at from time to time while objects are copied.
@@ -459,7 +462,8 @@ struct Look<'a> {
 impl<'a> Copier<'a> {
     pub fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
         let (done, completed) = mpsc::channel();
-        Self { data, objects, inquiry, done, completed, in_flight: 0, moved: Moved::default(), look: None }
+        let moved = Moved::default();
+        Self { data, objects, inquiry, done, completed, in_flight: 0, moved, look: None, keeps_no_holes: false }
     }
 
     /// Has `look` called so often, between two copies; its error ends the copying.
@@ -555,7 +559,9 @@ impl<'a> Copier<'a> {
         let Ok((object, work, result)) = self.completed.recv_timeout(wait) else { return Ok(()) };
         self.in_flight -= 1;
         self.inquiry.progress.step();
-        if result != -libc::ENOENT {
+        if work == Work::Punch && result == -libc::EOPNOTSUPP {
+            self.keeps_no_holes = true;
+        } else if result != -libc::ENOENT {
             check(format!("{}: object {object}", self.inquiry.operation), result)?;
         }
         if let Work::Copy { then_punch } = work {
@@ -564,7 +570,7 @@ impl<'a> Copier<'a> {
             if result >= 0 {
                 self.moved.objects += 1;
                 self.moved.bytes += object_size;
-                if then_punch {
+                if then_punch && !self.keeps_no_holes {
                     self.inquiry.rate.charge(OBJECT);
                     self.punch(object)?;
                 }

@@ -28,14 +28,14 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-pub use cluster::{Client, exit_now, make_undumpable};
+pub use cluster::{Client, ClientOptions, exit_now, make_undumpable};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
 pub use objects::{MAX_KEYS, MAX_OBJECT, Namespace};
 pub use pace::{RateLimiter, Rates};
 pub use pool::ClientPool;
-pub use probe::Finding;
+pub use probe::{Finding, Probed};
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
 /// the RBD image is for; that id is part of the RBD image's name.

@@ -625,6 +625,10 @@ unsafe fn text(text: *const c_char) -> String {
     unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
+/// Why images cannot have their data in a pool.
+pub(super) const NO_OVERWRITES: &str =
+    "the pool is erasure-coded and does not allow overwrites (`ceph osd pool set … allow_ec_overwrites true`)";
+
 /// Options of a new image. Destroyed when dropped.
 pub(super) struct Options {
     raw: sys::rbd_image_options_t,
@@ -632,12 +636,13 @@ pub(super) struct Options {
 
 impl Options {
     /// Format 2, [`Features::PUBLISHED`], and the object size and striping of `like`.
-    pub fn published(like: &Image) -> Result<Self> {
-        Self::with_features(like, Features::PUBLISHED)
+    pub fn published(like: &Image, data_pool: Option<&str>) -> Result<Self> {
+        Self::with_features(like, Features::PUBLISHED, data_pool)
     }
 
-    /// Format 2, these features, and the object size and striping of `like`.
-    pub fn with_features(like: &Image, features: Features) -> Result<Self> {
+    /// Format 2, these features, and the object size and striping of `like`. `data_pool`: where the data goes; `None`:
+    /// where the configuration of the client and of the image's pool says.
+    pub fn with_features(like: &Image, features: Features, data_pool: Option<&str>) -> Result<Self> {
         let mut raw = ptr::null_mut();
         // SAFETY: writes the new options to `raw`.
         unsafe { sys::rbd_image_options_create(&mut raw) };
@@ -652,7 +657,21 @@ impl Options {
             options.set(sys::IMAGE_OPTION_STRIPE_COUNT, count)?;
         }
         options.set(sys::IMAGE_OPTION_FEATURES, features)?;
+        options.set_data_pool(like.cluster(), data_pool)?;
         Ok(options)
+    }
+
+    /// An error that names the pool is better than what librbd answers where data cannot be kept in it.
+    fn set_data_pool(&self, cluster: &Arc<Cluster>, data_pool: Option<&str>) -> Result<()> {
+        let Some(pool) = data_pool else { return Ok(()) };
+        let operation = format!("keep the data of an image in pool \"{pool}\"");
+        if !IoCtx::open(cluster, pool)?.is_for_data()? {
+            return Err(Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES));
+        }
+        let name = c_string(&operation, pool)?;
+        // SAFETY: the options are open, the name ends in NUL and is copied.
+        let r = unsafe { sys::rbd_image_options_set_string(self.raw, sys::IMAGE_OPTION_DATA_POOL, name.as_ptr()) };
+        check(operation, r).map(drop)
     }
 
     fn set(&self, name: c_int, value: u64) -> Result<()> {
@@ -677,13 +696,14 @@ pub(super) fn create(io: &IoCtx, spec: &ImageSpec, size: u64, options: &Options)
 }
 
 /// Creates an image of format 2 with [`Features::PUBLISHED`] and the cluster's default object size.
-pub(super) fn create_default(io: &IoCtx, spec: &ImageSpec, size: u64) -> Result<()> {
+pub(super) fn create_default(io: &IoCtx, spec: &ImageSpec, size: u64, data_pool: Option<&str>) -> Result<()> {
     let mut raw = ptr::null_mut();
     // SAFETY: writes the new options to `raw`.
     unsafe { sys::rbd_image_options_create(&mut raw) };
     let options = Options { raw };
     options.set(sys::IMAGE_OPTION_FORMAT, 2)?;
     options.set(sys::IMAGE_OPTION_FEATURES, Features::PUBLISHED.0)?;
+    options.set_data_pool(io.cluster(), data_pool)?;
     create(io, spec, size, &options)
 }
 

@@ -118,8 +118,9 @@ impl Storage for Client {
     ) -> Result<()> {
         let operation = format!("clone {source}@{snapshot} to {destination}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        let data_pool = self.data_pool();
         self.run(operation.clone(), move |cluster| {
-            clone(cluster, &source, &snapshot, &destination, features, &operation)?;
+            clone(cluster, &source, &snapshot, &destination, (features, data_pool.as_deref()), &operation)?;
             if features.has(Features::OBJECT_MAP) {
                 return Ok(());
             }
@@ -140,7 +141,8 @@ impl Storage for Client {
         let (source, snapshot, anchor) = (source.clone(), snapshot.to_owned(), anchor.clone());
         let (anchor_snapshot, metadata) = (anchor_snapshot.to_owned(), metadata.to_vec());
         self.run(operation.clone(), move |cluster| {
-            clone(cluster, &source, &snapshot, &anchor, Features::ANCHOR, &operation)?;
+            // Cinder flattens it, and may have no rights in the data pool of the images
+            clone(cluster, &source, &snapshot, &anchor, (Features::ANCHOR, None), &operation)?;
             let image = Image::open_existing(cluster, &anchor, Access::ReadWrite)?;
             image.replace_metadata(&metadata)?;
             create_protected_snapshot(&image, &anchor_snapshot)
@@ -167,9 +169,10 @@ impl Storage for Client {
     async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
         let operation = format!("create {destination} like {source}@{snapshot}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
+        let data_pool = self.data_pool();
         self.run(operation, move |cluster| {
             let like = Image::open_snapshot(cluster, &source, &snapshot)?;
-            let options = Options::published(&like)?;
+            let options = Options::published(&like, data_pool.as_deref())?;
             let io = IoCtx::open(cluster, &destination.pool)?;
             rbd::create(&io, &destination, like.size()?, &options)
         })
@@ -583,13 +586,13 @@ fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
     ok_if(image.remove_snapshot(snapshot), ErrorKind::NotFound)
 }
 
-/// Clones `source@snapshot` to `destination` with these features.
+/// Clones `source@snapshot` to `destination` with these features, and its data in this pool.
 fn clone(
     cluster: &Arc<Cluster>,
     source: &ImageSpec,
     snapshot: &str,
     destination: &ImageSpec,
-    features: Features,
+    (features, data_pool): (Features, Option<&str>),
     operation: &str,
 ) -> Result<()> {
     let parent = Image::open_snapshot(cluster, source, snapshot)?;
@@ -604,7 +607,7 @@ fn clone(
     if matches!(source.image, ImageKey::Id(_)) && find_in_trash(parent.io(), source)?.is_some() {
         return Err(Error::new(operation, ErrorKind::Unsupported, "the source is in the trash"));
     }
-    let options = Options::with_features(&parent, features)?;
+    let options = Options::with_features(&parent, features, data_pool)?;
     let io = IoCtx::open(cluster, &destination.pool)?;
     rbd::clone(parent.io(), &name, snapshot, &io, destination, &options, operation)
 }

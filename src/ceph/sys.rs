@@ -23,6 +23,7 @@ pub const IMAGE_OPTION_FEATURES: c_int = 1;
 pub const IMAGE_OPTION_ORDER: c_int = 2;
 pub const IMAGE_OPTION_STRIPE_UNIT: c_int = 3;
 pub const IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
+pub const IMAGE_OPTION_DATA_POOL: c_int = 10;
 
 pub const FLAG_OBJECT_MAP_INVALID: u64 = 1;
 pub const SNAP_NAMESPACE_USER: c_int = 0;
@@ -102,6 +103,7 @@ unsafe extern "C" {
     pub fn rbd_image_options_create(options: *mut rbd_image_options_t);
     pub fn rbd_image_options_destroy(options: rbd_image_options_t);
     pub fn rbd_image_options_set_uint64(options: rbd_image_options_t, name: c_int, value: u64) -> c_int;
+    pub fn rbd_image_options_set_string(options: rbd_image_options_t, name: c_int, value: *const c_char) -> c_int;
 
     // Images of a pool
     pub fn rbd_list2(io: rados_ioctx_t, images: *mut ImageSpec, max: *mut usize) -> c_int;
@@ -250,6 +252,7 @@ unsafe extern "C" {
 #[link(name = "rados")]
 unsafe extern "C" {
     pub fn rados_set_pool_full_try(io: rados_ioctx_t);
+    pub fn rados_ioctx_pool_requires_alignment2(io: rados_ioctx_t, required: *mut c_int) -> c_int;
     pub fn rados_getaddrs(cluster: rados_t, addresses: *mut *mut c_char) -> c_int;
     pub fn rados_blocklist_add(cluster: rados_t, address: *mut c_char, expire_seconds: u32) -> c_int;
     pub fn rados_nobjects_list_next2(

@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
-use super::setup::{load, store_problems};
-use crate::ceph::{Client, ClientPool, Objects, Rates, Storage};
+use super::setup::{client_options, load, store_problems};
+use crate::ceph::{Client, ClientOptions, ClientPool, Objects, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -64,10 +64,10 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let systemd = Arc::new(systemd);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
 
-    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let client = Client::open(client_options(&config)).await?;
     // a call on the records that hangs must not outlast the leases that it is to keep
     let limit = (config.jobs.lease / 2).clamp(STORE_LIMIT_MIN, STORE_LIMIT_MAX);
-    let records = Client::connect_limited(&config.ceph.conf, &config.ceph.user, limit).await?;
+    let records = Client::open(ClientOptions { limit: Some(limit), ..client_options(&config) }).await?;
     let objects = Arc::new(records.objects(&config.jobs.pool, &config.jobs.namespace)?);
     let clients = Arc::new(ClientPool::new(client.clone(), records));
     if !client.may_fence().await? {
@@ -91,7 +91,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     };
     check_pools(&config, storage.as_ref(), session.as_ref()).await?;
     // removals of leftovers must not get the jobs fenced
-    let sweeper: Arc<dyn Storage> = Arc::new(Client::connect(&config.ceph.conf, &config.ceph.user).await?);
+    let sweeper: Arc<dyn Storage> = Arc::new(Client::open(client_options(&config)).await?);
 
     let (publish_config, follow_config) = watch::channel(Arc::clone(&config));
     let rates = Arc::new(Rates::new(config.offload.bandwidth_limit, config.offload.objects_per_second));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::Failure;
-use crate::ceph::Client;
+use crate::ceph::{Client, ClientOptions};
 use crate::config::Config;
 use crate::job::clock::Clock;
 use crate::job::store::Store;
@@ -24,13 +24,19 @@ pub(super) fn load(path: &Path) -> Result<Config, Failure> {
     Ok(Config::load_with(path, &|url| TransportUrl::parse(url).map(drop).map_err(|e| e.to_string()))?)
 }
 
+/// How the configuration has us connect to Ceph.
+pub(super) fn client_options(config: &Config) -> ClientOptions {
+    let data_pool = config.glance.data_pool.clone();
+    ClientOptions { data_pool, ..ClientOptions::new(&config.ceph.conf, &config.ceph.user) }
+}
+
 /// The store of the jobs, by the configuration: what commands about jobs need, whether a daemon runs or not.
 pub(super) async fn connect_store(path: &Path) -> Result<Store, Failure> {
     store_of(&load(path)?).await
 }
 
 pub(super) async fn store_of(config: &Config) -> Result<Store, Failure> {
-    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let client = Client::open(client_options(config)).await?;
     let objects = client.objects(&config.jobs.pool, &config.jobs.namespace)?;
     Ok(Store::new(Arc::new(objects), Clock::System))
 }

@@ -169,6 +169,10 @@ section! {
     pub struct Glance in "glance", restart {
         /// The Ceph pool of Glance's RBD store.
         pool: String = "images", Pool;
+        /// The pool of the data of Glance's images, where it is not the pool of the images themselves:
+        /// rbd_default_data_pool as Glance's Ceph client has it. It may be erasure-coded. Not set: what the pool of the
+        /// images or [ceph] conf say.
+        data_pool: Option<String> = "", Pool;
         /// Glance's own URL, when the catalog's is not to be used.
         endpoint_override: Option<String> = "", HttpUrl;
         /// How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. auto

@@ -107,6 +107,7 @@ fn the_least_configuration_gets_every_default() {
             pool: "images".into(),
             endpoint_override: None,
             register: Register::Auto,
+            data_pool: None,
             image_size_cap: 0,
             protected_properties: protected.map(str::to_owned).into(),
         }

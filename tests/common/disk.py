@@ -137,12 +137,14 @@ def facts(pool, image):
             except rbd.ImageNotFound:
                 parent = None
             lockers, snapshots = disk.list_lockers(), list(disk.list_snaps())
+            data_pool = cluster.pool_reverse_lookup(disk.data_pool_id())
             return {
                 'id': disk.id(), 'size': disk.size(), 'features': disk.features(), 'flags': disk.flags(),
                 'parent': parent, 'metadata': dict(disk.metadata_list()),
                 'snapshots': {s['name']: disk.is_protected_snap(s['name']) for s in snapshots if 'trash' not in s},
                 'trashed': [s['trash']['original_name'] for s in snapshots if 'trash' in s],
                 'lockers': len(lockers['lockers']) if lockers else 0,
+                'data_pool': data_pool if data_pool != pool else None,
             }
     except rbd.ImageNotFound:
         return None

@@ -49,6 +49,8 @@ pub struct Facts {
     /// Former names of snapshots whose removal has begun.
     pub trashed: Vec<String>,
     pub lockers: usize,
+    /// The pool of its data, where that is not its own.
+    pub data_pool: Option<String>,
 }
 
 /// An RBD image `pool/name`.

@@ -11,6 +11,9 @@ use super::lab;
 /// RBD features: layering, exclusive-lock, object-map, fast-diff, deep-flatten.
 const FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
 
+/// Of an image whose data lies in another pool.
+const DATA_POOL: u64 = 128;
+
 /// This image is active, whole, and as it should be.
 pub async fn is_right(image: &Value, expected: &Digest, min_disk: u64) {
     are_right(&[(image, expected)], min_disk).await;
@@ -39,7 +42,7 @@ pub async fn are_right(images: &[(&Value, &Digest)], min_disk: u64) {
         assert_eq!(service.locations(id).await, [format!("rbd://{}/images/{id}/snap", lab().fsid)]);
 
         let facts = facts[n].as_ref().unwrap();
-        assert_eq!(facts.features, FEATURES);
+        assert_eq!(facts.features, FEATURES | facts.data_pool.as_ref().map_or(0, |_| DATA_POOL));
         assert_eq!(facts.flags, 0, "the object map is invalid");
         assert_eq!(facts.parent, None);
         assert_eq!(facts.snapshots, BTreeMap::from([("snap".to_owned(), true)]));

@@ -6,9 +6,10 @@ use std::time::Duration;
 use futures::future::join_all;
 use uuid::Uuid;
 
+use super::super::setup::client_options;
 use super::report::{CheckResult, Verdict};
 use super::within_once;
-use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, Objects, Storage};
+use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, Objects, Probed, Storage};
 use crate::config::Config;
 use crate::job::deployment;
 use crate::openstack::CloudId;
@@ -79,7 +80,7 @@ pub async fn check(config: &Config) -> Findings {
 }
 
 async fn connect(config: &Config) -> Result<(Client, String), Error> {
-    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await?;
+    let client = Client::open(client_options(config)).await?;
     let fsid = client.fsid().await?;
     Ok((client, fsid))
 }
@@ -106,6 +107,7 @@ fn pools(config: &Config) -> BTreeSet<&str> {
 fn caps(config: &Config) -> String {
     let mut pools = pools(config);
     pools.extend([config.jobs.pool.as_str(), config.nova.pool.as_str()]);
+    pools.extend(config.glance.data_pool.as_deref());
     let osd: Vec<String> = pools.iter().map(|pool| format!("profile rbd pool={pool}")).collect();
     format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))
 }
@@ -118,6 +120,7 @@ fn remedy(config: &Config, error: &Error, pool_key: &str) -> String {
     match error.kind() {
         ErrorKind::PermissionDenied => caps(config),
         ErrorKind::NotFound => format!("name the right pool with {pool_key}, or create it and `rbd pool init` it"),
+        ErrorKind::Unsupported => "`ceph osd pool set POOL allow_ec_overwrites true`, or name another pool".to_owned(),
         ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
         ErrorKind::Fenced => "this client was fenced: see `ceph osd blocklist ls`".to_owned(),
         _ => "see `ceph status`".to_owned(),
@@ -171,15 +174,16 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> CheckResu
         &name,
         "see `ceph status`: placement groups that are not active keep operations waiting",
         async || {
-            let finding = match client.probe_pool(pool).await {
-                Ok(None) => return CheckResult::ok(&name, "create, snapshot, protect, clone, rename, remove"),
-                Ok(Some(finding)) => finding,
+            let data_pool = config.glance.data_pool.as_deref().filter(|_| is_destination(config, pool));
+            let finding = match client.probe_pool(pool, data_pool).await {
+                Ok(Probed::All { data_pool }) => return placed(config, client, pool, &data_pool).await,
+                Ok(Probed::Lacks(finding)) => finding,
                 Err(error) => {
                     return CheckResult::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
                         .transient_if(may_pass(error.kind()));
                 }
             };
-            let Finding { what, error } = &finding;
+            let Finding { what, pool, error } = &finding;
             let detail = match error.kind() {
                 ErrorKind::PermissionDenied => {
                     format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})")
@@ -191,6 +195,36 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> CheckResu
         },
     );
     row.await
+}
+
+/// Compares where images of the daemon would have their data with where those that are there have it.
+async fn placed(config: &Config, client: &Client, pool: &str, data_pool: &str) -> CheckResult {
+    let name = pool_name(pool);
+    let mut can = "create, snapshot, protect, clone, rename, remove".to_owned();
+    if data_pool != pool {
+        can.push_str(&format!("; data in {data_pool}"));
+    }
+    if !is_destination(config, pool) {
+        return CheckResult::ok(&name, can);
+    }
+    match client.data_pools(pool).await {
+        Ok(others) if others.is_empty() || others.contains(data_pool) => CheckResult::ok(&name, can),
+        Ok(others) => {
+            let others = Vec::from_iter(others).join(", ");
+            CheckResult::warning(
+                &name,
+                format!("images here have their data in {others}; the daemon's would have it in {data_pool}"),
+                format!("[glance] data_pool = {others}, if rbd_default_data_pool is that for Glance's Ceph client"),
+            )
+        }
+        Err(error) => CheckResult::fault(&name, error.to_string(), remedy(config, &error, &used_by(config, pool)))
+            .transient_if(may_pass(error.kind())),
+    }
+}
+
+/// Whether images are published in a pool.
+fn is_destination(config: &Config, pool: &str) -> bool {
+    config.backends.values().any(|backend| backend.dest_pool == pool)
 }
 
 /// Nova's pool where no integration needs it: a tenant may still ask for the disk of an instance.
@@ -215,6 +249,9 @@ fn used_by(config: &Config, pool: &str) -> String {
     let mut places = Vec::new();
     if config.glance.pool == pool {
         places.push("[glance] pool".to_owned());
+    }
+    if config.glance.data_pool.as_deref() == Some(pool) {
+        places.push("[glance] data_pool".to_owned());
     }
     for (name, backend) in &config.backends {
         if backend.pool == pool {

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::super::setup::client_options;
 use super::report::CheckResult;
 use crate::ceph::{self, Client, Features, ImageSpec, Progress, Storage};
 use crate::config::{Config, Publish};
@@ -100,7 +101,7 @@ fn ways(config: &Config) -> BTreeSet<Way<'_>> {
 
 async fn connect(config: &Config) -> Result<(Session, Client), String> {
     let session = Session::connect(&config.keystone, &config.glance).map_err(|e| e.to_string())?;
-    let client = Client::connect(&config.ceph.conf, &config.ceph.user).await.map_err(|e| e.to_string())?;
+    let client = Client::open(client_options(config)).await.map_err(|e| e.to_string())?;
     Ok((session, client))
 }
 
