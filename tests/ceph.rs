@@ -1407,6 +1407,19 @@ async fn a_failed_connection_says_what_to_fix() {
     let Err(e) = Client::connect(&conf, "rbd-offload").await else { panic!() };
     assert_eq!(e.kind(), ErrorKind::PermissionDenied, "{e}");
     assert!(e.to_string().contains("ceph auth get client.rbd-offload"), "{e}");
+    // of a type that librados knows since 19.2.6 and 20.2.4: an older one cannot read it, a newer one is refused
+    let aes256k = "AgCJZYhqAAAAACAAAAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+    std::fs::write(&keyring, format!("[client.rbd-offload]\n\tkey = {aes256k}\n")).unwrap();
+    let Err(e) = Client::connect(&conf, "rbd-offload").await else { panic!() };
+    eprintln!("{e}");
+    let says = e.to_string();
+    assert!(says.contains(&keyring.display().to_string()), "{e}");
+    assert!(
+        (e.kind() == ErrorKind::Unsupported && says.contains("aes256k") && says.contains("install librados2"))
+            || (e.kind() == ErrorKind::PermissionDenied && says.contains("the monitors refused")),
+        "{:?}: {e}",
+        e.kind()
+    );
     std::fs::write(&conf, "[global\nnonsense").unwrap();
     let Err(e) = Client::connect(&conf, "rbd-offload").await else { panic!() };
     assert!(e.to_string().contains("ceph.conf"), "{e}");

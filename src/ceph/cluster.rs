@@ -23,6 +23,7 @@ use ceph::rados::{
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::keyring::{self, UserKey};
 use super::{Change, Error, ErrorKind, Progress, Result, sys};
 
 /// Options of librados and librbd that differ from the operator's ceph.conf, and why.
@@ -41,6 +42,10 @@ const OPTIONS: &[(&str, &str)] = &[
     ("rbd_default_stripe_unit", "0"),
     ("rbd_default_stripe_count", "0"),
 ];
+
+/// What to do where librados on this host is older than the type of the user's key.
+pub const OTHER_KEY: &str =
+    "install librados2 and librbd1 of the cluster's release here, or give the user a key of type aes";
 
 /// How long a client stays fenced. Its address never comes back, so a long time costs nothing.
 const FENCE_SECONDS: u32 = 24 * 3600;
@@ -371,17 +376,31 @@ impl Cluster {
             let keyring = cluster.option("keyring").unwrap_or_default();
             let hosts = cluster.option("mon_host").unwrap_or_default();
             let error = Error::from_errno(operation.clone(), r);
-            let detail = match -r {
-                libc::ENOENT => {
+            let key = keyring::find(&keyring, user);
+            let detail = match (-r, key) {
+                (libc::ENOENT | libc::EPERM | libc::EACCES, UserKey::Unreadable(path, e)) => {
+                    format!("cannot read {}: {e}; the key of client.{user} is looked for there", path.display())
+                }
+                // librados refuses the whole file
+                (libc::EIO | libc::EINVAL, UserKey::Found(path, of)) if !of.is_known_everywhere() => {
+                    let detail = format!(
+                        "the key of client.{user} in {} is of type {}, which librados on this host cannot use: \
+                         {OTHER_KEY}",
+                        path.display(),
+                        of.name()
+                    );
+                    return Err(Error::new(operation, ErrorKind::Unsupported, detail));
+                }
+                (libc::ENOENT, _) => {
                     format!(
                         "no key for client.{user} in {keyring}: put its keyring there, or set `keyring` in {}",
                         conf.display()
                     )
                 }
-                libc::EPERM | libc::EACCES => format!(
+                (libc::EPERM | libc::EACCES, _) => format!(
                     "the monitors refused client.{user}: compare `ceph auth get client.{user}` with the key in {keyring}"
                 ),
-                libc::ETIMEDOUT => {
+                (libc::ETIMEDOUT, _) => {
                     format!("no monitor answered within 30 s; mon_host in {} is {hosts}", conf.display())
                 }
                 _ => return Err(error),

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::super::setup::client_options;
 use super::report::{CheckResult, Verdict};
 use super::within_once;
-use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, Objects, Probed, Storage};
+use crate::ceph::{Client, Error, ErrorKind, Finding, LockKey, Locked, OTHER_KEY, Objects, Probed, Storage};
 use crate::config::Config;
 use crate::job::deployment;
 use crate::openstack::CloudId;
@@ -43,6 +43,10 @@ pub async fn check(config: &Config) -> Findings {
                 let row = CheckResult::ok("Ceph", format!("client.{}, fsid {id}", config.ceph.user));
                 (client, fsid) = (Some(connected), Some(id));
                 row
+            }
+            // its text says what to do
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                CheckResult::fault("Ceph", error.to_string(), OTHER_KEY)
             }
             // its text names what to look at
             Err(error) => CheckResult::fault("Ceph", error.to_string(), "fix conf or user in [ceph], or the keyring")
