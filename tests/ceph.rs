@@ -1399,6 +1399,14 @@ async fn a_failed_connection_says_what_to_fix() {
     assert!(e.to_string().contains("client.nobody") && e.to_string().contains("keyring"), "{e}");
 
     let dir = tempfile::tempdir().unwrap();
+    let elsewhere = Some(dir.path().join("elsewhere"));
+    let options = ClientOptions { keyring: elsewhere, ..ClientOptions::new(lab.conf(), "rbd-offload") };
+    let Err(e) = Client::open(options.clone()).await else { panic!() };
+    let says = e.to_string();
+    assert!(says.contains("no key for client.rbd-offload in ") && says.contains("/elsewhere: "), "{e}");
+    std::fs::copy(lab.dir.join("ceph/client.rbd-offload.keyring"), dir.path().join("elsewhere")).unwrap();
+    assert!(Client::open(options).await.is_ok());
+
     let conf = dir.path().join("ceph.conf");
     let text = std::fs::read_to_string(lab.conf()).unwrap();
     let keyring = dir.path().join("keyring");

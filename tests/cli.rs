@@ -522,14 +522,8 @@ fn check_names_each_missing_capability() {
     let entity = format!("client.{user}");
     let keyring = admin(&["auth", "get-or-create", &entity, "mon", "allow r"]);
     std::fs::write(setup.path("keyring"), keyring).unwrap();
-    let conf = std::fs::read_to_string(ceph.join("ceph.conf")).unwrap();
-    let own = format!("{conf}\n[{entity}]\nkeyring = {}\n", setup.path("keyring").display());
-    std::fs::write(setup.path("ceph.conf"), own).unwrap();
-    let setup = setup
-        .with(&ceph.join("ceph.conf").display().to_string(), "CEPH_CONF")
-        .with("user = rbd-offload", &format!("user = {user}"));
-    let own = setup.path("ceph.conf").display().to_string();
-    let setup = setup.with("CEPH_CONF", &own);
+    let own = format!("user = {user}\nkeyring = {}", setup.path("keyring").display());
+    let setup = setup.with("user = rbd-offload", &own);
 
     let caps = |mon, osd: &str| admin(&["auth", "caps", &entity, "mon", mon, "mgr", "profile rbd", "osd", osd]);
 

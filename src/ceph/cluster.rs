@@ -83,6 +83,8 @@ pub struct ClientOptions {
     pub conf: PathBuf,
     /// The cephx id, without "client.".
     pub user: String,
+    /// The file with that user's key. `None`: those that `conf` names.
+    pub keyring: Option<PathBuf>,
     /// A time limit of operations on OSDs. One that timed out may still be carried out: only for guarded writes, whose
     /// version tells.
     pub limit: Option<Duration>,
@@ -93,7 +95,7 @@ pub struct ClientOptions {
 
 impl ClientOptions {
     pub fn new(conf: impl Into<PathBuf>, user: impl Into<String>) -> Self {
-        Self { conf: conf.into(), user: user.into(), limit: None, data_pool: None }
+        Self { conf: conf.into(), user: user.into(), keyring: None, limit: None, data_pool: None }
     }
 }
 
@@ -340,7 +342,7 @@ unsafe impl Sync for Cluster {}
 
 impl Cluster {
     fn connect(options: &ClientOptions) -> Result<Self> {
-        let ClientOptions { conf, user, limit, .. } = options;
+        let ClientOptions { conf, user, keyring, limit, .. } = options;
         let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
         if let Err(e) = std::fs::File::open(conf) {
             let kind = match e.kind() {
@@ -370,6 +372,11 @@ impl Cluster {
             // SAFETY: the handle is open, both strings end in NUL. An option that this librados lacks is no loss.
             unsafe { rados_conf_set(raw, name.as_ptr(), value.as_ptr()) };
         }
+        if let Some(keyring) = keyring {
+            let path = c_string(&operation, &keyring.to_string_lossy())?;
+            // SAFETY: the handle is open, the path ends in NUL.
+            check(&operation, unsafe { rados_conf_set(raw, c"keyring".as_ptr(), path.as_ptr()) })?;
+        }
         // SAFETY: the handle is configured and not connected yet.
         let r = unsafe { rados_connect(raw) };
         if r < 0 {
@@ -393,12 +400,14 @@ impl Cluster {
                 }
                 (libc::ENOENT, _) => {
                     format!(
-                        "no key for client.{user} in {keyring}: put its keyring there, or set `keyring` in {}",
+                        "no key for client.{user} in {keyring}: put its keyring there, or name the file with `keyring` \
+                         in [ceph], or in {}",
                         conf.display()
                     )
                 }
                 (libc::EPERM | libc::EACCES, _) => format!(
-                    "the monitors refused client.{user}: compare `ceph auth get client.{user}` with the key in {keyring}"
+                    "the monitors refused client.{user}: compare `ceph auth get client.{user}` with the key in \
+                     {keyring}"
                 ),
                 (libc::ETIMEDOUT, _) => {
                     format!("no monitor answered within 30 s; mon_host in {} is {hosts}", conf.display())

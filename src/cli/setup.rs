@@ -26,8 +26,8 @@ pub(super) fn load(path: &Path) -> Result<Config, Failure> {
 
 /// How the configuration has us connect to Ceph.
 pub(super) fn client_options(config: &Config) -> ClientOptions {
-    let data_pool = config.glance.data_pool.clone();
-    ClientOptions { data_pool, ..ClientOptions::new(&config.ceph.conf, &config.ceph.user) }
+    let (keyring, data_pool) = (config.ceph.keyring.clone(), config.glance.data_pool.clone());
+    ClientOptions { keyring, data_pool, ..ClientOptions::new(&config.ceph.conf, &config.ceph.user) }
 }
 
 /// The store of the jobs, by the configuration: what commands about jobs need, whether a daemon runs or not.

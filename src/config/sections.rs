@@ -197,6 +197,9 @@ section! {
         conf: PathBuf = "/etc/ceph/ceph.conf", Text;
         /// The cephx user that the daemon is to Ceph, without "client.".
         user: String = "rbd-offload", CephUser;
+        /// The file with that user's key. Not set: what Ceph's configuration file says, usually
+        /// /etc/ceph/ceph.client.USER.keyring.
+        keyring: Option<PathBuf> = "", Word;
     }
 }
 

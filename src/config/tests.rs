@@ -112,7 +112,8 @@ fn the_least_configuration_gets_every_default() {
             protected_properties: protected.map(str::to_owned).into(),
         }
     );
-    assert_eq!(config.ceph, Ceph { conf: "/etc/ceph/ceph.conf".into(), user: "rbd-offload".into() });
+    let ceph = Ceph { conf: "/etc/ceph/ceph.conf".into(), user: "rbd-offload".into(), keyring: None };
+    assert_eq!(config.ceph, ceph);
     assert_eq!(
         config.offload,
         Offload {

@@ -49,8 +49,12 @@ pub async fn check(config: &Config) -> Findings {
                 CheckResult::fault("Ceph", error.to_string(), OTHER_KEY)
             }
             // its text names what to look at
-            Err(error) => CheckResult::fault("Ceph", error.to_string(), "fix conf or user in [ceph], or the keyring")
-                .transient_if(may_pass(error.kind())),
+            Err(error) => CheckResult::fault(
+                "Ceph",
+                error.to_string(),
+                "fix conf, user or keyring in [ceph], or the keyring itself",
+            )
+            .transient_if(may_pass(error.kind())),
         }
     })
     .await;
