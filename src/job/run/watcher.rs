@@ -127,7 +127,7 @@ impl JobRun {
                 self.job.read_image().await
             } else {
                 (seen.shown, seen.steps) = (Instant::now(), steps);
-                self.job.patch_status(image.clone(), Status::Copying, percent, &seen.message).await
+                self.show_progress(image.clone(), percent, &seen.message).await
             };
             match found {
                 Ok(found) if found.status == "queued" => {
@@ -143,6 +143,23 @@ impl JobRun {
             }
         }
         Ok(())
+    }
+
+    /// Shows progress on the image record, and returns the record then. The first status goes onto the record as it is
+    /// now: since it was read for the plan, a client may have begun an upload, and an image that another writer makes
+    /// must not get properties of ours.
+    async fn show_progress(&self, image: Image, percent: u8, message: &str) -> StepResult<Image> {
+        let image = if image_status::shows_work(&image) {
+            image
+        } else {
+            let now = self.job.read_image().await?;
+            if now.status != "queued" || self.job.is_status_refused() {
+                return Ok(now);
+            }
+            self.job.check_request(&now).await?;
+            now
+        };
+        self.job.patch_status(image, Status::Copying, percent, message).await
     }
 
     /// Behind an active image: how far the copy is goes into the record, and the deletion of the image ends the attempt.

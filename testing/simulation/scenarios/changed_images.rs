@@ -12,6 +12,7 @@ use super::one_image::{OTHER, OneImage};
 use super::run_in_virtual_time;
 use crate::decline::Decline;
 use crate::job::record::State;
+use crate::job::simulation::actors::glance;
 use crate::job::simulation::state::cluster::FSID;
 use crate::job::simulation::state::glance::TASK;
 use crate::openstack::ImageTask;
@@ -44,6 +45,34 @@ fn a_tag_that_changes_while_the_job_runs_is_another_request() {
             stage.is_tidy();
         });
     }
+}
+
+/// The first status is shown some seconds after the plan read the record.
+#[test]
+fn an_image_that_is_uploaded_before_the_first_status_gets_no_status() {
+    run_in_virtual_time(async {
+        let stage = OneImage::new();
+        let (image, world) = (stage.image, stage.world.clone());
+        let (written, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (uploads, writes) = (Arc::clone(&seen), Arc::clone(&written));
+        stage.world.lock().script = Some(Box::new(move |_, call| {
+            if call.contains("create snapshot") && !uploads.swap(true, Ordering::SeqCst) {
+                tokio::spawn(glance::upload(world.clone(), image.to_string()));
+            }
+            if call.contains("glance patch") && call.contains("Set") && call.contains("rbd_offload_") {
+                writes.store(true, Ordering::SeqCst);
+            }
+        }));
+        let _daemon = stage.daemon("node", "clone");
+        stage.ask().await;
+        let job = stage.end().await;
+        assert!(seen.load(Ordering::SeqCst), "nothing was uploaded");
+        assert_eq!(job.state, State::Declined, "{job:#?}");
+        assert!(!written.load(Ordering::SeqCst), "a status was written on another writer's image");
+        assert_eq!(stage.image().image.status, "active");
+        assert_eq!(stage.image().image.properties.keys().find(|key| key.starts_with("rbd_offload_")), None);
+        stage.is_tidy();
+    });
 }
 
 #[test]
