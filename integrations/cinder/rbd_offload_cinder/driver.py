@@ -14,13 +14,13 @@ LOG = logging.getLogger(__name__)
 
 OFFLOAD_OPTS = [
     cfg.IntOpt('rbd_offload_claim_timeout', default=10, min=1,
-               help='Seconds for an rbd-offload daemon to take an upload; then Cinder does it itself.'),
+               help='Seconds for an rbd-offload daemon to take an upload; then Cinder takes the native path.'),
     cfg.IntOpt('rbd_offload_start_timeout', default=30, min=1,
                help='Seconds for the copy to start, after which Cinder does the upload itself.'),
     cfg.IntOpt('rbd_offload_stall_timeout', default=120, min=1,
                help='Seconds without any sign of progress, after which Cinder does the upload itself.'),
     cfg.IntOpt('rbd_offload_timeout', default=21600, min=1,
-               help='Seconds for an upload in all, after which Cinder does it itself.'),
+               help='Seconds for an upload in all, after which Cinder takes the native path.'),
     cfg.IntOpt('rbd_offload_commit_timeout', default=300, min=1,
                help='Seconds for a copy that is ready to become an active image.'),
 ]

@@ -18,13 +18,13 @@ GROUP = 'rbd_offload'
 
 OPTIONS = [
     cfg.IntOpt('claim_timeout', default=10, min=1,
-               help='Seconds for an rbd-offload daemon to take a snapshot; then Nova does it itself.'),
+               help='Seconds for an rbd-offload daemon to take a snapshot; then Nova takes the native path.'),
     cfg.IntOpt('start_timeout', default=30, min=1,
                help='Seconds for the copy to start, after which Nova does the snapshot itself.'),
     cfg.IntOpt('stall_timeout', default=120, min=1,
                help='Seconds without any sign of progress, after which Nova does the snapshot itself.'),
     cfg.IntOpt('timeout', default=3600, min=1,
-               help='Seconds for a snapshot in all, after which Nova does it itself.'),
+               help='Seconds for a snapshot in all, after which Nova takes the native path.'),
     cfg.IntOpt('commit_timeout', default=300, min=1,
                help='Seconds for a copy that is ready to become an active image.'),
 ]
