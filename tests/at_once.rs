@@ -23,7 +23,7 @@ fn at_once() -> Setup {
 
 /// The copy behind the image takes 10 s and more.
 fn slowly() -> Setup {
-    at_once().set("offload", "objects_per_second", "80")
+    at_once().set("offload", "objects_per_second", "20")
 }
 
 async fn become_active(account: &Account, image: &str, expected: &Digest) -> Value {
@@ -72,6 +72,7 @@ async fn a_volume_is_an_image_before_it_is_copied_and_the_image_depends_on_nothi
     let refused = daemon.refused(&["cancel", &id]).await;
     assert!(refused.contains("only goes forward"), "{refused}");
     assert_eq!(daemon.metric("rbd_offload_images_detaching").await, 1.0);
+    daemon.copy_at_full_speed().await;
 
     let job = is_done(&demo, &daemon, &id, &expected, 1).await;
     assert_eq!(job["method"], "server-copy");
@@ -213,6 +214,37 @@ async fn leaves_no_object_when_it_is_deleted(setup: Setup) {
     daemon.stop();
 }
 
+/// Glance removes the snapshot first. The image stays, while somebody has it open for writing, as a daemon has that cuts
+/// off its parent.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_whose_delete_failed_meanwhile_can_be_cloned_in_the_end() {
+    let _lab = lab_lease::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let volume = demo.long_volume(48, 1).await;
+    let expected = volume.disk.digest(None).await;
+    let daemon = slowly().start().await;
+    let id = demo.request(&volume).await;
+    demo.await_image(&id, "active").await;
+    daemon.await_job(&id, "detaching").await;
+    // until Glance's hash is made, a delete breaks that off
+    demo.await_tasks(&id).await;
+    let mut watcher = lab().watch_image(&format!("images/{id}"));
+    let has_watcher = || async {
+        let said = lab().ceph("rbd", &["status", &format!("images/{id}")]).await;
+        said.contains("watcher=").then_some(())
+    };
+    until("the watcher", seconds(20), has_watcher).await;
+    let refused = demo.delete_image(&id).await;
+    watcher.kill().unwrap();
+    watcher.wait().unwrap();
+    assert_eq!(refused, 409, "it is in use");
+    assert_eq!(Disk::of_image(&id).facts().await.unwrap().snapshots.len(), 0, "this Glance keeps the snapshot");
+    daemon.copy_at_full_speed().await;
+    is_done(&demo, &daemon, &id, &expected, 1).await;
+    daemon.await_idle().await;
+    daemon.stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_is_whole() {
     let _lab = lab_lease::alone().await;
@@ -225,6 +257,7 @@ async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_i
     daemon.await_job(&id, "detaching").await;
     demo.delete_volume(&volume).await;
     assert_eq!(Disk::of_image(&id).digest(Some("snap")).await, expected);
+    daemon.copy_at_full_speed().await;
     is_done(&demo, &daemon, &id, &expected, 1).await;
     daemon.await_idle().await;
     assert!(volume.disk.facts().await.is_none());
@@ -249,7 +282,7 @@ async fn a_daemon_that_is_killed_behind_an_active_image_is_followed_by_another()
     .await;
     first.kill();
     assert_eq!(Disk::of_image(&id).digest(Some("snap")).await, expected);
-    let next = setup.start().await;
+    let next = setup.set("offload", "objects_per_second", "0").start().await;
     let job = is_done(&demo, &next, &id, &expected, 1).await;
     assert!(job["fill"]["next_object"].as_u64() >= Some(copied), "{job:#}");
     next.await_idle_after_kills().await;

@@ -303,6 +303,16 @@ impl Daemon {
         said
     }
 
+    /// Takes the limit of a slow copy away, while it runs.
+    pub async fn copy_at_full_speed(&self) {
+        let path = self.dir.join("rbd-offload.conf");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let limited = |line: &&str| !line.starts_with("objects_per_second");
+        std::fs::write(&path, text.lines().filter(limited).collect::<Vec<_>>().join("\n") + "\n").unwrap();
+        self.signal("HUP");
+        self.await_log(&["configuration read again"], seconds(20)).await;
+    }
+
     /// Runs a command that must be refused; what it said.
     pub async fn refused(&self, arguments: &[&str]) -> String {
         let (well, said) = run(command(&self.dir.join("rbd-offload.conf")).args(arguments)).await;
@@ -325,7 +335,7 @@ impl Daemon {
     async fn await_ended(&self) {
         until("all jobs ended", seconds(120), || async {
             let states = disk::jobs(&self.namespace).await;
-            let alive = |state: &String| matches!(state.as_str(), "accepted" | "copying" | "publishing");
+            let alive = |state: &String| matches!(state.as_str(), "accepted" | "copying" | "publishing" | "detaching");
             (!states.values().any(alive)).then_some(())
         })
         .await;

@@ -13,7 +13,7 @@ pub mod published;
 pub mod tcp_proxy;
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
@@ -77,16 +77,21 @@ impl Lab {
 
     /// A Ceph command as the cluster's administrator; what it said.
     pub async fn ceph(&self, program: &str, arguments: &[&str]) -> String {
-        let (well, said) = run(Command::new(program)
-            .arg("-c")
-            .arg(self.ceph_conf())
-            .arg("--keyring")
-            .arg(self.dir.join("ceph/client.admin.keyring"))
-            .args(["--id", "admin"])
-            .args(arguments))
-        .await;
+        let (well, said) = run(self.ceph_command(program).args(arguments)).await;
         assert!(well, "{program} {arguments:?}: {said}");
         said
+    }
+
+    /// A client that has the image `pool/name` open for writing until it is killed, or its input ends.
+    pub fn watch_image(&self, image: &str) -> Child {
+        self.ceph_command("rbd").args(["watch", image]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    }
+
+    fn ceph_command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-c").arg(self.ceph_conf());
+        command.arg("--keyring").arg(self.dir.join("ceph/client.admin.keyring")).args(["--id", "admin"]);
+        command
     }
 }
 

@@ -1,16 +1,23 @@
 //! At once: the image depends on nothing of the job any more, and nothing says that it does: its ownership tag and the
-//! tag on the image record come off.
+//! tag on the image record come off. Before that it gets its snapshot back, where a delete that failed removed it.
+
+use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::time::sleep;
 
 use super::super::error::StepResult;
 use super::super::held::HeldJob;
 use super::super::record::{Phase, Record};
 use super::detaching::{is_deleted, published};
 use super::{Attempt, Step};
+use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
 use crate::openstack;
-use crate::publish::image_status;
+use crate::publish::{self, image_status};
 use crate::transfer;
+
+/// More than a delete takes between the removal of the snapshot and that of the image.
+const DELETED_WITHIN: Duration = Duration::from_secs(5);
 
 pub struct Unmark;
 
@@ -30,6 +37,7 @@ impl Step for Unmark {
 
     async fn apply(&self, job: &HeldJob, _attempt: &mut Attempt) -> StepResult<()> {
         let image = published(&job.record().await)?;
+        restore_snap(job, &image).await?;
         job.context.storage.remove_metadata(&image, transfer::MARK).await?;
         // the image may be deleted, and its data in the trash
         let Some(found) = job.context.cloud.image(&job.id.to_string()).await? else { return Ok(()) };
@@ -41,5 +49,31 @@ impl Step for Unmark {
             Err(error) if error.kind() == openstack::ErrorKind::Conflict => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Glance removes the snapshot of an image, then the image. The second fails while a daemon has the image open to cut off
+/// its parent: the image stays active, and nobody could clone it.
+async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
+    let storage = job.context.storage.as_ref();
+    if !lacks_snap(storage, image).await? {
+        return Ok(());
+    }
+    sleep(DELETED_WITHIN).await;
+    let record = job.context.cloud.image(&job.id.to_string()).await?;
+    let is_active = record.is_some_and(|record| matches!(record.status.as_str(), "active" | "deactivated"));
+    if is_active && lacks_snap(storage, image).await? {
+        tracing::warn!(image_id = %job.id, job_stage = "unmark", %image,
+            "made the image's snapshot again: a delete that failed had removed it");
+        storage.create_protected_snapshot(image, publish::SNAPSHOT).await?;
+    }
+    Ok(())
+}
+
+/// Whether the image is there without the snapshot that consumers clone from.
+async fn lacks_snap(storage: &dyn Storage, image: &ImageSpec) -> ceph::Result<bool> {
+    match storage.image(image, Some(publish::SNAPSHOT)).await {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+        found => found.map(|_| false),
     }
 }
