@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::broker::Broker;
-use common::cloud::{AT_A_TIME, Account, Volume, nothing_is_left_of, volume_tag};
+use common::cloud::{AT_A_TIME, Account, PATIENCE, Volume, nothing_is_left_of, volume_tag};
 use common::daemon::{Daemon, Setup};
 use common::disk::{self, Digest, Disk};
+use common::glance;
 use common::inventory::ClusterInventory;
 use common::published::are_right;
 use common::tcp_proxy::TcpProxy;
@@ -25,7 +26,7 @@ use rand::{RngExt, SeedableRng};
 use rbd_offload::ceph::{Client, LockKey, Objects};
 use rbd_offload::job::clock::Clock;
 use rbd_offload::job::store::{Error, Store};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const METHODS: [&str; 3] = ["server-copy", "clone", "copy"];
@@ -84,21 +85,34 @@ impl Tenant {
     /// Every request ends as an image that is right, and no job, copy, snapshot, lock or watcher is left behind it.
     /// Then the images are deleted, and the cluster is as it was.
     async fn gets(&self, daemon: &Daemon, requests: &[Request]) {
-        self.await_active(requests).await;
+        self.await_active(daemon, requests).await;
         daemon.await_idle().await;
         self.got(daemon, requests).await;
     }
 
     /// The same where daemons were killed at work.
     async fn gets_after_kills(&self, daemon: &Daemon, requests: &[Request]) {
-        self.await_active(requests).await;
+        self.await_active(daemon, requests).await;
         daemon.await_idle_after_kills().await;
         self.got(daemon, requests).await;
     }
 
-    async fn await_active(&self, requests: &[Request]) {
-        for request in requests {
-            self.demo.await_image(&request.id, "active").await;
+    /// Panics with the job's record where an image does not become active.
+    async fn await_active(&self, daemon: &Daemon, requests: &[Request]) {
+        for Request { id, .. } in requests {
+            let begun = Instant::now();
+            loop {
+                let image = self.demo.image(id).await;
+                if image["status"] == "active" {
+                    break;
+                }
+                let has_ended = matches!(image["rbd_offload_status"].as_str(), Some("declined" | "failed"));
+                if has_ended || begun.elapsed() > PATIENCE {
+                    let job = daemon.job(id).await.unwrap_or_default();
+                    panic!("image {id} is {} after {} s; its job: {job}", image["status"], begun.elapsed().as_secs());
+                }
+                pause(Duration::from_millis(250)).await;
+            }
         }
     }
 
@@ -156,21 +170,31 @@ async fn ended_by(daemon: &Daemon) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
     let _lab = lab_lease::alone().await;
+    // some daemons publish at once, where Glance may read the source
+    let _reader = glance::Reader::new().await;
     let rounds = number("RBD_OFFLOAD_TEST_ROUNDS").unwrap_or(2);
     let first = number("RBD_OFFLOAD_TEST_SEED").unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
     let tenant = Tenant::with_small_volumes(4).await;
     let begun = Instant::now();
-    let (mut kills, mut fences, mut aborts) = (0, 0, 0);
+    let (mut kills, mut fences, mut aborts, mut at_once) = (0, 0, 0, 0);
     for seed in first..first + rounds {
         eprintln!("RBD_OFFLOAD_TEST_SEED={seed}");
         let mut random = StdRng::seed_from_u64(seed);
         // more daemons are killed here than one job may lose before it fails
         let setup = Setup::default().set("offload", "max_jobs", "4").set("offload", "max_takeovers", "20");
-        let any = |random: &mut StdRng| setup.clone().set("offload", "method", METHODS[random.random_range(0..3)]);
-        let mut daemons = [any(&mut random).start().await, any(&mut random).start().await];
+        let setup = setup.set("offload", "detach_grace", "1s");
+        // the first of the two publishes at once, which needs a method that clones
+        let any = |n: usize, random: &mut StdRng| {
+            let (publish, methods) = if n == 0 { ("at-once", &METHODS[..2]) } else { ("when-copied", &METHODS[..]) };
+            let method = methods[random.random_range(0..methods.len())];
+            setup.clone().set("offload", "method", method).set("offload", "publish", publish)
+        };
+        let mut daemons = [any(0, &mut random).start().await, any(1, &mut random).start().await];
         // kept until the round is over: their logs are evidence
         let mut killed = Vec::new();
+        let namespace = daemons[0].namespace.clone();
         let kill = async {
+            until("a job", seconds(60), || async { (!disk::jobs(&namespace).await.is_empty()).then_some(()) }).await;
             for _ in 0..random.random_range(4..=9) {
                 pause(Duration::from_millis(random.random_range(50..3500))).await;
                 let both = random.random_bool(0.2);
@@ -180,7 +204,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
                 }
                 pause(Duration::from_millis(random.random_range(0..1500))).await;
                 for n in if both { 0..2 } else { victim..victim + 1 } {
-                    killed.push(std::mem::replace(&mut daemons[n], any(&mut random).spawn()));
+                    killed.push(std::mem::replace(&mut daemons[n], any(n, &mut random).spawn()));
                 }
             }
         };
@@ -188,10 +212,12 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
         tenant.gets_after_kills(&daemons[0], &requests).await;
         assert!(daemons[0].command(&["jobs"]).await.starts_with("no jobs"));
         kills += killed.len();
-        for daemon in &mut daemons {
+        let jobs: Value = serde_json::from_str(&daemons[0].command(&["jobs", "--all", "--json"]).await).unwrap();
+        at_once += jobs.as_array().unwrap().iter().filter(|job| job["publish"] == "at-once").count();
+        for (n, daemon) in daemons.iter_mut().enumerate() {
             if daemon.was_aborted_by_librbd() {
                 daemon.kill();
-                killed.push(std::mem::replace(daemon, any(&mut random).spawn()));
+                killed.push(std::mem::replace(daemon, any(n, &mut random).spawn()));
                 aborts += 1;
             }
             daemon.await_health(200).await;
@@ -199,13 +225,14 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
         let logs = killed.iter().chain(&daemons).map(Daemon::log);
         fences += logs.map(|log| log.matches("fenced the owner before").count()).sum::<usize>();
         eprintln!(
-            "{} rounds, {} images, {kills} kills, {aborts} aborts of librbd, {fences} fences, {:.0} s",
+            "{} rounds, {} images, {at_once} of them at once, {kills} kills, {aborts} aborts of librbd, {fences} fences, {:.0} s",
             seed + 1 - first,
             20 * (seed + 1 - first),
             begun.elapsed().as_secs_f64()
         );
     }
     assert!(fences > 0, "nobody was killed at work");
+    assert!(at_once > 0, "no image was published at once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -651,7 +678,7 @@ async fn a_record_that_is_too_large_holds_up_no_other_job() {
     objects.set_omap("index.live", &[(planted.to_string(), b"{}".to_vec())]).await.unwrap();
     let daemon = setup.start().await;
     let requests = tenant.request(2).await;
-    tenant.await_active(&requests).await;
+    tenant.await_active(&daemon, &requests).await;
     daemon.await_log(&["cannot process job record", &planted.to_string()], seconds(30)).await;
 
     // nor is one written that could not be read
@@ -843,7 +870,7 @@ async fn records_that_are_too_large_are_passed_over() {
     // the daemon hears nothing: only its reconciler finds the request
     let requests = tenant.request(1).await;
     let daemon = telling("auto").set("messaging", "topics", "nothing").start().await;
-    tenant.await_active(&requests).await;
+    tenant.await_active(&daemon, &requests).await;
     for id in &fat_ids {
         daemon.await_log(&["passed over", id], seconds(60)).await;
     }
