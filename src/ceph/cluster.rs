@@ -613,7 +613,7 @@ impl IoCtx {
         let mut appends_only = 0;
         // SAFETY: the ioctx is open; the result has a place.
         let r = unsafe { sys::rados_ioctx_pool_requires_alignment2(self.raw, &mut appends_only) };
-        Ok(check("look at the pool", r).map(|_| appends_only == 0)?)
+        check("look at the pool", r).map(|_| appends_only == 0)
     }
 
     pub fn pool_id(&self) -> i64 {
