@@ -311,13 +311,15 @@ mod slowly {
         let (_lab, daemon) = with(Kind::SlowHandOver).await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 2).await;
-        // nearly all of it, for fifteen seconds of copying
-        volume.disk.write(3, &[(0, 60 * MIB)]).await;
+        // for nearly half a minute of copying
+        volume.disk.resize(112 * MIB).await;
+        volume.disk.write(3, &[(0, 108 * MIB)]).await;
         let expected = volume.disk.digest(None).await;
-        let short = demo.short_lived(8).await;
+        // long enough for a busy Cinder to take the upload
+        let short = demo.short_lived(15).await;
         let id = short.ask_for_upload(&volume, json!({})).await;
         demo.adopt_image(&id);
-        pause(seconds(9)).await;
+        pause(seconds(16)).await;
         assert_eq!(demo.volume(&volume.id).await["status"], "uploading", "the token ends before the upload does");
         let image = end_of_upload(&demo, &volume, &id).await;
         is_right(&image, &expected, &volume).await;

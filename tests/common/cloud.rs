@@ -15,7 +15,7 @@ use super::disk::{self, Disk};
 use super::{MIB, lab, seconds, unique, until};
 
 /// How long anything may take that is not measured.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 const TAG: &str = "rbd-offload:";
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::cloud::PATIENCE;
 use super::{disk, lab, pause, run, seconds, unique, until};
 
 /// The program under test.
@@ -206,7 +207,7 @@ impl Daemon {
 
     /// Waits until the job's record is in this state.
     pub async fn await_job(&self, image: &str, state: &str) -> Value {
-        until(&format!("the job of {image} is {state}"), seconds(120), || async {
+        until(&format!("the job of {image} is {state}"), PATIENCE, || async {
             self.job(image).await.filter(|job| job["state"] == state)
         })
         .await
@@ -293,7 +294,7 @@ impl Daemon {
 
     /// Waits until a job is through with a stage; needs the log level `debug`.
     pub async fn await_stage(&self, image: &str, stage: &str) {
-        self.await_log(&["stage over", image, &format!("job_stage=\"{stage}\"")], seconds(120)).await;
+        self.await_log(&["stage over", image, &format!("job_stage=\"{stage}\"")], PATIENCE).await;
     }
 
     /// Runs a command with the daemon's configuration; what it said, which must be a success.
@@ -333,7 +334,7 @@ impl Daemon {
     }
 
     async fn await_ended(&self) {
-        until("all jobs ended", seconds(120), || async {
+        until("all jobs ended", PATIENCE, || async {
             let states = disk::jobs(&self.namespace).await;
             let alive = |state: &String| matches!(state.as_str(), "accepted" | "copying" | "publishing" | "detaching");
             (!states.values().any(alive)).then_some(())
