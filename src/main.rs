@@ -1,10 +1,9 @@
 //! The command line of rbd-offload, and nothing else.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use rbd_offload::cli::{Cli, Failure};
+use rbd_offload::cli::{Cli, Failure, eprint_line};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -16,20 +15,15 @@ fn main() -> ExitCode {
                 return ExitCode::SUCCESS;
             }
             let text = error.render().to_string();
-            say(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+            eprint_line(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
             return ExitCode::from(Failure::USAGE);
         }
     };
     match cli.run() {
         Ok(code) => code,
         Err(failure) => {
-            say(&failure.to_string());
+            eprint_line(&failure.to_string());
             ExitCode::from(failure.code)
         }
     }
-}
-
-/// Not `eprintln!`, which panics when nobody reads.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "rbd-offload: {text}");
 }

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use crate::ceph::{self, ErrorKind, Features, ImageInfo, ImageSpec, Storage};
-use crate::config::{Config, Method, Publish};
+use crate::config::{Config, MethodChoice, PublishChoice};
 use crate::decline::Decline;
-use crate::openstack::{self, Cloud, Image, Server, Store, Volume, VolumeSnapshot};
+use crate::openstack::{self, Cloud, GlanceStore, Image, Server, Volume, VolumeSnapshot};
 use crate::request::{self, Offer, PROPERTY_PREFIX, Source, TagRequest, Trigger};
 
 /// Image attributes that Cinder keeps among a volume's image metadata; they are no properties of the new image.
@@ -69,9 +69,9 @@ pub struct Plan {
     /// The origin at its head or at that snapshot.
     pub info: ImageInfo,
     pub dest_pool: String,
-    pub method: Method,
+    pub method: MethodChoice,
     /// As the configuration asks; the source may not allow it.
-    pub publish: Publish,
+    pub publish: PublishChoice,
     /// Clones are made through an anchor, see [`Backend`](crate::config::Backend).
     pub anchor: bool,
     /// GiB.
@@ -290,8 +290,8 @@ struct SourceDisk {
     image: String,
     snapshot: Option<String>,
     dest_pool: String,
-    method: Method,
-    publish: Publish,
+    method: MethodChoice,
+    publish: PublishChoice,
     anchor: bool,
     min_disk: u64,
     min_ram: u64,
@@ -595,7 +595,7 @@ fn backend_of(host: &str) -> Option<&str> {
 }
 
 /// Glance must have a store over that pool in this cluster: it would accept the location, and never open it.
-fn check_destination(stores: &[Store], fsid: &str, pool: &str) -> Result<()> {
+fn check_destination(stores: &[GlanceStore], fsid: &str, pool: &str) -> Result<()> {
     // Glance before 30 tells neither; the location's outcome tells then
     let silent = stores.iter().all(|store| store.pool.is_none());
     let fits = stores.iter().any(|store| store.pool.as_deref() == Some(pool) && store.may_be_in(fsid));
@@ -645,7 +645,8 @@ fn in_mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// The properties that the image gets from its source. `protected`: what the names start with of those that it does not.
+/// The properties that the image gets from its source. `protected`: what the names start with of those that it does
+/// not.
 ///
 /// # Errors
 /// [`PlanError::Declined`] where they are more than an image takes.

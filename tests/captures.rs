@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use rbd_offload::notification::{Event, EventType, LineError, Meta, Notification, Sink, SinkError, Unreadable, replay};
+use rbd_offload::notification::{
+    EnvelopeError, Event, EventType, LineError, Meta, Notification, Sink, SinkError, replay,
+};
 
 fn file(name: &str) -> Box<dyn Read> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/notifications").join(name);
@@ -230,10 +232,10 @@ async fn envelopes_bare_messages_and_bad_lines_are_replayed() {
     assert_eq!(
         summary.failed,
         [
-            (3, LineError::Unreadable(Unreadable::NotJson)),
-            (5, LineError::Unreadable(Unreadable::NotJson)),
+            (3, LineError::Unreadable(EnvelopeError::NotJson)),
+            (5, LineError::Unreadable(EnvelopeError::NotJson)),
             (6, LineError::TooLong),
-            (7, LineError::Unreadable(Unreadable::NoEventType)),
+            (7, LineError::Unreadable(EnvelopeError::NoEventType)),
         ]
     );
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rbd_offload::ceph::{
-    Change, Client, ClientOptions, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey, ImageSpec,
-    LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
+    Changed, Client, ClientOptions, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey,
+    ImageSpec, LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, RenameOutcome};
@@ -210,8 +210,8 @@ async fn every_method_is_right(prepare: &str) {
     lab.python(prepare);
     let client = lab.client().await;
     let source = lab.volume();
-    assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Change::Made);
-    assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Changed::Yes);
+    assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), Changed::Yes);
     // Later writes must not show.
     if client.image(&source, Some("s")).await.unwrap().unwrap().size > MIB {
         lab.python("write('volumes', NAME + '-volume', 12345, 200000, 99)");
@@ -226,9 +226,9 @@ async fn every_method_is_right(prepare: &str) {
         let first = found.iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(first, None, "{method:?}: first byte that differs");
         is_published_shape(&lab, &client, &source, &destination).await;
-        assert_eq!(client.remove_image(&destination).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&destination).await.unwrap(), Changed::Yes);
     }
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
 }
 
 async fn is_published_shape(lab: &Lab, client: &Client, source: &ImageSpec, destination: &ImageSpec) {
@@ -502,10 +502,10 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
             .found
             .contains(&(by_id.clone(), "s".to_owned()))
     );
-    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::Made);
-    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Change::AlreadyThere);
-    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_snapshot(&by_id, "s").await.unwrap(), Changed::No);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Changed::No);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -555,14 +555,14 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     assert!(at.elapsed() < Duration::from_secs(2));
     assert!(progress.done() > 0 && progress.done() < progress.total());
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
     client.create_like(&source, "s", &image).await.unwrap();
     let never = CancellationToken::new();
     let copy = client.copy(&source, "s", &image, &slow, &progress, &never);
     tokio::time::timeout(Duration::from_secs(1), copy).await.unwrap_err();
-    // The dropped copy lets go of the image by itself.
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    // The dropped copy closes the image.
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -602,8 +602,8 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
     client.flatten(&image, &progress, &cancel).await.unwrap_err();
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -652,7 +652,7 @@ async fn repeated_steps_find_nothing_to_do() {
     lab.python("create('volumes', NAME + '-volume', 4 * M); write('volumes', NAME + '-volume', 0, 5000, 1)");
     let client = lab.client().await;
     let (source, image) = (lab.volume(), lab.image());
-    for expected in [Change::Made, Change::AlreadyThere] {
+    for expected in [Changed::Yes, Changed::No] {
         assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), expected);
         assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), expected);
     }
@@ -687,8 +687,8 @@ async fn repeated_steps_find_nothing_to_do() {
     client.set_metadata(&image, "rbd_offload.job", "ä 1").await.unwrap();
     client.set_metadata(&image, "rbd_offload.job", &"x".repeat(10_000)).await.unwrap();
     assert_eq!(client.metadata(&image, "rbd_offload.job").await.unwrap(), Some("x".repeat(10_000)));
-    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Change::Made);
-    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_metadata(&image, "rbd_offload.job").await.unwrap(), Changed::No);
 
     assert_eq!(client.read(&image, 0, 100).await.unwrap(), lab.data(&source, Some("s"))[..100]);
     assert_eq!(client.read(&image, 4 * MIB - 10, 100).await.unwrap(), [0; 10]);
@@ -707,14 +707,14 @@ async fn repeated_steps_find_nothing_to_do() {
     client.create_snapshot(&image, "snap").await.unwrap();
     client.protect_snapshot(&image, "snap").await.unwrap();
     for image in [image, ImageSpec::named("images", other)] {
-        assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
-        assert_eq!(client.remove_image(&image).await.unwrap(), Change::AlreadyThere);
+        assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
+        assert_eq!(client.remove_image(&image).await.unwrap(), Changed::No);
     }
-    for expected in [Change::Made, Change::AlreadyThere] {
+    for expected in [Changed::Yes, Changed::No] {
         assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), expected);
     }
-    assert_eq!(client.remove_image(&source).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&source).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::No);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -733,8 +733,8 @@ with rados.WriteOpCtx() as op:
     i.set_omap(op, ('id_' + entry['id'],), (bytes(value),)); i.operate_write_op(op, 'rbd_trash')",
     );
     let client = lab.client().await;
-    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Changed::No);
 }
 
 /// A setting of a pool, for as long as it lives.
@@ -775,8 +775,8 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
         if tagged {
             client.set_metadata(&copy("a"), MARK, &format!("{}-a request", lab.name)).await.unwrap();
         }
-        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Change::Made);
-        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Change::AlreadyThere);
+        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Changed::Yes);
+        assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Changed::No);
         assert!(!trashed(&lab).contains(&lab.name), "{}", trashed(&lab));
     }
 
@@ -787,15 +787,15 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
     client.set_metadata(&copy("c"), MARK, "inherited").await.unwrap();
     lab.python("rbd.RBD().remove(io('vms'), NAME + '-b'); rbd.RBD().remove(io('vms'), NAME + '-c')");
     assert!(trashed(&lab).contains(&format!("{}-b", lab.name)), "the pool's setting holds");
-    assert_eq!(client.remove_image(&copy("b")).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_image(&copy("c")).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&copy("b")).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_image(&copy("c")).await.unwrap(), Changed::No);
     let left = trashed(&lab);
     assert!(!left.contains(&format!("{}-b", lab.name)) && left.contains(&format!("{}-c", lab.name)), "{left}");
 
     // the check of the pool's capabilities leaves nothing either
     assert!(matches!(client.probe_pool("vms", None).await.unwrap(), Probed::All { .. }));
     assert!(!trashed(&lab).contains("rbd-offload.check"), "{}", trashed(&lab));
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
     lab.python(
         "for e in rbd.RBD().trash_list(io('vms')):
     if NAME in e['name']: rbd.RBD().trash_remove(io('vms'), e['id'], True)",
@@ -828,9 +828,9 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image:
         method.transfer().run(&client, &order, &progress, &never).await.unwrap();
         let metadata = lab.command("rbd", &["image-meta", "list", "--format", "json", &lab.image().to_string()]);
         assert_eq!(metadata.trim(), format!("{{\"{MARK}\":\"{}\"}}", lab.name), "{method}");
-        assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Changed::Yes);
     }
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -857,11 +857,15 @@ async fn a_rename_that_died_half_way_is_finished() {
         } else {
             copy_object(&private, &id);
         }
-        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), RenameOutcome::Renamed);
+        assert_eq!(publish::rename_to_final(&client, &copy, &own).await.unwrap(), RenameOutcome::Renamed);
         assert!(listed().lines().any(|line| line == id) && !listed().contains(&private), "{}", listed());
         assert!(!objects().contains(&format!("rbd_id.{private}")), "the old name is gone");
-        assert_eq!(publish::take_name(&client, &copy, &own).await.unwrap(), RenameOutcome::Renamed, "done before");
-        assert_eq!(client.remove_image(&ImageSpec::named("images", &id)).await.unwrap(), Change::Made);
+        assert_eq!(
+            publish::rename_to_final(&client, &copy, &own).await.unwrap(),
+            RenameOutcome::Renamed,
+            "done before"
+        );
+        assert_eq!(client.remove_image(&ImageSpec::named("images", &id)).await.unwrap(), Changed::Yes);
         assert!(!objects().contains(&id), "nothing is left");
     }
 
@@ -869,8 +873,8 @@ async fn a_rename_that_died_half_way_is_finished() {
     lab.python("create('images', NAME + '-a', M)");
     let (first, second) = (ImageSpec::named("images", name("a")), ImageSpec::named("images", name("b")));
     copy_object(&name("a"), &name("b"));
-    assert_eq!(client.remove_image(&second).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_image(&second).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&second).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_image(&second).await.unwrap(), Changed::No);
     assert!(client.image(&first, None).await.unwrap().is_some());
 
     // another writer's image is never taken for ours, not even with our tag
@@ -878,10 +882,10 @@ async fn a_rename_that_died_half_way_is_finished() {
     let second = ImageSpec::named("images", own.image_id.to_string());
     lab.python(&format!("create('images', '{}', M)", own.image_id));
     client.set_metadata(&second, MARK, &own.to_string()).await.unwrap();
-    assert_eq!(publish::take_name(&client, &first, &own).await.unwrap(), RenameOutcome::Taken);
+    assert_eq!(publish::rename_to_final(&client, &first, &own).await.unwrap(), RenameOutcome::Taken);
     assert!(client.image(&first, None).await.unwrap().is_some());
     for image in [&first, &second] {
-        assert_eq!(client.remove_image(image).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(image).await.unwrap(), Changed::Yes);
     }
     assert!(!objects().contains(&lab.name), "nothing is left");
 }
@@ -942,7 +946,7 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('co
     assert!(lab.data(&image, None) == expected, "the copy");
     assert!(lab.data(&anchor, Some("a")) == expected, "the anchor");
     for image in [&image, &anchor] {
-        assert_eq!(client.remove_image(image).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(image).await.unwrap(), Changed::Yes);
     }
 }
 
@@ -973,9 +977,9 @@ write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '
         assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
         client.flatten(&image, &progress, &never).await.unwrap();
         assert!(lab.data(&image, None) == expected, "flattened: {flattened}");
-        assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
     }
-    assert_eq!(client.remove_image(&anchor).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&anchor).await.unwrap(), Changed::Yes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -989,18 +993,18 @@ async fn what_another_needs_is_not_purged_from_the_trash() {
     lab.python("create('volumes', NAME + '-volume', M); snap('volumes', NAME + '-volume', 'other')");
     let volume = id_of(lab.volume()).await;
     assert!(!client.in_trash(&volume).await.unwrap());
-    assert_eq!(client.purge(&volume).await.unwrap(), Change::AlreadyThere, "it is in use");
+    assert_eq!(client.purge(&volume).await.unwrap(), Changed::No, "it is in use");
     lab.python("trash('volumes', NAME + '-volume')");
     assert!(client.in_trash(&volume).await.unwrap());
-    assert_eq!(client.purge(&volume).await.unwrap(), Change::AlreadyThere, "it has a snapshot");
-    assert_eq!(client.remove_snapshot(&volume, "other").await.unwrap(), Change::Made);
-    assert_eq!(client.purge(&volume).await.unwrap(), Change::Made);
+    assert_eq!(client.purge(&volume).await.unwrap(), Changed::No, "it has a snapshot");
+    assert_eq!(client.remove_snapshot(&volume, "other").await.unwrap(), Changed::Yes);
+    assert_eq!(client.purge(&volume).await.unwrap(), Changed::Yes);
     assert!(!client.in_trash(&volume).await.unwrap());
 
     lab.python("create('volumes', NAME + '-later', M)");
     let later = id_of(ImageSpec::named("volumes", format!("{}-later", lab.name))).await;
     lab.python("rbd.RBD().trash_move(io('volumes'), NAME + '-later', 3600)");
-    assert_eq!(client.purge(&later).await.unwrap(), Change::AlreadyThere, "Cinder deferred it");
+    assert_eq!(client.purge(&later).await.unwrap(), Changed::No, "Cinder deferred it");
     assert!(client.in_trash(&later).await.unwrap());
 }
 
@@ -1037,7 +1041,7 @@ async fn only_what_has_the_published_shape_is_sealed() {
     features(&["enable", "journaling"]);
     assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 }
 
 async fn is_sealed(lab: &Lab, client: &Client, image: &ImageSpec) {
@@ -1067,9 +1071,9 @@ io('volumes').execute('rbd_header.' + id, 'rbd', 'snapshot_trash_add', snap.to_b
     let snapshot = format!("{}-s", lab.name);
     let found = client.snapshots("volumes", &snapshot, 0, None, usize::MAX).await.unwrap().found;
     assert_eq!(found, [(image.clone(), snapshot.clone())]);
-    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Changed::Yes);
     assert_eq!(names(), b"['other']");
-    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_snapshot(&image, &snapshot).await.unwrap(), Changed::No);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1142,10 +1146,10 @@ async fn headers_tell_the_tags_of_snapshots_that_are_gone_and_the_owners_of_imag
     assert_eq!(mine(page.owned), both(&|image| format!("owner of {image}")));
     assert_eq!(page.failed.len(), 0);
 
-    assert_eq!(client.remove_snapshot_tag(&by_id, &snapshot).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_snapshot_tag(&by_id, &snapshot).await.unwrap(), Changed::Yes);
     let page = client.snapshots("vms", &lab.name, 0, None, usize::MAX).await.unwrap();
     assert_eq!(mine(page.found), [(tagged.to_string(), snapshot.clone())]);
-    assert_eq!(client.remove_image(&by_id).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&by_id).await.unwrap(), Changed::Yes);
     assert!(!client.in_trash(&by_id).await.unwrap());
 }
 
@@ -1195,7 +1199,7 @@ async fn a_lock_belongs_to_one_and_runs_out() {
     assert_eq!(one.lock("job", &key("a"), "", minute).await.unwrap(), Locked::NoObject);
     assert_eq!(one.read("job").await.unwrap(), None, "locking creates nothing");
     assert_eq!(one.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
-    assert_eq!(one.unlock("job", &key("a")).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(one.unlock("job", &key("a")).await.unwrap(), Changed::No);
     assert!(!one.is_locked("job", "rbd_offload.lease").await.unwrap());
 
     let version = one.create("job", b"1").await.unwrap();
@@ -1219,7 +1223,7 @@ async fn a_lock_belongs_to_one_and_runs_out() {
         ErrorKind::NotLocked
     );
     assert_eq!(two.renew("job", &key("a"), "", minute).await.unwrap_err().kind(), ErrorKind::NotLocked);
-    assert_eq!(two.unlock("job", &key("a")).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(two.unlock("job", &key("a")).await.unwrap(), Changed::No);
     let version = one.replace("job", b"2", version_renewed, Some(&key("a"))).await.unwrap();
 
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -1230,8 +1234,8 @@ async fn a_lock_belongs_to_one_and_runs_out() {
     assert_eq!(two.lock("job", &key("c"), "host two", minute).await.unwrap(), Locked::Acquired);
     let version = two.read("job").await.unwrap().unwrap().1;
     assert_eq!(one.remove("job", version, Some(&key("a"))).await.unwrap_err().kind(), ErrorKind::NotLocked);
-    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Change::Made);
-    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Change::AlreadyThere);
+    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Changed::Yes);
+    assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Changed::No);
     let version = two.read("job").await.unwrap().unwrap().1;
     two.remove("job", version, None).await.unwrap();
 }
@@ -1313,9 +1317,9 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
     let fence = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
         let began = Instant::now();
-        assert_eq!(one.fence(&address).await.unwrap(), Change::Made);
+        assert_eq!(one.fence(&address).await.unwrap(), Changed::Yes);
         eprintln!("fenced in {:?}", began.elapsed());
-        assert_eq!(one.fence(&address).await.unwrap(), Change::AlreadyThere);
+        assert_eq!(one.fence(&address).await.unwrap(), Changed::No);
     };
     let (copied, ()) = tokio::join!(two.copy(&source, "s", &image, &slow, &progress, &never), fence);
     let shut_out = copied.unwrap_err();
@@ -1330,8 +1334,8 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
         assert_eq!(kind, ErrorKind::Fenced);
     }
 
-    assert_eq!(two.reconnect().await.unwrap(), Change::Made);
-    assert_eq!(two.reconnect().await.unwrap(), Change::AlreadyThere);
+    assert_eq!(two.reconnect().await.unwrap(), Changed::Yes);
+    assert_eq!(two.reconnect().await.unwrap(), Changed::No);
     assert_ne!(two.address().await.unwrap(), address);
     let version = objects.create("x", b"").await.unwrap();
     objects.remove("x", version, None).await.unwrap();
@@ -1605,7 +1609,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     eprintln!("fill: {error}");
     assert!(!rbd_offload::transfer::is_for_another_method(&error), "{error}");
     client.flatten(&image, &progress, &never).await.unwrap_err();
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
     let removal = async {
         tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -1615,8 +1619,8 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     client.create_like(&source, "s", &image).await.unwrap();
     let (copied, ()) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &never), removal);
     eprintln!("copy: {}", copied.unwrap_err());
-    assert_eq!(client.remove_image(&image).await.unwrap(), Change::Made);
-    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Change::AlreadyThere);
+    assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::No);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1931,7 +1935,7 @@ write('volumes', v, 9 * M, M, 3); discard('volumes', v, 16 * M, 4 * M)",
     let expected = lab.data(&source, Some("s"));
     pool.python("write('volumes', v, 20 * M, M, 99)");
     let info = client.image(&source, Some("s")).await.unwrap().unwrap();
-    let (methods, _) = rbd_offload::transfer::candidates(rbd_offload::config::Method::Auto, &info);
+    let (methods, _) = rbd_offload::transfer::candidates(rbd_offload::config::MethodChoice::Auto, &info);
     assert_eq!(methods, [rbd_offload::transfer::Method::Copy]);
     transfer(client, Method::Copy, &source, &image).await;
     assert!(lab.data(&image, None) == expected);
@@ -2216,8 +2220,8 @@ impl Early {
 
     /// The source's overwriting and removal right after the last thing that kept it.
     async fn release(&self, client: &Client, source: &ImageSpec) {
-        assert_eq!(client.remove_image(&self.anchor).await.unwrap(), Change::Made);
-        assert_eq!(client.remove_snapshot(source, "s").await.unwrap(), Change::Made);
+        assert_eq!(client.remove_image(&self.anchor).await.unwrap(), Changed::Yes);
+        assert_eq!(client.remove_snapshot(source, "s").await.unwrap(), Changed::Yes);
     }
 }
 
@@ -2706,6 +2710,6 @@ async fn a_fill_goes_on_from_the_anchor_when_the_source_is_deleted() {
     is_detached(&lab, &client, &early).await;
     // an anchor has no object map: clients ask for all of its objects
     assert_eq!(objects_of(&lab, &early), 192);
-    assert_eq!(client.remove_image(&early.anchor).await.unwrap(), Change::Made);
+    assert_eq!(client.remove_image(&early.anchor).await.unwrap(), Changed::Yes);
     assert!(lab.data(&early.image, None) == expected && lab.data(&early.image, Some("snap")) == expected);
 }

@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use proptest::test_runner::Config as Cases;
 use rbd_offload::config::Config;
 use rbd_offload::job::record::{Record, State};
-use rbd_offload::notification::{Notification, TransportUrl, Unreadable};
+use rbd_offload::notification::{EnvelopeError, Notification, TransportUrl};
 use rbd_offload::openstack::{Image, Volume, VolumeSnapshot};
 use rbd_offload::publish::header::container_format;
 use rbd_offload::publish::image_status::{self, Status};
@@ -454,7 +454,7 @@ fn bombs_are_refused_within_time_and_memory() {
         }
     }
     let before = cpu_seconds();
-    assert_eq!(Notification::read(&bomb, Some("gzip")), Err(Unreadable::TooLargeInflated), "{} bytes", bomb.len());
+    assert_eq!(Notification::read(&bomb, Some("gzip")), Err(EnvelopeError::TooLargeInflated), "{} bytes", bomb.len());
     assert!(cpu_seconds() - before < SECONDS);
     assert!(peak_memory() < MEMORY, "{} MiB", peak_memory() >> 20);
 }

@@ -15,11 +15,11 @@ enum Fault {
     PublishesWithoutGo,
     /// The daemon says that it declined before it has taken its copy back.
     TellsBeforeItTookDown,
-    /// The service does the work itself after it said go, on a mere timeout.
+    /// The service does the work itself after it committed, on a mere timeout.
     FallsBackAfterGo,
-    /// The service says go and does not wait for what comes of it.
+    /// The service commits and does not wait for the outcome.
     TakesGoForDone,
-    /// The daemon does not store that go was said, so that the next one may decline by timeout while the copy is out.
+    /// The daemon does not store the commit, so that the next one may decline by timeout while the copy is out.
     ForgetsGo,
     /// A daemon that lost its lease is not fenced.
     NoFence,
@@ -389,7 +389,7 @@ impl World {
         }
         let waits = matches!(self.service, Service::Read | Service::Decide(_));
         let unheard = self.image.status == Status::Queued && self.image.said != Said::Declined;
-        // where a daemon stood still, what it does late may take the word off again: then there is a doubt
+        // a daemon that was frozen may take the tag off late: then the service cannot know the outcome
         let ended = self.job.stage == Stage::Ended && self.job.takeovers == 0;
         if ended && self.has_commit_tag && waits && unheard {
             return Some("the daemon ended it without a word after go");

@@ -523,7 +523,7 @@ mod handed_over {
         await_copying(&second, &id).await;
         second.kill();
         is_right(&await_snapshot(&demo, &id, &instance, "PAUSED").await, &expected).await;
-        // what the dead one left is taken down by the next
+        // the next daemon removes what the dead one left
         let third = setup.start().await;
         third.await_job(&id, "declined").await;
         disk_is_free(&instance).await;

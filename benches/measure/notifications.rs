@@ -28,7 +28,7 @@ fn bodies() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Publishes so many while the listener stands still, lets it go on, and waits until it has seen them all.
+/// Publishes `count` messages while the listener is stopped, starts it again, and waits until it has seen them all.
 /// Seconds by the clock and of CPU.
 async fn drain(
     broker: &Broker,

@@ -24,7 +24,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::keyring::{self, UserKey};
-use super::{Change, Error, ErrorKind, Progress, Result, sys};
+use super::{Changed, Error, ErrorKind, Progress, Result, sys};
 
 /// Options of librados and librbd that differ from the operator's ceph.conf, and why.
 const OPTIONS: &[(&str, &str)] = &[
@@ -53,7 +53,7 @@ const FENCE_SECONDS: u32 = 24 * 3600;
 /// How often the progress of a running transfer is shown to its caller.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long a cancelled transfer may take to stop by itself before its caller is let go. It then ends unattended.
+/// How long a cancelled transfer may take to stop by itself before its caller returns. It then ends unattended.
 const CANCEL_GRACE: Duration = Duration::from_secs(4);
 
 /// Calls of one client that run at a time. A job has a few; the store's come from all jobs at once.
@@ -162,16 +162,16 @@ impl Client {
     }
 
     /// Replaces the connection of a client that was fenced by a new one, under a new address. Call it once all work
-    /// that ran over the old one has been given up. `AlreadyThere` when the client is not fenced.
-    pub async fn reconnect(&self) -> Result<Change> {
+    /// that ran over the old one has been given up. `No` when the client is not fenced.
+    pub async fn reconnect(&self) -> Result<Changed> {
         let _one = self.shared.reconnecting.lock().await;
         if !self.is_fenced() {
-            return Ok(Change::AlreadyThere);
+            return Ok(Changed::No);
         }
         let cluster = connect_blocking(self.shared.options.clone()).await?;
         // The old handle is shut down when the last call over it has ended.
         *lock(&self.shared.current) = cluster;
-        Ok(Change::Made)
+        Ok(Changed::Yes)
     }
 
     pub(super) fn cluster(&self) -> Arc<Cluster> {
@@ -223,7 +223,7 @@ impl Client {
         }
         let stop = cancel.child_token();
         let _stop_when_dropped = stop.clone().drop_guard();
-        let shown = Arc::new(progress.beside());
+        let shown = Arc::new(progress.steps_only());
         let inner = shown.clone();
         let mirror = || progress.mirror(&shown);
         let running = self.run(operation.clone(), move |cluster| work(cluster, &inner, &stop));
@@ -271,10 +271,10 @@ impl Client {
     }
 
     /// Fences all addresses of another client, and waits for the map that says so.
-    pub(super) async fn fence_address(&self, address: &str) -> Result<Change> {
+    pub(super) async fn fence_address(&self, address: &str) -> Result<Changed> {
         let operation = format!("fence client {address}");
         if lock(&self.shared.fenced).contains(address) {
-            return Ok(Change::AlreadyThere);
+            return Ok(Changed::No);
         }
         let shared = self.shared.clone();
         let address = address.to_owned();
@@ -296,7 +296,7 @@ impl Client {
             // SAFETY: a connected handle.
             check(&operation, unsafe { rados_wait_for_latest_osdmap(cluster.raw) })?;
             lock(&shared.fenced).insert(address);
-            Ok(Change::Made)
+            Ok(Changed::Yes)
         })
         .await
     }
@@ -547,7 +547,7 @@ impl Drop for Cluster {
     }
 }
 
-/// An open pool (and namespace). Destroys itself, then lets go of the cluster handle.
+/// An open pool (and namespace). Destroys itself, then drops its reference to the cluster handle.
 pub(super) struct IoCtx {
     raw: rados_ioctx_t,
     cluster: Arc<Cluster>,

@@ -181,7 +181,7 @@ fn first_difference(
     let mut first: Option<u64> = None;
     loop {
         if cancel.is_cancelled() {
-            // What is in flight is waited for when the queues go.
+            // Dropping the queues waits for what is in flight.
             return Err(cancelled(operation));
         }
         // After a difference only what is in flight can hold an earlier one.

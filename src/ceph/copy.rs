@@ -58,7 +58,7 @@ pub(super) fn copy(
         let length = end - start;
         loop {
             if cancel.is_cancelled() {
-                // What is in flight is waited for when the queue goes.
+                // Dropping the queue waits for what is in flight.
                 return Err(cancelled(operation));
             }
             if run.chunks_in_flight() >= limits.concurrency.max(1) {

@@ -29,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, cancelled, check};
 use super::layers::{
-    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Stored, parents, refuse_migrating, sources, within,
+    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Missing, StoredBytes, parents, refuse_migrating, sources,
+    within,
 };
 use super::pace::{OBJECT, QUESTION, RateLimiter};
 use super::rbd::{Access, Image, ParentLink};
@@ -310,7 +311,7 @@ enum Holes {
 }
 
 impl Holes {
-    fn of(Stored { bytes, length }: Stored) -> Self {
+    fn of(StoredBytes { bytes, length }: StoredBytes) -> Self {
         if bytes == 0 {
             // Nothing is stored: there is nothing to copy. The flatten reads zeros from the source.
             Self::NearlyAll
@@ -364,16 +365,44 @@ fn sparsify_if_worthwhile(copier: &mut Copier<'_>, objects: &[u64], concurrency:
     Ok(())
 }
 
+/// What is to be moved is found out before the image is opened for changes: as long as it is, nobody can remove it.
+pub(super) fn flatten(
+    cluster: &Arc<Cluster>,
+    spec: &ImageSpec,
+    rate: &RateLimiter,
+    (progress, cancel): (&Progress, &CancellationToken),
+) -> Result<Moved> {
+    let image = Image::open_existing(cluster, spec, Access::ReadOnly)?;
+    if image.parent()?.is_none() {
+        return Ok(Moved::default());
+    }
+    // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
+    let operation = format!("flatten {spec}");
+    let inquiry = Inquiry { operation: &operation, rate, progress, cancel };
+    let unknown_holes = has_unknown_holes(cluster, &image, inquiry)?;
+    let Missing { bytes, objects } = Missing::of(cluster, &image, unknown_holes, inquiry)?;
+    let object_size = image.object_size()?;
+    drop(image);
+    let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
+    progress.set_total(bytes);
+    image.flatten(progress, cancel)?;
+    progress.set_done(bytes);
+    if unknown_holes && bytes > 0 {
+        sparsify_flattened(&image, &objects, Inquiry { progress: &progress.steps_only(), ..inquiry })?;
+    }
+    Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
+}
+
 /// Makes holes again in what a flatten copied into these objects. It keeps those that it is told of; an erasure-coded
 /// pool tells none.
-pub(super) fn sparsify_flattened(image: &Image, objects: &[u64], inquiry: Inquiry<'_>) -> Result<()> {
+fn sparsify_flattened(image: &Image, objects: &[u64], inquiry: Inquiry<'_>) -> Result<()> {
     let (data, destination) = (open_to_fill(image)?, DataObjects::of(image, None)?);
     let mut copier = Copier::new(&data, &destination, inquiry);
     sparsify_if_worthwhile(&mut copier, objects, PUNCHES)
 }
 
 /// Whether the OSDs cannot tell the holes of any of the image's parents.
-pub(super) fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<bool> {
+fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<bool> {
     for layer in sources(cluster, image)? {
         let data = layer.objects.open()?;
         let mut unknown = false;
@@ -608,7 +637,7 @@ mod tests {
 
     #[test]
     fn holes_are_judged_by_what_is_stored() {
-        let of = |bytes, length| Holes::of(Stored { bytes, length });
+        let of = |bytes, length| Holes::of(StoredBytes { bytes, length });
         assert_eq!(of(0, 0), Holes::NearlyAll);
         assert_eq!(of(0, 2 << 20), Holes::NearlyAll, "an object of nothing but a hole");
         assert_eq!(of(4096, 4096), Holes::Few);

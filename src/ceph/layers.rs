@@ -17,8 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
 use super::pace::{QUESTION, RateLimiter};
 use super::rbd::{Access, Extent, Image};
-use super::storage::is_owner_of;
-use super::{Error, ErrorKind, Features, ImageSpec, OWNER_KEY, Progress, Result, sys};
+use super::{Error, ErrorKind, Features, ImageSpec, OWNER_KEY, Progress, Result, is_owner_of, sys};
 
 /// The head of an image, where a snapshot's id is asked for (`CEPH_NOSNAP`).
 const HEAD: u64 = u64::MAX - 1;
@@ -207,9 +206,9 @@ impl DataObjects {
 
     /// Bytes of an object that are stored, and its length. [`ErrorKind::NotFound`] where there is none,
     /// [`ErrorKind::Unsupported`] where the pool does not tell (it is erasure-coded).
-    pub fn stored(&self, operation: &str, data: &IoCtx, object: u64) -> Result<Stored> {
+    pub fn stored(&self, operation: &str, data: &IoCtx, object: u64) -> Result<StoredBytes> {
         let name = self.name(operation, object)?;
-        let mut stored = Stored::default();
+        let mut stored = StoredBytes::default();
         let object_size = self.layout.object_size;
         // SAFETY: the ioctx is open, the name ends in NUL, and two numbers are written.
         let r = unsafe {
@@ -323,7 +322,7 @@ fn call_rbd_class(io: &IoCtx, object: &CStr, method: &CStr, input: &[u8], answer
 
 /// What an OSD has of an object.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Stored {
+pub(super) struct StoredBytes {
     /// Without the holes.
     pub bytes: u64,
     /// Up to the object's end.
@@ -654,11 +653,11 @@ impl Missing {
 }
 
 /// The objects of an image for which clients that do not find them in the image ask the OSDs, among its parents.
-pub(super) fn asked_for(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<Objects> {
+pub(super) fn asked_for(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -> Result<ObjectSet> {
     let layout = Layout::of(image)?;
     let layers = sources(cluster, image)?;
     refuse_migrating(&layers, inquiry.operation)?;
-    let mut asked = Objects::none_of(layout.count(image.overlap()?));
+    let mut asked = ObjectSet::none_of(layout.count(image.overlap()?));
     for layer in &layers {
         let (listing, mut next) = (layer.listing()?, 0);
         while next < asked.count {
@@ -676,12 +675,12 @@ pub(super) fn asked_for(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<
 }
 
 /// Some of the first objects of an image: one bit each.
-pub(super) struct Objects {
+pub(super) struct ObjectSet {
     pub count: u64,
     bits: Vec<u64>,
 }
 
-impl Objects {
+impl ObjectSet {
     pub fn none_of(count: u64) -> Self {
         Self { count, bits: vec![0; usize::try_from(count.div_ceil(64)).unwrap_or_default()] }
     }
@@ -828,11 +827,11 @@ mod tests {
 
     #[test]
     fn objects_are_one_bit_each() {
-        let mut some = Objects::none_of(130);
+        let mut some = ObjectSet::none_of(130);
         [0, 63, 64, 129, 130, 1 << 40].into_iter().for_each(|object| some.insert(object));
         assert_eq!((0..200).filter(|object| some.contains(*object)).collect::<Vec<_>>(), [0, 63, 64, 129]);
-        assert_eq!((0..200).filter(|object| Objects::all_of(70).contains(*object)).count(), 70);
-        assert_eq!(Objects::none_of(10 << 18).bits.len() * 8, 320 << 10, "bytes for 10 TiB");
+        assert_eq!((0..200).filter(|object| ObjectSet::all_of(70).contains(*object)).count(), 70);
+        assert_eq!(ObjectSet::none_of(10 << 18).bits.len() * 8, 320 << 10, "bytes for 10 TiB");
     }
 
     #[test]

@@ -42,6 +42,11 @@ pub use probe::{Finding, Probed};
 /// the RBD image is for; that id is part of the RBD image's name.
 pub const OWNER_KEY: &str = "rbd_offload.job";
 
+/// Whether a value of [`OWNER_KEY`] belongs to an image of this name; a clone has inherited that of its parent.
+fn is_owner_of(owner: &str, name: &str) -> bool {
+    owner.split_whitespace().next().is_some_and(|id| name.contains(id))
+}
+
 /// An RBD image: a pool and the image's name in it, or its internal id (an image in the trash has no name).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ImageSpec {
@@ -187,11 +192,11 @@ pub struct Trashed {
     pub name: String,
 }
 
-/// Whether a step found something to do; a repeated step finds nothing.
+/// Whether a call changed something. A repeated call finds its work done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
-    Made,
-    AlreadyThere,
+pub enum Changed {
+    Yes,
+    No,
 }
 
 /// Progress of a transfer in bytes, shared between the thread that moves them and the readers that show them.
@@ -205,7 +210,7 @@ pub struct Progress {
 
 impl Progress {
     /// For work whose bytes are not to be shown: it counts only its steps, in these.
-    pub fn beside(&self) -> Self {
+    pub fn steps_only(&self) -> Self {
         Self { steps: Arc::clone(&self.steps), waits: Arc::clone(&self.waits), ..Self::default() }
     }
 
@@ -231,7 +236,7 @@ impl Progress {
     }
 
     /// Steps and waits: as long as this number changes, the work does not hang.
-    pub fn signs_of_life(&self) -> u64 {
+    pub fn activity(&self) -> u64 {
         self.steps().wrapping_add(self.waits.load(Ordering::Relaxed))
     }
 
@@ -309,9 +314,9 @@ pub trait Storage: Send + Sync + 'static {
     /// missing snapshot is [`ErrorKind::NotFound`].
     async fn image(&self, image: &ImageSpec, snapshot: Option<&str>) -> Result<Option<ImageInfo>>;
 
-    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed>;
 
-    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed>;
 
     /// Writes beside the image's header who makes, or made, the snapshot of that name: snapshots have no metadata, and
     /// clones do not inherit this. It goes with the image. Nothing is written for an image of format 1.
@@ -320,7 +325,7 @@ pub trait Storage: Send + Sync + 'static {
     /// What [`set_snapshot_tag`](Self::set_snapshot_tag) wrote; `None` when nothing was, or the image is not there.
     async fn snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Option<String>>;
 
-    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed>;
 
     /// [`create_snapshot`](Self::create_snapshot) and [`protect_snapshot`](Self::protect_snapshot), at once where that
     /// is quicker.
@@ -329,9 +334,9 @@ pub trait Storage: Send + Sync + 'static {
         self.protect_snapshot(image, snapshot).await.map(drop)
     }
 
-    /// Unprotects it and removes it, also one whose removal was broken off half way. `AlreadyThere` when there was
+    /// Unprotects it and removes it, also one whose removal was broken off half way. `No` when there was
     /// none, or no such image. [`ErrorKind::Busy`] while it has clones.
-    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change>;
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed>;
 
     /// Clones `source@snapshot` to `destination` with these features: [`Features::PUBLISHED`] where nobody else opens
     /// the clone before [`flatten`](Self::flatten) is done, otherwise [`Features::WITHOUT_MAPS`].
@@ -481,13 +486,13 @@ pub trait Storage: Send + Sync + 'static {
 
     /// Removes the image with all its snapshots, also where the pool's settings turn a removal into a move to the
     /// trash, and where an earlier removal left it there. A name that a broken-off rename left beside another is
-    /// removed alone. `AlreadyThere` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or another
+    /// removed alone. `No` when there was none. [`ErrorKind::Busy`] while a snapshot has clones or another
     /// client has the image open.
-    async fn remove_image(&self, image: &ImageSpec) -> Result<Change>;
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Changed>;
 
     /// Finishes removals of an image of that name that broke off and left it in the trash. An image that has the name
-    /// now is left alone. `AlreadyThere` when there is nothing to finish.
-    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change>;
+    /// now is left alone. `No` when there is nothing to finish.
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Changed>;
 
     /// What lies in the pool's trash.
     async fn trash(&self, pool: &str) -> Result<Vec<Trashed>>;
@@ -496,8 +501,8 @@ pub trait Storage: Send + Sync + 'static {
     async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
 
     /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it
-    /// has no snapshots. `AlreadyThere` otherwise. [`ErrorKind::Busy`] while another client has it open.
-    async fn purge(&self, image: &ImageSpec) -> Result<Change>;
+    /// has no snapshots. `No` otherwise. [`ErrorKind::Busy`] while another client has it open.
+    async fn purge(&self, image: &ImageSpec) -> Result<Changed>;
 
     /// `None` when the key (or the image) is not there.
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>>;
@@ -508,7 +513,7 @@ pub trait Storage: Send + Sync + 'static {
     /// included.
     async fn replace_metadata(&self, image: &ImageSpec, metadata: &[(String, String)]) -> Result<()>;
 
-    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change>;
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Changed>;
 
     /// Names of all images of the pool that start with `prefix`.
     async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>>;
@@ -529,12 +534,12 @@ pub trait Storage: Send + Sync + 'static {
     async fn address(&self) -> Result<String>;
 
     /// Shuts the client with that address out of the cluster (`osd blocklist add`), and returns once every later
-    /// operation here goes by a map that says so. `AlreadyThere` if this handle has done it before.
-    async fn fence(&self, address: &str) -> Result<Change>;
+    /// operation here goes by a map that says so. `No` if this handle has done it before.
+    async fn fence(&self, address: &str) -> Result<Changed>;
 
     /// Reconnects after having been fenced ([`ErrorKind::Fenced`]), under a new address. Only once all work over the
-    /// old connection was given up. `AlreadyThere` when this client is not fenced.
-    async fn reconnect(&self) -> Result<Change>;
+    /// old connection was given up. `No` when this client is not fenced.
+    async fn reconnect(&self) -> Result<Changed>;
 }
 
 /// Clients for jobs, one each: what hangs or is fenced is one job's client, and no other job's.
@@ -547,7 +552,7 @@ pub trait StoragePool: Send + Sync + 'static {
     fn is_fenced(&self) -> bool;
 
     /// Connects those of the shared clients again that were fenced. Only once all work over them was given up.
-    async fn reconnect(&self) -> Result<Change>;
+    async fn reconnect(&self) -> Result<Changed>;
 }
 
 /// A client of a [`StoragePool`]. One that is dropped is used no more, and closes when its last call has returned.
@@ -647,8 +652,8 @@ pub trait Objects: Send + Sync + 'static {
     /// Prolongs a lock that is still held: [`ErrorKind::NotLocked`] once it ran out or another client has it.
     async fn renew(&self, object: &str, lock: &LockKey, description: &str, duration: Duration) -> Result<()>;
 
-    /// `AlreadyThere` when it was not held any more.
-    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Change>;
+    /// `No` when it was not held any more.
+    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Changed>;
 
     /// Whether anybody holds the lock now.
     async fn is_locked(&self, object: &str, lock_name: &str) -> Result<bool>;

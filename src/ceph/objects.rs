@@ -21,7 +21,7 @@ use ceph::rados::{
 };
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, check};
-use super::{Change, Error, ErrorKind, KeyedObject, LockKey, Locked, Objects, Result, Version, sys};
+use super::{Changed, Error, ErrorKind, KeyedObject, LockKey, Locked, Objects, Result, Version, sys};
 use std::sync::Arc;
 
 /// The largest object that is read, in bytes. Nothing larger may be written.
@@ -104,16 +104,16 @@ impl Object {
     }
 
     /// [`ErrorKind::NotFound`] when there is no such object.
-    pub(super) fn remove_xattr(&self, name: &str) -> Result<Change> {
+    pub(super) fn remove_xattr(&self, name: &str) -> Result<Changed> {
         if self.xattr(name)?.is_none() {
-            return Ok(Change::AlreadyThere);
+            return Ok(Changed::No);
         }
         let name = c_string(&self.operation, name)?;
         let op = WriteOp::new();
         op.assert_exists();
         // SAFETY: the op is open; the name ends in NUL and is copied.
         unsafe { rados_write_op_rmxattr(op.raw, name.as_ptr()) };
-        self.write(&op).map(|()| Change::Made)
+        self.write(&op).map(|()| Changed::Yes)
     }
 
     fn last_version(&self) -> Version {
@@ -277,7 +277,7 @@ impl Objects for Namespace {
         .await
     }
 
-    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Change> {
+    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Changed> {
         let lock = lock.clone();
         self.with_object("unlock", object, move |object| {
             let name = c_string(&object.operation, &lock.name)?;
@@ -285,10 +285,10 @@ impl Objects for Namespace {
             // SAFETY: the ioctx is open, the strings end in NUL.
             let r = unsafe { rados_unlock(object.io.raw(), object.name.as_ptr(), name.as_ptr(), cookie.as_ptr()) };
             if r == -libc::ENOENT {
-                return Ok(Change::AlreadyThere);
+                return Ok(Changed::No);
             }
             check(&object.operation, r)?;
-            Ok(Change::Made)
+            Ok(Changed::Yes)
         })
         .await
     }
@@ -469,15 +469,15 @@ impl Drop for WriteOp {
     }
 }
 
-/// Creates an object without bytes. `AlreadyThere` when there is one of that name.
-pub(super) fn create_empty(io: &IoCtx, object: &CStr, operation: &str) -> Result<Change> {
+/// Creates an object without bytes. `No` when there is one of that name.
+pub(super) fn create_empty(io: &IoCtx, object: &CStr, operation: &str) -> Result<Changed> {
     let op = WriteOp::new();
     op.create_exclusive();
     // SAFETY: op and ioctx are open, the name ends in NUL, no modification time is given.
     let r = unsafe { rados_write_op_operate(op.raw, io.raw(), object.as_ptr(), ptr::null_mut(), 0) };
     match r {
-        r if r == -libc::EEXIST => Ok(Change::AlreadyThere),
-        r => check(operation, r).map(|_| Change::Made),
+        r if r == -libc::EEXIST => Ok(Changed::No),
+        r => check(operation, r).map(|_| Changed::Yes),
     }
 }
 

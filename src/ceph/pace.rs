@@ -93,7 +93,8 @@ impl RateLimiter {
         lock(&self.state).add(amount, Instant::now());
     }
 
-    /// Blocks until the work may start. A wait is a sign of life and no step: other jobs may have used the rate up.
+    /// Blocks until the work may start. Waiting counts as activity, and not as a step: other jobs may have used the
+    /// rate up.
     pub(super) fn wait(
         &self,
         amount: f64,

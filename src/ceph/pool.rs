@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 
 use super::cluster::{Client, lock};
-use super::{Change, Error, ErrorKind, Lent, Result, Storage, StoragePool};
+use super::{Changed, Error, ErrorKind, Lent, Result, Storage, StoragePool};
 
 /// Clients that are kept connected while no job uses them.
 const IDLE_MAX: usize = 8;
@@ -55,10 +55,10 @@ impl StoragePool for ClientPool {
         self.control.is_fenced() || self.store.is_fenced()
     }
 
-    async fn reconnect(&self) -> Result<Change> {
+    async fn reconnect(&self) -> Result<Changed> {
         let control = self.control.reconnect().await?;
         let store = self.store.reconnect().await?;
-        Ok(if [control, store].contains(&Change::Made) { Change::Made } else { Change::AlreadyThere })
+        Ok(if [control, store].contains(&Changed::Yes) { Changed::Yes } else { Changed::No })
     }
 }
 

@@ -23,12 +23,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, check};
-use super::fill::{Copier, Survey, copy_all, open_to_fill};
-use super::layers::{Chain, DataObjects, Inquiry, Layout, Objects, STRETCH, asked_for, sources};
+use super::fill::{Copier, Survey, copy_all, flatten, open_to_fill};
+use super::layers::{Chain, DataObjects, Inquiry, Layout, ObjectSet, STRETCH, asked_for, sources};
 use super::objects::create_empty;
 use super::pace::{OBJECT, QUESTION};
-use super::rbd::{self, Access, Image};
-use super::storage::{find_in_trash, flatten};
+use super::rbd::{self, Access, Image, find_in_trash};
 use super::{Error, ErrorKind, Features, FillState, ImageKey, ImageSpec, Moved, Progress, Result, TransferLimits};
 
 /// How often a fill looks whether the image and its parents are still what they were.
@@ -181,10 +180,10 @@ pub(super) fn detach(
     let image = Image::open_existing(cluster, &spec, Access::ReadOnly)?;
     let count = Layout::of(&image)?.count(image.size()?);
     let has_object_map = image.features()?.has(Features::OBJECT_MAP);
-    let inquiry = Inquiry { operation: &operation, rate, progress: &progress.beside(), cancel };
+    let inquiry = Inquiry { operation: &operation, rate, progress: &progress.steps_only(), cancel };
     let mut moved = Moved::default();
     // Where the flatten was done by an earlier call, it is not known any more what the parents held.
-    let mut hidden = Objects::all_of(count);
+    let mut hidden = ObjectSet::all_of(count);
     if has_parent(&image)? {
         check_rule(&image, true, &operation)?;
         drop(image);
@@ -230,7 +229,7 @@ pub(super) fn detach(
 
 /// Makes an object without bytes of each of these that the image has not. It is written under an empty snapshot
 /// context, so the image's snapshots have it too.
-fn fill_holes(image: &Image, hidden: &Objects, inquiry: Inquiry<'_>) -> Result<()> {
+fn fill_holes(image: &Image, hidden: &ObjectSet, inquiry: Inquiry<'_>) -> Result<()> {
     let objects = DataObjects::of(image, None)?;
     let fill = |data: &IoCtx, object| {
         if objects.length(inquiry.operation, data, object)?.is_none() {

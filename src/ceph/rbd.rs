@@ -569,7 +569,7 @@ impl Image {
 
     /// Makes the object map agree with the objects that there are.
     pub fn rebuild_object_map(&self, progress: &Progress, cancel: &CancellationToken) -> Result<()> {
-        self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, &progress.beside(), cancel)
+        self.long_call("rebuild the object map of", sys::rbd_rebuild_object_map, &progress.steps_only(), cancel)
     }
 
     fn long_call(
@@ -828,7 +828,7 @@ pub(super) fn list(io: &IoCtx, operation: &str) -> Result<Vec<Listed>> {
 }
 
 /// An image in the trash.
-pub(super) struct Trashed {
+pub(super) struct TrashEntry {
     pub id: String,
     pub name: String,
     /// It lies there because librbd is removing it.
@@ -839,7 +839,7 @@ pub(super) struct Trashed {
     pub deferred_until: i64,
 }
 
-pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
+pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<TrashEntry>> {
     let mut max = 256usize;
     loop {
         let mut infos = Vec::with_capacity(max);
@@ -862,7 +862,7 @@ pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
             .iter()
             // SAFETY: filled by librbd: null or ending in NUL.
             .map(|info| unsafe {
-                Trashed {
+                TrashEntry {
                     id: text(info.id),
                     name: text(info.name),
                     removing: info.source == sys::TRASH_SOURCE_REMOVING,
@@ -875,6 +875,12 @@ pub(super) fn trash(io: &IoCtx, operation: &str) -> Result<Vec<Trashed>> {
         unsafe { sys::rbd_trash_list_cleanup(infos.as_mut_ptr(), count) };
         return Ok(trashed);
     }
+}
+
+pub(super) fn find_in_trash(io: &IoCtx, spec: &ImageSpec) -> Result<Option<TrashEntry>> {
+    let ImageKey::Id(id) = &spec.image else { return Ok(None) };
+    let trash = self::trash(io, &format!("look for {spec} in the trash"))?;
+    Ok(trash.into_iter().find(|trashed| trashed.id == *id))
 }
 
 fn name_of(operation: &str, spec: &ImageSpec) -> Result<CString> {

@@ -10,22 +10,21 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Client, Cluster, IoCtx, c_string};
 use super::compare::compare;
 use super::copy::copy;
-use super::fill::{FillFault, fill, has_unknown_holes, sparsify_flattened};
-use super::layers::{Inquiry, Missing};
+use super::fill::{FillFault, fill, flatten};
 use super::objects::{Object, header_page, omap_page};
 use super::pace::{OBJECT, RateLimiter};
 use super::published::{check_rule, detach, fill_published, is_gone, sweep_objects};
-use super::rbd::{self, Access, Image, Options};
+use super::rbd::{self, Access, Image, Options, find_in_trash};
 use super::{
-    Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
-    Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed,
+    Changed, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
+    Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed, is_owner_of,
 };
 
-/// How long a busy image is waited for before it is reported as busy: a watch that was just given up goes within that.
+/// How long a call on a busy image is repeated before it fails: a watch that was just given up ends within that.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How often the caller of a fill is told how far it got.
+/// How often a fill tells its caller how far it got.
 const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A longer chain of parents is taken for a circle.
@@ -46,17 +45,17 @@ impl Storage for Client {
         .await
     }
 
-    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         self.with_image("create snapshot", image, snapshot, |image, snapshot| {
             ok_if(image.create_snapshot(snapshot), ErrorKind::Exists)
         })
         .await
     }
 
-    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         self.with_image("protect", image, snapshot, |image, snapshot| {
             if image.is_protected(snapshot)? {
-                return Ok(Change::AlreadyThere);
+                return Ok(Changed::No);
             }
             ok_if(image.protect_snapshot(snapshot), ErrorKind::Busy)
         })
@@ -75,33 +74,33 @@ impl Storage for Client {
         Ok(value.flatten().map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
-    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         let removed =
             self.with_header("remove the tag of", image, snapshot, |header, name| header.remove_xattr(name)).await?;
-        Ok(removed.unwrap_or(Change::AlreadyThere))
+        Ok(removed.unwrap_or(Changed::No))
     }
 
     async fn create_protected_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<()> {
         self.with_image("create and protect snapshot", image, snapshot, create_protected_snapshot).await
     }
 
-    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         let (spec, snapshot) = (image.clone(), snapshot.to_owned());
         self.run(format!("remove snapshot {image}@{snapshot}"), move |cluster| {
-            let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { return Ok(Change::AlreadyThere) };
+            let Some(image) = Image::open(cluster, &spec, Access::ReadOnly)? else { return Ok(Changed::No) };
             let there = image.snapshots()?.iter().any(|s| s.name == snapshot);
             let discarded = image.discarded_snapshots()?.into_iter().filter(|(_, name)| *name == snapshot);
             let discarded: Vec<u64> = discarded.map(|(id, _)| id).collect();
             if !there && discarded.is_empty() {
-                return Ok(Change::AlreadyThere);
+                return Ok(Changed::No);
             }
             drop(image);
-            let Some(image) = Image::open(cluster, &spec, Access::ReadWrite)? else { return Ok(Change::AlreadyThere) };
-            let mut change = if there { remove_snapshot(&image, &snapshot)? } else { Change::AlreadyThere };
+            let Some(image) = Image::open(cluster, &spec, Access::ReadWrite)? else { return Ok(Changed::No) };
+            let mut change = if there { remove_snapshot(&image, &snapshot)? } else { Changed::No };
             // an earlier removal was stopped half way
             for id in discarded {
-                if ok_if(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Change::Made {
-                    change = Change::Made;
+                if ok_if(image.remove_snapshot_by_id(id), ErrorKind::NotFound)? == Changed::Yes {
+                    change = Changed::Yes;
                 }
             }
             Ok(change)
@@ -292,7 +291,7 @@ impl Storage for Client {
     ) -> Result<Option<u64>> {
         let operation = format!("compare {destination} with {source}@{snapshot}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
-        self.run_long(operation, &progress.beside(), cancel, move |cluster, progress, cancel| {
+        self.run_long(operation, &progress.steps_only(), cancel, move |cluster, progress, cancel| {
             compare(cluster, &source, &snapshot, &destination, extent, (progress, cancel))
         })
         .await
@@ -334,15 +333,15 @@ impl Storage for Client {
         .await
     }
 
-    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Changed> {
         let spec = image.clone();
         self.run(format!("remove {image}"), move |cluster| remove_image(cluster, &spec)).await
     }
 
-    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change> {
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Changed> {
         let (operation, spec) = (format!("finish the removal of {image}"), image.clone());
         self.run(operation.clone(), move |cluster| {
-            let ImageKey::Name(name) = &spec.image else { return Ok(Change::AlreadyThere) };
+            let ImageKey::Name(name) = &spec.image else { return Ok(Changed::No) };
             let io = IoCtx::open(cluster, &spec.pool)?;
             empty_trash_of(cluster, &io, &spec.pool, Some(name), None, &operation)
         })
@@ -367,7 +366,7 @@ impl Storage for Client {
         .await
     }
 
-    async fn purge(&self, image: &ImageSpec) -> Result<Change> {
+    async fn purge(&self, image: &ImageSpec) -> Result<Changed> {
         let spec = image.clone();
         self.run(format!("purge {image}"), move |cluster| purge(cluster, &spec)).await
     }
@@ -393,7 +392,7 @@ impl Storage for Client {
         self.with_image("replace the metadata of", image, "", move |image, _| image.replace_metadata(&metadata)).await
     }
 
-    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Changed> {
         self.with_image("remove metadata of", image, key, |image, key| {
             ok_if(image.remove_metadata(key), ErrorKind::NotFound)
         })
@@ -432,11 +431,11 @@ impl Storage for Client {
         self.run("read this client's address", |cluster| cluster.addresses()).await
     }
 
-    async fn fence(&self, address: &str) -> Result<Change> {
+    async fn fence(&self, address: &str) -> Result<Changed> {
         self.fence_address(address).await
     }
 
-    async fn reconnect(&self) -> Result<Change> {
+    async fn reconnect(&self) -> Result<Changed> {
         Client::reconnect(self).await
     }
 }
@@ -508,10 +507,10 @@ impl Client {
     }
 }
 
-fn ok_if(result: Result<()>, there_already: ErrorKind) -> Result<Change> {
+fn ok_if(result: Result<()>, there_already: ErrorKind) -> Result<Changed> {
     match result {
-        Ok(()) => Ok(Change::Made),
-        Err(e) if e.kind() == there_already => Ok(Change::AlreadyThere),
+        Ok(()) => Ok(Changed::Yes),
+        Err(e) if e.kind() == there_already => Ok(Changed::No),
         Err(e) => Err(e),
     }
 }
@@ -540,36 +539,8 @@ fn info(image: &Image, snapshot: Option<&str>) -> Result<ImageInfo> {
     })
 }
 
-/// What is to be moved is found out before the image is opened for changes: as long as it is, nobody can remove it.
-pub(super) fn flatten(
-    cluster: &Arc<Cluster>,
-    spec: &ImageSpec,
-    rate: &RateLimiter,
-    (progress, cancel): (&Progress, &CancellationToken),
-) -> Result<Moved> {
-    let image = Image::open_existing(cluster, spec, Access::ReadOnly)?;
-    if image.parent()?.is_none() {
-        return Ok(Moved::default());
-    }
-    // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
-    let operation = format!("flatten {spec}");
-    let inquiry = Inquiry { operation: &operation, rate, progress, cancel };
-    let unknown_holes = has_unknown_holes(cluster, &image, inquiry)?;
-    let Missing { bytes, objects } = Missing::of(cluster, &image, unknown_holes, inquiry)?;
-    let object_size = image.object_size()?;
-    drop(image);
-    let image = Image::open_existing(cluster, spec, Access::ReadWrite)?;
-    progress.set_total(bytes);
-    image.flatten(progress, cancel)?;
-    progress.set_done(bytes);
-    if unknown_holes && bytes > 0 {
-        sparsify_flattened(&image, &objects, Inquiry { progress: &progress.beside(), ..inquiry })?;
-    }
-    Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
-}
-
 /// Unprotects and removes a snapshot that was there a moment ago.
-fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
+fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Changed> {
     match image.is_protected(snapshot) {
         Ok(true) => {
             if let Err(e) = image.unprotect_snapshot(snapshot)
@@ -580,7 +551,7 @@ fn remove_snapshot(image: &Image, snapshot: &str) -> Result<Change> {
             }
         }
         Ok(false) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Change::AlreadyThere),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Changed::No),
         Err(e) => return Err(e),
     }
     ok_if(image.remove_snapshot(snapshot), ErrorKind::NotFound)
@@ -634,25 +605,19 @@ fn chain(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Link>> {
     Ok(links)
 }
 
-pub(super) fn find_in_trash(io: &IoCtx, spec: &ImageSpec) -> Result<Option<rbd::Trashed>> {
-    let ImageKey::Id(id) = &spec.image else { return Ok(None) };
-    let trash = rbd::trash(io, &format!("look for {spec} in the trash"))?;
-    Ok(trash.into_iter().find(|trashed| trashed.id == *id))
-}
-
 /// Removes from the trash what nobody needs any more; librbd itself refuses a removal before the end of the deferment,
 /// and of an image with snapshots.
-fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
+fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Changed> {
     let io = IoCtx::open(cluster, &spec.pool)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let Some(trashed) = find_in_trash(&io, spec)? else { return Ok(Change::AlreadyThere) };
+    let Some(trashed) = find_in_trash(&io, spec)? else { return Ok(Changed::No) };
     if !trashed.by_user || trashed.deferred_until > i64::try_from(now).unwrap_or(i64::MAX) {
-        return Ok(Change::AlreadyThere);
+        return Ok(Changed::No);
     }
     if let Some(image) = Image::open(cluster, spec, Access::ReadOnly)?
         && image.has_snapshots()?
     {
-        return Ok(Change::AlreadyThere);
+        return Ok(Changed::No);
     }
     let operation = format!("purge {spec}");
     retry_while_busy(|| ok_if(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
@@ -681,7 +646,7 @@ fn rename(io: &IoCtx, from: &str, to: &str, operation: &str) -> Result<()> {
 
 /// Removes an image with its snapshots. The pool's settings may turn librbd's removal into a move to the trash, and a
 /// removal may have broken off there, so that the trash is looked through each time.
-pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Change> {
+pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Changed> {
     let operation = format!("remove {spec}");
     let io = IoCtx::open(cluster, &spec.pool)?;
     let (name, id) = match &spec.image {
@@ -695,20 +660,20 @@ pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<C
             && rbd::id_of_name(&io, &listed, &operation)?.as_ref() == Some(id)
         {
             rbd::remove_name(&io, name, &operation)?;
-            return Ok(Change::Made);
+            return Ok(Changed::Yes);
         }
     }
-    let mut change = Change::AlreadyThere;
+    let mut change = Changed::No;
     prepare_removal(cluster, spec, name.as_deref())?;
     // An image that cannot be opened may still have a name or an id: a creation or a removal broke off.
     let gone = |result: Result<()>| ok_if(result, ErrorKind::NotFound);
     if let Some(name) = &name
-        && retry_while_busy(|| gone(rbd::remove(&io, name, &operation)))? == Change::Made
+        && retry_while_busy(|| gone(rbd::remove(&io, name, &operation)))? == Changed::Yes
     {
-        change = Change::Made;
+        change = Changed::Yes;
     }
-    if empty_trash_of(cluster, &io, &spec.pool, name.as_deref(), id.as_deref(), &operation)? == Change::Made {
-        change = Change::Made;
+    if empty_trash_of(cluster, &io, &spec.pool, name.as_deref(), id.as_deref(), &operation)? == Changed::Yes {
+        change = Changed::Yes;
     }
     // A name that leads nowhere would never be free again.
     if let (Some(name), Some(id)) = (&name, &id)
@@ -729,8 +694,8 @@ fn empty_trash_of(
     name: Option<&str>,
     id: Option<&str>,
     operation: &str,
-) -> Result<Change> {
-    let mut change = Change::AlreadyThere;
+) -> Result<Changed> {
+    let mut change = Changed::No;
     for left in rbd::trash(io, operation)? {
         let in_trash = ImageSpec::with_id(pool, &left.id);
         let ours = id == Some(left.id.as_str())
@@ -739,7 +704,7 @@ fn empty_trash_of(
         if ours {
             prepare_removal(cluster, &in_trash, Some(&left.name))?;
             retry_while_busy(|| ok_if(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound))?;
-            change = Change::Made;
+            change = Changed::Yes;
         }
     }
     Ok(change)
@@ -773,11 +738,6 @@ fn is_own_leftover(cluster: &Arc<Cluster>, in_trash: &ImageSpec, name: &str) -> 
         Some(image) => Ok(image.metadata(OWNER_KEY)?.is_some_and(|owner| is_owner_of(&owner, name))),
         None => Ok(true),
     }
-}
-
-/// Whether a value of [`OWNER_KEY`] belongs to an image of this name; a clone has inherited that of its parent.
-pub(super) fn is_owner_of(owner: &str, name: &str) -> bool {
-    owner.split_whitespace().next().is_some_and(|id| name.contains(id))
 }
 
 /// Repeats what finds an image busy, for a short time.

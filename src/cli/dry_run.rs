@@ -21,7 +21,7 @@ const NOT_VISIBLE: &str = "not visible to a tenant";
 /// What is known by now of how a request would end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Outcome {
+enum ForecastOutcome {
     /// Nothing that a tenant can see speaks against it.
     Taken,
     /// It depends on the daemon's configuration.
@@ -32,7 +32,7 @@ enum Outcome {
 #[derive(Debug, Serialize)]
 struct Forecast {
     source: Source,
-    outcome: Outcome,
+    outcome: ForecastOutcome,
     /// Of `declined`: what the image record would say. Of `uncertain`: what it depends on.
     reason: Option<String>,
     checks: Vec<CheckResult>,
@@ -61,8 +61,8 @@ pub async fn dry_run(
     };
     output::print(&text)?;
     Ok(match forecast.outcome {
-        Outcome::Taken | Outcome::Uncertain => ExitCode::SUCCESS,
-        Outcome::Declined => ExitCode::from(Failure::UNAVAILABLE),
+        ForecastOutcome::Taken | ForecastOutcome::Uncertain => ExitCode::SUCCESS,
+        ForecastOutcome::Declined => ExitCode::from(Failure::UNAVAILABLE),
     })
 }
 
@@ -141,9 +141,9 @@ fn forecast(
     checks.push(CheckResult::skipped("daemon", format!("{NOT_VISIBLE}: whether one runs, and takes requests")));
     let first = |verdict| checks.iter().find(|row: &&CheckResult| row.verdict == verdict).map(|row| row.detail.clone());
     let (outcome, reason) = match (first(Verdict::Fault), first(Verdict::Warning)) {
-        (Some(reason), _) => (Outcome::Declined, Some(reason)),
-        (None, Some(reason)) => (Outcome::Uncertain, Some(reason)),
-        (None, None) => (Outcome::Taken, None),
+        (Some(reason), _) => (ForecastOutcome::Declined, Some(reason)),
+        (None, Some(reason)) => (ForecastOutcome::Uncertain, Some(reason)),
+        (None, None) => (ForecastOutcome::Taken, None),
     };
     Forecast { source, outcome, reason, checks }
 }
@@ -218,9 +218,9 @@ impl Forecast {
     fn describe(&self, colours: bool) -> String {
         let reason = self.reason.as_deref().unwrap_or_default();
         let sum = match self.outcome {
-            Outcome::Taken => "nothing that a tenant can see speaks against it; nothing was created".to_owned(),
-            Outcome::Uncertain => format!("it depends: {reason}; nothing was created"),
-            Outcome::Declined => format!("it would be declined: {reason}; nothing was created"),
+            ForecastOutcome::Taken => "nothing that a tenant can see speaks against it; nothing was created".to_owned(),
+            ForecastOutcome::Uncertain => format!("it depends: {reason}; nothing was created"),
+            ForecastOutcome::Declined => format!("it would be declined: {reason}; nothing was created"),
         };
         format!("{}{sum}\n", report::lines(&self.checks, colours))
     }
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn what_a_tenant_cannot_see_is_named_and_not_guessed() {
         let forecast = of(&volume(json!({})));
-        assert_eq!((forecast.outcome, &forecast.reason), (Outcome::Taken, &None));
+        assert_eq!((forecast.outcome, &forecast.reason), (ForecastOutcome::Taken, &None));
         let row = |name: &str| forecast.checks.iter().find(|row| row.check == name).unwrap();
         assert_eq!(row("volume").detail, "available, 4.00 GiB");
         assert_eq!(row("properties").detail, "1 from the source");
@@ -271,18 +271,21 @@ mod tests {
             (Found::NoNova, "no Nova"),
         ] {
             let forecast = of(&found);
-            assert_eq!(forecast.outcome, Outcome::Declined, "{reason}");
+            assert_eq!(forecast.outcome, ForecastOutcome::Declined, "{reason}");
             assert!(forecast.reason.as_deref().unwrap().contains(reason), "{forecast:?}");
         }
         let signed = BTreeMap::from([("img_signature".to_owned(), "x".to_owned())]);
-        assert_eq!(forecast(SOURCE, Some("p"), &volume(json!({})), None, signed).outcome, Outcome::Declined);
-        assert_eq!(forecast(SOURCE, None, &volume(json!({})), None, BTreeMap::new()).outcome, Outcome::Declined);
+        assert_eq!(forecast(SOURCE, Some("p"), &volume(json!({})), None, signed).outcome, ForecastOutcome::Declined);
+        assert_eq!(
+            forecast(SOURCE, None, &volume(json!({})), None, BTreeMap::new()).outcome,
+            ForecastOutcome::Declined
+        );
     }
 
     #[test]
     fn a_volume_in_use_depends_on_the_operator() {
         let forecast = of(&volume(json!({"status": "in-use"})));
-        assert_eq!(forecast.outcome, Outcome::Uncertain);
+        assert_eq!(forecast.outcome, ForecastOutcome::Uncertain);
         assert!(forecast.reason.unwrap().contains("allow_in_use"));
     }
 
@@ -292,7 +295,7 @@ mod tests {
             let usage = Some(ImageSizeUsage { limit: limit * GIB, used: used * GIB });
             forecast(SOURCE, Some("p"), &volume(json!({})), usage, BTreeMap::new()).outcome
         };
-        assert_eq!((within(10, 6), within(10, 7)), (Outcome::Taken, Outcome::Declined));
+        assert_eq!((within(10, 6), within(10, 7)), (ForecastOutcome::Taken, ForecastOutcome::Declined));
     }
 
     #[test]

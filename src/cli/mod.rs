@@ -25,7 +25,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::config;
 
 pub use failure::Failure;
-use setup::WIND_UP;
+pub use output::eprint_line;
+use setup::SHUTDOWN_TIMEOUT;
 
 /// Turns volumes, snapshots and instances into Glance images inside the Ceph cluster.
 #[derive(Debug, Parser)]
@@ -101,6 +102,6 @@ fn blocking(command: impl Future<Output = Result<ExitCode, Failure>>) -> Result<
         .build()
         .map_err(|e| Failure::new(Failure::OS, format!("the runtime does not start: {e}")))?;
     let outcome = runtime.block_on(command);
-    runtime.shutdown_timeout(WIND_UP);
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     outcome
 }

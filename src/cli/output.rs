@@ -24,8 +24,8 @@ pub fn print(text: &str) -> Result<bool, Failure> {
     }
 }
 
-/// Writes a line to standard error; that nobody reads it changes nothing.
-pub fn tell(text: &str) {
+/// Writes a line to standard error. Unlike `eprintln!`, it does not panic when standard error is closed.
+pub fn eprint_line(text: &str) {
     let _ = writeln!(io::stderr(), "rbd-offload: {text}");
 }
 

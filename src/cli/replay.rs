@@ -32,10 +32,10 @@ pub async fn replay(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let intake = Intake::storing(store, watch::channel(Arc::new(config)).1);
     let summary = notification::replay(reader, &intake).await.map_err(|e| unreadable(&args.file, &e))?;
     for (number, error) in summary.failed.iter().take(NAMED) {
-        output::tell(&format!("line {number}: {error}"));
+        output::eprint_line(&format!("line {number}: {error}"));
     }
     if summary.failed.len() > NAMED {
-        output::tell(&format!("and {} lines more", summary.failed.len() - NAMED));
+        output::eprint_line(&format!("and {} lines more", summary.failed.len() - NAMED));
     }
     let failed = summary.failed.len();
     output::print(&format!("{} taken over, {} irrelevant, {failed} failed\n", summary.accepted, summary.irrelevant))?;

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Looks in a row that may fail before the waiting is given up.
 const FAILED_LOOKS: u32 = 30;
 
-/// After this long without a sign of a daemon, the person is told.
+/// After this long without a sign of a daemon, the command says so.
 const SILENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
@@ -124,7 +124,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
     let begun = Instant::now();
     let mut shown = Display::new();
     let (mut silent, mut failed_looks) = (true, 0);
-    let mut seen = Progress::of(&image);
+    let mut seen = RequestProgress::of(&image);
     loop {
         match seen.outcome(&id) {
             Some(Ok(())) if seen.copying && detached => {}
@@ -157,7 +157,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
         match tenant.image(&id).await {
             Ok(found) => {
                 failed_looks = 0;
-                seen = found.as_ref().map_or_else(Progress::gone, Progress::of);
+                seen = found.as_ref().map_or_else(RequestProgress::gone, RequestProgress::of);
             }
             Err(error) if error.is_transient() && failed_looks < FAILED_LOOKS => failed_looks += 1,
             Err(error) => {
@@ -170,7 +170,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
 
 /// What the record says of the request.
 #[derive(Debug, PartialEq, Eq)]
-struct Progress {
+struct RequestProgress {
     /// Glance's.
     image_status: Option<String>,
     /// `rbd_offload_status`
@@ -181,7 +181,7 @@ struct Progress {
     copying: bool,
 }
 
-impl Progress {
+impl RequestProgress {
     fn of(image: &Image) -> Self {
         let property = |name: &str| image.properties.get(&format!("{PROPERTY_PREFIX}{name}"));
         Self {
@@ -244,7 +244,7 @@ impl Display {
         Self { bar, last: String::new(), percent: 0 }
     }
 
-    fn show(&mut self, seen: &Progress, quiet: bool) {
+    fn show(&mut self, seen: &RequestProgress, quiet: bool) {
         // the properties are taken off before the end: the bar does not fall back
         self.percent = self.percent.max(seen.percent);
         let mut line = seen.line();
@@ -259,7 +259,7 @@ impl Display {
             None => {
                 let line = if seen.status.is_some() { format!("{:>3} % {line}", self.percent) } else { line };
                 if line != self.last {
-                    output::tell(&line);
+                    output::eprint_line(&line);
                     self.last = line;
                 }
             }
@@ -274,7 +274,7 @@ impl Display {
 
     fn end(&self, text: &str) {
         self.clear();
-        output::tell(text);
+        output::eprint_line(text);
     }
 }
 
@@ -293,7 +293,7 @@ mod tests {
     }
 
     fn outcome(status: &str, properties: &[(&str, &str)]) -> Option<Result<(), String>> {
-        let outcome = Progress::of(&image(status, properties)).outcome("i");
+        let outcome = RequestProgress::of(&image(status, properties)).outcome("i");
         outcome.map(|ended| ended.map_err(|failure| failure.to_string()))
     }
 
@@ -308,24 +308,24 @@ mod tests {
             Some(Err("image i: declined: no such volume".into()))
         );
         assert_eq!(outcome("killed", &[]), Some(Err("image i is killed".into())));
-        assert!(Progress::gone().outcome("i").is_some_and(|ended| ended.is_err()));
+        assert!(RequestProgress::gone().outcome("i").is_some_and(|ended| ended.is_err()));
     }
 
     #[test]
     fn an_active_image_tells_whether_its_copy_goes_on() {
         let mut record = image("active", &[]);
-        assert!(!Progress::of(&record).copying);
+        assert!(!RequestProgress::of(&record).copying);
         record.tags = vec![COPYING_TAG.to_owned()];
-        let seen = Progress::of(&record);
+        let seen = RequestProgress::of(&record);
         assert!(seen.copying && seen.outcome("i").is_some_and(|ended| ended.is_ok()));
         assert_eq!(seen.line(), "active; the copy goes on in the background");
     }
 
     #[test]
     fn progress_that_is_no_number_is_none() {
-        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "45")])).percent, 45);
-        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "999")])).percent, 100);
-        assert_eq!(Progress::of(&image("queued", &[("rbd_offload_progress", "x")])).percent, 0);
+        assert_eq!(RequestProgress::of(&image("queued", &[("rbd_offload_progress", "45")])).percent, 45);
+        assert_eq!(RequestProgress::of(&image("queued", &[("rbd_offload_progress", "999")])).percent, 100);
+        assert_eq!(RequestProgress::of(&image("queued", &[("rbd_offload_progress", "x")])).percent, 0);
     }
 
     #[test]

@@ -38,8 +38,8 @@ pub async fn retry(config: &Path, args: Args) -> Result<ExitCode, Failure> {
             return Err(Failure::new(
                 Failure::UNAVAILABLE,
                 format!(
-                    "the job of image {image} was handed over by Cinder or Nova, which went its own way when it ended: it \
-                     cannot be retried"
+                    "the job of image {image} was handed over by Cinder or Nova, which fell back to the native path \
+                     when the job ended: it cannot be retried"
                 ),
             ));
         }

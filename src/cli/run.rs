@@ -28,14 +28,14 @@ use crate::job::store::Store;
 use crate::notification::{self, Listener};
 use crate::openstack::{self, Cloud, Session};
 use crate::telemetry::http::{Health, serve};
-use crate::telemetry::systemd::{Phase, Systemd};
+use crate::telemetry::systemd::{ServicePhase, Systemd};
 use crate::telemetry::{LogHandle, start_logging, start_metrics};
 
 /// How long running jobs may go on after SIGTERM before they are given back to the other daemons. The unit's
 /// TimeoutStopSec is longer.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// How often systemd is told the status.
+/// How often the daemon sends systemd its status.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often the connection to the broker is looked at.
@@ -48,7 +48,7 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 const STORE_LIMIT_MIN: Duration = Duration::from_secs(5);
 const STORE_LIMIT_MAX: Duration = Duration::from_secs(15);
 
-/// How long an answer of Ceph's holds for `/healthz`, and how long it is waited for.
+/// How long an answer of Ceph's holds for `/healthz`, and how long `/healthz` waits for one.
 const PROBE_HOLDS: Duration = Duration::from_secs(1);
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -58,7 +58,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         start_logging(&config.log).map_err(|e| Failure::new(Failure::OS, format!("the log does not start: {e}")))?;
     let metrics = start_metrics().map_err(|e| Failure::new(Failure::SOFTWARE, format!("metrics do not start: {e}")))?;
     // before anything can take time, so that no signal is lost
-    let mut signals = Signals::new()?;
+    let mut signals = UnixSignals::new()?;
     let systemd =
         Systemd::start().map_err(|e| Failure::new(Failure::OS, format!("a thread cannot be started: {e}")))?;
     let systemd = Arc::new(systemd);
@@ -150,7 +150,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     };
     telling.abort();
     following.abort();
-    systemd.phase(Phase::Stopping);
+    systemd.phase(ServicePhase::Stopping);
     systemd.status("draining");
     stop.cancel();
     if let Some(failure) = failure {
@@ -234,7 +234,7 @@ async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) 
 /// What was sent while there was no connection, or before an exchange was there to bind, has not reached us: the
 /// reconciler looks as soon as that may have happened.
 async fn follow_broker(broker: Arc<notification::BrokerStatus>, reconcile: Arc<Notify>) {
-    let seen = |state: notification::State| (state.connected_since, state.missing_exchanges);
+    let seen = |state: notification::ListenerState| (state.connected_since, state.missing_exchanges);
     let mut before = seen(broker.get());
     loop {
         sleep(FOLLOW_INTERVAL).await;
@@ -246,13 +246,13 @@ async fn follow_broker(broker: Arc<notification::BrokerStatus>, reconcile: Arc<N
     }
 }
 
-struct Signals {
+struct UnixSignals {
     terminate: Signal,
     interrupt: Signal,
     reload: Signal,
 }
 
-impl Signals {
+impl UnixSignals {
     fn new() -> Result<Self, Failure> {
         let on = |kind| signal(kind).map_err(|e| Failure::new(Failure::OS, format!("signals cannot be received: {e}")));
         Ok(Self {
@@ -265,7 +265,7 @@ impl Signals {
 
 /// Until the daemon is to stop. `true`: the engine ended, which it never should.
 async fn serve_signals(
-    signals: &mut Signals,
+    signals: &mut UnixSignals,
     path: &Path,
     log: &LogHandle,
     (config, rates): (&watch::Sender<Arc<Config>>, &Rates),
@@ -284,7 +284,7 @@ async fn serve_signals(
 
 /// Reads the configuration again and applies what may change while the daemon runs.
 fn reload(path: PathBuf, log: &LogHandle, (config, rates): (&watch::Sender<Arc<Config>>, &Rates), systemd: &Systemd) {
-    systemd.phase(Phase::Reloading);
+    systemd.phase(ServicePhase::Reloading);
     match load(&path) {
         Ok(new) => {
             let old = config.borrow().clone();
@@ -299,7 +299,7 @@ fn reload(path: PathBuf, log: &LogHandle, (config, rates): (&watch::Sender<Arc<C
         }
         Err(error) => tracing::error!(%error, "the configuration stays as it was"),
     }
-    systemd.phase(Phase::Ready);
+    systemd.phase(ServicePhase::Ready);
 }
 
 /// What is asked for the daemon's health.
@@ -332,7 +332,7 @@ impl Daemon {
     /// READY once the daemon can take requests, then a line of status, and the watchdog.
     async fn report_to(&self, systemd: &Systemd, metrics: metrics_exporter_prometheus::PrometheusHandle) {
         let interval = sd_notify::watchdog_enabled().map_or(STATUS_INTERVAL, |w| STATUS_INTERVAL.min(w / 2));
-        systemd.phase(Phase::Ready);
+        systemd.phase(ServicePhase::Ready);
         let mut shown = String::new();
         let mut turn = None;
         loop {
@@ -367,7 +367,7 @@ impl Health for Daemon {
             ("broker", if broker.connected() { "ok".to_owned() } else { broker.to_string() }),
             ("ceph", ceph.err().unwrap_or_else(|| "ok".to_owned())),
             ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
-            ("engine", engine_health(engine.last_look)),
+            ("engine", engine_health(engine.last_poll)),
         ];
         let well = parts.iter().all(|(_, state)| state == "ok");
         let mut body = serde_json::Map::new();
@@ -379,7 +379,7 @@ impl Health for Daemon {
     }
 }
 
-fn engine_health(last_look: Instant) -> String {
-    let ago = last_look.elapsed();
+fn engine_health(last_poll: Instant) -> String {
+    let ago = last_poll.elapsed();
     if ago < ANSWERED_WITHIN { "ok".into() } else { format!("last looked for jobs {} s ago", ago.as_secs()) }
 }

@@ -17,7 +17,7 @@ use crate::openstack;
 use crate::request::parse_uuid;
 
 /// How long calls that were given up may still run when a command ends: they remove what they made.
-pub(super) const WIND_UP: Duration = Duration::from_secs(5);
+pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads the configuration with every check that needs no network.
 pub(super) fn load(path: &Path) -> Result<Config, Failure> {
@@ -55,7 +55,7 @@ pub(super) fn no_such_job(image_id: Uuid) -> Failure {
 
 /// What speaks against the destination pools of the configuration, by what Glance tells of its stores. Glance before 30
 /// tells no fsid, and older ones no pool.
-pub(super) fn store_problems(config: &Config, stores: &[openstack::Store], fsid: &str) -> Vec<String> {
+pub(super) fn store_problems(config: &Config, stores: &[openstack::GlanceStore], fsid: &str) -> Vec<String> {
     let known: Vec<&str> = stores.iter().filter_map(|store| store.pool.as_deref()).collect();
     if known.is_empty() {
         return Vec::new();

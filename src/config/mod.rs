@@ -176,25 +176,25 @@ pub enum Register {
 values::choices!(Register { Auto = "auto", LocationsApi = "locations-api", Patch = "patch" });
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
+pub enum MethodChoice {
     Auto,
     ServerCopy,
     Copy,
     Clone,
 }
 
-values::choices!(Method { Auto = "auto", ServerCopy = "server-copy", Copy = "copy", Clone = "clone" });
+values::choices!(MethodChoice { Auto = "auto", ServerCopy = "server-copy", Copy = "copy", Clone = "clone" });
 
 /// When an image becomes active.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Publish {
+pub enum PublishChoice {
     /// When it depends on nothing any more.
     WhenCopied,
     /// When its clone is made; the copy follows.
     AtOnce,
 }
 
-values::choices!(Publish { WhenCopied = "when-copied", AtOnce = "at-once" });
+values::choices!(PublishChoice { WhenCopied = "when-copied", AtOnce = "at-once" });
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hash {

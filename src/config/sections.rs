@@ -14,7 +14,7 @@ use super::keys::Kind::{
 };
 use super::keys::Need::{ApplicationCredential, Password, Required};
 use super::keys::{BACKEND, Key, Kind, Need};
-use super::{Hash, Interface, LogFormat, LogLevel, Method, Publish, QueueType, Register, Verify, values};
+use super::{Hash, Interface, LogFormat, LogLevel, MethodChoice, PublishChoice, QueueType, Register, Verify, values};
 
 /// One day, in seconds.
 const DAY: u64 = 24 * 60 * 60;
@@ -178,8 +178,8 @@ section! {
         /// How Glance is told where the image lies: its location API, or PATCH on a Glance older than 2024.2. auto
         /// takes the location API where Glance has it.
         register: Register = "auto", OneOf(Register::NAMES);
-        /// Glance's limit for the size of one image (image_size_cap in glance-api.conf), which its API does not tell. What
-        /// would be larger is declined before it is copied. 0: not known.
+        /// Glance's limit for the size of one image (image_size_cap in glance-api.conf), which its API does not tell.
+        /// What would be larger is declined before it is copied. 0: not known.
         image_size_cap: u64 = "0", Size;
         /// What the names of properties start with that no image inherits from its source: those that Glance's property
         /// protections keep from tenants, since the daemon may write them. Those of encryption and signatures are left
@@ -209,11 +209,11 @@ section! {
     pub struct Offload in "offload", reload {
         /// How the bytes get to the image: server-copy lets the OSDs copy, clone flattens a clone, copy reads and
         /// writes through this host. auto takes the first that can do the source.
-        method: Method = "auto", OneOf(Method::NAMES);
+        method: MethodChoice = "auto", OneOf(MethodChoice::NAMES);
         /// When an image becomes active: when-copied waits for its copy; at-once makes it active in a second or two,
         /// whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the pool of
         /// the source; what cannot be published at once is published when-copied.
-        publish: Publish = "when-copied", OneOf(Publish::NAMES);
+        publish: PublishChoice = "when-copied", OneOf(PublishChoice::NAMES);
         /// Jobs that run at a time on this controller.
         max_jobs: usize = "4", Whole { min: 1, max: 256 };
         /// Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.
@@ -310,9 +310,9 @@ section! {
         /// The pool that images of these volumes are put in; it must belong to a Glance store. Not set: [glance] pool.
         dest_pool: String = "", Pool;
         /// As [offload] method, for this backend alone. Not set: [offload] method.
-        method: Option<Method> = "", OneOf(Method::NAMES);
+        method: Option<MethodChoice> = "", OneOf(MethodChoice::NAMES);
         /// As [offload] publish, for this backend alone. Not set: [offload] publish.
-        publish: Option<Publish> = "", OneOf(Publish::NAMES);
+        publish: Option<PublishChoice> = "", OneOf(PublishChoice::NAMES);
         /// Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during
         /// the copy. Never false for a pool that Cinder manages.
         anchor: bool = "true", Flag;
@@ -355,8 +355,8 @@ settings! {
     QueueType = |_, text| Self::from_name(text);
     Interface = |_, text| Self::from_name(text);
     Register = |_, text| Self::from_name(text);
-    Method = |_, text| Self::from_name(text);
-    Publish = |_, text| Self::from_name(text);
+    MethodChoice = |_, text| Self::from_name(text);
+    PublishChoice = |_, text| Self::from_name(text);
     Hash = |_, text| Self::from_name(text);
     Verify = |_, text| Self::from_name(text);
 }

@@ -117,8 +117,8 @@ fn the_least_configuration_gets_every_default() {
     assert_eq!(
         config.offload,
         Offload {
-            method: Method::Auto,
-            publish: Publish::WhenCopied,
+            method: MethodChoice::Auto,
+            publish: PublishChoice::WhenCopied,
             max_detach: 2,
             detach_grace: Duration::from_secs(60),
             max_jobs: 4,
@@ -223,7 +223,7 @@ fn comments_blanks_line_ends_and_a_byte_order_mark_do_not_matter() {
 #[test]
 fn an_empty_value_is_as_if_it_was_not_set() {
     let config = good(&with("method =\ndest_pool = \"\"\n[offload]\nmax_jobs =\nmethod=\n"));
-    assert_eq!((config.offload.max_jobs, config.offload.method), (4, Method::Auto));
+    assert_eq!((config.offload.max_jobs, config.offload.method), (4, MethodChoice::Auto));
     assert_eq!((config.backends["ceph"].method, config.backends["ceph"].dest_pool.as_str()), (None, "images"));
 }
 
@@ -239,7 +239,10 @@ fn a_backend_has_its_own_method_and_pools() {
         "pool = ssd\ndest_pool = images-ssd\nmethod = copy\nimage_name = v-{id}.img\n[backend:hdd]\n[glance]\npool=gl\n",
     ));
     let ceph = &config.backends["ceph"];
-    assert_eq!((ceph.pool.as_str(), ceph.dest_pool.as_str(), ceph.method), ("ssd", "images-ssd", Some(Method::Copy)));
+    assert_eq!(
+        (ceph.pool.as_str(), ceph.dest_pool.as_str(), ceph.method),
+        ("ssd", "images-ssd", Some(MethodChoice::Copy))
+    );
     assert_eq!(ceph.image_name, "v-{id}.img");
     assert_eq!(config.backends["hdd"].dest_pool, "gl");
 }
@@ -507,7 +510,7 @@ fn later_files_win_in_lexical_order_and_the_environment_wins_over_all() {
     let config =
         folder.load(&[("rbd_offload_offload__max_jobs", "4"), ("PATH", "x"), ("RBD_OFFLOAD_CONFIG", "x")]).unwrap();
     assert_eq!((config.offload.max_jobs, config.offload.retries, config.offload.concurrency), (4, 3, 1));
-    assert_eq!(config.offload.method, Method::Auto);
+    assert_eq!(config.offload.method, MethodChoice::Auto);
     assert_eq!(config.backends.len(), 2);
 }
 

@@ -17,7 +17,7 @@ use super::engine::Engine;
 use super::error::CallError;
 use super::names::private_name;
 use super::record::Record;
-use crate::ceph::{Change, ErrorKind, ImageKey, ImageSpec, Storage};
+use crate::ceph::{Changed, ErrorKind, ImageKey, ImageSpec, Storage};
 use crate::openstack::VolumeDeletion;
 use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Source};
@@ -34,7 +34,7 @@ const LIMIT: Duration = Duration::from_secs(2 * 60 * 60);
 /// Something that a job may have left. In the order in which it can be removed: a copy is a clone of the anchor, and
 /// the anchor of the temporary snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
+pub(super) enum LeftoverKind {
     Copy,
     Published,
     Anchor,
@@ -44,7 +44,7 @@ pub(super) enum Kind {
 #[derive(Debug, Clone)]
 pub(super) struct Leftover {
     pub image_id: Uuid,
-    pub kind: Kind,
+    pub kind: LeftoverKind,
     /// The image, or the one that has the snapshot.
     pub image: ImageSpec,
     /// As it was seen: what bears another one when it is to be removed is something else.
@@ -232,7 +232,7 @@ impl Cleaner {
         let mut all = true;
         for leftover in leftovers {
             match custody.guard(self.remove(&leftover)).await {
-                Ok(true) if leftover.kind == Kind::Snapshot => ended.removed.snapshots += 1,
+                Ok(true) if leftover.kind == LeftoverKind::Snapshot => ended.removed.snapshots += 1,
                 Ok(true) => ended.removed.images += 1,
                 Ok(false) => {}
                 Err(error) => {
@@ -254,14 +254,14 @@ impl Cleaner {
     async fn remove(&self, leftover: &Leftover) -> Result<bool, CallError> {
         let Leftover { image_id, kind, image, tag } = leftover;
         let storage = self.storage.as_ref();
-        if *kind == Kind::Snapshot {
+        if *kind == LeftoverKind::Snapshot {
             return self.remove_snapshot(leftover).await;
         }
         if tag_of(storage, image).await? != *tag {
             tracing::debug!(%image, "bears another ownership tag by now: left alone");
             return Ok(false);
         }
-        if *kind == Kind::Published
+        if *kind == LeftoverKind::Published
             && let Some(record) = self.context().cloud.image(&image_id.to_string()).await?
             && record.status != "queued"
         {
@@ -269,7 +269,7 @@ impl Cleaner {
                 "the job ended without an image, and Glance's record is not queued: its data are left alone");
             return Ok(false);
         }
-        if storage.remove_image(image).await? == Change::AlreadyThere {
+        if storage.remove_image(image).await? == Changed::No {
             return Ok(false);
         }
         tracing::warn!(%image_id, %image, "removed an image that its job had left behind");
@@ -286,7 +286,7 @@ impl Cleaner {
         if found.as_deref().map(OwnershipTag::parse) != tag.map(Some) {
             return Ok(false);
         }
-        let removed = storage.remove_snapshot(image, &snapshot).await? == Change::Made;
+        let removed = storage.remove_snapshot(image, &snapshot).await? == Changed::Yes;
         if removed {
             tracing::warn!(%image_id, %image, snapshot, "removed a snapshot that its job had left behind");
         }
@@ -315,7 +315,7 @@ impl Cleaner {
                 return Ok(true);
             }
         }
-        if self.storage.purge(image).await? == Change::Made {
+        if self.storage.purge(image).await? == Changed::Yes {
             tracing::info!(%image_id, %volume, source = %image, "removed the deleted volume's disk from the trash");
         }
         Ok(true)

@@ -1,10 +1,10 @@
 //! The daemons of a deployment, and what each is configured for: a daemon leaves a job whose backend it lacks to one
 //! that has it.
 //!
-//! The omap of one object names the daemons and what they serve. An entry counts as long as its daemon holds the lock on
-//! an object of its own. The OSDs count that time, since controllers' clocks may differ by minutes. A daemon that stops
-//! releases the lock and notes when; its entry counts for a while longer, so that the others decline nothing while it
-//! restarts. There the clocks decide, and a difference makes that time longer or shorter.
+//! The omap of one object names the daemons and what they serve. An entry counts as long as its daemon holds the lock
+//! on an object of its own. The OSDs count that time, since controllers' clocks may differ by minutes. A daemon that
+//! stops releases the lock and notes when; its entry counts for a while longer, so that the others decline nothing
+//! while it restarts. There the clocks decide, and a difference makes that time longer or shorter.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::lease::Identity;
 use crate::ceph::{ErrorKind, LockKey, Locked, Objects, Result};
 use crate::config::Config;
 
-/// The object whose omap has one entry per daemon: its instance id, and an [`Entry`].
+/// The object whose omap has one entry per daemon: its instance id, and an [`DaemonEntry`].
 const OBJECT: &str = "daemons";
 
 /// Name of the lock that a daemon holds on its own object.
@@ -36,7 +36,7 @@ const ENTRIES_MAX: usize = 4096;
 /// What a daemon is configured for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Entry {
+pub struct DaemonEntry {
     /// For people.
     pub owner: String,
     pub backends: BTreeSet<String>,
@@ -46,7 +46,7 @@ pub struct Entry {
     pub stopped_at: Option<Timestamp>,
 }
 
-impl Entry {
+impl DaemonEntry {
     pub fn of(config: &Config, identity: &Identity) -> Self {
         Self {
             owner: identity.owner(),
@@ -69,7 +69,7 @@ fn object_of(instance: Uuid) -> String {
 }
 
 /// Says that this daemon lives and what it serves.
-pub async fn beat(objects: &dyn Objects, identity: &Identity, entry: &Entry) -> Result<()> {
+pub async fn beat(objects: &dyn Objects, identity: &Identity, entry: &DaemonEntry) -> Result<()> {
     let object = object_of(identity.instance);
     let key = LockKey { name: LOCK.into(), cookie: identity.instance.to_string() };
     // an entry without a lock would be removed as a dead daemon's: the lock comes first
@@ -85,15 +85,15 @@ pub async fn beat(objects: &dyn Objects, identity: &Identity, entry: &Entry) -> 
 }
 
 /// Says that this daemon stops, and releases its lock: nothing but the entry is left of it.
-pub async fn leave(objects: &dyn Objects, identity: &Identity, entry: Entry, now: Timestamp) -> Result<()> {
-    write(objects, identity, &Entry { stopped_at: Some(now), ..entry }).await?;
+pub async fn leave(objects: &dyn Objects, identity: &Identity, entry: DaemonEntry, now: Timestamp) -> Result<()> {
+    write(objects, identity, &DaemonEntry { stopped_at: Some(now), ..entry }).await?;
     let object = object_of(identity.instance);
     objects.unlock(&object, &LockKey { name: LOCK.into(), cookie: identity.instance.to_string() }).await?;
     let Some((_, version)) = objects.read(&object).await? else { return Ok(()) };
     objects.remove(&object, version, None).await
 }
 
-async fn write(objects: &dyn Objects, identity: &Identity, entry: &Entry) -> Result<()> {
+async fn write(objects: &dyn Objects, identity: &Identity, entry: &DaemonEntry) -> Result<()> {
     // a struct of texts: serialising it cannot fail
     let value = serde_json::to_vec(entry).unwrap_or_default();
     objects.set_omap(OBJECT, &[(identity.instance.to_string(), value)]).await
@@ -140,7 +140,7 @@ pub async fn remove_dead(objects: &dyn Objects, now: Timestamp) -> Result<usize>
     Ok(removed)
 }
 
-async fn entries(objects: &dyn Objects) -> Result<Vec<(Uuid, Entry)>> {
+async fn entries(objects: &dyn Objects) -> Result<Vec<(Uuid, DaemonEntry)>> {
     let mut all = Vec::new();
     let mut after = String::new();
     while all.len() < ENTRIES_MAX {

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::backoff::is_due;
 use super::context::Context;
-use super::daemons::{self, Entry, HEARTBEAT};
+use super::daemons::{self, DaemonEntry, HEARTBEAT};
 use super::lease::Lease;
 use super::record::State;
 use super::run::{Acknowledged, JobRun, RunResult};
@@ -61,7 +61,8 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 /// nothing changes on the image record for two minutes.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Most acknowledgements of queued jobs at the same time. A service that hands its work over waits ten seconds for that.
+/// Most acknowledgements of queued jobs at the same time. A service that hands its work over waits ten seconds for
+/// that.
 const MAX_CONCURRENT_ACKS: usize = 8;
 
 /// What the engine does at the moment.
@@ -70,7 +71,7 @@ pub struct EngineStatus {
     pub running: usize,
     pub waiting: usize,
     /// When the engine last looked for work and got an answer.
-    pub last_look: Instant,
+    pub last_poll: Instant,
     /// When the engine last looked, answer or not: it is not stalled.
     pub last_turn: Instant,
 }
@@ -164,7 +165,7 @@ pub struct Engine {
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
     /// The entry that the other daemons last got of this one, and when.
-    told: Mutex<Option<(Instant, Entry)>>,
+    told: Mutex<Option<(Instant, DaemonEntry)>>,
     status: Mutex<EngineStatus>,
     wake: Notify,
     tasks: TaskTracker,
@@ -189,7 +190,7 @@ impl Engine {
             status: Mutex::new(EngineStatus {
                 running: 0,
                 waiting: 0,
-                last_look: Instant::now(),
+                last_poll: Instant::now(),
                 last_turn: Instant::now(),
             }),
             wake: Notify::new(),
@@ -219,7 +220,7 @@ impl Engine {
             self.beat();
             match tokio::time::timeout(POLL_TIMEOUT, self.poll_jobs(&drain)).await {
                 Ok(Ok(())) if !self.context.clients.is_fenced() => {
-                    lock(&self.status).last_look = Instant::now();
+                    lock(&self.status).last_poll = Instant::now();
                     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
                 }
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.reconnect_after_fence().await,
@@ -243,7 +244,7 @@ impl Engine {
     /// Tells the other daemons that this one stops.
     async fn leave(&self) {
         let context = &self.context;
-        let entry = Entry::of(&context.config.borrow(), &context.identity);
+        let entry = DaemonEntry::of(&context.config.borrow(), &context.identity);
         let leave = daemons::leave(context.store.objects().as_ref(), &context.identity, entry, context.clock.now());
         if let Err(error) = within(LEAVE_WITHIN, leave).await {
             tracing::debug!(error, "the other daemons were not told that this one stops; its entry expires");
@@ -253,7 +254,7 @@ impl Engine {
     /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At
     /// once when its configuration has changed.
     fn beat(self: &Arc<Self>) {
-        let entry = Entry::of(&self.context.config.borrow(), &self.context.identity);
+        let entry = DaemonEntry::of(&self.context.config.borrow(), &self.context.identity);
         let mut told = lock(&self.told);
         if told.as_ref().is_some_and(|(at, before)| at.elapsed() < HEARTBEAT && *before == entry) {
             return;
@@ -330,7 +331,8 @@ impl Engine {
         self.acknowledge(waiting.map(|(id, _)| *id), drain).await
     }
 
-    /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest does.
+    /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest
+    /// does.
     fn tell_of_detaching(&self, live: &[(Uuid, Summary)]) {
         let since: Vec<_> = live.iter().filter_map(|(_, summary)| summary.detaching).collect();
         let age =
@@ -397,7 +399,7 @@ impl Engine {
             Err(_) => format!("no answer within {} s", CLAIM_WITHIN.as_secs()),
         };
         tracing::warn!(%image_id, error, "a job could not be claimed; the others go on");
-        self.hold(image_id, CLAIM_PAUSE);
+        self.defer(image_id, CLAIM_PAUSE);
         Ok(None)
     }
 
@@ -406,7 +408,7 @@ impl Engine {
         let objects = self.context.store.objects().clone();
         let duration = self.context.config.borrow().jobs.lease;
         let Some(lease) = Lease::take(objects.as_ref(), image_id, &self.context.identity, duration).await? else {
-            return self.not_taken(image_id, duration).await.map(|()| None);
+            return self.on_claim_failed(image_id, duration).await.map(|()| None);
         };
         let stored = match self.context.store.load(image_id).await {
             Ok(Some(stored)) => stored,
@@ -414,7 +416,7 @@ impl Engine {
             Err(error @ Error::Unreadable { .. }) => {
                 lease.release(objects.as_ref()).await;
                 tracing::error!(%image_id, %error, "cannot process job record");
-                self.hold(image_id, UNREADABLE_PAUSE);
+                self.defer(image_id, UNREADABLE_PAUSE);
                 return Ok(None);
             }
             Err(error) => {
@@ -437,13 +439,13 @@ impl Engine {
         Ok(Some(JobRun::new(self.context.clone(), lease, stored, self.pools.clone())))
     }
 
-    async fn not_taken(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
+    async fn on_claim_failed(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
         // held by another daemon: look again when it may have run out; or there is no such object
-        self.hold(image_id, (lease / 3).max(POLL_INTERVAL));
+        self.defer(image_id, (lease / 3).max(POLL_INTERVAL));
         match self.context.store.load(image_id).await {
             Ok(Some(_)) | Err(Error::Unreadable { .. }) => Ok(()),
             Ok(None) if lock(&self.orphans).insert(image_id) => {
-                self.hold(image_id, ORPHAN_PAUSE);
+                self.defer(image_id, ORPHAN_PAUSE);
                 Ok(())
             }
             Ok(None) => {
@@ -454,7 +456,7 @@ impl Engine {
         }
     }
 
-    fn hold(&self, image_id: Uuid, pause: Duration) {
+    fn defer(&self, image_id: Uuid, pause: Duration) {
         lock(&self.backoff_until).insert(image_id, Instant::now() + pause);
     }
 
@@ -471,9 +473,9 @@ impl Engine {
             let outcome = job.run(drain).await;
             match outcome {
                 // how long it waits stands in the index, where `retry` and `cancel` may end it
-                RunResult::Waiting(pause) => engine.hold(image_id, pause.min(POLL_INTERVAL)),
-                RunResult::LeftToAnother => engine.hold(image_id, OTHER_BACKEND_PAUSE),
-                RunResult::Abandoned => engine.hold(image_id, POLL_INTERVAL),
+                RunResult::Waiting(pause) => engine.defer(image_id, pause.min(POLL_INTERVAL)),
+                RunResult::LeftToAnother => engine.defer(image_id, OTHER_BACKEND_PAUSE),
+                RunResult::Abandoned => engine.defer(image_id, POLL_INTERVAL),
                 RunResult::Ended(_) => lock(&engine.progress).ended += 1,
                 RunResult::Released => {}
             }
@@ -525,7 +527,7 @@ impl Engine {
                     Acknowledged::Service => {}
                     Acknowledged::NotYet => {
                         lock(&engine.acknowledged).remove(&image_id);
-                        engine.hold(image_id, POLL_INTERVAL);
+                        engine.defer(image_id, POLL_INTERVAL);
                     }
                 }
                 lock(&engine.acknowledging).remove(&image_id);

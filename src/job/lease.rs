@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::record::Record;
 use super::store::Store;
-use crate::ceph::{self, Change, Error, ErrorKind, LockKey, Locked, Objects, Storage};
+use crate::ceph::{self, Changed, Error, ErrorKind, LockKey, Locked, Objects, Storage};
 
 /// Name of the cls lock.
 const LOCK: &str = "lease";
@@ -62,7 +62,7 @@ pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> c
     let (image_id, client) = (record.image_id, record.owner_address.as_deref());
     match fenced {
         Ok(change) => {
-            tracing::info!(%image_id, client, made = change == Change::Made, "fenced the owner before");
+            tracing::info!(%image_id, client, made = change == Changed::Yes, "fenced the owner before");
             Ok(true)
         }
         Err(error) => {

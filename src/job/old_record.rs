@@ -60,7 +60,7 @@ fn convert_flags(fields: &mut Map<String, Value>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::record::{Artifact, Registration, Report, State};
+    use crate::job::record::{Artifact, Registration, Reporting, State};
 
     /// A record as format 1 had it.
     fn stored(changes: Value) -> Vec<u8> {
@@ -90,7 +90,7 @@ mod tests {
         let cancelled = Record::parse(&stored(json!({"cancel": true}))).unwrap();
         assert_eq!(cancelled.pending_outcome().unwrap().state, State::Cancelled);
         let ended = Record::parse(&stored(json!({"state": "declined", "reason": "no", "told": true}))).unwrap();
-        assert_eq!((ended.outcome.as_ref().unwrap().report, ended.is_reported()), (Report::Begun, true));
+        assert_eq!((ended.outcome.as_ref().unwrap().report, ended.is_reported()), (Reporting::Begun, true));
         let first = json!({"snapshot": false, "copy": true, "published": true, "active": false});
         let first = Record::parse(&stored(json!({"made": first}))).unwrap();
         assert_eq!(first.registration, Registration::Posted, "it may have been");

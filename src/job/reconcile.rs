@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::cleanup::{Kind, Leftover, Removals, Removed};
+use super::cleanup::{Leftover, LeftoverKind, Removals, Removed};
 use super::context::Context;
 use super::custody::Custody;
 use super::daemons;
@@ -111,7 +111,7 @@ impl Part {
 }
 
 /// A sweep over the headers of all images, page by page.
-struct Sweep {
+struct HeaderSweep {
     /// Spent in reading, without the waits before removals.
     reading: Duration,
     /// Pools still to be looked at; the first one from the cursor on.
@@ -136,7 +136,7 @@ pub struct Reconciler {
     /// Jobs that ended without an image, of the latest walk through all of them, and of the one under way.
     unfinished: HashSet<Uuid>,
     walked: HashSet<Uuid>,
-    sweep: Option<Sweep>,
+    sweep: Option<HeaderSweep>,
     next_sweep: Instant,
     /// Pools that cannot be swept, and records that cannot be read: the log names them once.
     unusable: BTreeSet<String>,
@@ -400,7 +400,7 @@ impl Reconciler {
                 return Ok(());
             }
             self.ended = Some(image_id);
-            match self.look_at_ended(image_id, &own, report).await {
+            match self.check_ended(image_id, &own, report).await {
                 Ok(true) => drop(self.walked.insert(image_id)),
                 Ok(false) => {}
                 Err(error) => {
@@ -414,7 +414,7 @@ impl Reconciler {
     }
 
     /// Whether the job ended without an image.
-    async fn look_at_ended(&self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
+    async fn check_ended(&self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
@@ -553,7 +553,7 @@ impl Reconciler {
             let trash = self.of_pool(&pool, trash).unwrap_or_default();
             for name in names {
                 let Some((image_id, kind)) = named_as(&name) else { continue };
-                if kind == Kind::Published && !self.unfinished.contains(&image_id) {
+                if kind == LeftoverKind::Published && !self.unfinished.contains(&image_id) {
                     continue;
                 }
                 let image = ImageSpec::named(&pool, &name);
@@ -577,7 +577,9 @@ impl Reconciler {
         let is_ours = match tag {
             Some(tag) => tag.is_of_deployment(image_id, self.context().deployment),
             // no header is left that could say anything, and nobody else uses a private name
-            None if kind != Kind::Published => self.storage.image(&image, None).await.is_ok_and(|info| info.is_none()),
+            None if kind != LeftoverKind::Published => {
+                self.storage.image(&image, None).await.is_ok_and(|info| info.is_none())
+            }
             None => false,
         };
         Ok(is_ours.then_some(Leftover { image_id, kind, image, tag }))
@@ -602,7 +604,7 @@ impl Reconciler {
         let mut sweep = match self.sweep.take() {
             Some(sweep) => sweep,
             None if Instant::now() < self.next_sweep => return Ok(()),
-            None => Sweep { reading: Duration::ZERO, pools: self.pools(), after: None },
+            None => HeaderSweep { reading: Duration::ZERO, pools: self.pools(), after: None },
         };
         while let Some(pool) = sweep.pools.first().cloned() {
             if Instant::now() >= until {
@@ -626,7 +628,7 @@ impl Reconciler {
                     continue;
                 }
                 match self.snapshot_tag(image_id, &image, &snapshot).await {
-                    Ok(Some(tag)) => found.push(Leftover { image_id, kind: Kind::Snapshot, image, tag }),
+                    Ok(Some(tag)) => found.push(Leftover { image_id, kind: LeftoverKind::Snapshot, image, tag }),
                     Ok(None) => {}
                     Err(error) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
                     Err(error) => {
@@ -643,7 +645,7 @@ impl Reconciler {
                 };
                 if !self.is_done(image_id).await && !self.is_adopted(&image, &tag, report).await {
                     let tag = Some(tag);
-                    found.push(Leftover { image_id, kind: Kind::Published, image, tag });
+                    found.push(Leftover { image_id, kind: LeftoverKind::Published, image, tag });
                 }
             }
             match page.next {
@@ -794,11 +796,11 @@ impl Reconciler {
 }
 
 /// What an image of this name may be of a job, and of which one.
-fn named_as(name: &str) -> Option<(Uuid, Kind)> {
+fn named_as(name: &str) -> Option<(Uuid, LeftoverKind)> {
     match parse_private(name) {
-        Some((Private::Copy, image_id)) => Some((image_id, Kind::Copy)),
-        Some((Private::Anchor, image_id)) => Some((image_id, Kind::Anchor)),
-        None => Some((request::parse_uuid(name)?, Kind::Published)),
+        Some((Private::Copy, image_id)) => Some((image_id, LeftoverKind::Copy)),
+        Some((Private::Anchor, image_id)) => Some((image_id, LeftoverKind::Anchor)),
+        None => Some((request::parse_uuid(name)?, LeftoverKind::Published)),
     }
 }
 

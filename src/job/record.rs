@@ -69,8 +69,8 @@ impl State {
             (Accepted, Copying | Publishing | Declined | Failed | Cancelled) => true,
             // back to Accepted: the plan no longer holds and is made again
             (Copying, Publishing | Accepted | Declined | Failed | Cancelled) => true,
-            // back to Copying: Glance removed the copy after a failed task, or it was lost. Back to Accepted: the plan of
-            // a job that publishes at once no longer holds
+            // back to Copying: Glance removed the copy after a failed task, or it was lost. Back to Accepted: the plan
+            // of a job that publishes at once no longer holds
             (Publishing, Done | Copying | Accepted | Detaching | Declined | Failed | Cancelled) => true,
             // Failed: it was deactivated, and is detached all the same. Cancelled: the image was deleted
             (Detaching, Done | Failed | Cancelled) => true,
@@ -142,13 +142,13 @@ pub struct Outcome {
     #[serde(default)]
     pub decline: Option<Decline>,
     #[serde(default)]
-    pub report: Report,
+    pub report: Reporting,
 }
 
 /// How far the requester was told of an outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Report {
+pub enum Reporting {
     #[default]
     Due,
     /// Reporting has started: a request tag that is found on the image from now on may belong to a new request.
@@ -158,7 +158,7 @@ pub enum Report {
 impl Outcome {
     /// An end that is no decline.
     pub fn new(state: State, reason: impl Into<String>) -> Self {
-        Self { state, reason: reason.into(), decline: None, report: Report::Due }
+        Self { state, reason: reason.into(), decline: None, report: Reporting::Due }
     }
 
     pub fn declined(why: Decline, reason: impl Into<String>) -> Self {
@@ -253,10 +253,10 @@ pub enum Registration {
 /// (`docs/explanation/handover.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Handover {
+pub enum HandoverState {
     /// It may still do the work itself at any moment: nothing is published.
     Offered,
-    /// It said go: the daemon publishes, or says that it will not.
+    /// It committed: the daemon publishes, or reports that it will not.
     Committed,
 }
 
@@ -314,7 +314,7 @@ pub struct Record {
     pub outcome: Option<Outcome>,
     /// `None`: nobody waits who could do the work instead.
     #[serde(default)]
-    pub handover: Option<Handover>,
+    pub handover: Option<HandoverState>,
     /// No attempt before this time.
     #[serde(default)]
     pub not_before: Option<Timestamp>,
@@ -632,12 +632,12 @@ impl Record {
 
     /// Notes that the requester is being told of `outcome`.
     pub fn begin_report(&mut self, outcome: &Outcome) {
-        self.outcome.get_or_insert_with(|| outcome.clone()).report = Report::Begun;
+        self.outcome.get_or_insert_with(|| outcome.clone()).report = Reporting::Begun;
     }
 
     /// Whether the requester was told of an outcome, or is being told.
     pub fn is_reported(&self) -> bool {
-        self.outcome.as_ref().is_some_and(|outcome| outcome.report == Report::Begun)
+        self.outcome.as_ref().is_some_and(|outcome| outcome.report == Reporting::Begun)
     }
 
     /// The end without an image that a job which has not ended is to come to.

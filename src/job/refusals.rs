@@ -1,5 +1,5 @@
-//! Pools from which Glance takes no image that is published at once: its user cannot read them. Another request would be
-//! refused too, and cost its tenant a try.
+//! Pools from which Glance takes no image that is published at once: its user cannot read them. Another request would
+//! be refused too, and cost its tenant a try.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::clock::Clock;
-use super::record::{Handover, IllegalTransition, Record, State, Unreadable};
+use super::record::{HandoverState, IllegalTransition, Record, State, Unreadable};
 use super::signal::{self, Signal, Signals};
 use crate::ceph::{self, ErrorKind, KeyedObject, LockKey, MAX_OBJECT, Objects, Version};
 use crate::request::{Source, Trigger};
@@ -180,7 +180,7 @@ impl Store {
         }
         let mut record = Record::new(new.image_id, new.trigger, new.source, new.project_id.clone(), self.clock.now());
         // a service that hands its work over waits for the image, and says when to publish
-        record.handover = (new.trigger != Trigger::Request).then_some(Handover::Offered);
+        record.handover = (new.trigger != Trigger::Request).then_some(HandoverState::Offered);
         let bytes = encode(&record)?;
         // The index entry is written first, because this future can be dropped right after the record is created. It is
         // written again afterwards, because entries without a record are removed after a while.

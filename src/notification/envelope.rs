@@ -14,7 +14,7 @@ pub const MAX_BODY: usize = 16 * 1024 * 1024;
 
 /// Why a message cannot be read. Says nothing of what is in it: bodies can hold live tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, thiserror::Error)]
-pub enum Unreadable {
+pub enum EnvelopeError {
     #[error("the body is larger than 16 MiB")]
     TooLarge,
     #[error("the body is larger than 16 MiB when inflated")]
@@ -43,23 +43,23 @@ pub enum Unreadable {
     BadId,
 }
 
-impl Unreadable {
+impl EnvelopeError {
     /// For a metric's label; never changes.
     pub fn label(self) -> &'static str {
         match self {
-            Unreadable::TooLarge => "too_large",
-            Unreadable::TooLargeInflated => "too_large_inflated",
-            Unreadable::UnknownCompression => "unknown_compression",
-            Unreadable::BadCompression => "bad_compression",
-            Unreadable::NotUtf8 => "not_utf8",
-            Unreadable::NotJson => "not_json",
-            Unreadable::EnvelopeVersion => "envelope_version",
-            Unreadable::NoMessage => "no_message",
-            Unreadable::MessageNotJson => "message_not_json",
-            Unreadable::NoEventType => "no_event_type",
-            Unreadable::PayloadNotObject => "payload_not_object",
-            Unreadable::PayloadShape => "payload_shape",
-            Unreadable::BadId => "bad_id",
+            EnvelopeError::TooLarge => "too_large",
+            EnvelopeError::TooLargeInflated => "too_large_inflated",
+            EnvelopeError::UnknownCompression => "unknown_compression",
+            EnvelopeError::BadCompression => "bad_compression",
+            EnvelopeError::NotUtf8 => "not_utf8",
+            EnvelopeError::NotJson => "not_json",
+            EnvelopeError::EnvelopeVersion => "envelope_version",
+            EnvelopeError::NoMessage => "no_message",
+            EnvelopeError::MessageNotJson => "message_not_json",
+            EnvelopeError::NoEventType => "no_event_type",
+            EnvelopeError::PayloadNotObject => "payload_not_object",
+            EnvelopeError::PayloadShape => "payload_shape",
+            EnvelopeError::BadId => "bad_id",
         }
     }
 }
@@ -67,9 +67,9 @@ impl Unreadable {
 /// The body's text. `compression` is kombu's header of that name, or the content encoding.
 ///
 /// kombu calls what `zlib.compress` writes `application/x-gzip`; both framings are taken under either name.
-pub fn inflate<'a>(body: &'a [u8], compression: Option<&str>) -> Result<Cow<'a, [u8]>, Unreadable> {
+pub fn inflate<'a>(body: &'a [u8], compression: Option<&str>) -> Result<Cow<'a, [u8]>, EnvelopeError> {
     if body.len() > MAX_BODY {
-        return Err(Unreadable::TooLarge);
+        return Err(EnvelopeError::TooLarge);
     }
     let name = compression.unwrap_or_default().trim().to_ascii_lowercase();
     match name.as_str() {
@@ -84,16 +84,16 @@ pub fn inflate<'a>(body: &'a [u8], compression: Option<&str>) -> Result<Cow<'a, 
         "application/x-bz2" | "application/x-bzip2" | "bzip2" | "bzip" | "bz2" => {
             drain(bzip2::read::MultiBzDecoder::new(body))
         }
-        _ => Err(Unreadable::UnknownCompression),
+        _ => Err(EnvelopeError::UnknownCompression),
     }
 }
 
 /// Stops one byte past the limit: what a bomb would inflate to is never held.
-fn drain<'a>(reader: impl Read) -> Result<Cow<'a, [u8]>, Unreadable> {
+fn drain<'a>(reader: impl Read) -> Result<Cow<'a, [u8]>, EnvelopeError> {
     let mut text = Vec::new();
-    reader.take(MAX_BODY as u64 + 1).read_to_end(&mut text).map_err(|_| Unreadable::BadCompression)?;
+    reader.take(MAX_BODY as u64 + 1).read_to_end(&mut text).map_err(|_| EnvelopeError::BadCompression)?;
     if text.len() > MAX_BODY {
-        return Err(Unreadable::TooLargeInflated);
+        return Err(EnvelopeError::TooLargeInflated);
     }
     Ok(Cow::Owned(text))
 }
@@ -109,24 +109,24 @@ struct Envelope<'a> {
 
 /// The text of the inner message: out of an envelope 2.x (driver `messagingv2`), or the whole text (driver
 /// `messaging`).
-pub fn open(text: &[u8]) -> Result<Cow<'_, str>, Unreadable> {
-    let text = std::str::from_utf8(text).map_err(|_| Unreadable::NotUtf8)?;
+pub fn open(text: &[u8]) -> Result<Cow<'_, str>, EnvelopeError> {
+    let text = std::str::from_utf8(text).map_err(|_| EnvelopeError::NotUtf8)?;
     // A derived struct would read an array too.
     if !text.trim_start().starts_with('{') {
-        return Err(Unreadable::NotJson);
+        return Err(EnvelopeError::NotJson);
     }
-    let envelope: Envelope = serde_json::from_str(text).map_err(|_| Unreadable::NotJson)?;
+    let envelope: Envelope = serde_json::from_str(text).map_err(|_| EnvelopeError::NotJson)?;
     let version = match (envelope.version, envelope.message) {
         (None, None) => return Ok(Cow::Borrowed(text)),
-        (None, Some(_)) => return Err(Unreadable::EnvelopeVersion),
+        (None, Some(_)) => return Err(EnvelopeError::EnvelopeVersion),
         (Some(version), _) => version,
     };
-    let version: String = serde_json::from_str(version.get()).map_err(|_| Unreadable::EnvelopeVersion)?;
+    let version: String = serde_json::from_str(version.get()).map_err(|_| EnvelopeError::EnvelopeVersion)?;
     if version.split('.').next() != Some("2") {
-        return Err(Unreadable::EnvelopeVersion);
+        return Err(EnvelopeError::EnvelopeVersion);
     }
-    let message = envelope.message.ok_or(Unreadable::NoMessage)?;
-    serde_json::from_str(message.get()).map(Cow::Owned).map_err(|_| Unreadable::NoMessage)
+    let message = envelope.message.ok_or(EnvelopeError::NoMessage)?;
+    serde_json::from_str(message.get()).map(Cow::Owned).map_err(|_| EnvelopeError::NoMessage)
 }
 
 /// The message's `event_type`, if it can be told from the first bytes: publishers write it third, after two short
@@ -233,21 +233,21 @@ mod tests {
             assert_eq!(open(wrapped(version).as_bytes()).unwrap(), INNER);
         }
         for version in ["1.0", "3.0", "20.0", "", "x"] {
-            assert_eq!(open(wrapped(version).as_bytes()), Err(Unreadable::EnvelopeVersion), "{version}");
+            assert_eq!(open(wrapped(version).as_bytes()), Err(EnvelopeError::EnvelopeVersion), "{version}");
         }
         assert_eq!(open(INNER.as_bytes()).unwrap(), INNER);
         for (text, reason) in [
-            (r#"{"oslo.version": 2.0, "oslo.message": "{}"}"#, Unreadable::EnvelopeVersion),
-            (r#"{"oslo.message": "{}"}"#, Unreadable::EnvelopeVersion),
-            (r#"{"oslo.version": "2.0"}"#, Unreadable::NoMessage),
-            (r#"{"oslo.version": "2.0", "oslo.message": {}}"#, Unreadable::NoMessage),
-            (r#"["2.0", "{}"]"#, Unreadable::NotJson),
-            ("", Unreadable::NotJson),
-            ("{", Unreadable::NotJson),
+            (r#"{"oslo.version": 2.0, "oslo.message": "{}"}"#, EnvelopeError::EnvelopeVersion),
+            (r#"{"oslo.message": "{}"}"#, EnvelopeError::EnvelopeVersion),
+            (r#"{"oslo.version": "2.0"}"#, EnvelopeError::NoMessage),
+            (r#"{"oslo.version": "2.0", "oslo.message": {}}"#, EnvelopeError::NoMessage),
+            (r#"["2.0", "{}"]"#, EnvelopeError::NotJson),
+            ("", EnvelopeError::NotJson),
+            ("{", EnvelopeError::NotJson),
         ] {
             assert_eq!(open(text.as_bytes()), Err(reason), "{text}");
         }
-        assert_eq!(open(b"{\"a\": \"\xff\"}"), Err(Unreadable::NotUtf8));
+        assert_eq!(open(b"{\"a\": \"\xff\"}"), Err(EnvelopeError::NotUtf8));
     }
 
     #[test]
@@ -267,13 +267,13 @@ mod tests {
         }
         assert_eq!(inflate(text, None).unwrap(), text);
         for name in ["application/x-lzma", "application/x-brotli", "application/zstd", "rot13"] {
-            assert_eq!(inflate(text, Some(name)), Err(Unreadable::UnknownCompression));
+            assert_eq!(inflate(text, Some(name)), Err(EnvelopeError::UnknownCompression));
         }
         for name in ["gzip", "bzip2"] {
-            assert_eq!(inflate(text, Some(name)), Err(Unreadable::BadCompression));
+            assert_eq!(inflate(text, Some(name)), Err(EnvelopeError::BadCompression));
         }
         let cut = &zlib(text)[..20];
-        assert_eq!(inflate(cut, Some("gzip")), Err(Unreadable::BadCompression));
+        assert_eq!(inflate(cut, Some("gzip")), Err(EnvelopeError::BadCompression));
     }
 
     #[test]
@@ -281,9 +281,9 @@ mod tests {
         let zeros = vec![b' '; 64 * 1024 * 1024];
         for (bomb, name) in [(zlib(&zeros), "gzip"), (gzip(&zeros), "gzip"), (bz2(&zeros), "bzip2")] {
             assert!(bomb.len() < 256 * 1024);
-            assert_eq!(inflate(&bomb, Some(name)), Err(Unreadable::TooLargeInflated));
+            assert_eq!(inflate(&bomb, Some(name)), Err(EnvelopeError::TooLargeInflated));
         }
-        assert_eq!(inflate(&zeros, None), Err(Unreadable::TooLarge));
+        assert_eq!(inflate(&zeros, None), Err(EnvelopeError::TooLarge));
         let most = zlib(&zeros[..MAX_BODY]);
         assert_eq!(inflate(&most, Some("zlib")).unwrap().len(), MAX_BODY);
     }
@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn deep_nesting_does_not_overflow_the_stack() {
         let deep = "[".repeat(2_000_000);
-        assert_eq!(open(format!("{{\"a\": {deep}").as_bytes()), Err(Unreadable::NotJson));
+        assert_eq!(open(format!("{{\"a\": {deep}").as_bytes()), Err(EnvelopeError::NotJson));
         let closed = format!("{{\"a\": {deep}{}}}", "]".repeat(2_000_000));
         assert!(open(closed.as_bytes()).is_ok());
     }

@@ -7,7 +7,7 @@ use serde::de::{self, Deserializer, IgnoredAny, Visitor};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::envelope::{self, Unreadable};
+use super::envelope::{self, EnvelopeError};
 use crate::request::{HANDOVER_PREFIX, PROPERTY_PREFIX, TAG_PREFIX, parse_uuid};
 
 /// Characters of a text that is kept; Glance's and Cinder's own limit.
@@ -113,7 +113,7 @@ struct Message<'a> {
 }
 
 #[derive(Deserialize)]
-struct Image {
+struct ImagePayload {
     id: Id,
     #[serde(default)]
     status: Text,
@@ -159,7 +159,7 @@ struct LegacyAction {
 
 impl Notification {
     /// Reads a body as delivered. `compression` is kombu's header of that name, or the content encoding.
-    pub fn read(body: &[u8], compression: Option<&str>) -> Result<Notification, Unreadable> {
+    pub fn read(body: &[u8], compression: Option<&str>) -> Result<Notification, EnvelopeError> {
         let text = envelope::inflate(body, compression)?;
         if let Some(event_type) = envelope::peek_event_type(&text)
             && EventType::of(event_type) == EventType::Other
@@ -170,22 +170,22 @@ impl Notification {
     }
 
     /// Reads the inner message.
-    fn from_message(text: &str) -> Result<Notification, Unreadable> {
+    fn from_message(text: &str) -> Result<Notification, EnvelopeError> {
         if !text.trim_start().starts_with('{') {
-            return Err(Unreadable::MessageNotJson);
+            return Err(EnvelopeError::MessageNotJson);
         }
-        let message: Message = serde_json::from_str(text).map_err(|_| Unreadable::MessageNotJson)?;
-        let event_type = text_of(message.event_type).ok_or(Unreadable::NoEventType)?;
+        let message: Message = serde_json::from_str(text).map_err(|_| EnvelopeError::MessageNotJson)?;
+        let event_type = text_of(message.event_type).ok_or(EnvelopeError::NoEventType)?;
         let event_type = EventType::of(event_type.as_bytes());
         if event_type == EventType::Other {
             return Ok(Notification::Irrelevant(event_type));
         }
-        let payload = message.payload.ok_or(Unreadable::PayloadNotObject)?;
+        let payload = message.payload.ok_or(EnvelopeError::PayloadNotObject)?;
         if !payload.get().starts_with('{') {
             // Services put a sentence there when something failed.
             return match text_of(message.priority).as_deref() {
                 Some("ERROR" | "error") => Ok(Notification::Irrelevant(event_type)),
-                _ => Err(Unreadable::PayloadNotObject),
+                _ => Err(EnvelopeError::PayloadNotObject),
             };
         }
         Ok(match event(event_type, payload)? {
@@ -196,10 +196,10 @@ impl Notification {
 }
 
 /// None: about an image that does not matter.
-fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unreadable> {
+fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, EnvelopeError> {
     Ok(Some(match event_type {
         EventType::ImageCreate | EventType::ImageUpdate | EventType::ImageActivate => {
-            let image: Image = parse(payload)?;
+            let image: ImagePayload = parse(payload)?;
             let is_asked_for = !image.tags.0.is_empty() && event_type != EventType::ImageActivate;
             match image.status.0.as_deref() {
                 Some("queued") if is_asked_for => {
@@ -222,8 +222,8 @@ fn event(event_type: EventType, payload: &RawValue) -> Result<Option<Event>, Unr
 }
 
 /// serde_json's error is dropped: it can quote the text.
-fn parse<'a, T: Deserialize<'a>>(payload: &'a RawValue) -> Result<T, Unreadable> {
-    serde_json::from_str(payload.get()).map_err(|_| Unreadable::PayloadShape)
+fn parse<'a, T: Deserialize<'a>>(payload: &'a RawValue) -> Result<T, EnvelopeError> {
+    serde_json::from_str(payload.get()).map_err(|_| EnvelopeError::PayloadShape)
 }
 
 fn text_of(value: Option<&RawValue>) -> Option<String> {
@@ -239,8 +239,8 @@ fn message_id(value: Option<&RawValue>) -> Option<String> {
 struct Id(Option<Uuid>);
 
 impl Id {
-    fn checked(self) -> Result<Uuid, Unreadable> {
-        self.0.ok_or(Unreadable::BadId)
+    fn checked(self) -> Result<Uuid, EnvelopeError> {
+        self.0.ok_or(EnvelopeError::BadId)
     }
 }
 
@@ -373,7 +373,7 @@ mod tests {
     const OTHER: &str = "63b4d3f9-b103-4908-884c-8036e4e940b8";
     const TOKEN: &str = "gAAAAABfaketoken";
 
-    fn read(event_type: &str, payload: Value) -> Result<Notification, Unreadable> {
+    fn read(event_type: &str, payload: Value) -> Result<Notification, EnvelopeError> {
         let message = json!({
             "message_id": IMAGE, "event_type": event_type, "priority": "INFO", "payload": payload,
             "_unique_id": "26682d52d9c94e5683d8635bcdc68797", "_context_auth_token": TOKEN,
@@ -478,30 +478,30 @@ mod tests {
             json!(null),
             json!({"a": "b"}),
         ] {
-            assert_eq!(read("image.delete", json!({"id": id})), Err(Unreadable::BadId), "{id}");
+            assert_eq!(read("image.delete", json!({"id": id})), Err(EnvelopeError::BadId), "{id}");
         }
-        assert_eq!(read("image.delete", json!({})), Err(Unreadable::PayloadShape));
+        assert_eq!(read("image.delete", json!({})), Err(EnvelopeError::PayloadShape));
         let tagged = json!({"id": "x", "status": "queued", "tags": ["rbd-offload:volume:x"]});
-        assert_eq!(read("image.create", tagged), Err(Unreadable::BadId));
+        assert_eq!(read("image.create", tagged), Err(EnvelopeError::BadId));
     }
 
     #[test]
     fn payloads_of_another_shape() {
         for payload in [json!("Failed to upload"), json!([]), json!(1), json!(null)] {
-            assert_eq!(read("image.update", payload.clone()), Err(Unreadable::PayloadNotObject));
+            assert_eq!(read("image.update", payload.clone()), Err(EnvelopeError::PayloadNotObject));
             assert_eq!(read("image.upload", payload), Ok(Notification::Irrelevant(EventType::Other)));
         }
         for tags in [json!("rbd-offload:"), json!({"a": 1}), json!([1])] {
-            assert_eq!(read("image.update", json!({"id": IMAGE, "tags": tags})), Err(Unreadable::PayloadShape));
+            assert_eq!(read("image.update", json!({"id": IMAGE, "tags": tags})), Err(EnvelopeError::PayloadShape));
         }
         let error = r#"{"event_type": "image.update", "priority": "ERROR", "payload": "sentence"}"#;
         assert_eq!(Notification::read(error.as_bytes(), None), Ok(Notification::Irrelevant(EventType::ImageUpdate)));
         for (text, reason) in [
-            (r#"{"payload": {}}"#, Unreadable::NoEventType),
-            (r#"{"event_type": ["image.update"], "payload": {}}"#, Unreadable::NoEventType),
-            (r#"{"event_type": "image.update"}"#, Unreadable::PayloadNotObject),
-            (r#"{"oslo.version": "2.0", "oslo.message": "[]"}"#, Unreadable::MessageNotJson),
-            (r#"{"oslo.version": "2.0", "oslo.message": "{"}"#, Unreadable::MessageNotJson),
+            (r#"{"payload": {}}"#, EnvelopeError::NoEventType),
+            (r#"{"event_type": ["image.update"], "payload": {}}"#, EnvelopeError::NoEventType),
+            (r#"{"event_type": "image.update"}"#, EnvelopeError::PayloadNotObject),
+            (r#"{"oslo.version": "2.0", "oslo.message": "[]"}"#, EnvelopeError::MessageNotJson),
+            (r#"{"oslo.version": "2.0", "oslo.message": "{"}"#, EnvelopeError::MessageNotJson),
         ] {
             assert_eq!(Notification::read(text.as_bytes(), None), Err(reason), "{text}");
         }

@@ -8,15 +8,16 @@
 //!   └ pump          delivery → drop and ack | hand to the sink, ack when it is stored or never can be | give back
 //! ```
 //!
-//! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by `amqp_durable_queues` or
-//! `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind is refused with 406:
-//! tried with oslo.messaging 18 both ways round, every notification of that service is then lost. So an exchange of
-//! ours could silence the service whose it is.
+//! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by
+//! `amqp_durable_queues` or `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind
+//! is refused with 406: tried with oslo.messaging 18 both ways round, every notification of that service is then lost.
+//! So an exchange of ours could silence the service whose it is.
 //!
-//! **AMQP cannot list bindings**, so each is remembered (see [`Bindings`]) before it is made, and one that is remembered but no longer in the
-//! configuration is removed.
+//! **AMQP cannot list bindings**, so each is remembered (see [`Bindings`]) before it is made, and one that is
+//! remembered but no longer in the configuration is removed.
 //!
-//! **Only the priority `info` is bound.** All events that matter are of it; error notifications are not, and those of Nova carry tokens.
+//! **Only the priority `info` is bound.** All events that matter are of it; error notifications are not, and those of
+//! Nova carry tokens.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -43,7 +44,7 @@ use tracing::{debug, error, info, warn};
 use super::acks::Acks;
 use super::bindings::{Binding, Bindings, BindingsError, NoMemory};
 use super::connect::{self, WRONG_NAME_REMEDY};
-use super::envelope::Unreadable;
+use super::envelope::EnvelopeError;
 use super::event::{Event, EventType, Notification};
 use super::permissions::Permissions;
 use super::queue::{self, Depth};
@@ -94,7 +95,7 @@ pub struct Timeouts {
     pub hold_again: Duration,
     /// For one call of the sink.
     pub attempt: Duration,
-    /// Before the sink is tried again; doubles up to eight times.
+    /// Pause before the listener calls the sink again. It doubles up to eight times.
     pub retry: Duration,
     /// Between two looks at the queue.
     pub look: Duration,
@@ -290,12 +291,12 @@ impl Listener {
     }
 
     /// Declares the queue. One of other arguments is replaced, once nobody consumes it and it is empty: see `queue.rs`.
-    async fn declare_queue(&self, connection: &Connection) -> Result<Queue, SessionError> {
+    async fn declare_queue(&self, connection: &Connection) -> Result<ConsumedQueue, SessionError> {
         let mut waited = false;
         loop {
             let Some(error) = self.try_declare(connection).await? else {
                 self.status.lock().queue_declared = true;
-                return Ok(Queue::AsConfigured);
+                return Ok(ConsumedQueue::AsConfigured);
             };
             let (queue, wanted) = (self.queue().to_owned(), queue::described(&self.config));
             match remember(self.bindings.all()).await {
@@ -324,7 +325,7 @@ impl Listener {
                         "queue {queue:?} has other arguments than [messaging] asks for ({wanted}); its {messages} \
                          messages are taken first, then it is replaced ({error})"
                     );
-                    return Ok(Queue::Old);
+                    return Ok(ConsumedQueue::Old);
                 }
                 Depth { consumers, .. } => {
                     if !waited {
@@ -464,7 +465,7 @@ impl Listener {
 
 /// The queue that a session consumes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Queue {
+enum ConsumedQueue {
     AsConfigured,
     /// One of other arguments: the session ends when it is empty.
     Old,
@@ -474,8 +475,8 @@ enum Queue {
 struct Supervisor<'a> {
     listener: &'a Listener,
     sink: Arc<dyn Sink>,
-    /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so it is waited for again, not
-    /// doubled.
+    /// Attempts that did not end in time, by the host's place. lapin cannot give one up, so the listener waits for the
+    /// same one again and starts no second one.
     connecting: HashMap<usize, JoinHandle<lapin::Result<Connection>>>,
     /// Exchanges whose absence was logged.
     warned: BTreeSet<String>,
@@ -572,7 +573,7 @@ impl Supervisor<'_> {
     }
 }
 
-/// Removes the bindings that the configuration no longer names. What fails is tried again with the next connection.
+/// Removes the bindings that the configuration no longer names. The next connection retries what fails.
 ///
 /// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and
 /// removes them itself when it is restarted with the new one.
@@ -613,7 +614,7 @@ async fn maintain_bindings(
     listener: &Listener,
     warned: &mut BTreeSet<String>,
     connection: &Connection,
-    queue: Queue,
+    queue: ConsumedQueue,
     held: &AtomicUsize,
 ) -> SessionError {
     if let Err(ended) = remove_unwanted(listener, connection).await {
@@ -640,7 +641,7 @@ async fn maintain_bindings(
             Ok(Some(depth)) => {
                 gauge!("rbd_offload_queue_messages").set(depth.messages);
                 scratch = Some(channel);
-                if queue == Queue::Old && depth.messages == 0 && held.load(Ordering::Relaxed) == 0 {
+                if queue == ConsumedQueue::Old && depth.messages == 0 && held.load(Ordering::Relaxed) == 0 {
                     return SessionError::Emptied;
                 }
             }
@@ -724,7 +725,7 @@ struct Session<'a> {
     sink: Arc<dyn Sink>,
     /// Cuts retries short.
     stop: CancellationToken,
-    stores: JoinSet<(u64, EventType, Outcome)>,
+    stores: JoinSet<(u64, EventType, DeliveryOutcome)>,
     /// How many of them run.
     held: &'a AtomicUsize,
     acks: Acks,
@@ -808,12 +809,12 @@ impl Session<'_> {
         self.stores.spawn(async move { (tag, event_type, store(sink, event, meta, hold, timeouts, stop).await) });
     }
 
-    async fn settle(&mut self, (tag, event_type, outcome): (u64, EventType, Outcome)) -> lapin::Result<()> {
+    async fn settle(&mut self, (tag, event_type, outcome): (u64, EventType, DeliveryOutcome)) -> lapin::Result<()> {
         self.held.fetch_sub(1, Ordering::Relaxed);
         match outcome {
-            Outcome::Stored => self.counters.stored(event_type),
-            Outcome::Refused => self.counters.refused(event_type),
-            Outcome::GivenBack => {
+            DeliveryOutcome::Stored => self.counters.stored(event_type),
+            DeliveryOutcome::Refused => self.counters.refused(event_type),
+            DeliveryOutcome::GivenBack => {
                 self.counters.requeued(event_type);
                 self.acks.returned(tag);
                 let options = BasicNackOptions { requeue: true, multiple: false };
@@ -862,7 +863,7 @@ impl Session<'_> {
 
 /// What became of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+enum DeliveryOutcome {
     Stored,
     /// It can never be stored.
     Refused,
@@ -879,14 +880,14 @@ async fn store(
     hold: Duration,
     timeouts: Timeouts,
     stop: CancellationToken,
-) -> Outcome {
+) -> DeliveryOutcome {
     let until = Instant::now() + hold;
     let mut pause = timeouts.retry;
     for attempt in 1u32.. {
         let (sink, event, about) = (sink.clone(), event.clone(), meta.clone());
         let mut running = tokio::spawn(async move { sink.accept(event, about).await });
         let error = match timeout(timeouts.attempt, &mut running).await {
-            Ok(Ok(Ok(()))) => return Outcome::Stored,
+            Ok(Ok(Ok(()))) => return DeliveryOutcome::Stored,
             Ok(Ok(Err(error))) => error,
             Ok(Err(error)) => SinkError::new(error),
             Err(_) => {
@@ -901,7 +902,7 @@ async fn store(
                 exchange = meta.exchange.as_str(),
                 "notification {id} can never be stored and is dropped: {error}"
             );
-            return Outcome::Refused;
+            return DeliveryOutcome::Refused;
         }
         if stop.is_cancelled() {
             break;
@@ -923,7 +924,7 @@ async fn store(
         }
         pause = (pause * 2).min(timeouts.retry * 8);
     }
-    Outcome::GivenBack
+    DeliveryOutcome::GivenBack
 }
 
 fn meta_id(meta: &Meta) -> &str {
@@ -1045,7 +1046,7 @@ impl Counters {
         notifications("requeued", event_type).increment(1);
     }
 
-    fn unreadable(&self, reason: Unreadable) {
+    fn unreadable(&self, reason: EnvelopeError) {
         notifications("unreadable", EventType::Other).increment(1);
         counter!("rbd_offload_notifications_rejected_total", "reason" => reason.label()).increment(1);
     }

@@ -24,13 +24,13 @@ mod transport_url;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 
 pub use bindings::{Binding, Bindings, BindingsError};
-pub use envelope::Unreadable;
+pub use envelope::EnvelopeError;
 pub use event::{Event, EventType, Notification};
 pub use listener::{Listener, Timeouts};
 pub use permissions::Permissions;
 pub use replay::{LineError, ReplaySummary, replay};
 pub use sink::{Meta, Sink, SinkError};
-pub use status::{BrokerStatus, State};
+pub use status::{BrokerStatus, ListenerState};
 pub use transport_url::{Error as TransportUrlError, Host, Tls, TransportUrl};
 
 /// The target to silence in the log (`lapin=off`): lapin logs every refused call as an error of its own, a look for an

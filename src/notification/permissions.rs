@@ -6,8 +6,8 @@ use crate::config::Messaging;
 
 /// The three regular expressions of `rabbitmqctl set_permissions`.
 ///
-/// Declaring and deleting the queue takes `configure` on it, binding and unbinding it `write` on it and `read` on the exchange,
-/// consuming it `read` on it. Nothing is published, and no exchange is declared.
+/// Declaring and deleting the queue takes `configure` on it, binding and unbinding it `write` on it and `read` on the
+/// exchange, consuming it `read` on it. Nothing is published, and no exchange is declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Permissions {
     pub configure: String,

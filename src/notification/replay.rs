@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read};
 
 use serde::Deserialize;
 
-use super::envelope::{MAX_BODY, Unreadable};
+use super::envelope::{EnvelopeError, MAX_BODY};
 use super::event::Notification;
 use super::sink::{Meta, Sink, SinkError};
 
@@ -26,7 +26,7 @@ pub enum LineError {
     #[error("the line is longer than a notification can be")]
     TooLong,
     #[error(transparent)]
-    Unreadable(#[from] Unreadable),
+    Unreadable(#[from] EnvelopeError),
     #[error("not stored: {0}")]
     Sink(#[from] SinkError),
 }

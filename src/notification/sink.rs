@@ -43,7 +43,7 @@ pub struct SinkError {
 }
 
 impl SinkError {
-    /// It could not be stored now: the delivery is tried again.
+    /// It could not be stored now: the listener retries the delivery.
     pub fn new(error: impl fmt::Display) -> SinkError {
         SinkError { text: error.to_string(), permanent: false }
     }

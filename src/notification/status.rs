@@ -7,11 +7,11 @@ use std::time::Instant;
 
 /// Written by the listener, read by anyone.
 #[derive(Debug, Default)]
-pub struct BrokerStatus(Mutex<State>);
+pub struct BrokerStatus(Mutex<ListenerState>);
 
 /// The listener's state at a moment.
 #[derive(Debug, Default, Clone)]
-pub struct State {
+pub struct ListenerState {
     /// `host:port` of the broker that is consumed from, or was tried last.
     pub host: Option<String>,
     /// Consuming or standing by since; None: not connected.
@@ -29,22 +29,22 @@ pub struct State {
 }
 
 impl BrokerStatus {
-    pub fn get(&self) -> State {
+    pub fn get(&self) -> ListenerState {
         self.lock().clone()
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, ListenerState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl ListenerState {
     pub fn connected(&self) -> bool {
         self.connected_since.is_some()
     }
 }
 
-impl fmt::Display for State {
+impl fmt::Display for ListenerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.host, &self.problem) {
             (Some(host), _) if self.connected() && self.standing_by => {

@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn refused() {
+    fn malformed_urls_are_refused() {
         for (text, error) in [
             ("", Error::NoScheme),
             ("h:5672", Error::NoScheme),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::error::{Error, ErrorKind, Result};
 use super::session::{HttpClient, Request, Service, Session};
-use super::{Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Store, Validation, json};
+use super::{GlanceStore, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Validation, json};
 use crate::config::Register;
 
 const JSON_PATCH: &str = "application/openstack-images-v2.1-json-patch";
@@ -296,7 +296,7 @@ impl Session {
         Ok((answer.call.clone(), answer.read()?))
     }
 
-    pub(super) async fn list_stores(&self) -> Result<Vec<Store>> {
+    pub(super) async fn list_stores(&self) -> Result<Vec<GlanceStore>> {
         let path = ["info", "stores", "detail"];
         let answer = self.wire.send(Request::get(Service::Image, "list stores", &path)).await?;
         Ok(answer.read_if_found()?.map(stores).unwrap_or_default())
@@ -549,8 +549,8 @@ struct StoreProperties {
     fsid: Option<String>,
 }
 
-fn stores(answer: Stores) -> Vec<Store> {
-    let store = |StoreRecord { id, kind, properties: StoreProperties { pool, fsid }, default }| Store {
+fn stores(answer: Stores) -> Vec<GlanceStore> {
+    let store = |StoreRecord { id, kind, properties: StoreProperties { pool, fsid }, default }| GlanceStore {
         id,
         kind,
         pool,

@@ -125,7 +125,7 @@ impl ImageTask {
 
 /// One of Glance's stores, as `GET /v2/info/stores/detail` tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Store {
+pub struct GlanceStore {
     pub id: String,
     /// `rbd`, `file`, …
     pub kind: String,
@@ -134,7 +134,7 @@ pub struct Store {
     pub default: bool,
 }
 
-impl Store {
+impl GlanceStore {
     /// `false` where Glance says that the store is in another Ceph cluster than this one.
     pub fn may_be_in(&self, fsid: &str) -> bool {
         self.fsid.as_deref().is_none_or(|theirs| theirs.eq_ignore_ascii_case(fsid))
@@ -387,7 +387,7 @@ pub trait Cloud: Send + Sync + 'static {
     async fn image_size_limit(&self, project_id: &str) -> Result<Option<u64>>;
 
     /// As they were within the last minute.
-    async fn stores(&self) -> Result<Vec<Store>>;
+    async fn stores(&self) -> Result<Vec<GlanceStore>>;
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>>;
 
@@ -445,7 +445,7 @@ impl Cloud for Session {
         self.read_image_size_limit(project_id).await
     }
 
-    async fn stores(&self) -> Result<Vec<Store>> {
+    async fn stores(&self) -> Result<Vec<GlanceStore>> {
         self.stores.or(self.list_stores()).await
     }
 

@@ -30,7 +30,7 @@ use url::Url;
 
 use super::error::{Error, ErrorKind, Result, shorten};
 use super::recent::Recent;
-use super::{CloudId, Store, json};
+use super::{CloudId, GlanceStore, json};
 use crate::config::{Credentials, Glance, Interface, Keystone, Register};
 
 /// Longest answer that is read, in bytes.
@@ -57,7 +57,7 @@ static MICROVERSION: HeaderName = HeaderName::from_static("openstack-api-version
 pub struct Session {
     pub(super) wire: HttpClient,
     pub(super) register: Register,
-    pub(super) stores: Recent<Vec<Store>>,
+    pub(super) stores: Recent<Vec<GlanceStore>>,
 }
 
 impl Session {

@@ -82,8 +82,8 @@ fn without_tags(image: &Image, unwanted: impl Fn(&str) -> bool) -> Option<ImageC
 }
 
 /// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
-/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours. `copying`: the image is active before its
-/// copy is complete, and a tag says so.
+/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours. `copying`: the image is active before
+/// its copy is complete, and a tag says so.
 pub fn prepare(
     image: &Image,
     min_disk: u64,

@@ -163,7 +163,11 @@ pub enum RenameOutcome {
 }
 
 /// Renames the copy to the image's id, if that name is free. `own` is the tag of the job that does so.
-pub async fn take_name(storage: &dyn Storage, copy: &ImageSpec, own: &OwnershipTag) -> ceph::Result<RenameOutcome> {
+pub async fn rename_to_final(
+    storage: &dyn Storage,
+    copy: &ImageSpec,
+    own: &OwnershipTag,
+) -> ceph::Result<RenameOutcome> {
     let image_id = own.image_id.to_string();
     let target = ImageSpec::named(&copy.pool, image_id.as_str());
     match storage.rename(copy, &image_id).await {

@@ -9,7 +9,7 @@ const SECONDS: [f64; 16] =
     [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 1200.0, 3600.0];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum MetricKind {
     Counter,
     /// A counter without labels, which is there from the start: a rate needs a zero to begin with.
     Plain,
@@ -18,104 +18,116 @@ enum Kind {
 }
 
 /// Every metric, with what `# HELP` says of it.
-const METRICS: &[(Kind, &str, &str)] = &[
-    (Kind::Gauge, "rbd_offload_build_info", "Always 1; the label tells the version."),
+const METRICS: &[(MetricKind, &str, &str)] = &[
+    (MetricKind::Gauge, "rbd_offload_build_info", "Always 1; the label tells the version."),
     (
-        Kind::Counter,
+        MetricKind::Counter,
         "rbd_offload_notifications_total",
         "Notifications by what they tell of (event_type) and what became of them (outcome: stored, dropped, requeued, \
          refused, unreadable).",
     ),
-    (Kind::Counter, "rbd_offload_notifications_rejected_total", "Notifications that could not be read, by reason."),
-    (Kind::Plain, "rbd_offload_broker_reconnects_total", "Connections to the broker that were lost or refused."),
-    (Kind::Gauge, "rbd_offload_broker_connected", "1 while the queue is consumed, else 0."),
     (
-        Kind::Gauge,
+        MetricKind::Counter,
+        "rbd_offload_notifications_rejected_total",
+        "Notifications that could not be read, by reason.",
+    ),
+    (MetricKind::Plain, "rbd_offload_broker_reconnects_total", "Connections to the broker that were lost or refused."),
+    (MetricKind::Gauge, "rbd_offload_broker_connected", "1 while the queue is consumed, else 0."),
+    (
+        MetricKind::Gauge,
         "rbd_offload_queue_messages",
         "Messages that wait in the queue at the broker and have been delivered to nobody.",
     ),
-    (Kind::Counter, "rbd_offload_jobs_accepted_total", "Requests that were stored as jobs, by trigger."),
+    (MetricKind::Counter, "rbd_offload_jobs_accepted_total", "Requests that were stored as jobs, by trigger."),
     (
-        Kind::Counter,
+        MetricKind::Counter,
         "rbd_offload_jobs_ended_total",
         "Jobs that ended here, by state, reason of a decline, trigger and method (none: before one was chosen).",
     ),
     (
-        Kind::Counter,
+        MetricKind::Counter,
         "rbd_offload_offers_observed_total",
         "Work that a service offered while its integration is off in the configuration, by trigger.",
     ),
-    (Kind::Plain, "rbd_offload_jobs_dry_run_total", "Jobs that were planned and, with dry_run, not done."),
-    (Kind::Gauge, "rbd_offload_jobs_running", "Jobs that this daemon works on."),
-    (Kind::Gauge, "rbd_offload_jobs_waiting", "Jobs of the whole cluster that wait for a daemon with room."),
+    (MetricKind::Plain, "rbd_offload_jobs_dry_run_total", "Jobs that were planned and, with dry_run, not done."),
+    (MetricKind::Gauge, "rbd_offload_jobs_running", "Jobs that this daemon works on."),
+    (MetricKind::Gauge, "rbd_offload_jobs_waiting", "Jobs of the whole cluster that wait for a daemon with room."),
     (
-        Kind::Gauge,
+        MetricKind::Gauge,
         "rbd_offload_last_progress_timestamp_seconds",
         "When a job of this daemon last made progress, in Unix time: it was begun, bytes were copied, or a stage ended well.",
     ),
     (
-        Kind::Gauge,
+        MetricKind::Gauge,
         "rbd_offload_last_poll_timestamp_seconds",
         "When this daemon last looked for jobs and got an answer from Ceph, in Unix time.",
     ),
     (
-        Kind::Histogram,
+        MetricKind::Histogram,
         "rbd_offload_job_duration_seconds",
         "From the request to the active image, of jobs that are done.",
     ),
     (
-        Kind::Gauge,
+        MetricKind::Gauge,
         "rbd_offload_images_detaching",
         "Images of the whole cluster that were published at once and depend on their source still.",
     ),
     (
-        Kind::Gauge,
+        MetricKind::Gauge,
         "rbd_offload_oldest_detaching_seconds",
         "How long the oldest of these images has been active; 0 without one.",
     ),
     (
-        Kind::Histogram,
+        MetricKind::Histogram,
         "rbd_offload_detach_duration_seconds",
         "From the active image until it depends on its source no more, of images that were published at once.",
     ),
-    (Kind::Histogram, "rbd_offload_stage_duration_seconds", "How long a stage of a job took, by stage."),
-    (Kind::Counter, "rbd_offload_copied_bytes_total", "Bytes that were copied into images, by method."),
+    (MetricKind::Histogram, "rbd_offload_stage_duration_seconds", "How long a stage of a job took, by stage."),
+    (MetricKind::Counter, "rbd_offload_copied_bytes_total", "Bytes that were copied into images, by method."),
     (
-        Kind::Counter,
+        MetricKind::Counter,
         "rbd_offload_local_bytes_total",
         "Bytes that went through this host for them, in and out, by method.",
     ),
-    (Kind::Plain, "rbd_offload_retries_total", "Attempts that met a transient error; the job is retried."),
-    (Kind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
+    (MetricKind::Plain, "rbd_offload_retries_total", "Attempts that met a transient error; the job is retried."),
+    (MetricKind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
     (
-        Kind::Plain,
+        MetricKind::Plain,
         "rbd_offload_fenced_total",
         "Ceph clients of this daemon, each of one job, that another daemon fenced.",
     ),
-    (Kind::Plain, "rbd_offload_takeovers_total", "Jobs that were taken over from a daemon that did not release them."),
     (
-        Kind::Plain,
+        MetricKind::Plain,
+        "rbd_offload_takeovers_total",
+        "Jobs that were taken over from a daemon that did not release them.",
+    ),
+    (
+        MetricKind::Plain,
         "rbd_offload_takeover_failures_total",
         "Jobs that failed because each daemon that worked on them died or stalled.",
     ),
     (
-        Kind::Plain,
+        MetricKind::Plain,
         "rbd_offload_jobs_given_up_total",
         "Jobs that were left because a call did not return; their Ceph client was fenced.",
     ),
     (
-        Kind::Plain,
+        MetricKind::Plain,
         "rbd_offload_fences_refused_total",
         "Take-overs that were refused because the owner before could not be fenced; the job is left alone.",
     ),
-    (Kind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source, and were removed."),
     (
-        Kind::Plain,
+        MetricKind::Plain,
+        "rbd_offload_verify_failures_total",
+        "Copies that differed from their source, and were removed.",
+    ),
+    (
+        MetricKind::Plain,
         "rbd_offload_images_deactivated_total",
         "Images that were deactivated because their format was changed while they were published.",
     ),
     (
-        Kind::Counter,
+        MetricKind::Counter,
         "rbd_offload_reconciler_findings_total",
         "What the reconciler found and repaired, by kind: request (its notification was lost), record, repaired, image, \
          snapshot, expired.",
@@ -132,13 +144,13 @@ pub fn start_metrics() -> Result<PrometheusHandle, BuildError> {
         .install_recorder()?;
     for (kind, name, help) in METRICS {
         match kind {
-            Kind::Counter => metrics::describe_counter!(*name, *help),
-            Kind::Plain => {
+            MetricKind::Counter => metrics::describe_counter!(*name, *help),
+            MetricKind::Plain => {
                 metrics::describe_counter!(*name, *help);
                 metrics::counter!(*name).absolute(0);
             }
-            Kind::Gauge => metrics::describe_gauge!(*name, *help),
-            Kind::Histogram => metrics::describe_histogram!(*name, *help),
+            MetricKind::Gauge => metrics::describe_gauge!(*name, *help),
+            MetricKind::Histogram => metrics::describe_histogram!(*name, *help),
         }
     }
     metrics::gauge!("rbd_offload_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
@@ -208,8 +220,8 @@ mod tests {
     fn names_and_help_follow_the_conventions() {
         for (kind, name, help) in METRICS {
             assert!(name.starts_with("rbd_offload_") && help.ends_with('.'), "{name}");
-            assert_eq!(name.ends_with("_total"), matches!(kind, Kind::Counter | Kind::Plain), "{name}");
-            if *kind == Kind::Histogram {
+            assert_eq!(name.ends_with("_total"), matches!(kind, MetricKind::Counter | MetricKind::Plain), "{name}");
+            if *kind == MetricKind::Histogram {
                 assert!(name.ends_with("_seconds"), "{name}");
             }
         }

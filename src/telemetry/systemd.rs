@@ -10,13 +10,13 @@ use sd_notify::NotifyState;
 
 /// Where the daemon stands in its life, as systemd's state machine knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum ServicePhase {
     Ready,
     Reloading,
     Stopping,
 }
 
-impl Phase {
+impl ServicePhase {
     fn state(self) -> NotifyState<'static> {
         match self {
             Self::Ready => NotifyState::Ready,
@@ -30,7 +30,7 @@ impl Phase {
 #[derive(Debug, Default)]
 struct Pending {
     /// In order. None is lost: systemd counts a service as started by `READY=1` alone.
-    phases: Vec<Phase>,
+    phases: Vec<ServicePhase>,
     status: Option<String>,
     watchdog: bool,
     closed: bool,
@@ -103,7 +103,7 @@ impl Systemd {
         Ok(Self { mailbox })
     }
 
-    pub fn phase(&self, phase: Phase) {
+    pub fn phase(&self, phase: ServicePhase) {
         self.leave(|pending| {
             pending.phases.retain(|earlier| *earlier != phase);
             pending.phases.push(phase);
@@ -151,12 +151,12 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_socket_that_is_not_read_and_the_newest_status_wins() {
         let (systemd, read) = socket();
-        systemd.phase(Phase::Ready);
+        systemd.phase(ServicePhase::Ready);
         for number in 0..1000 {
             systemd.status(&format!("{number} running"));
             systemd.watchdog();
         }
-        systemd.phase(Phase::Stopping);
+        systemd.phase(ServicePhase::Stopping);
         drop(systemd);
         let mut sent = Vec::new();
         while let Ok(message) = read.recv_timeout(LONG) {
@@ -172,13 +172,13 @@ mod tests {
     #[test]
     fn a_reload_is_sent_before_the_daemon_is_ready_again() {
         let (systemd, read) = socket();
-        systemd.phase(Phase::Ready);
+        systemd.phase(ServicePhase::Ready);
         assert_eq!(read.recv_timeout(LONG).as_deref(), Ok("READY=1"));
-        systemd.phase(Phase::Reloading);
-        systemd.phase(Phase::Ready);
+        systemd.phase(ServicePhase::Reloading);
+        systemd.phase(ServicePhase::Ready);
         assert_eq!(read.recv_timeout(LONG).as_deref(), Ok("RELOADING=1"));
         assert_eq!(read.recv_timeout(LONG).as_deref(), Ok("READY=1"));
-        systemd.phase(Phase::Stopping);
+        systemd.phase(ServicePhase::Stopping);
         assert_eq!(read.recv_timeout(LONG).as_deref(), Ok("STOPPING=1"));
     }
 }

@@ -89,13 +89,13 @@ pub trait Transfer: Send + Sync {
 
 /// The methods to try on this source in order, and for each that the configuration asked for and the source rules out,
 /// why. Correctness wins over configuration: if the configured method does not support a source, the others are tried.
-pub fn candidates(wanted: config::Method, source: &ImageInfo) -> (Vec<Method>, Vec<String>) {
+pub fn candidates(wanted: config::MethodChoice, source: &ImageInfo) -> (Vec<Method>, Vec<String>) {
     const AUTO: [Method; 3] = [Method::ServerCopy, Method::Clone, Method::Copy];
     let first = match wanted {
-        config::Method::Auto => None,
-        config::Method::ServerCopy => Some(Method::ServerCopy),
-        config::Method::Clone => Some(Method::Clone),
-        config::Method::Copy => Some(Method::Copy),
+        config::MethodChoice::Auto => None,
+        config::MethodChoice::ServerCopy => Some(Method::ServerCopy),
+        config::MethodChoice::Clone => Some(Method::Clone),
+        config::MethodChoice::Copy => Some(Method::Copy),
     };
     let mut reasons = Vec::new();
     let mut methods = Vec::new();
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_forced_method_comes_first_and_others_stand_by() {
-        let (methods, reasons) = candidates(config::Method::Copy, &source(Features::PUBLISHED.0));
+        let (methods, reasons) = candidates(config::MethodChoice::Copy, &source(Features::PUBLISHED.0));
         assert_eq!(methods.first(), Some(&Method::Copy));
         assert!(methods.contains(&Method::Clone));
         assert!(reasons.is_empty(), "{reasons:?}");
@@ -171,12 +171,12 @@ mod tests {
             (Features::PUBLISHED.0 | Features::JOURNALING.0, &[Method::Clone, Method::Copy][..]),
             (Features::PUBLISHED.0 | Features::MIGRATING.0, &[Method::Copy]),
         ] {
-            for wanted in [config::Method::Auto, config::Method::ServerCopy] {
+            for wanted in [config::MethodChoice::Auto, config::MethodChoice::ServerCopy] {
                 assert_eq!(candidates(wanted, &source(features)).0, rest);
             }
         }
         let old = ImageInfo { old_format: true, ..source(Features::LAYERING.0) };
-        assert_eq!(candidates(config::Method::Auto, &old).0, [Method::Copy]);
+        assert_eq!(candidates(config::MethodChoice::Auto, &old).0, [Method::Copy]);
         for (kind, other) in [
             (ErrorKind::Unsupported, true),
             (ErrorKind::PermissionDenied, true),
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_source_without_layering_is_copied_whatever_was_asked() {
-        for wanted in [config::Method::Auto, config::Method::Clone, config::Method::ServerCopy] {
+        for wanted in [config::MethodChoice::Auto, config::MethodChoice::Clone, config::MethodChoice::ServerCopy] {
             let (methods, reasons) = candidates(wanted, &source(0));
             assert_eq!(methods, [Method::Copy]);
             assert_eq!(reasons.len(), 2);

@@ -39,7 +39,7 @@ impl Transfer for ServerCopy {
             Err(error) => return Err(error),
         };
         // what is shown goes to the end once: with the fill, where that had something to do
-        let unseen = progress.beside();
+        let unseen = progress.steps_only();
         let shown = if filled.objects > 0 { &unseen } else { progress };
         let flattened = storage.flatten(&request.destination, shown, cancel).await?;
         Ok(Moved {

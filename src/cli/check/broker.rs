@@ -28,14 +28,15 @@ pub async fn check(config: &Config) -> Vec<CheckResult> {
             return vec![CheckResult::fault("RabbitMQ", error.to_string(), "fix transport_url in [messaging]")];
         }
     };
-    let dialled = url.hosts.iter().map(|host| dial(&config.messaging, &url, host));
+    let checked = url.hosts.iter().map(|host| check_host(&config.messaging, &url, host));
     let (mut rows, connections): (Vec<CheckResult>, Vec<Option<Connection>>) =
-        futures::future::join_all(dialled).await.into_iter().unzip();
+        futures::future::join_all(checked).await.into_iter().unzip();
     let connections: Vec<Connection> = connections.into_iter().flatten().collect();
     match connections.first() {
         Some(connection) => {
-            let exchanges = config.messaging.exchanges.iter().map(|name| exchange(connection, config, name));
-            let (queue, exchanges) = tokio::join!(queue(connection, config), futures::future::join_all(exchanges));
+            let exchanges = config.messaging.exchanges.iter().map(|name| check_exchange(connection, config, name));
+            let (queue, exchanges) =
+                tokio::join!(check_queue(connection, config), futures::future::join_all(exchanges));
             rows.push(queue);
             rows.extend(accept_either_cinder_exchange(config, exchanges));
         }
@@ -60,7 +61,7 @@ fn exchange_name(exchange: &str) -> String {
 }
 
 /// Connects, authenticates and opens the virtual host.
-async fn dial(config: &Messaging, url: &TransportUrl, host: &Host) -> (CheckResult, Option<Connection>) {
+async fn check_host(config: &Messaging, url: &TransportUrl, host: &Host) -> (CheckResult, Option<Connection>) {
     let name = format!("RabbitMQ {host}");
     let mut connected = None;
     let row = within(&name, "see whether the broker runs, and whether a firewall drops the packets", async || {
@@ -120,7 +121,7 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
     CheckResult::fault(name, format!("cannot be reached: {error}"), remedy).transient_if(true)
 }
 
-async fn queue(connection: &Connection, config: &Config) -> CheckResult {
+async fn check_queue(connection: &Connection, config: &Config) -> CheckResult {
     let name = queue_name(config);
     let row =
         within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async || match look_at_queue(
@@ -204,7 +205,7 @@ async fn depth(connection: &Connection, queue: &str) -> lapin::Result<Option<Dep
     own_queue::depth(&connection.create_channel().await?, queue).await
 }
 
-async fn exchange(connection: &Connection, config: &Config, exchange: &str) -> CheckResult {
+async fn check_exchange(connection: &Connection, config: &Config, exchange: &str) -> CheckResult {
     let name = exchange_name(exchange);
     within(&name, "see the broker's log", async || {
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };

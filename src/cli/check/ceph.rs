@@ -20,7 +20,7 @@ const OLDEST: u64 = 16;
 /// How long the lock of the probe would be kept.
 const LOCK: Duration = Duration::from_secs(10);
 
-pub struct Findings {
+pub struct CephFindings {
     pub rows: Vec<CheckResult>,
     /// `None` without a connection.
     pub fsid: Option<String>,
@@ -34,7 +34,7 @@ fn is_stuck(row: &CheckResult) -> bool {
     row.detail.starts_with(super::NO_ANSWER)
 }
 
-pub async fn check(config: &Config) -> Findings {
+pub async fn check(config: &Config) -> CephFindings {
     let mut client = None;
     let mut fsid = None;
     let row = within_once("Ceph", "see whether the monitors of mon_host in [ceph] conf can be reached", async || {
@@ -65,7 +65,12 @@ pub async fn check(config: &Config) -> Findings {
         names.push(jobs_name(config));
         let skipped = names.into_iter().map(|name| CheckResult::skipped(name, "no connection to Ceph"));
         let stuck = is_stuck(&row);
-        return Findings { rows: std::iter::once(row).chain(skipped).collect(), fsid: None, jobs_cloud: None, stuck };
+        return CephFindings {
+            rows: std::iter::once(row).chain(skipped).collect(),
+            fsid: None,
+            jobs_cloud: None,
+            stuck,
+        };
     };
     let probes = join_all(pools.iter().map(|pool| capabilities(config, &client, pool)));
     let (release, fencing, probed, instances, jobs) = tokio::join!(
@@ -84,7 +89,7 @@ pub async fn check(config: &Config) -> Findings {
         Ok(objects) => tokio::time::timeout(super::LIMIT, deployment::cloud(&objects)).await.ok().and_then(Result::ok),
         Err(_) => None,
     };
-    Findings { rows, fsid, jobs_cloud, stuck }
+    CephFindings { rows, fsid, jobs_cloud, stuck }
 }
 
 async fn connect(config: &Config) -> Result<(Client, String), Error> {

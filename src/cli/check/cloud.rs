@@ -20,15 +20,15 @@ const SKEW: SignedDuration = SignedDuration::from_secs(30);
 
 const NO_ID: &str = "00000000-0000-0000-0000-000000000000";
 
-pub struct Findings {
+pub struct CloudFindings {
     pub rows: Vec<CheckResult>,
     /// What Glance tells of its stores; `None` when it was not asked or did not answer.
-    pub stores: Option<Vec<openstack::Store>>,
+    pub stores: Option<Vec<openstack::GlanceStore>>,
     /// Which cloud this is; `None` without a login.
     pub cloud: Option<openstack::CloudId>,
 }
 
-pub async fn check(config: &Config) -> Findings {
+pub async fn check(config: &Config) -> CloudFindings {
     let session = match Session::connect(&config.keystone, &config.glance) {
         Ok(session) => session,
         Err(error) => {
@@ -55,10 +55,10 @@ pub async fn check(config: &Config) -> Findings {
     rows.extend(stores_row);
     rows.extend([cinder, backends]);
     rows.extend(nova);
-    Findings { rows, stores, cloud: session.cloud().await.ok() }
+    CloudFindings { rows, stores, cloud: session.cloud().await.ok() }
 }
 
-fn without_login(config: &Config, login: CheckResult) -> Findings {
+fn without_login(config: &Config, login: CheckResult) -> CloudFindings {
     let mut names =
         vec!["Keystone roles", "Glance", "Glance location API", "Glance status", "Cinder", "Cinder backends"];
     if config.nova.integration {
@@ -66,7 +66,7 @@ fn without_login(config: &Config, login: CheckResult) -> Findings {
     }
     let mut rows = vec![login];
     rows.extend(names.into_iter().map(|name| CheckResult::skipped(name, "no login at Keystone")));
-    Findings { rows, stores: None, cloud: None }
+    CloudFindings { rows, stores: None, cloud: None }
 }
 
 /// Who we are, for commands that an operator may copy.
@@ -252,7 +252,7 @@ async fn status(session: &Session) -> CheckResult {
 }
 
 /// A row only where Glance did not answer; what it says is judged with Ceph's fsid.
-async fn stores(session: &Session) -> (Option<CheckResult>, Option<Vec<openstack::Store>>) {
+async fn stores(session: &Session) -> (Option<CheckResult>, Option<Vec<openstack::GlanceStore>>) {
     const NAME: &str = "Glance stores asked";
     let mut stores = None;
     let row = within(NAME, "see whether Glance runs, and its log", async || match session.stores().await {

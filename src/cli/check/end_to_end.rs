@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::super::setup::client_options;
 use super::report::CheckResult;
 use crate::ceph::{self, Client, Features, ImageSpec, Progress, Storage};
-use crate::config::{Config, Publish};
+use crate::config::{Config, PublishChoice};
 use crate::openstack::{self, Cloud, ErrorKind, LocationAnswer, Session};
 use crate::publish;
 
@@ -91,7 +91,7 @@ fn ways(config: &Config) -> BTreeSet<Way<'_>> {
     let mut ways = BTreeSet::new();
     for backend in config.backends.values() {
         let copied = Way { source_pool: &backend.pool, dest_pool: &backend.dest_pool, at_once: false };
-        if backend.publish.unwrap_or(config.offload.publish) == Publish::AtOnce {
+        if backend.publish.unwrap_or(config.offload.publish) == PublishChoice::AtOnce {
             ways.insert(Way { at_once: true, ..copied.clone() });
         }
         ways.insert(copied);

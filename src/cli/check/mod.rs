@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::setup::{WIND_UP, load, store_problems};
+use super::setup::{SHUTDOWN_TIMEOUT, load, store_problems};
 use super::{Failure, output};
 use crate::config::Config;
 use crate::job::deployment::remedy;
@@ -25,7 +25,8 @@ use report::CheckResult;
 /// For each check.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a transient fault is tried again: about what a service's worker takes to start on a busy host.
+/// How long `check` repeats a call that fails with a transient fault: about what a service's worker takes to start on
+/// a busy host.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -60,7 +61,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     output::print(&text)?;
     if ceph.stuck {
         // what still runs removes what it made, if Ceph answers it after all
-        tokio::time::sleep(WIND_UP).await;
+        tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
         crate::ceph::exit_now(1);
     }
     Ok(if rows.iter().all(CheckResult::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -90,7 +91,7 @@ fn jobs_cloud(config: &Config, own: Option<&CloudId>, stored: Option<&Option<Clo
 }
 
 /// Whether Glance finds what we put into the destination pools.
-fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Option<&str>) -> CheckResult {
+fn stores(config: &Config, stores: Option<&[crate::openstack::GlanceStore]>, fsid: Option<&str>) -> CheckResult {
     const NAME: &str = "Glance stores";
     let (stores, fsid) = match (stores, fsid) {
         (Some(stores), Some(fsid)) => (stores, fsid),
@@ -117,9 +118,10 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::Store]>, fsid: Opt
     }
 }
 
-/// One check. A transient fault is tried again for [`PATIENCE`], and the row says so: a service that has just started,
-/// or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried once
-/// more: the services remember a token that they have validated, so a slow first answer is followed by a quick one.
+/// One check. It repeats a call with a transient fault for [`PATIENCE`], and the row says so: a service that has just
+/// started, or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried
+/// once more: the services remember a token that they have validated, so a slow first answer is followed by a quick
+/// one.
 async fn within(name: &str, remedy: &str, check: impl AsyncFnMut() -> CheckResult) -> CheckResult {
     attempts(name, remedy, 2, check).await
 }

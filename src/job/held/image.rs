@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use super::super::error::{StepResult, decline, end, image_gone, other_writer};
-use super::super::record::{Artifact, Handover, Registration, State};
+use super::super::record::{Artifact, HandoverState, Registration, State};
 use super::HeldJob;
 use crate::ceph::ImageSpec;
 use crate::decline::Decline;
@@ -64,7 +64,7 @@ impl HeldJob {
     /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the
     /// image itself.
     pub async fn check_offer(&self, image: &Image) -> StepResult<()> {
-        if self.record().await.handover == Some(Handover::Offered) && !request::has_commit_tag(&image.tags) {
+        if self.record().await.handover == Some(HandoverState::Offered) && !request::has_commit_tag(&image.tags) {
             plan::read_offer(image)?;
         }
         Ok(())

@@ -5,7 +5,7 @@ use jiff::SignedDuration;
 use tokio_util::sync::CancellationToken;
 
 use super::{Begins, JobRun, StepError, StepResult};
-use crate::job::record::{Handover, State};
+use crate::job::record::{HandoverState, State};
 use crate::openstack::Image;
 use crate::publish::image_status::Status;
 use crate::request::{self, TagRequest};
@@ -107,7 +107,7 @@ impl JobRun {
 
     /// Whether a service waits that may do the work itself at any moment, and does when nothing moves.
     pub(super) async fn has_waiting_service(&self) -> bool {
-        self.job.record().await.handover == Some(Handover::Offered)
+        self.job.record().await.handover == Some(HandoverState::Offered)
     }
 
     /// A heartbeat, which differs from the one before.

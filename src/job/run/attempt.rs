@@ -12,7 +12,7 @@ use crate::decline::Decline;
 use crate::job::error::{decline, end};
 use crate::job::held::has_running_task;
 use crate::job::names::private_name;
-use crate::job::record::{Artifact, Handover, Outcome, Phase, Publication, Publish, Record, SourceImage, State};
+use crate::job::record::{Artifact, HandoverState, Outcome, Phase, Publication, Publish, Record, SourceImage, State};
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::Image;
@@ -102,7 +102,7 @@ impl JobRun {
 
     /// When the image becomes active, and why it cannot be at once where that is asked for.
     async fn when_to_publish(&self, plan: &Plan, methods: &[Method], config: &Config) -> (Publish, Option<String>) {
-        if plan.publish == config::Publish::WhenCopied {
+        if plan.publish == config::PublishChoice::WhenCopied {
             return (Publish::WhenCopied, None);
         }
         let record = self.job.record().await;
@@ -217,7 +217,7 @@ impl JobRun {
 
     async fn plan(&self, config: &Config) -> StepResult<Plan> {
         let record = self.job.record().await;
-        let offered = record.handover == Some(Handover::Offered);
+        let offered = record.handover == Some(HandoverState::Offered);
         let (image_id, trigger, source, retried) = (self.job.id, record.trigger, record.source, record.retried);
         let request = PlanRequest { image_id, trigger, source, retried, offered };
         if trigger != Trigger::Request && record.handover.is_none() {

@@ -7,7 +7,7 @@ use jiff::SignedDuration;
 
 use super::outcome::CountsAttempt;
 use super::{JobRun, RunResult, StepResult};
-use crate::ceph::Change;
+use crate::ceph::Changed;
 use crate::job::backoff::BACKOFF_MAX;
 use crate::job::record::{Outcome, Phase, Publish, Registration, State};
 use crate::job::signal::Signal;
@@ -42,8 +42,8 @@ impl JobRun {
         Ok(self.job.context.storage.is_gone(&image).await?)
     }
 
-    /// Whether the image was active and was deleted before the record said so, and Glance has moved it to the trash since
-    /// it has clones: they read from it, and it reads from the source.
+    /// Whether the image was active and was deleted before the record said so, and Glance has moved it to the trash
+    /// since it has clones: they read from it, and it reads from the source.
     pub(super) async fn has_clones_in_trash(&self) -> StepResult<bool> {
         let record = self.job.record().await;
         let was_posted = record.publish == Publish::AtOnce && record.registration >= Registration::Posted;
@@ -56,7 +56,7 @@ impl JobRun {
         }
         // one without clones was being removed
         self.job.renew_lease().await?;
-        Ok(storage.purge(&image).await? == Change::AlreadyThere && storage.image(&image, None).await?.is_some())
+        Ok(storage.purge(&image).await? == Changed::No && storage.image(&image, None).await?.is_some())
     }
 
     pub(super) async fn is_deletion_noted(&self) -> bool {
@@ -76,8 +76,8 @@ impl JobRun {
         self.job.update(|record| record.outcome = Some(Outcome::new(State::Cancelled, reason))).await
     }
 
-    /// Leaves the job for a while, whatever was in its way. Where it was that the image is gone, what is left is removed
-    /// at once.
+    /// Leaves the job for a while, whatever was in its way. Where it was that the image is gone, what is left is
+    /// removed at once.
     pub(super) async fn retry_detaching(&self, reason: &str) -> RunResult {
         let was_noted = self.is_deletion_noted().await;
         if !was_noted && self.note_deletion().await.is_ok() && self.is_deletion_noted().await {

@@ -192,12 +192,12 @@ impl JobRun {
 
     /// Returns when the job makes no progress for too long, or does not stop when it should.
     async fn until_hung(&self, drain: &CancellationToken) -> GivenUp {
-        let mut alive = (self.job.progress.signs_of_life(), Instant::now());
+        let mut alive = (self.job.progress.activity(), Instant::now());
         let (mut drained, mut cancelled): (Option<Instant>, Option<Instant>) = (None, None);
         let over = |since: Option<Instant>, grace| since.is_some_and(|since| since.elapsed() >= grace);
         loop {
             tokio::time::sleep(HANG_INTERVAL).await;
-            let signs = self.job.progress.signs_of_life();
+            let signs = self.job.progress.activity();
             if signs != alive.0 {
                 alive = (signs, Instant::now());
                 metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());

@@ -51,7 +51,7 @@ impl JobRun {
                 vec![Signal::Cancel, Signal::RecheckImage, Signal::Retry]
             })
             .await?;
-        // the job has ended; the daemon that reads a stale index entry next puts it right
+        // the job has ended; the daemon that reads a stale index entry next corrects it
         if let Err(error) = self.job.index().await {
             tracing::debug!(image_id = %self.job.id, ?error, "the index does not say yet that the job ended");
         }

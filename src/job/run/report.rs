@@ -11,7 +11,7 @@ use crate::request::{self, TagRequest, Trigger};
 
 impl JobRun {
     /// The job is looked at again when it has ended.
-    async fn look_again(&self) -> StepResult<()> {
+    async fn signal_rerequested(&self) -> StepResult<()> {
         self.job.context.store.signal(self.job.id, |_| vec![Signal::Rerequested]).await?;
         Ok(())
     }
@@ -29,7 +29,7 @@ impl JobRun {
             match request::parse_request_tags(&image.tags) {
                 // not what this job was for, so its end is not that request's
                 TagRequest::Source(source) if Some(source) != record.source => {
-                    return self.look_again().await;
+                    return self.signal_rerequested().await;
                 }
                 // a notification said so, and the record does not: it is not the daemon's to write on
                 TagRequest::Absent if !record.retried && !image_status::shows_work(&image) => return Ok(()),
@@ -52,7 +52,7 @@ impl JobRun {
         let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
         if record.is_reported() && asks && !cancelled && image_status::show(&image, status, 0, &message).is_empty() {
             // told already, which took the tag off: the tenant has asked again since
-            return self.look_again().await;
+            return self.signal_rerequested().await;
         }
         self.job.update(|record| record.begin_report(ending)).await?;
         for _ in 0..CHANGE_TRIES {

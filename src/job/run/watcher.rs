@@ -79,7 +79,7 @@ impl JobRun {
             sleep(WATCH_INTERVAL.min(self.job.lease.renewal_interval())).await;
             match self.poll_once(&mut seen).await {
                 Ok(()) => {}
-                // what may pass is no reason for the watcher to stop a transfer that goes well
+                // a transient error is no reason for the watcher to stop a transfer that goes well
                 Err(StepError::Retry(reason)) => {
                     tracing::debug!(image_id = %self.job.id, reason, "the watcher could not look")
                 }
@@ -162,7 +162,8 @@ impl JobRun {
         self.job.patch_status(image, Status::Copying, percent, message).await
     }
 
-    /// Behind an active image: how far the copy is goes into the record, and the deletion of the image ends the attempt.
+    /// Behind an active image: how far the copy is goes into the record, and the deletion of the image ends the
+    /// attempt.
     async fn poll_detaching(&self, signals: &Signals, seen: &mut PollState) -> StepResult<()> {
         self.job.note_filled().await?;
         self.note_progress().await?;

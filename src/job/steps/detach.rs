@@ -1,5 +1,5 @@
-//! At once: makes the active image independent of its source. The rest of its data is copied, its parent is cut off, its
-//! object maps are switched on, and it is compared with its source.
+//! At once: makes the active image independent of its source. The rest of its data is copied, its parent is cut off,
+//! its object maps are switched on, and it is compared with its source.
 
 use async_trait::async_trait;
 
@@ -34,7 +34,7 @@ impl Step for Detach {
         let image = published(&record)?;
         let method = record.method.unwrap_or(Method::Clone);
         // what is shown goes to the end once: with the fill, where there was one
-        let unseen = job.progress.beside();
+        let unseen = job.progress.steps_only();
         let shown = if method == Method::ServerCopy { &unseen } else { job.progress.as_ref() };
         let moved = storage.detach(&image, &limits(job, &attempt.config), shown, &job.cancel).await?;
         metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str()).increment(moved.bytes);

@@ -9,20 +9,20 @@ use tokio::time::{Instant, sleep};
 
 use super::super::error::{StepError, StepResult, decline, other_writer};
 use super::super::held::HeldJob;
-use super::super::record::{Handover as Bound, Phase, Record};
+use super::super::record::{HandoverState, Phase, Record};
 use super::{Attempt, Step};
 use crate::decline::Decline;
 use crate::openstack::Image;
 use crate::publish::image_status::{self, Status};
 use crate::request;
 
-/// How long the service may take to say go. It looks twice a second.
-const GO_WITHIN: Duration = Duration::from_secs(120);
+/// How long the client service may take to commit. It reads the image record twice a second.
+const COMMIT_WITHIN: Duration = Duration::from_secs(120);
 
 /// Pause between looks at the image record.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What the image record says while the service is waited for.
+/// What the image record says while the daemon waits for the service.
 const PREPARED: &str = "the copy is complete and waits for the service that asked for it";
 
 pub struct Handover;
@@ -38,7 +38,7 @@ impl Step for Handover {
     }
 
     fn is_needed(&self, attempt: &Attempt, record: &Record) -> bool {
-        record.handover == Some(Bound::Offered) && !attempt.is_active()
+        record.handover == Some(HandoverState::Offered) && !attempt.is_active()
     }
 
     async fn apply(&self, job: &HeldJob, attempt: &mut Attempt) -> StepResult<()> {
@@ -58,15 +58,15 @@ async fn await_go(job: &HeldJob, mut image: Image) -> StepResult<Image> {
             return other_writer();
         }
         if request::has_commit_tag(&image.tags) {
-            job.update(|record| record.handover = Some(Bound::Committed)).await?;
-            tracing::info!(image_id = %job.id, job_stage = "handover", "the service that waits said go");
+            job.update(|record| record.handover = Some(HandoverState::Committed)).await?;
+            tracing::info!(image_id = %job.id, job_stage = "handover", "the client service committed");
             return Ok(image);
         }
         if job.cancel.is_cancelled() {
             return Err(StepError::Interrupted);
         }
         job.check_offer(&image).await?;
-        if started.elapsed() > GO_WITHIN {
+        if started.elapsed() > COMMIT_WITHIN {
             return decline(Decline::Handover, "the service that handed this over does not answer");
         }
         let told = image_status::show(&image, Status::Publishing, 95, PREPARED).is_empty();

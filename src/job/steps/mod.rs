@@ -155,8 +155,8 @@ const WHEN_COPIED_BY_READING: &[StepName] = &[
     StepName::Purge,
 ];
 
-/// The clone of the source is made active, and the copy is made behind it. The source is held until the image depends on
-/// it no more.
+/// The clone of the source is made active, and the copy is made behind it. The source is held until the image depends
+/// on it no more.
 const AT_ONCE: &[StepName] = &[
     StepName::Snapshot,
     StepName::Anchor,

@@ -9,7 +9,7 @@ use super::super::error::{StepError, StepResult};
 use super::super::held::HeldJob;
 use super::super::record::Phase;
 use super::{Attempt, Step};
-use crate::ceph::{Change, ImageSpec};
+use crate::ceph::{Changed, ImageSpec};
 use crate::openstack::VolumeDeletion;
 use crate::request::Source;
 
@@ -63,7 +63,7 @@ impl Step for Purge {
             }
         }
         job.before_visible_step().await?;
-        if storage.purge(&source).await? == Change::Made {
+        if storage.purge(&source).await? == Changed::Yes {
             tracing::info!(image_id = %job.id, volume = %id, source = %source,
                 "removed the deleted volume's disk from the trash");
         }

@@ -54,7 +54,7 @@ impl Step for Rename {
         let copy = ImageSpec::named(pool, record.private_name());
         job.before_visible_step().await?;
         job.will_make(Artifact::Published).await?;
-        match publish::take_name(job.context.storage.as_ref(), &copy, &job.tag().await).await? {
+        match publish::rename_to_final(job.context.storage.as_ref(), &copy, &job.tag().await).await? {
             RenameOutcome::Renamed => Ok(()),
             RenameOutcome::Taken => {
                 job.disown(Artifact::Published).await?;

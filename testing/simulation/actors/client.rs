@@ -7,12 +7,12 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use crate::ceph::{
-    self, Change, Compare, Features, FillState, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved,
+    self, Changed, Compare, Features, FillState, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved,
     Objects, Progress, SnapshotPage, Storage, TransferLimits, Trashed, Version,
 };
 use crate::job::simulation::faults::lasting::Lasting;
 use crate::openstack::{
-    self, Cloud, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Server, Store, Validation,
+    self, Cloud, GlanceStore, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Server, Validation,
     Volume, VolumeSnapshot,
 };
 
@@ -27,12 +27,12 @@ impl Storage for Lasting {
         self.run(async move { Storage::image(&handle, &image, snapshot.as_deref()).await }).await
     }
 
-    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Change> {
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Changed> {
         let (handle, image, snapshot) = (self.0.clone(), image.clone(), snapshot.to_owned());
         self.run(async move { handle.create_snapshot(&image, &snapshot).await }).await
     }
 
-    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Change> {
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Changed> {
         let (handle, image, snapshot) = (self.0.clone(), image.clone(), snapshot.to_owned());
         self.run(async move { handle.protect_snapshot(&image, &snapshot).await }).await
     }
@@ -46,12 +46,12 @@ impl Storage for Lasting {
         self.0.snapshot_tag(image, snapshot).await
     }
 
-    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Change> {
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Changed> {
         let (handle, image, snapshot) = (self.0.clone(), image.clone(), snapshot.to_owned());
         self.run(async move { handle.remove_snapshot_tag(&image, &snapshot).await }).await
     }
 
-    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Change> {
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> ceph::Result<Changed> {
         let (handle, image, snapshot) = (self.0.clone(), image.clone(), snapshot.to_owned());
         self.run(async move { handle.remove_snapshot(&image, &snapshot).await }).await
     }
@@ -211,7 +211,7 @@ impl Storage for Lasting {
         .await
     }
 
-    async fn finish_removal(&self, image: &ImageSpec) -> ceph::Result<Change> {
+    async fn finish_removal(&self, image: &ImageSpec) -> ceph::Result<Changed> {
         let (handle, image) = (self.0.clone(), image.clone());
         self.run(async move { handle.finish_removal(&image).await }).await
     }
@@ -224,12 +224,12 @@ impl Storage for Lasting {
         self.0.in_trash(image).await
     }
 
-    async fn purge(&self, image: &ImageSpec) -> ceph::Result<Change> {
+    async fn purge(&self, image: &ImageSpec) -> ceph::Result<Changed> {
         let (handle, image) = (self.0.clone(), image.clone());
         self.run(async move { handle.purge(&image).await }).await
     }
 
-    async fn remove_image(&self, image: &ImageSpec) -> ceph::Result<Change> {
+    async fn remove_image(&self, image: &ImageSpec) -> ceph::Result<Changed> {
         let (handle, image) = (self.0.clone(), image.clone());
         self.run(async move { handle.remove_image(&image).await }).await
     }
@@ -249,7 +249,7 @@ impl Storage for Lasting {
         self.run(async move { handle.replace_metadata(&image, &metadata).await }).await
     }
 
-    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> ceph::Result<Change> {
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> ceph::Result<Changed> {
         let (handle, image, key) = (self.0.clone(), image.clone(), key.to_owned());
         self.run(async move { handle.remove_metadata(&image, &key).await }).await
     }
@@ -273,12 +273,12 @@ impl Storage for Lasting {
         Storage::address(&self.0).await
     }
 
-    async fn fence(&self, address: &str) -> ceph::Result<Change> {
+    async fn fence(&self, address: &str) -> ceph::Result<Changed> {
         let (handle, address) = (self.0.clone(), address.to_owned());
         self.run(async move { handle.fence(&address).await }).await
     }
 
-    async fn reconnect(&self) -> ceph::Result<Change> {
+    async fn reconnect(&self) -> ceph::Result<Changed> {
         Storage::reconnect(&self.0).await
     }
 }
@@ -351,7 +351,7 @@ impl Objects for Lasting {
         self.run(async move { handle.renew(&object, &lock, &description, duration).await }).await
     }
 
-    async fn unlock(&self, object: &str, lock: &LockKey) -> ceph::Result<Change> {
+    async fn unlock(&self, object: &str, lock: &LockKey) -> ceph::Result<Changed> {
         let (handle, object, lock) = (self.0.clone(), object.to_owned(), lock.clone());
         self.run(async move { handle.unlock(&object, &lock).await }).await
     }
@@ -433,7 +433,7 @@ impl Cloud for Lasting {
         self.0.image_size_limit(project_id).await
     }
 
-    async fn stores(&self) -> openstack::Result<Vec<Store>> {
+    async fn stores(&self) -> openstack::Result<Vec<GlanceStore>> {
         self.0.stores().await
     }
 

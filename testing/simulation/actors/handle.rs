@@ -123,14 +123,14 @@ impl Handle {
 
     /// Between two operations of one librbd call: the client dies, or one of them fails.
     pub async fn break_off(&self) -> Result<()> {
-        let fate = {
+        let roll = {
             let mut world = self.world().lock();
             if !world.has(Trouble::HalfDone) || world.faults.calm {
                 return Ok(());
             }
             world.dice.below(20)
         };
-        match fate {
+        match roll {
             0 | 1 => {
                 self.node.kill();
                 std::future::pending().await

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use crate::ceph::{Change, KeyedObject, LockKey, Locked, Objects, Result, Version};
+use crate::ceph::{Changed, KeyedObject, LockKey, Locked, Objects, Result, Version};
 use crate::job::record::Record;
 use crate::job::simulation::faults::gate::{Handle, Kind};
 use crate::job::simulation::invariants::promises;
@@ -106,7 +106,7 @@ impl Objects for Handle {
         .await
     }
 
-    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Change> {
+    async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Changed> {
         let client = self.node.address();
         self.ceph(
             Kind::Write,

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 
-use crate::ceph::{Change, Lent, Result, Storage, StoragePool};
+use crate::ceph::{Changed, Lent, Result, Storage, StoragePool};
 use crate::job::simulation::faults::gate::Handle;
 use crate::job::simulation::faults::lasting::Lasting;
 use crate::job::simulation::faults::node::Node;
@@ -21,7 +21,7 @@ impl StoragePool for Handle {
         self.node.is_fenced()
     }
 
-    async fn reconnect(&self) -> Result<Change> {
+    async fn reconnect(&self) -> Result<Changed> {
         Storage::reconnect(self).await
     }
 }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::glance;
 use super::region::Region;
 use crate::job::simulation::state::glance::{ImageRecord, TASK};
-use crate::job::simulation::state::services::Outcome;
+use crate::job::simulation::state::services::ServiceOutcome;
 use crate::openstack::Image;
 use crate::request::{self, GO_TAG};
 
@@ -36,12 +36,12 @@ impl Region {
         if let Some(service) = world.cloud.services.get_mut(&id) {
             service.outcome = Some(outcome);
         }
-        if outcome == Outcome::Raised {
+        if outcome == ServiceOutcome::Raised {
             glance::delete_image(&mut world, &id);
         }
     }
 
-    async fn wait(&self, id: &str) -> Outcome {
+    async fn wait(&self, id: &str) -> ServiceOutcome {
         let begun = Instant::now();
         let dies = self.dice(|dice| dice.percent(15).then(|| dice.millis(0, 60_000)));
         let (mut last, mut moved, mut has_commit_tag): (Seen, Instant, Option<Instant>) =
@@ -51,17 +51,17 @@ impl Region {
             let pause = self.dice(|dice| if dice.percent(2) { dice.millis(0, 200_000) } else { dice.millis(300, 700) });
             sleep(pause).await;
             if dies.is_some_and(|after| begun.elapsed() > after) {
-                return Outcome::Died;
+                return ServiceOutcome::Died;
             }
             let image = {
                 let world = self.world.lock();
                 if world.cloud.away(true) { None } else { Some(world.cloud.images.get(id).map(|r| r.image.clone())) }
             };
             let Some(image) = image else { continue };
-            let Some(image) = image else { return Outcome::Raised };
+            let Some(image) = image else { return ServiceOutcome::Raised };
             let [status, ..] = seen(&image);
             if image.status == "active" {
-                return Outcome::Done;
+                return ServiceOutcome::Done;
             }
             if matches!(status.as_deref(), Some("declined" | "failed")) {
                 return self.do_it_itself(id).await;
@@ -107,7 +107,7 @@ impl Region {
         }
     }
 
-    async fn do_it_itself(&self, id: &str) -> Outcome {
+    async fn do_it_itself(&self, id: &str) -> ServiceOutcome {
         {
             let mut world = self.world.lock();
             world.log(|| format!("the service does {id} itself"));
@@ -119,8 +119,8 @@ impl Region {
         glance::upload(self.world.clone(), id.to_owned()).await;
         let world = self.world.lock();
         match world.cloud.images.get(id) {
-            Some(record) if record.image.status == "active" => Outcome::Done,
-            _ => Outcome::Raised,
+            Some(record) if record.image.status == "active" => ServiceOutcome::Done,
+            _ => ServiceOutcome::Raised,
         }
     }
 }

@@ -9,8 +9,8 @@ use crate::job::simulation::invariants::publishing;
 use crate::job::simulation::state::cluster::FSID;
 use crate::job::simulation::state::glance::TASK;
 use crate::openstack::{
-    Cloud, Error, ErrorKind, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Result, Server,
-    Store, Validation, Volume, VolumeSnapshot,
+    Cloud, Error, ErrorKind, GlanceStore, Image, ImageChange, ImagePage, ImageTask, ListCursor, LocationAnswer, Result,
+    Server, Validation, Volume, VolumeSnapshot,
 };
 
 #[async_trait]
@@ -135,12 +135,12 @@ impl Cloud for Handle {
         Ok(None)
     }
 
-    async fn stores(&self) -> Result<Vec<Store>> {
+    async fn stores(&self) -> Result<Vec<GlanceStore>> {
         self.glance(
             Kind::Read,
             || "glance stores".into(),
             |_| {
-                Ok(vec![Store {
+                Ok(vec![GlanceStore {
                     id: "rbd".into(),
                     kind: "rbd".into(),
                     pool: Some("images".into()),

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::ceph::{
-    Change, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
+    Changed, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
     Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed,
 };
 use crate::job::simulation::faults::gate::{Handle, Kind};
@@ -117,7 +117,7 @@ impl Storage for Handle {
         self.ceph(Kind::Read, || format!("image {image} {snapshot:?}"), |world| world.ceph.info(image, snapshot)).await
     }
 
-    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn create_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("create snapshot {image}@{snapshot}"),
@@ -130,7 +130,7 @@ impl Storage for Handle {
         .await
     }
 
-    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn protect_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         self.ceph(Kind::Write, || format!("protect {image}@{snapshot}"), |world| world.ceph.protect(image, snapshot))
             .await
     }
@@ -156,7 +156,7 @@ impl Storage for Handle {
         .await
     }
 
-    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn remove_snapshot_tag(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("untag snapshot {image}@{snapshot}"),
@@ -165,9 +165,9 @@ impl Storage for Handle {
         .await
     }
 
-    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         // several operations, as in librbd: a crash may come between them
-        let mut change = Change::AlreadyThere;
+        let mut change = Changed::No;
         loop {
             let before = change;
             let done = self
@@ -185,14 +185,14 @@ impl Storage for Handle {
                         }
                         readers::must_not_be_read(world, &id, Some(snap.id));
                         let is_another_left = world.ceph.snapshot_to_remove(image, snapshot).is_some();
-                        Ok((!is_another_left).then_some(Change::Made))
+                        Ok((!is_another_left).then_some(Changed::Yes))
                     },
                 )
                 .await?;
             if let Some(done) = done {
                 return Ok(done);
             }
-            change = Change::Made;
+            change = Changed::Yes;
             self.break_off().await?;
         }
     }
@@ -235,16 +235,16 @@ impl Storage for Handle {
         .await
     }
 
-    async fn finish_removal(&self, image: &ImageSpec) -> Result<Change> {
+    async fn finish_removal(&self, image: &ImageSpec) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("finish the removal of {image}"),
             |world| {
                 let found = world.ceph.being_removed(image).map(|image| image.id.clone());
-                let Some(id) = found else { return Ok(Change::AlreadyThere) };
+                let Some(id) = found else { return Ok(Changed::No) };
                 promises::must_be_ours(world, "removal", &id);
                 world.ceph.drop_image(&id);
-                Ok(Change::Made)
+                Ok(Changed::Yes)
             },
         )
         .await
@@ -275,16 +275,16 @@ impl Storage for Handle {
         .await
     }
 
-    async fn purge(&self, image: &ImageSpec) -> Result<Change> {
+    async fn purge(&self, image: &ImageSpec) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("purge {image}"),
             |world| {
                 let found = world.ceph.find(image).filter(|found| found.name.is_none() && found.snaps.is_empty());
-                let Some(id) = found.map(|found| found.id.clone()) else { return Ok(Change::AlreadyThere) };
+                let Some(id) = found.map(|found| found.id.clone()) else { return Ok(Changed::No) };
                 promises::must_be_deleted(world, image, &id);
                 world.ceph.drop_image(&id);
-                Ok(Change::Made)
+                Ok(Changed::Yes)
             },
         )
         .await
@@ -463,7 +463,7 @@ impl Storage for Handle {
         }
     }
 
-    async fn remove_image(&self, image: &ImageSpec) -> Result<Change> {
+    async fn remove_image(&self, image: &ImageSpec) -> Result<Changed> {
         let mut opened: Option<String> = None;
         // the snapshots, the move to the trash, the data, the trash: a crash may come between them
         let half = self.world().lock().has(Trouble::HalfDone);
@@ -480,11 +480,11 @@ impl Storage for Handle {
                             Some(id) => world.ceph.by_id(&id).map(|i| i.id.clone()),
                             None => world.ceph.image_to_remove(image),
                         };
-                        let Some(id) = found else { return Ok(Some(Change::AlreadyThere)) };
+                        let Some(id) = found else { return Ok(Some(Changed::No)) };
                         *opened = Some(id.clone());
                         promises::must_be_ours(world, "removal", &id);
                         if world.ceph.remove_alias(&id, image) {
-                            return Ok(Some(Change::Made));
+                            return Ok(Some(Changed::Yes));
                         }
                         promises::must_not_be_active(world, "removal", &id);
                         if world.ceph.is_in_use(&id) {
@@ -492,7 +492,7 @@ impl Storage for Handle {
                         }
                         if world.ceph.remove_step(&id, *step, half) {
                             readers::must_not_be_read(world, &id, None);
-                            return Ok(Some(Change::Made));
+                            return Ok(Some(Changed::Yes));
                         }
                         Ok(None)
                     },
@@ -503,7 +503,7 @@ impl Storage for Handle {
             }
             self.break_off().await?;
         }
-        Ok(Change::Made)
+        Ok(Changed::Yes)
     }
 
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {
@@ -551,12 +551,12 @@ impl Storage for Handle {
         .await
     }
 
-    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Change> {
+    async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("remove metadata {image} {key}"),
             |world| {
-                let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else { return Ok(Change::AlreadyThere) };
+                let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else { return Ok(Changed::No) };
                 promises::must_be_ours(world, "unmarking", &id);
                 Ok(world.ceph.remove_metadata(&id, key))
             },
@@ -616,7 +616,7 @@ impl Storage for Handle {
         Ok(self.node.address())
     }
 
-    async fn fence(&self, address: &str) -> Result<Change> {
+    async fn fence(&self, address: &str) -> Result<Changed> {
         self.ceph(
             Kind::Write,
             || format!("fence {address}"),
@@ -628,14 +628,14 @@ impl Storage for Handle {
                 if refused {
                     return Err(Error::new(format!("fence {address}"), ErrorKind::PermissionDenied, "not allowed"));
                 }
-                if world.ceph.blocklist.insert(address.into()) { Ok(Change::Made) } else { Ok(Change::AlreadyThere) }
+                if world.ceph.blocklist.insert(address.into()) { Ok(Changed::Yes) } else { Ok(Changed::No) }
             },
         )
         .await
     }
 
-    async fn reconnect(&self) -> Result<Change> {
+    async fn reconnect(&self) -> Result<Changed> {
         self.node.pass().await;
-        Ok(if self.node.reconnect() { Change::Made } else { Change::AlreadyThere })
+        Ok(if self.node.reconnect() { Changed::Yes } else { Changed::No })
     }
 }

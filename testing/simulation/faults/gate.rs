@@ -110,7 +110,7 @@ impl Node {
         };
         let crash = dice.chance(faults.crash * weight / 2);
         let freeze = dice.chance(faults.freeze * weight / 2).then(|| dice.millis(5_000, 180_000));
-        let fate = FaultDecision {
+        let decision = FaultDecision {
             before,
             on_the_way,
             after,
@@ -119,7 +119,7 @@ impl Node {
             hangs: dice.chance(faults.hang),
             dice: dice.roll(),
         };
-        let stricken = fate.fails_before || fate.fails_after || fate.hangs || crash || freeze.is_some();
+        let stricken = decision.fails_before || decision.fails_after || decision.hangs || crash || freeze.is_some();
         if stricken || slow_ceph || before + on_the_way + after > Duration::from_secs(1) {
             world.history.stricken.insert(self.name.clone());
         }
@@ -130,7 +130,7 @@ impl Node {
         } else if let Some(time) = freeze {
             self.freeze(time);
         }
-        fate
+        decision
     }
 }
 
@@ -154,14 +154,14 @@ impl Handle {
     ) -> Result<T, E> {
         let node = &self.node;
         node.pass().await;
-        let fate = node.decide(kind, is_ceph);
+        let decision = node.decide(kind, is_ceph);
         if is_ceph && let Some(time) = node.hangs(&what) {
             node.world.lock().log(|| format!("{} {} HANGS for {time:?}", node.name, what()));
             sleep(time).await;
             node.pass().await;
         }
-        let sent_already = fate.dice % 2 == 1;
-        sleep(fate.before).await;
+        let sent_already = decision.dice % 2 == 1;
+        sleep(decision.before).await;
         if !sent_already {
             node.pass().await;
         }
@@ -176,29 +176,29 @@ impl Handle {
             }
             return self.finish(what, effect).await;
         }
-        if fate.hangs && fate.dice.is_multiple_of(3) {
+        if decision.hangs && decision.dice.is_multiple_of(3) {
             sleep(patience).await;
             node.pass().await;
             return Err(E::timed_out(&what()));
         }
-        if fate.fails_before {
+        if decision.fails_before {
             node.world.lock().log(|| format!("{} {} → failed, nothing done", node.name, what()));
-            return Err(E::passing(&what(), fate.dice));
+            return Err(E::passing(&what(), decision.dice));
         }
         // from here on it is on its way, whatever becomes of the daemon
-        sleep(fate.on_the_way).await;
+        sleep(decision.on_the_way).await;
         let result = self.apply(&what, effect);
         node.meet_killer(&what);
-        if fate.hangs {
+        if decision.hangs {
             sleep(patience).await;
             node.pass().await;
             return Err(E::timed_out(&what()));
         }
-        sleep(fate.after).await;
+        sleep(decision.after).await;
         node.pass().await;
-        if fate.fails_after {
+        if decision.fails_after {
             node.world.lock().log(|| format!("{} {} → answer lost", node.name, what()));
-            return Err(E::passing(&what(), fate.dice));
+            return Err(E::passing(&what(), decision.dice));
         }
         result
     }

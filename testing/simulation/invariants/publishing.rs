@@ -30,7 +30,7 @@ pub fn published(world: &mut World, id: &str, pool: &str, name: &str) {
         world.violated(format!("image {id} became active without a protected snapshot of its content"));
     }
     if world.cloud.services.get(id).is_some_and(|service| !service.has_commit_tag) {
-        world.violated(format!("image {id} became active before the service that waits for it said go"));
+        world.violated(format!("image {id} became active before its client service committed"));
     }
     let right =
         record.posted_for().map(|(source, asked)| world.cloud.right_contents(source, asked)).unwrap_or_default();

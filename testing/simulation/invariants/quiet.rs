@@ -13,7 +13,7 @@ use crate::job::simulation::faults::world::World;
 use crate::job::simulation::state::cloud::{self, Disk};
 use crate::job::simulation::state::cluster::Rbd;
 use crate::job::simulation::state::glance::{ImageRecord, TASK};
-use crate::job::simulation::state::services::Outcome;
+use crate::job::simulation::state::services::ServiceOutcome;
 use crate::request::{COPYING_TAG, HANDOVER_PREFIX};
 use crate::transfer::MARK;
 
@@ -162,7 +162,9 @@ fn image(world: &World, id: &str, record: &ImageRecord, job: Option<&Record>) ->
                 broken.push(format!("image {id} of another writer holds {}", rbd.content));
             }
         }
-        "queued" if world.cloud.services.get(id).is_some_and(|service| service.outcome != Some(Outcome::Died)) => {
+        "queued"
+            if world.cloud.services.get(id).is_some_and(|service| service.outcome != Some(ServiceOutcome::Died)) =>
+        {
             let service = world.cloud.services.get(id);
             let job = job.map(|j| (j.state, j.reason.clone()));
             broken.push(format!("image {id} is queued, its service {service:?}, job {job:?}"));

@@ -12,7 +12,7 @@ use crate::ceph::{self, ErrorKind, ImageSpec, Storage};
 use crate::job::clock::Clock;
 use crate::job::context::Context;
 use crate::job::custody::{Custody, Guarded};
-use crate::job::daemons::{self, Entry, HEARTBEAT};
+use crate::job::daemons::{self, DaemonEntry, HEARTBEAT};
 use crate::job::lease::{Identity, Lease, fence_owner};
 use crate::job::names::private_name;
 use crate::job::record::{Record, State};
@@ -186,7 +186,7 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
         let ((one, _), (other, _)) = (daemon(&world, "one"), daemon(&world, "other"));
         let objects = one.store.objects().as_ref();
         let beat = async |context: &Context, backends: &[&str]| {
-            let mut entry = Entry::of(&context.config.borrow().clone(), &context.identity);
+            let mut entry = DaemonEntry::of(&context.config.borrow().clone(), &context.identity);
             entry.backends = backends.iter().map(|name| (*name).to_owned()).collect();
             daemons::beat(context.store.objects().as_ref(), &context.identity, &entry).await.unwrap();
         };
@@ -214,7 +214,7 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
         beat(&other, &["ssd"]).await;
         assert_eq!(found("ssd").await, Some(other.identity.owner()));
         // it stops, and may be about to start again
-        let mut entry = Entry::of(&other.config.borrow().clone(), &other.identity);
+        let mut entry = DaemonEntry::of(&other.config.borrow().clone(), &other.identity);
         entry.backends = ["ssd".to_owned()].into();
         daemons::leave(other.store.objects().as_ref(), &other.identity, entry, now()).await.unwrap();
         assert_eq!(left("daemon."), 1, "nothing but the entry is left of it");

@@ -14,7 +14,7 @@ mod seeds;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::{Config, Publish};
+use crate::config::{Config, PublishChoice};
 use crate::job::clock::Clock;
 use crate::job::simulation::faults::gate::Handle;
 use crate::job::simulation::faults::node::Node;
@@ -43,6 +43,6 @@ fn operator(world: &Shared) -> Store {
 }
 
 fn publish_at_once(config: &mut Config) {
-    config.offload.publish = Publish::AtOnce;
+    config.offload.publish = PublishChoice::AtOnce;
     config.offload.detach_grace = GRACE;
 }

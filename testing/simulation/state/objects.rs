@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::cluster::{Cluster, Object};
-use crate::ceph::{Change, Error, ErrorKind, KeyedObject, LockKey, Locked, Result, Version};
+use crate::ceph::{Changed, Error, ErrorKind, KeyedObject, LockKey, Locked, Result, Version};
 
 fn conflict(what: &str, object: &str) -> Error {
     Error::new(format!("{what} {object}"), ErrorKind::Conflict, "another version")
@@ -130,15 +130,15 @@ impl Cluster {
         Ok(())
     }
 
-    pub fn unlock(&mut self, object: &str, lock: &LockKey, client: &str) -> Change {
+    pub fn unlock(&mut self, object: &str, lock: &LockKey, client: &str) -> Changed {
         let next = self.next();
-        let Some(found) = self.objects.get_mut(object) else { return Change::AlreadyThere };
+        let Some(found) = self.objects.get_mut(object) else { return Changed::No };
         if found.check_lock(Some(lock), client).is_err() {
-            return Change::AlreadyThere;
+            return Changed::No;
         }
         found.locks.remove(&lock.name);
         found.version = next;
-        Change::Made
+        Changed::Yes
     }
 
     pub fn is_locked(&self, object: &str, lock_name: &str) -> bool {

@@ -5,7 +5,9 @@ use tokio::time::Instant;
 
 use super::at_once::CutOff;
 use super::cluster::{Cluster, Rbd, Snap, missing};
-use crate::ceph::{Change, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Parent, Result, Snapshot};
+use crate::ceph::{
+    Changed, Error, ErrorKind, Features, ImageInfo, ImageKey, ImageSpec, Link, Parent, Result, Snapshot,
+};
 
 pub fn gone(what: &str, image: &ImageSpec) -> Error {
     Error::new(format!("{what} {image}"), ErrorKind::NotFound, "the image is gone")
@@ -79,24 +81,24 @@ impl Cluster {
     }
 
     /// A daemon makes a snapshot of what that project owns.
-    pub fn create_snapshot(&mut self, id: &str, name: &str, owner: Option<String>) -> Change {
+    pub fn create_snapshot(&mut self, id: &str, name: &str, owner: Option<String>) -> Changed {
         if self.by_id(id).is_some_and(|image| image.snapshot(name).is_some()) {
-            return Change::AlreadyThere;
+            return Changed::No;
         }
         self.snap(id, name, false, true);
         if let Some(made) = self.by_id_mut(id).and_then(|image| image.snaps.last_mut()) {
             made.owner = owner;
         }
-        Change::Made
+        Changed::Yes
     }
 
-    pub fn protect(&mut self, image: &ImageSpec, snapshot: &str) -> Result<Change> {
+    pub fn protect(&mut self, image: &ImageSpec, snapshot: &str) -> Result<Changed> {
         let id = self.find_id("protect", image)?;
         let found = self.by_id_mut(&id).into_iter().flat_map(|i| &mut i.snaps);
         let Some(snap) = found.into_iter().find(|s| s.name == snapshot && !s.discarded) else {
             return Err(missing("protect", image));
         };
-        Ok(if std::mem::replace(&mut snap.protected, true) { Change::AlreadyThere } else { Change::Made })
+        Ok(if std::mem::replace(&mut snap.protected, true) { Changed::No } else { Changed::Yes })
     }
 
     pub fn tag_snapshot(&mut self, image: &ImageSpec, snapshot: &str, tag: &str) {
@@ -107,10 +109,10 @@ impl Cluster {
         }
     }
 
-    pub fn untag_snapshot(&mut self, image: &ImageSpec, snapshot: &str) -> Change {
+    pub fn untag_snapshot(&mut self, image: &ImageSpec, snapshot: &str) -> Changed {
         let id = self.find(image).map(|i| i.id.clone());
         let removed = id.and_then(|id| self.by_id_mut(&id)).and_then(|i| i.snapshot_tags.remove(snapshot));
-        if removed.is_some() { Change::Made } else { Change::AlreadyThere }
+        if removed.is_some() { Changed::Yes } else { Changed::No }
     }
 
     /// The image, and its snapshot of that name: one whose removal broke off only where there is no other.
@@ -303,9 +305,9 @@ impl Cluster {
         false
     }
 
-    pub fn remove_metadata(&mut self, id: &str, key: &str) -> Change {
+    pub fn remove_metadata(&mut self, id: &str, key: &str) -> Changed {
         let removed = self.by_id_mut(id).and_then(|i| i.metadata.remove(key));
-        if removed.is_some() { Change::Made } else { Change::AlreadyThere }
+        if removed.is_some() { Changed::Yes } else { Changed::No }
     }
 
     /// An object of the fill is written. Returns whether the image is there: if not, the object belongs to none.
