@@ -36,8 +36,8 @@ pub enum Probed {
 const IMAGES_MAX: usize = 32;
 
 impl Client {
-    /// Makes an image of `size` bytes that begins with `data`, and its protected snapshot. What was made before an error
-    /// stays.
+    /// Makes an image of `size` bytes that begins with `data`, and its protected snapshot. What was made before an
+    /// error stays.
     pub async fn create_probe_image(&self, image: &ImageSpec, snapshot: &str, size: u64, data: Vec<u8>) -> Result<()> {
         let (spec, snapshot) = (image.clone(), snapshot.to_owned());
         self.run(format!("create {image}"), move |cluster| {
