@@ -214,7 +214,7 @@ async fn leaves_no_object_when_it_is_deleted(setup: Setup) {
     daemon.stop();
 }
 
-/// Glance removes the snapshot first. The image stays, while somebody has it open for writing, as a daemon has that cuts
+/// Glance removes the snapshot first. The image stays while a client has it open for writing, as a daemon has that cuts
 /// off its parent.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_whose_delete_failed_meanwhile_can_be_cloned_in_the_end() {

@@ -52,8 +52,8 @@ impl Step for Unmark {
     }
 }
 
-/// Glance removes the snapshot of an image, then the image. The second fails while a daemon has the image open to cut off
-/// its parent: the image stays active, and nobody could clone it.
+/// Glance removes the snapshot of an image, then the image. The second fails while a daemon has the image open to cut
+/// off its parent: the image stays active, and nobody could clone it.
 async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
     let storage = job.context.storage.as_ref();
     if !lacks_snap(storage, image).await? {
