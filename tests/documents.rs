@@ -133,6 +133,16 @@ fn every_command_of_ours_has_the_options_that_it_is_shown_with() {
     }
 }
 
+#[test]
+fn every_alert_has_a_section_that_says_what_to_do() {
+    let rules = read("packaging/prometheus/rbd-offload.rules.yml");
+    let alerts: Vec<&str> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let text = read("docs/how-to/alerts.md");
+    let sections: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("## ")).collect();
+    assert!(alerts.len() > 10, "{alerts:?}");
+    assert_eq!(sections, alerts, "in the order of the rules");
+}
+
 /// The subcommand of a command line of ours, which must have the options that are in it.
 fn check_command(at: &str, line: &str) -> Option<String> {
     let words: Vec<&str> = line.split_whitespace().collect();
