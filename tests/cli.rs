@@ -173,6 +173,11 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
 
 fn check(setup: &Setup) -> Checked {
     let _one = one_at_a_time();
+    check_alone(setup)
+}
+
+/// The same, where the caller has seen to it that it is the only one.
+fn check_alone(setup: &Setup) -> Checked {
     let ran = setup.run(&["check", "--json"]);
     let text = format!("{}{}", ran.out, ran.err);
     for secret in ["RBDLAB_OFFLOAD_PASSWORD", "RBDLAB_OFFLOAD_AMQP_PASSWORD"] {
@@ -360,10 +365,12 @@ fn check_compares_the_data_pool_with_the_images_that_are_there() {
             &format!("[glance]\ndata_pool = {data_pool}\n[backend:ceph2]\npool = volumes2\ndest_pool = vms"),
         )
     };
+    // what else is checked meanwhile must not see the image in `vms`
+    let _one = one_at_a_time();
     let image = format!("vms/{}", Uuid::new_v4());
     ceph("rbd", &["create", "--size", "1M", "--data-pool", "ecdata", &image]);
-    let unset = check(&setup);
-    let set = check(&with("ecdata"));
+    let unset = check_alone(&setup);
+    let set = check_alone(&with("ecdata"));
     ceph("rbd", &["rm", "--no-progress", &image]);
     let (result, detail, remedy) = unset.row("Ceph pool vms");
     assert_eq!(result, "warning", "{}", unset.text);
@@ -374,14 +381,16 @@ fn check_compares_the_data_pool_with_the_images_that_are_there() {
     // volumes are none of Glance's images
     assert!(!set.row("Ceph pool volumes").1.contains("ecdata"), "{}", set.text);
 
-    check(&with("nosuch")).fault("Ceph pool vms", "no such pool; pools here: ", "[glance] data_pool");
+    check_alone(&with("nosuch")).fault("Ceph pool vms", "no such pool; pools here: ", "[glance] data_pool");
+    let ran = with("nosuch").run(&["run"]);
+    assert!(ran.code == Some(CONFIG) && ran.err.contains("rbd-offload: [glance] data_pool = nosuch: "), "{ran:?}");
     let appends = format!("test-{}", Uuid::new_v4());
     ceph("ceph", &["osd", "pool", "create", &appends, "1", "1", "erasure", "ec21"]);
-    let checked = check(&with(&appends));
+    let checked = check_alone(&with(&appends));
     ceph("ceph", &["osd", "pool", "rm", &appends, &appends, "--yes-i-really-really-mean-it"]);
     checked.fault("Ceph pool vms", "does not allow overwrites", "allow_ec_overwrites true");
     let poor = with("ecdata").with("user = rbd-offload", "user = rbd-offload-nocaps");
-    check(&poor).fault("Ceph pool images", "missing: osd 'profile rbd pool=ecdata'", "profile rbd pool=ecdata");
+    check_alone(&poor).fault("Ceph pool images", "missing: osd 'profile rbd pool=ecdata'", "profile rbd pool=ecdata");
 }
 
 /// Monitors that take connections and say nothing.

@@ -16,7 +16,7 @@ use common::disk::{self, Disk};
 use common::inventory::ClusterInventory;
 use common::lab_lease::{self, Kind, with};
 use common::published::is_right;
-use common::{GIB, MIB, lab, pause, seconds, unique, until};
+use common::{GIB, MIB, PoolSetting, lab, pause, seconds, unique, until};
 use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -148,14 +148,13 @@ async fn the_data_of_an_image_lies_where_that_of_glances_own_images_does() {
     let _lab = lab_lease::alone().await;
     let demo = Account::demo().await;
     let volume = demo.small_volume(json!({}), 1).await;
-    let of_pool = ["config", "pool", "set", "images", "rbd_default_data_pool", "ecdata"];
-    lab().ceph("rbd", &of_pool).await;
+    let of_pool = PoolSetting::new("images", "rbd_default_data_pool", "ecdata").await;
     for method in METHODS {
         let daemon = Setup::default().set("offload", "method", method).start().await;
         has_its_data_in_ecdata(&daemon, &demo, &volume, method).await;
         daemon.stop();
     }
-    lab().ceph("rbd", &["config", "pool", "rm", "images", "rbd_default_data_pool"]).await;
+    drop(of_pool);
     for method in METHODS {
         let setup = Setup::default().set("offload", "method", method).set("glance", "data_pool", "ecdata");
         let daemon = setup.start().await;
@@ -169,6 +168,7 @@ async fn has_its_data_in_ecdata(daemon: &Daemon, account: &Account, volume: &Vol
     assert_eq!(daemon.job(&id).await.unwrap()["method"], method);
     let facts = Disk::of_image(&id).facts().await.unwrap();
     assert_eq!(facts.data_pool.as_deref(), Some("ecdata"), "{method}");
+    account.await_tasks(&id).await;
     // nothing of it is left in either pool, which is looked at when the test ends
     assert_eq!(account.delete_image(&id).await, 204);
 }

@@ -88,8 +88,9 @@ pub struct ClientOptions {
     /// A time limit of operations on OSDs. One that timed out may still be carried out: only for guarded writes, whose
     /// version tells.
     pub limit: Option<Duration>,
-    /// The pool of the data of images that are made by `clone_image` and `create_like`, which may be erasure-coded.
-    /// `None`: what `conf`, or the settings of the image's pool, say (`rbd_default_data_pool`).
+    /// The pool of the data of images that are made by `clone_image` and `create_like`, in whichever pool they lie; it
+    /// may be erasure-coded. Anchors and the sources of probes keep their data with them. `None`: what `conf`, or the
+    /// settings of the image's pool, say (`rbd_default_data_pool`).
     pub data_pool: Option<String>,
 }
 
@@ -136,12 +137,12 @@ impl Client {
     }
 
     /// Whether a call has not returned.
-    pub(super) fn is_busy(&self) -> bool {
+    pub fn is_busy(&self) -> bool {
         self.shared.calls.available_permits() < CALLS_MAX as usize
     }
 
     /// Returns when no call runs.
-    pub(super) async fn quiet(&self) {
+    pub async fn quiet(&self) {
         // it is never closed
         drop(self.shared.calls.acquire_many(CALLS_MAX).await);
     }

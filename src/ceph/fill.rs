@@ -476,8 +476,8 @@ pub(super) struct Copier<'a> {
     in_flight: usize,
     pub moved: Moved,
     look: Option<Look<'a>>,
-    /// The destination's pool makes no holes in objects: it is erasure-coded. Those that a flatten leaves out take
-    /// their space there too.
+    /// The destination's pool is erasure-coded and makes no holes in objects. A hole takes its space there, whichever
+    /// method writes the object.
     keeps_no_holes: bool,
 }
 

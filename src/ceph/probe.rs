@@ -71,6 +71,18 @@ impl Client {
         .await
     }
 
+    /// Whether images can have their data in a pool. [`ErrorKind::NotFound`] where there is no such pool,
+    /// [`ErrorKind::Unsupported`] where it is erasure-coded and allows no overwrites.
+    pub async fn can_hold_data(&self, pool: &str) -> Result<()> {
+        let operation = format!("look at pool {pool}");
+        let pool = pool.to_owned();
+        self.run(operation.clone(), move |cluster| match IoCtx::open(cluster, &pool)?.is_for_data()? {
+            true => Ok(()),
+            false => Err(Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES)),
+        })
+        .await
+    }
+
     /// The pools in which images of a pool have their data, without the daemon's private ones. Some of the images are
     /// looked at, none of them for long.
     pub async fn data_pools(&self, pool: &str) -> Result<BTreeSet<String>> {

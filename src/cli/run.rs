@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use super::setup::{client_options, load, store_problems};
-use crate::ceph::{Client, ClientOptions, ClientPool, Objects, Rates, Storage};
+use crate::ceph::{Client, ClientOptions, ClientPool, ErrorKind, Objects, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -77,6 +77,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         );
         return Err(Failure::new(Failure::NO_PERMISSION, text));
     }
+    check_data_pool(&config, &client).await?;
     let deployment = deployment::id(objects.as_ref()).await?;
     tracing::info!(%deployment, pool = config.jobs.pool, namespace = config.jobs.namespace, "the jobs' namespace");
     let storage: Arc<dyn Storage> = Arc::new(client);
@@ -229,6 +230,17 @@ async fn check_pools(config: &Config, storage: &dyn Storage, session: &Session) 
     let fsid = storage.fsid().await?;
     let problems = store_problems(config, &stores, &fsid);
     if problems.is_empty() { Ok(()) } else { Err(Failure::new(Failure::CONFIG, problems.join("\n"))) }
+}
+
+/// A data pool that cannot hold the data of images would fail each job.
+async fn check_data_pool(config: &Config, client: &Client) -> Result<(), Failure> {
+    let Some(pool) = &config.glance.data_pool else { return Ok(()) };
+    client.can_hold_data(pool).await.map_err(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::Unsupported => {
+            Failure::new(Failure::CONFIG, format!("[glance] data_pool = {pool}: {error}"))
+        }
+        _ => error.into(),
+    })
 }
 
 /// What was sent while there was no connection, or before an exchange was there to bind, has not reached us: the

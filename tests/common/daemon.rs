@@ -304,6 +304,12 @@ impl Daemon {
         said
     }
 
+    /// Starts a command, whose output nobody reads.
+    pub fn spawn_command(&self, arguments: &[&str]) -> Child {
+        let mut command = command(&self.dir.join("rbd-offload.conf"));
+        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
     /// Takes the limit of a slow copy away, while it runs.
     pub async fn copy_at_full_speed(&self) {
         let path = self.dir.join("rbd-offload.conf");

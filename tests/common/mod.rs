@@ -95,6 +95,30 @@ impl Lab {
     }
 }
 
+/// A setting of a pool, for as long as this lives.
+pub struct PoolSetting([&'static str; 2]);
+
+impl PoolSetting {
+    pub async fn new(pool: &'static str, key: &'static str, value: &str) -> Self {
+        lab().ceph("rbd", &["config", "pool", "set", pool, key, value]).await;
+        Self([pool, key])
+    }
+}
+
+impl Drop for PoolSetting {
+    fn drop(&mut self) {
+        let [pool, key] = self.0;
+        let arguments = ["config", "pool", "rm", pool, key];
+        tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(lab().ceph("rbd", &arguments)));
+    }
+}
+
+/// Sends SIGTERM.
+pub fn terminate(process: &Child) {
+    let sent = Command::new("kill").arg(process.id().to_string()).status().unwrap();
+    assert!(sent.success());
+}
+
 /// Whether the command went well, and its output (what it complained of, when it did not).
 pub async fn run(command: &mut Command) -> (bool, String) {
     let mut command = std::mem::replace(command, Command::new("true"));

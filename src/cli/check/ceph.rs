@@ -116,11 +116,12 @@ fn pools(config: &Config) -> BTreeSet<&str> {
     pools
 }
 
-/// The command that gives our user what it needs in all pools: `auth caps` replaces what it had.
-fn caps(config: &Config) -> String {
+/// The command that gives our user what it needs in all pools: `auth caps` replaces what it had. `also`: a pool that
+/// the configuration does not name, `rbd_default_data_pool` for one.
+fn caps(config: &Config, also: Option<&str>) -> String {
     let mut pools = pools(config);
     pools.extend([config.jobs.pool.as_str(), config.nova.pool.as_str()]);
-    pools.extend(config.glance.data_pool.as_deref());
+    pools.extend(config.glance.data_pool.as_deref().into_iter().chain(also));
     let osd: Vec<String> = pools.iter().map(|pool| format!("profile rbd pool={pool}")).collect();
     format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))
 }
@@ -129,9 +130,13 @@ fn may_pass(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::TimedOut | ErrorKind::Busy | ErrorKind::Conflict)
 }
 
-fn remedy(config: &Config, error: &Error, pool_key: &str) -> String {
+/// What to do about an error. `pool`: where it was met, and where the configuration names that pool.
+fn remedy(config: &Config, error: &Error, (pool, pool_key): (Option<&str>, &str)) -> String {
     match error.kind() {
-        ErrorKind::PermissionDenied => caps(config),
+        ErrorKind::PermissionDenied => caps(config, pool),
+        ErrorKind::NotFound if pool_key.is_empty() => {
+            "create the pool that rbd_default_data_pool names, or set another one".to_owned()
+        }
         ErrorKind::NotFound => format!("name the right pool with {pool_key}, or create it and `rbd pool init` it"),
         ErrorKind::Unsupported => "`ceph osd pool set POOL allow_ec_overwrites true`, or name another pool".to_owned(),
         ErrorKind::NoSpace => "add space, or raise the pool's quota".to_owned(),
@@ -174,7 +179,7 @@ async fn fencing(config: &Config, client: &Client) -> CheckResult {
     const NAME: &str = "Ceph fencing";
     within_once(NAME, "see `ceph status`", async || match client.may_fence().await {
         Ok(true) => CheckResult::ok(NAME, "may fence a daemon that lost its lease"),
-        Ok(false) => CheckResult::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config)),
+        Ok(false) => CheckResult::fault(NAME, "missing: mon 'profile rbd' (osd blocklist add)", caps(config, None)),
         Err(error) => CheckResult::fault(NAME, error.to_string(), "see `ceph status`"),
     })
     .await
@@ -192,8 +197,12 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> CheckResu
                 Ok(Probed::All { data_pool }) => return placed(config, client, pool, &data_pool).await,
                 Ok(Probed::Lacks(finding)) => finding,
                 Err(error) => {
-                    return CheckResult::fault(&name, error.to_string(), remedy(config, &error, "pool or dest_pool"))
-                        .transient_if(may_pass(error.kind()));
+                    return CheckResult::fault(
+                        &name,
+                        error.to_string(),
+                        remedy(config, &error, (None, "pool or dest_pool")),
+                    )
+                    .transient_if(may_pass(error.kind()));
                 }
             };
             let Finding { what, pool, error } = &finding;
@@ -203,7 +212,7 @@ async fn capabilities(config: &Config, client: &Client, pool: &str) -> CheckResu
                 }
                 _ => format!("cannot {what}: {error}"),
             };
-            CheckResult::fault(&name, detail, remedy(config, error, &used_by(config, pool)))
+            CheckResult::fault(&name, detail, remedy(config, error, (Some(pool), &used_by(config, pool))))
                 .transient_if(may_pass(error.kind()))
         },
     );
@@ -230,8 +239,10 @@ async fn placed(config: &Config, client: &Client, pool: &str, data_pool: &str) -
                 format!("[glance] data_pool = {others}, if rbd_default_data_pool is that for Glance's Ceph client"),
             )
         }
-        Err(error) => CheckResult::fault(&name, error.to_string(), remedy(config, &error, &used_by(config, pool)))
-            .transient_if(may_pass(error.kind())),
+        Err(error) => {
+            CheckResult::fault(&name, error.to_string(), remedy(config, &error, (Some(pool), &used_by(config, pool))))
+                .transient_if(may_pass(error.kind()))
+        }
     }
 }
 
@@ -301,13 +312,13 @@ async fn jobs(config: &Config, client: &Client) -> CheckResult {
                     CheckResult::fault(
                         &name,
                         format!("missing: osd 'profile rbd pool={pool}': cannot {what} ({error})"),
-                        caps(config),
+                        caps(config, None),
                     )
                 }
                 Err((what, error)) => CheckResult::fault(
                     &name,
                     format!("cannot {what}: {error}"),
-                    remedy(config, &error, "pool in [jobs]"),
+                    remedy(config, &error, (None, "pool in [jobs]")),
                 )
                 .transient_if(may_pass(error.kind())),
             }

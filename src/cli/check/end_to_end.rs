@@ -1,9 +1,10 @@
-//! `check --probe`: a tiny image from end to end, for each way in which jobs publish: from each source pool to its
-//! destination pool, at once or when copied.
+//! `check --probe`: a tiny image from end to end, for each way in which jobs of the backends publish: from each
+//! backend's pool to its destination pool, at once or when copied.
 //!
-//! The image belongs to the daemon's own project, and nothing of it stays.
+//! The image belongs to the daemon's own project. It is removed however the probe ends.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -14,7 +15,7 @@ use super::super::setup::client_options;
 use super::report::CheckResult;
 use crate::ceph::{self, Client, Features, ImageSpec, Progress, Storage};
 use crate::config::{Config, PublishChoice};
-use crate::openstack::{self, Cloud, ErrorKind, LocationAnswer, Session};
+use crate::openstack::{self, Cloud, ErrorKind, ImageTask, LocationAnswer, Session};
 use crate::publish;
 
 /// Bytes of the image, and how many of them are written; the rest is a hole.
@@ -29,6 +30,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// How long Glance's own work on the image is waited for before the image is deleted.
 const TASKS_WITHIN: Duration = Duration::from_secs(30);
+
+const INTERRUPTED: &str = "interrupted";
 
 /// Between two looks at the image record.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -52,8 +55,21 @@ impl Way<'_> {
 enum Failed {
     Ceph(ceph::Error),
     Glance(openstack::Error),
-    /// Glance took the location and did not make the image active, or gave other bytes.
-    Image(String),
+    /// Glance did not take the location.
+    Refused(String),
+    Interrupted,
+    Other(String),
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ceph(error) => error.fmt(f),
+            Self::Glance(error) => error.fmt(f),
+            Self::Refused(reason) | Self::Other(reason) => f.write_str(reason),
+            Self::Interrupted => f.write_str(INTERRUPTED),
+        }
+    }
 }
 
 impl From<ceph::Error> for Failed {
@@ -68,8 +84,15 @@ impl From<openstack::Error> for Failed {
     }
 }
 
-/// A row for each way. `is_ready`: Keystone and Ceph take our login.
-pub async fn check(config: &Config, is_ready: bool) -> Vec<CheckResult> {
+pub struct ProbeFindings {
+    /// One for each way.
+    pub rows: Vec<CheckResult>,
+    /// A call of Ceph was given up and still runs on a thread of its own.
+    pub stuck: bool,
+}
+
+/// `is_ready`: Keystone and Ceph take our login. Ends soon after `interrupted` fires.
+pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationToken) -> ProbeFindings {
     let ways = ways(config);
     let connected = match is_ready {
         true => connect(config).await,
@@ -77,13 +100,19 @@ pub async fn check(config: &Config, is_ready: bool) -> Vec<CheckResult> {
     };
     let (session, client) = match connected {
         Ok(connected) => connected,
-        Err(reason) => return ways.iter().map(|way| CheckResult::skipped(way.name(), &*reason)).collect(),
+        Err(reason) => {
+            let rows = ways.iter().map(|way| CheckResult::skipped(way.name(), &*reason)).collect();
+            return ProbeFindings { rows, stuck: false };
+        }
     };
     let mut rows = Vec::new();
     for way in &ways {
-        rows.push(probe(&session, &client, way).await);
+        rows.push(match interrupted.is_cancelled() {
+            true => CheckResult::skipped(way.name(), INTERRUPTED),
+            false => probe(&session, &client, way, interrupted).await,
+        });
     }
-    rows
+    ProbeFindings { rows, stuck: client.is_busy() }
 }
 
 /// Where images are published at once they may also be published when copied, when something is against it.
@@ -105,10 +134,10 @@ async fn connect(config: &Config) -> Result<(Session, Client), String> {
     Ok((session, client))
 }
 
-/// Goes one way, and removes what was made on it however it ended, also by SIGINT.
-async fn probe(session: &Session, client: &Client, way: &Way<'_>) -> CheckResult {
+/// Goes one way, and removes what was made on it however it ended.
+async fn probe(session: &Session, client: &Client, way: &Way<'_>, interrupted: &CancellationToken) -> CheckResult {
     let name = way.name();
-    let source = ImageSpec::named(way.source_pool, format!("rbd-offload.check-{}", Uuid::new_v4()));
+    let source = ImageSpec::named(way.source_pool, format!("rbd-offload.probe-{}", Uuid::new_v4()));
     let id = match session.create_probe_image().await {
         Ok(id) => id,
         Err(error) => {
@@ -119,9 +148,9 @@ async fn probe(session: &Session, client: &Client, way: &Way<'_>) -> CheckResult
     let begun = Instant::now();
     let made = tokio::select! {
         made = timeout(LIMIT, publish_and_read(session, client, way, &source, &id)) => {
-            made.unwrap_or_else(|_| Err(Failed::Image(format!("not done within {} s", LIMIT.as_secs()))))
+            made.unwrap_or_else(|_| Err(Failed::Other(not_within(LIMIT))))
         }
-        _ = tokio::signal::ctrl_c() => Err(Failed::Image("interrupted".into())),
+        () = interrupted.cancelled() => Err(Failed::Interrupted),
     };
     let row = match made {
         Ok(active) => CheckResult::ok(
@@ -134,24 +163,22 @@ async fn probe(session: &Session, client: &Client, way: &Way<'_>) -> CheckResult
         ),
         Err(failed) => judge(&name, way, failed),
     };
-    match timeout(LIMIT, remove(session, client, &source, &image, &id)).await {
-        Ok(Ok(())) => row,
-        left => {
-            let reason = match left {
-                Ok(Err(Failed::Ceph(error))) => error.to_string(),
-                Ok(Err(Failed::Glance(error))) => error.to_string(),
-                Ok(Err(Failed::Image(reason))) => reason,
-                _ => format!("not done within {} s", LIMIT.as_secs()),
-            };
-            CheckResult::fault(
-                name,
-                format!("{}; and the probe was not removed: {reason}", row.detail),
-                format!(
-                    "remove the image {id} from Glance, then {image} and {source} with `rbd rm`, if they are there"
-                ),
-            )
-        }
+    let removed = timeout(LIMIT, remove(session, client, &source, &image, &id)).await;
+    match removed.unwrap_or_else(|_| Err(Failed::Other(not_within(LIMIT)))) {
+        Ok(()) => row,
+        Err(left) => CheckResult::fault(
+            name,
+            format!("{}; and the probe was not removed: {left}", row.detail),
+            format!(
+                "remove the image {id} from Glance; then, of {image} and {source}, what is there: `rbd snap unprotect` \
+                 and `rbd snap rm` its snapshot, `rbd rm` it"
+            ),
+        ),
     }
+}
+
+fn not_within(limit: Duration) -> String {
+    format!("not done within {} s", limit.as_secs())
 }
 
 /// Makes the image, and returns how long it took until Glance said `active`.
@@ -176,15 +203,20 @@ async fn publish_and_read(
         publish::create_snap(client, &image, &progress, &cancel).await?
     };
     if let Some(fault) = fault {
-        return Err(Failed::Image(format!("{image} cannot be published: {fault}")));
+        return Err(Failed::Other(format!("{image} cannot be published: {fault}")));
     }
     let url = publish::location(&client.fsid().await?, way.dest_pool, id);
-    match session.add_location(id, &url, None).await? {
+    let added = session.add_location(id, &url, None).await.map_err(|error| match error.kind() {
+        // an older Glance opens the image before it answers
+        ErrorKind::Refused => Failed::Refused(error.to_string()),
+        _ => Failed::Glance(error),
+    });
+    match added? {
         Some(LocationAnswer::Accepted) => {}
         Some(LocationAnswer::Conflict) => {
-            return Err(Failed::Image("Glance says that it has a location already".into()));
+            return Err(Failed::Other("Glance says that it has a location already".into()));
         }
-        None => return Err(Failed::Image("Glance lost the image record".into())),
+        None => return Err(Failed::Other("Glance lost the image record".into())),
     }
     let active = loop {
         let record = session.image(id).await?;
@@ -193,37 +225,31 @@ async fn publish_and_read(
         }
         let tasks = session.image_tasks(id).await?;
         if let Some(failed) = tasks.iter().find(|task| task.status == "failure") {
-            return Err(Failed::Image(format!("Glance refused the location: {}", failed.message)));
+            return Err(Failed::Refused(format!("Glance refused the location: {}", failed.message)));
         }
         sleep(PAUSE).await;
     };
     data.resize(SIZE as usize, 0);
     match session.probe_image_data(id).await? == data {
         true => Ok(active),
-        false => Err(Failed::Image("Glance gives other bytes than were written".into())),
+        false => Err(Failed::Other("Glance gives other bytes than were written".into())),
     }
 }
 
 fn judge(name: &str, way: &Way<'_>, failed: Failed) -> CheckResult {
-    let reason = match failed {
-        Failed::Ceph(error) => {
-            return CheckResult::fault(name, error.to_string(), "see the rows of the Ceph pools above");
-        }
-        Failed::Glance(error) => error.to_string(),
-        Failed::Image(reason) => reason,
-    };
-    if !way.at_once {
-        return CheckResult::fault(
+    match failed {
+        Failed::Refused(reason) if way.at_once => CheckResult::warning(
             name,
-            reason,
-            "see Glance's log, and what its Ceph user may do in the destination pool",
-        );
+            format!("{reason}; images from this pool are published when copied"),
+            format!("give Glance's Ceph user `profile rbd-read-only pool={}` beside what it has", way.source_pool),
+        ),
+        Failed::Refused(reason) => {
+            CheckResult::fault(name, reason, "see Glance's log, and what its Ceph user may do in the destination pool")
+        }
+        Failed::Interrupted => CheckResult::skipped(name, INTERRUPTED),
+        Failed::Ceph(error) => CheckResult::fault(name, error.to_string(), "see the rows of the Ceph pools above"),
+        failed => CheckResult::fault(name, failed.to_string(), "see Glance's log"),
     }
-    CheckResult::warning(
-        name,
-        format!("{reason}; images from this pool are published when copied"),
-        format!("give Glance's Ceph user `profile rbd-read-only pool={}` beside what it has", way.source_pool),
-    )
 }
 
 /// Removes the image with its record, and the source. Glance is let end what it does with the image: a delete during
@@ -235,9 +261,16 @@ async fn remove(
     image: &ImageSpec,
     id: &str,
 ) -> Result<(), Failed> {
+    // a call that was given up goes on, and makes what is to be removed
+    client.quiet().await;
+    // a pool may move what is removed to its trash, where it is known by its id
+    let made = client.image(image, None).await?;
     let begun = Instant::now();
-    while begun.elapsed() < TASKS_WITHIN && session.image_tasks(id).await?.iter().any(|task| !task.has_ended()) {
-        sleep(PAUSE).await;
+    while begun.elapsed() < TASKS_WITHIN {
+        match session.image_tasks(id).await {
+            Ok(tasks) if tasks.iter().all(ImageTask::has_ended) => break,
+            _ => sleep(PAUSE).await,
+        }
     }
     loop {
         match session.delete_probe_image(id).await {
@@ -246,6 +279,9 @@ async fn remove(
         }
     }
     client.remove_image(image).await?;
+    if let Some(made) = made {
+        client.remove_image(&ImageSpec::with_id(&image.pool, made.id)).await?;
+    }
     client.remove_image(source).await?;
     Ok(())
 }

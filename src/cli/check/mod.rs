@@ -1,6 +1,7 @@
 //! `check`: tests every connection and right that the configuration needs, and says how to fix what fails.
 //!
-//! Nothing is changed, except that a tiny image and a tiny object come and go in the pools that the daemon writes to.
+//! Nothing is changed, except that tiny images and objects come and go in the pools that the daemon writes to, and an
+//! image record without data in Glance.
 //! One failing check does not stop the others; what depends on it is skipped.
 
 mod broker;
@@ -13,7 +14,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::setup::{SHUTDOWN_TIMEOUT, load, store_problems};
 use super::{Failure, output};
@@ -39,13 +42,15 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Also make a tiny image in each source pool, publish it in Glance as a job does, download and delete it.
+    /// Also make a tiny image in the pool of each backend, publish it in Glance as a job does, download and delete it.
     #[arg(long)]
     probe: bool,
 }
 
 pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     let config = load(path)?;
+    let interrupted = CancellationToken::new();
+    let listener = tokio::spawn(listen(interrupted.clone()));
     let (broker, cloud, ceph) = tokio::join!(broker::check(&config), cloud::check(&config), ceph::check(&config));
     let mut rows = vec![configuration(path, &config)];
     rows.extend(broker);
@@ -53,18 +58,36 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.extend(ceph.rows);
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
     rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
+    let mut stuck = ceph.stuck;
     if args.probe {
         let is_ready = cloud.cloud.is_some() && ceph.fsid.is_some();
-        rows.extend(end_to_end::check(&config, is_ready).await);
+        let probed = end_to_end::check(&config, is_ready, &interrupted).await;
+        rows.extend(probed.rows);
+        stuck |= probed.stuck;
     }
+    listener.abort();
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
     output::print(&text)?;
-    if ceph.stuck {
+    if stuck {
         // what still runs removes what it made, if Ceph answers it after all
         tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
         crate::ceph::exit_now(1);
     }
     Ok(if rows.iter().all(CheckResult::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Fires at the first SIGINT or SIGTERM. What `check` made is removed before it ends.
+async fn listen(interrupted: CancellationToken) {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    output::eprint_line("rbd-offload: interrupted; ends when what it made is removed");
+    interrupted.cancel();
 }
 
 fn configuration(path: &Path, config: &Config) -> CheckResult {

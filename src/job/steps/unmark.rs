@@ -16,8 +16,8 @@ use crate::openstack;
 use crate::publish::{self, image_status};
 use crate::transfer;
 
-/// More than a delete takes between the removal of the snapshot and that of the image.
-const DELETED_WITHIN: Duration = Duration::from_secs(5);
+/// More than a delete takes from the removal of the snapshot until the image is in the trash, where librbd removes it.
+const TRASHED_WITHIN: Duration = Duration::from_secs(5);
 
 pub struct Unmark;
 
@@ -59,9 +59,13 @@ async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
     if !lacks_snap(storage, image).await? {
         return Ok(());
     }
-    sleep(DELETED_WITHIN).await;
+    sleep(TRASHED_WITHIN).await;
+    if storage.in_trash(image).await? {
+        return Ok(());
+    }
     let record = job.context.cloud.image(&job.id.to_string()).await?;
     let is_active = record.is_some_and(|record| matches!(record.status.as_str(), "active" | "deactivated"));
+    job.before_visible_step().await?;
     if is_active && lacks_snap(storage, image).await? {
         tracing::warn!(image_id = %job.id, job_stage = "unmark", %image,
             "made the image's snapshot again: a delete that failed had removed it");
