@@ -47,6 +47,10 @@ const OPTIONS: &[(&str, &str)] = &[
 pub const OTHER_KEY: &str =
     "install librados2 and librbd1 of the cluster's release here, or give the user a key of type aes";
 
+/// Why images cannot have their data in a pool.
+const NO_OVERWRITES: &str =
+    "the pool is erasure-coded and does not allow overwrites (`ceph osd pool set … allow_ec_overwrites true`)";
+
 /// How long a client stays fenced. Its address never comes back, so a long time costs nothing.
 const FENCE_SECONDS: u32 = 24 * 3600;
 
@@ -609,12 +613,16 @@ impl IoCtx {
         &self.cluster
     }
 
-    /// Whether images can have their data here: an erasure-coded pool must allow that objects are overwritten.
-    pub fn is_for_data(&self) -> Result<bool> {
+    /// Fails with [`ErrorKind::Unsupported`] where images cannot have their data here: an erasure-coded pool must allow
+    /// that objects are overwritten.
+    pub fn must_hold_data(&self, operation: &str) -> Result<()> {
         let mut appends_only = 0;
         // SAFETY: the ioctx is open; the result has a place.
-        let r = unsafe { sys::rados_ioctx_pool_requires_alignment2(self.raw, &mut appends_only) };
-        check("look at the pool", r).map(|_| appends_only == 0)
+        check(operation, unsafe { sys::rados_ioctx_pool_requires_alignment2(self.raw, &mut appends_only) })?;
+        match appends_only {
+            0 => Ok(()),
+            _ => Err(Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES)),
+        }
     }
 
     pub fn pool_id(&self) -> i64 {

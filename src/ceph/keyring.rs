@@ -5,6 +5,9 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::PathBuf;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
 /// Bytes of a keyring that are read.
 const FILE_MAX: u64 = 1 << 20;
 
@@ -30,17 +33,8 @@ pub(super) struct KeyType(pub u16);
 impl KeyType {
     /// What a base64 key begins with: its type in two bytes, the lower one first.
     fn of(key: &str) -> Option<Self> {
-        let sextet = |byte: &u8| match byte {
-            b'A'..=b'Z' => Some(u32::from(byte - b'A')),
-            b'a'..=b'z' => Some(u32::from(byte - b'a') + 26),
-            b'0'..=b'9' => Some(u32::from(byte - b'0') + 52),
-            b'+' => Some(62),
-            b'/' => Some(63),
-            _ => None,
-        };
-        let start = key.as_bytes().get(..4)?;
-        let bits = start.iter().try_fold(0, |bits, byte| Some(bits << 6 | sextet(byte)?))?;
-        let [_, low, high, _] = bits.to_be_bytes();
+        let start = BASE64_STANDARD.decode(key.as_bytes().get(..4)?).ok()?;
+        let [low, high, _] = start.try_into().ok()?;
         Some(Self(u16::from_le_bytes([low, high])))
     }
 

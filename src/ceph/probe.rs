@@ -8,7 +8,7 @@ use ceph::rados::rados_remove;
 
 use super::cluster::{Client, Cluster, IoCtx, c_string, check};
 use super::objects::create_empty;
-use super::rbd::{self, Access, Image, NO_OVERWRITES, Options};
+use super::rbd::{self, Access, Image, Options};
 use super::storage::remove_image;
 use super::{Error, ErrorKind, ImageSpec, Result};
 
@@ -76,11 +76,7 @@ impl Client {
     pub async fn can_hold_data(&self, pool: &str) -> Result<()> {
         let operation = format!("look at pool {pool}");
         let pool = pool.to_owned();
-        self.run(operation.clone(), move |cluster| match IoCtx::open(cluster, &pool)?.is_for_data()? {
-            true => Ok(()),
-            false => Err(Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES)),
-        })
-        .await
+        self.run(operation.clone(), move |cluster| IoCtx::open(cluster, &pool)?.must_hold_data(&operation)).await
     }
 
     /// The pools in which images of a pool have their data, without the daemon's private ones. Some of the images are
@@ -109,10 +105,7 @@ fn probe_data_pool(cluster: &Arc<Cluster>, pool: &str) -> std::result::Result<()
     let finding = |what: &'static str| move |error| Finding { what, pool: pool.to_owned(), error };
     let operation = "write into the data pool";
     let io = IoCtx::open(cluster, pool).map_err(finding("open the data pool"))?;
-    if !io.is_for_data().map_err(finding("look at the data pool"))? {
-        let error = Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES);
-        return Err(finding("keep the data of images")(error));
-    }
+    io.must_hold_data(operation).map_err(finding("keep the data of images"))?;
     let try_it = || {
         let object = c_string(operation, &format!("rbd-offload.check-{}", uuid::Uuid::new_v4()))?;
         create_empty(&io, &object, operation)?;

@@ -625,10 +625,6 @@ unsafe fn text(text: *const c_char) -> String {
     unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-/// Why images cannot have their data in a pool.
-pub(super) const NO_OVERWRITES: &str =
-    "the pool is erasure-coded and does not allow overwrites (`ceph osd pool set … allow_ec_overwrites true`)";
-
 /// Options of a new image. Destroyed when dropped.
 pub(super) struct Options {
     raw: sys::rbd_image_options_t,
@@ -665,9 +661,7 @@ impl Options {
     fn set_data_pool(&self, cluster: &Arc<Cluster>, data_pool: Option<&str>) -> Result<()> {
         let Some(pool) = data_pool else { return Ok(()) };
         let operation = format!("keep the data of an image in pool \"{pool}\"");
-        if !IoCtx::open(cluster, pool)?.is_for_data()? {
-            return Err(Error::new(operation, ErrorKind::Unsupported, NO_OVERWRITES));
-        }
+        IoCtx::open(cluster, pool)?.must_hold_data(&operation)?;
         let name = c_string(&operation, pool)?;
         // SAFETY: the options are open, the name ends in NUL and is copied.
         let r = unsafe { sys::rbd_image_options_set_string(self.raw, sys::IMAGE_OPTION_DATA_POOL, name.as_ptr()) };
