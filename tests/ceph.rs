@@ -13,6 +13,8 @@ use rbd_offload::ceph::{
     Changed, Client, ClientOptions, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey,
     ImageSpec, LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
 };
+use rbd_offload::job::bindings::RememberedBindings;
+use rbd_offload::notification::{Binding, Bindings};
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, RenameOutcome};
 use rbd_offload::transfer::{self, MARK};
@@ -1238,6 +1240,29 @@ async fn a_lock_belongs_to_one_and_runs_out() {
     assert_eq!(two.unlock("job", &key("c")).await.unwrap(), Changed::No);
     let version = two.read("job").await.unwrap().unwrap().1;
     two.remove("job", version, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_daemon_at_a_time_replaces_the_queue() {
+    let lab = Lab::new();
+    let (one, two) = (lab.client().await, lab.client().await);
+    let [one, two] =
+        [one, two].map(|client| RememberedBindings::new(Arc::new(client.objects("images", &lab.name).unwrap())));
+    let minute = Duration::from_secs(60);
+    assert!(!one.lock("a", minute).await.unwrap(), "a queue of which no binding is remembered is not replaced");
+    let [vhost, queue, exchange, routing_key] = ["/", "rbd-offload", "nova", "notifications.info"].map(str::to_owned);
+    let binding = Binding { vhost, queue, exchange, routing_key };
+    one.add(std::slice::from_ref(&binding)).await.unwrap();
+    assert!(one.lock("a", minute).await.unwrap());
+    assert!(!two.lock("b", minute).await.unwrap());
+    two.unlock("b").await.unwrap();
+    assert!(!two.lock("b", minute).await.unwrap(), "it is the other one's");
+    one.unlock("a").await.unwrap();
+    assert!(two.lock("b", Duration::from_secs(2)).await.unwrap());
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(one.lock("a", minute).await.unwrap(), "the other one's time ran out");
+    assert_eq!(one.all().await.unwrap(), [binding].into());
+    one.unlock("a").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -268,6 +268,7 @@ impl Sink for Store {
 #[derive(Debug, Default)]
 struct Remembered {
     bindings: Mutex<BTreeSet<Binding>>,
+    lock: Mutex<Option<String>>,
     away: AtomicBool,
 }
 
@@ -298,6 +299,14 @@ impl Bindings for Remembered {
         self.open().map(|mut bindings| {
             bindings.remove(binding);
         })
+    }
+
+    async fn lock(&self, holder: &str, _: Duration) -> Result<bool, BindingsError> {
+        self.open().map(|_| self.lock.lock().unwrap().get_or_insert_with(|| holder.to_owned()) == holder)
+    }
+
+    async fn unlock(&self, holder: &str) -> Result<(), BindingsError> {
+        self.open().map(|_| drop(self.lock.lock().unwrap().take_if(|held| held == holder)))
     }
 }
 

@@ -1,15 +1,20 @@
-//! What the notifications' queue is bound to, remembered beside the jobs: the keys of an object's omap.
+//! What the notifications' queue is bound to, remembered beside the jobs: the keys of an object's omap. The daemon
+//! that replaces the queue holds the lock of that object.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::ceph::Objects;
+use crate::ceph::{LockKey, Locked, Objects};
 use crate::notification::{Binding, Bindings, BindingsError};
 
 /// The object, in the jobs' namespace.
 const OBJECT: &str = "bindings";
+
+/// Name of the object's lock.
+const LOCK: &str = "replace_queue";
 
 /// Entries of one read.
 const PAGE: usize = 256;
@@ -43,6 +48,10 @@ fn binding(key: &str) -> Option<Binding> {
     Some(Binding { vhost, queue, exchange, routing_key })
 }
 
+fn lock_key(holder: &str) -> LockKey {
+    LockKey { name: LOCK.to_owned(), cookie: holder.to_owned() }
+}
+
 #[async_trait]
 impl Bindings for RememberedBindings {
     async fn all(&self) -> Result<BTreeSet<Binding>, BindingsError> {
@@ -67,6 +76,15 @@ impl Bindings for RememberedBindings {
 
     async fn remove(&self, binding: &Binding) -> Result<(), BindingsError> {
         self.0.remove_omap(OBJECT, &[key(binding)?]).await.map(drop).map_err(BindingsError::new)
+    }
+
+    async fn lock(&self, holder: &str, duration: Duration) -> Result<bool, BindingsError> {
+        let locked = self.0.lock(OBJECT, &lock_key(holder), holder, duration).await.map_err(BindingsError::new)?;
+        Ok(locked == Locked::Acquired)
+    }
+
+    async fn unlock(&self, holder: &str) -> Result<(), BindingsError> {
+        self.0.unlock(OBJECT, &lock_key(holder)).await.map(drop).map_err(BindingsError::new)
     }
 }
 

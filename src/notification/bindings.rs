@@ -1,7 +1,11 @@
-//! What the queue is bound to, remembered outside of the broker: AMQP can make and remove a binding, but not list them.
+//! What the daemons share about the queue outside of the broker.
+//!
+//! * What the queue is bound to: AMQP can make and remove a binding, but not list them.
+//! * Which daemon replaces an old queue: RabbitMQ deletes a quorum queue whether or not it is in use.
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -23,6 +27,13 @@ pub trait Bindings: fmt::Debug + Send + Sync + 'static {
     async fn add(&self, bindings: &[Binding]) -> Result<(), BindingsError>;
 
     async fn remove(&self, binding: &Binding) -> Result<(), BindingsError>;
+
+    /// Takes the lock for replacing a queue, for `duration` at most. False: another holder has it, or no binding is
+    /// remembered.
+    async fn lock(&self, holder: &str, duration: Duration) -> Result<bool, BindingsError>;
+
+    /// Gives back the lock of [`Self::lock`]. A lock that has run out is no error.
+    async fn unlock(&self, holder: &str) -> Result<(), BindingsError>;
 }
 
 /// What is remembered cannot be read or written now.
@@ -51,6 +62,14 @@ impl Bindings for NoMemory {
     }
 
     async fn remove(&self, _: &Binding) -> Result<(), BindingsError> {
+        Ok(())
+    }
+
+    async fn lock(&self, _: &str, _: Duration) -> Result<bool, BindingsError> {
+        Ok(false)
+    }
+
+    async fn unlock(&self, _: &str) -> Result<(), BindingsError> {
         Ok(())
     }
 }

@@ -40,6 +40,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
+use uuid::Uuid;
 
 use super::acks::Acks;
 use super::bindings::{Binding, Bindings, BindingsError, NoMemory};
@@ -67,6 +68,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 const RPC_TIMEOUT: Duration = Duration::from_secs(30);
 /// For a call to what remembers the bindings.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Holds the lock for replacing the queue at most this long: twice the time for what is done under it.
+const REPLACE_LOCK: Duration = Duration::from_secs(60);
 /// For calls of the sink that still run when the session ends.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -155,7 +158,10 @@ enum SessionError {
          delete it with `rabbitmqctl delete_queue {queue}` ({error})"
     )]
     NotReplaced { queue: String, wanted: String, error: lapin::Error },
-    #[error("cannot read whether queue {queue:?}, which exists with other arguments, is the daemons' own: {error}")]
+    #[error(
+        "queue {queue:?} exists with other arguments; whether it is the daemons' own cannot be read, or the lock for \
+         replacing it cannot be taken: {error}"
+    )]
     NotKnown { queue: String, error: BindingsError },
     #[error("the old queue is empty, and is replaced")]
     Emptied,
@@ -308,16 +314,8 @@ impl Listener {
             let Some(depth) = self.depth(&channel).await? else { continue };
             match depth {
                 Depth { consumers: 0, messages: 0 } => {
-                    let deleted = call("delete the old queue", queue::delete_unused(&channel, &self.config)).await;
-                    match deleted {
-                        Ok(true) => info!("queue {queue:?} had other arguments; it is made again with {wanted}"),
-                        Ok(false) => {}
-                        Err(SessionError::Call { error, .. })
-                            if matches!(error.kind(), lapin::ErrorKind::ProtocolError(_)) =>
-                        {
-                            return Err(SessionError::NotReplaced { queue, wanted, error });
-                        }
-                        Err(ended) => return Err(ended),
+                    if !self.delete_old_queue(connection, &wanted).await? {
+                        self.stand_by(connection, &mut channel, 0).await?;
                     }
                 }
                 Depth { consumers: 0, messages } => {
@@ -345,6 +343,45 @@ impl Listener {
                 }
             }
         }
+    }
+
+    /// Deletes the old queue under the lock for replacing it. False: another daemon has the lock.
+    async fn delete_old_queue(&self, connection: &Connection, wanted: &str) -> Result<bool, SessionError> {
+        let holder = Uuid::new_v4().to_string();
+        match remember(self.bindings.lock(&holder, REPLACE_LOCK)).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => return Err(SessionError::NotKnown { queue: self.queue().to_owned(), error }),
+        }
+        let Ok(deleted) = timeout(RPC_TIMEOUT, self.delete_if_still_old(connection, wanted)).await else {
+            return Err(SessionError::CallTimeout { what: "replace the old queue" });
+        };
+        // The lock stays until it runs out where the broker may still carry out the deletion.
+        if matches!(deleted, Ok(()) | Err(SessionError::NotReplaced { .. }))
+            && let Err(error) = remember(self.bindings.unlock(&holder)).await
+        {
+            debug!("the lock for replacing the queue stays until it runs out: {error}");
+        }
+        deleted.map(|()| true)
+    }
+
+    /// Looks again before it deletes the queue: another daemon may have replaced it before this one got the lock.
+    async fn delete_if_still_old(&self, connection: &Connection, wanted: &str) -> Result<(), SessionError> {
+        let Some(error) = self.try_declare(connection).await? else { return Ok(()) };
+        let channel = call("open a channel", connection.create_channel()).await?;
+        if self.depth(&channel).await? != Some(Depth { consumers: 0, messages: 0 }) {
+            return Ok(());
+        }
+        let queue = self.queue();
+        match call("delete the old queue", queue::delete_unused(&channel, &self.config)).await {
+            Ok(true) => info!("queue {queue:?} had other arguments; it is made again with {wanted} ({error})"),
+            Ok(false) => {}
+            Err(SessionError::Call { error, .. }) if matches!(error.kind(), lapin::ErrorKind::ProtocolError(_)) => {
+                return Err(SessionError::NotReplaced { queue: queue.to_owned(), wanted: wanted.to_owned(), error });
+            }
+            Err(ended) => return Err(ended),
+        }
+        Ok(())
     }
 
     /// On a channel of its own, since a refusal closes it. `Some`: the queue exists with other arguments.

@@ -7,7 +7,9 @@
 //!    one may belong to another service: it is neither consumed nor deleted.
 //! 2. While a daemon consumes it, the others stand by: they only look who consumes it.
 //! 3. Nobody consumes it, and messages wait: they are consumed from the old queue until none is left.
-//! 4. Nobody consumes it, and it is empty: it is deleted, and declared again.
+//! 4. Nobody consumes it, and it is empty: the daemon that gets the lock of the bindings deletes it and declares it
+//!    again. The others stand by. Without the lock, a daemon that saw the old queue could delete the new one of another
+//!    daemon, with what has come into it: RabbitMQ has no condition for the deletion of a quorum queue.
 //!
 //! In a rolling restart, the daemon that is restarted last leaves the queue without a consumer, and one of those that
 //! stand by replaces it. Daemons whose configurations differ do not replace the queue in turns, since each leaves alone
