@@ -7,7 +7,8 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps deb rpm lab-up lab-down demo check fuzz test test-packages test-nova bench lint clean
+.PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-packages test-container test-nova \
+	bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -62,6 +63,14 @@ test:
 test-packages: deb rpm
 	packaging/test
 
+# the container image, in target/container; as root
+container: deb
+	packaging/container/build
+
+# runs it beside a lab of its own, without a container engine; as root
+test-container: container
+	packaging/container/test
+
 # those that need Nova, against a lab with Nova; as root
 test-nova:
 	tests/run --nova
@@ -75,7 +84,8 @@ lint: deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --lib
 	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
-		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* lint/words
+		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
+		packaging/container/build packaging/container/healthcheck packaging/container/test lint/words
 	lint/words
 	lint/imports
 	@if command -v typos >/dev/null; then typos; else echo "typos is not installed: cargo install typos-cli"; fi
