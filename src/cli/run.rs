@@ -188,7 +188,7 @@ async fn claim_jobs(config: &Config, objects: &dyn Objects, session: &Session) -
         session.expect_cloud(cloud);
     }
     let own = session.cloud().await.map_err(|error| match error.kind() {
-        openstack::ErrorKind::Refused => refused(error.into()),
+        openstack::ErrorKind::Refused => refused(Failure::new(Failure::CONFIG, format!("[keystone]: {error}"))),
         _ => Unclaimed::Later(error),
     })?;
     match deployment::claim(objects, &own).await {

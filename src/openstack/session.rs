@@ -6,7 +6,7 @@
 //! lasts until a service answers 401: then one new login is made, all callers share its outcome, and the request is
 //! repeated once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -104,16 +104,22 @@ impl Session {
         Ok(Self::new(HttpClient::new(access)?, glance.register))
     }
 
-    /// Logs in if that has not happened yet. [`ErrorKind::Unauthorized`] when Keystone refuses the credentials,
-    /// [`ErrorKind::Unavailable`] when it does not answer.
+    /// Logs in if that has not happened yet.
+    ///
+    /// # Errors
+    /// * [`ErrorKind::Unauthorized`]: Keystone refuses the credentials.
+    /// * [`ErrorKind::Unavailable`]: it does not answer.
+    /// * [`ErrorKind::Refused`]: no region is configured, and the catalog has endpoints of several regions.
     pub async fn login(&self) -> Result<()> {
-        self.wire.login(None).await.map(drop)
+        let login = self.wire.login(None).await?;
+        self.wire.check_region(&login)
     }
 
-    /// Which cloud this is.
+    /// Which cloud this is. Errors as of [`Self::login`].
     pub async fn cloud(&self) -> Result<CloudId> {
         let login = self.wire.login(None).await?;
-        self.wire.cloud_of(&login)
+        self.wire.check_region(&login)?;
+        self.wire.cloud_of(&login, self.wire.region.as_deref())
     }
 
     /// Refuses to call the services of any other cloud than this one.
@@ -554,23 +560,45 @@ impl HttpClient {
             (Service::Image, Some(url)) => return Ok(url.clone()),
             _ => {}
         }
-        let endpoint = select_endpoint(&login.endpoints, service, self.region.as_deref(), &self.interface)
+        let endpoint = select_endpoint(&login.endpoints, service, self.region(), &self.interface)
             .map_err(|reason| Error::new(call, ErrorKind::NoService, reason))?;
         service_root(&endpoint.url, service.version()).map_err(|reason| {
             Error::new(call, ErrorKind::NoService, format!("the catalog's URL {:?} {reason}", endpoint.url))
         })
     }
 
-    fn cloud_of(&self, login: &AuthToken) -> Result<CloudId> {
+    /// The configured region, else that of the cloud which the jobs belong to: a second region that the catalog gets
+    /// later does not stop the daemons.
+    fn region(&self) -> Option<&str> {
+        self.region.as_deref().or_else(|| self.expected.get().and_then(|cloud| cloud.region.as_deref()))
+    }
+
+    /// The daemon never guesses which of several regions is its own.
+    fn check_region(&self, login: &AuthToken) -> Result<()> {
+        if self.region.is_some() {
+            return Ok(());
+        }
+        for service in [Service::Image, Service::BlockStorage, Service::Compute] {
+            let regions = regions_of(&login.endpoints, service, &self.interface);
+            if regions.len() > 1 && !(service == Service::Image && self.image_override.is_some()) {
+                return Err(Error::new("Keystone: catalog", ErrorKind::Refused, several_regions(service, &regions)));
+            }
+        }
+        Ok(())
+    }
+
+    fn cloud_of(&self, login: &AuthToken, region: Option<&str>) -> Result<CloudId> {
         let project_id = login.project_id.clone();
         let project_id = project_id.ok_or_else(|| Error::protocol("Keystone: login", "the token is for no project"))?;
-        Ok(CloudId { project_id, region: self.region_of(login, Service::Image) })
+        let image = select_endpoint(&login.endpoints, Service::Image, region, &self.interface);
+        let found = image.ok().and_then(|endpoint| endpoint.region.clone());
+        Ok(CloudId { project_id, region: found.or_else(|| self.region.clone()) })
     }
 
     /// A job must not be worked on with the services of a cloud that it does not belong to.
     fn check_cloud(&self, login: &AuthToken, call: &str) -> Result<()> {
         let Some(expected) = self.expected.get() else { return Ok(()) };
-        let own = self.cloud_of(login)?;
+        let own = self.cloud_of(login, self.region())?;
         if own == *expected {
             return Ok(());
         }
@@ -580,10 +608,10 @@ impl HttpClient {
 
     /// Region of the service's endpoint.
     pub(super) fn region_of(&self, login: &AuthToken, service: Service) -> Option<String> {
-        select_endpoint(&login.endpoints, service, self.region.as_deref(), &self.interface)
+        select_endpoint(&login.endpoints, service, self.region(), &self.interface)
             .ok()
             .and_then(|endpoint| endpoint.region.clone())
-            .or_else(|| self.region.clone())
+            .or_else(|| self.region().map(str::to_owned))
     }
 
     /// Sends the request and reads the whole answer, whatever its status. A 401 leads to one new login and one
@@ -803,22 +831,43 @@ fn error_chain(error: &reqwest::Error) -> String {
     }
 }
 
-/// The service's endpoint for the interface and region; else why there is none.
+/// Whether the endpoint may be one of `service`, of the version that we speak.
+fn serves(endpoint: &Endpoint, service: Service) -> bool {
+    // "volume" and "block-store" may still be the API before v3.
+    let old = service == Service::BlockStorage && version_segment(&endpoint.url).is_some_and(|version| version != "v3");
+    service.types().contains(&endpoint.service_type.as_str()) && !old
+}
+
+/// The regions in which the service has endpoints of the interface.
+fn regions_of<'a>(endpoints: &'a [Endpoint], service: Service, interface: &str) -> BTreeSet<&'a str> {
+    let of_service = endpoints.iter().filter(|endpoint| endpoint.interface == interface && serves(endpoint, service));
+    of_service.filter_map(|endpoint| endpoint.region.as_deref()).collect()
+}
+
+fn several_regions(service: Service, regions: &BTreeSet<&str>) -> String {
+    let names: Vec<&str> = regions.iter().copied().collect();
+    let (service, names) = (service.official_type(), shorten(&names.join(", ")));
+    format!("the catalog has endpoints of {service} in several regions ({names}): set region_name to one of them")
+}
+
+/// The service's endpoint for the interface and region; else why there is none. Without a region, all its endpoints
+/// must be in one.
 fn select_endpoint<'a>(
     endpoints: &'a [Endpoint],
     service: Service,
     region: Option<&str>,
     interface: &str,
 ) -> std::result::Result<&'a Endpoint, String> {
+    let regions = regions_of(endpoints, service, interface);
+    if region.is_none() && regions.len() > 1 {
+        return Err(several_regions(service, &regions));
+    }
     let mut seen = Vec::new();
     for service_type in service.types() {
         for endpoint in endpoints.iter().filter(|endpoint| endpoint.service_type == *service_type) {
-            // "volume" and "block-store" may still be the API before v3.
-            let old = service == Service::BlockStorage
-                && version_segment(&endpoint.url).is_some_and(|version| version != "v3");
             let fits = endpoint.interface == interface
                 && region.is_none_or(|region| endpoint.region.as_deref() == Some(region));
-            if fits && !old {
+            if fits && serves(endpoint, service) {
                 return Ok(endpoint);
             }
             seen.push(format!(
@@ -885,7 +934,7 @@ fn append(url: &mut Url, path: &[&str]) -> std::result::Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use proptest::prelude::*;
     use serde_json::json;
@@ -955,6 +1004,68 @@ mod tests {
             "the catalog has no image, interface public, region two; there is internal in two, public in one"
         );
         assert_eq!(find(Service::Compute, None, "public").unwrap_err(), "the catalog has no compute, interface public");
+
+        let catalog = [
+            endpoint("image", "public", "two", "http://g2"),
+            endpoint("image", "public", "one", "http://g1"),
+            endpoint("image", "internal", "one", "http://g1:1"),
+            endpoint("volume", "public", "two", "http://c/v2/p"),
+            endpoint("volumev3", "public", "one", "http://c/v3/p"),
+        ];
+        let find = |service, region, interface| {
+            select_endpoint(&catalog, service, region, interface).map(|found| found.url.as_str())
+        };
+        assert_eq!(
+            find(Service::Image, None, "public").unwrap_err(),
+            "the catalog has endpoints of image in several regions (one, two): set region_name to one of them"
+        );
+        assert_eq!(find(Service::Image, Some("one"), "public"), Ok("http://g1"));
+        assert_eq!(find(Service::Image, None, "internal"), Ok("http://g1:1"));
+        assert_eq!(find(Service::BlockStorage, None, "public"), Ok("http://c/v3/p"), "of the version that we speak");
+    }
+
+    #[tokio::test]
+    async fn of_several_regions_none_is_guessed() {
+        let second = Arc::new(AtomicBool::new(true));
+        let seen = second.clone();
+        let url = serve(move |head| match head.starts_with("POST /v3/auth/tokens") {
+            true => {
+                let (status, headers, body) = token(&base_of(head), "t")?;
+                let mut body: serde_json::Value = serde_json::from_str(&body).unwrap();
+                if seen.load(Ordering::SeqCst) {
+                    let other = json!({"id": "g", "interface": "internal", "region": "Q", "url": "http://127.0.0.1:1"});
+                    body["token"]["catalog"][0]["endpoints"].as_array_mut().unwrap().insert(0, other);
+                }
+                Some((status, headers, body.to_string()))
+            }
+            false => Some((200, String::new(), "{}".into())),
+        })
+        .await;
+        let session = |region: Option<&str>| {
+            let mut wire = wire(&url, 5 * SECOND);
+            wire.region = region.map(str::to_owned);
+            Session::new(wire, Register::Auto)
+        };
+        let unclear = session(None);
+        for error in [unclear.login().await.unwrap_err(), unclear.cloud().await.unwrap_err()] {
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("(Q, R): set region_name"), "{error}");
+        }
+        assert_eq!(crate::openstack::Cloud::image(&unclear, "1").await.unwrap_err().kind(), ErrorKind::NoService);
+        assert_eq!(session(Some("R")).cloud().await.unwrap().region.as_deref(), Some("R"));
+
+        // the region of the cloud that the jobs belong to, once that is known
+        second.store(false, Ordering::SeqCst);
+        let known = session(None);
+        let cloud = known.cloud().await.unwrap();
+        assert_eq!(cloud.region.as_deref(), Some("R"));
+        known.expect_cloud(cloud);
+        second.store(true, Ordering::SeqCst);
+        let login = known.wire.login(None).await.unwrap();
+        let login = known.wire.login(Some(&login)).await.unwrap();
+        known.wire.check_cloud(&login, "get image 1").unwrap();
+        assert!(known.wire.root(&login, Service::Image, "get image 1").unwrap().as_str().starts_with(&url));
+        assert_eq!(known.login().await.unwrap_err().kind(), ErrorKind::Refused, "the next start refuses");
     }
 
     #[test]
