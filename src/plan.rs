@@ -312,8 +312,16 @@ async fn resolve_volume(
     };
     // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
     let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
-    check_volume(&volume, trigger, config.offload.allow_in_use, with_key, id)?;
-    locate(config, &volume, Source::Volume(id), None)
+    // first, since a daemon without the backend does not know whether it allows volumes in use
+    let found = locate(config, &volume, Source::Volume(id), None)?;
+    check_volume(&volume, trigger, allows_in_use(config, &volume), with_key, id)?;
+    Ok(found)
+}
+
+/// Whether the volume may be the source while it is attached: by its backend's section, else by `[offload]`.
+fn allows_in_use(config: &Config, volume: &Volume) -> bool {
+    let backend = volume.host.as_deref().and_then(backend_of).and_then(|name| config.backends.get(name));
+    backend.and_then(|backend| backend.allow_in_use).unwrap_or(config.offload.allow_in_use)
 }
 
 /// Whether a copy of the volume makes sense now. `with_key`: the image has a key of its own for the encrypted bytes.
@@ -733,6 +741,23 @@ mod tests {
         }
         let declined = of(json!("failed-over"));
         assert!(matches!(declined, Err(PlanError::Declined(Decline::OtherCluster, _))));
+    }
+
+    #[test]
+    fn a_backend_decides_on_its_own_volumes_in_use() {
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = u\n\
+                    password = p\nproject_name = s\n[offload]\nallow_in_use = true\n[backend:a]\n\
+                    [backend:b]\nallow_in_use = false\n";
+        let config = Config::parse("test".as_ref(), text).unwrap();
+        let allowed = |host: &str| {
+            let volume = json!({
+                "id": Uuid::nil(), "os-vol-tenant-attr:tenant_id": "p", "status": "in-use", "size": 1,
+                "os-vol-host-attr:host": host,
+            });
+            allows_in_use(&config, &serde_json::from_value(volume).unwrap())
+        };
+        assert!(allowed("n@a#a"));
+        assert!(!allowed("n@b#b"));
     }
 
     #[test]

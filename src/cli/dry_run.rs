@@ -117,7 +117,7 @@ fn forecast(
             checks.push(match disk.status {
                 "in-use" => CheckResult::warning(
                     source.kind(),
-                    format!("{seen}; taken only where the operator has set [offload] allow_in_use"),
+                    format!("{seen}; taken only where the operator has set allow_in_use"),
                     "detach it, or make a snapshot of it and ask for that",
                 ),
                 _ => CheckResult::ok(source.kind(), seen),

@@ -149,7 +149,7 @@ section! {
         application_credential_id: Option<String> = "", Word, ApplicationCredential;
         /// The secret of the application credential.
         application_credential_secret: Option<SecretString> = "", Secret, ApplicationCredential;
-        /// The region whose endpoints are used. Not set: the first that the catalog lists.
+        /// The region whose endpoints are used. Needed when the catalog has several: the daemon does not start without.
         region_name: Option<String> = "", Text;
         /// The kind of endpoint that is used.
         interface: Interface = "internal", OneOf(Interface::NAMES);
@@ -313,6 +313,8 @@ section! {
         method: Option<MethodChoice> = "", OneOf(MethodChoice::NAMES);
         /// As [offload] publish, for this backend alone. Not set: [offload] publish.
         publish: Option<PublishChoice> = "", OneOf(PublishChoice::NAMES);
+        /// As [offload] allow_in_use, for this backend alone. Not set: [offload] allow_in_use.
+        allow_in_use: Option<bool> = "", Flag;
         /// Clone a source through a clone in its own pool, which Cinder can flatten when the source is deleted during
         /// the copy. Never false for a pool that Cinder manages.
         anchor: bool = "true", Flag;

@@ -156,6 +156,7 @@ fn the_least_configuration_gets_every_default() {
             dest_pool: "images".into(),
             method: None,
             publish: None,
+            allow_in_use: None,
             anchor: true
         }
     );
