@@ -209,8 +209,12 @@ async fn transfer(client: &Client, method: Method, source: &ImageSpec, destinati
 /// Prepares a source by Python, which makes the image `volumes/NAME-volume`, and holds every method to the same bytes.
 async fn every_method_is_right(prepare: &str) {
     let lab = Lab::new();
-    lab.python(prepare);
     let client = lab.client().await;
+    every_method_of(&lab, &client, prepare).await;
+}
+
+async fn every_method_of(lab: &Lab, client: &Client, prepare: &str) {
+    lab.python(prepare);
     let source = lab.volume();
     assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Changed::Yes);
     assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), Changed::Yes);
@@ -221,13 +225,13 @@ async fn every_method_is_right(prepare: &str) {
     let expected = lab.data(&source, Some("s"));
     for method in METHODS {
         let destination = ImageSpec::named("images", format!("{}-{method:?}", lab.name));
-        let moved = transfer(&client, method, &source, &destination).await;
+        let moved = transfer(client, method, &source, &destination).await;
         eprintln!("{method:?}: {moved:?}");
         let found = lab.data(&destination, None);
         assert_eq!(found.len(), expected.len(), "{method:?}");
         let first = found.iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(first, None, "{method:?}: first byte that differs");
-        is_published_shape(&lab, &client, &source, &destination).await;
+        is_published_shape(lab, client, &source, &destination).await;
         assert_eq!(client.remove_image(&destination).await.unwrap(), Changed::Yes);
     }
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
@@ -510,6 +514,84 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     assert_eq!(client.remove_image(&by_id).await.unwrap(), Changed::No);
 }
 
+/// What operators set for their other clients in the ceph.conf that the daemon reads too.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_options_change_neither_bytes_nor_shape() {
+    let lab = Lab::new();
+    let conf = std::env::temp_dir().join(format!("{}.conf", lab.name));
+    let options = "
+[client]
+rbd_cache = true
+rbd_cache_writethrough_until_flush = false
+rbd_cache_max_dirty_age = 30
+rbd_parent_cache_enabled = true
+rbd_plugins = pwl_cache
+rbd_persistent_cache_mode = ssd
+rbd_default_features = 1
+rbd_default_order = 24
+rbd_default_stripe_unit = 65536
+rbd_default_stripe_count = 3
+rbd_default_clone_format = 2
+rbd_skip_partial_discard = true
+rbd_discard_granularity_bytes = 4194304
+rbd_concurrent_management_ops = 1
+rbd_move_to_trash_on_remove = true
+rbd_move_to_trash_on_remove_expire_seconds = 3600
+";
+    std::fs::write(&conf, std::fs::read_to_string(lab.conf()).unwrap() + options).unwrap();
+    let client = Client::connect(&conf, "rbd-offload").await;
+    std::fs::remove_file(&conf).unwrap();
+    let client = client.unwrap();
+    let prepare = "
+v = NAME + '-volume'
+create('images', NAME + '-a', 24 * M); write('images', NAME + '-a', 0, 20 * M, 1)
+snap('images', NAME + '-a', 'x'); clone('images', NAME + '-a', 'x', 'volumes', v)
+write('volumes', v, 5 * M + 1, 2 * M, 2); discard('volumes', v, 9 * M + 4096, 2 * M); discard('volumes', v, 12 * M, 4 * M)";
+    every_method_of(&lab, &client, prepare).await;
+    for pool in ["images", "volumes"] {
+        let trash = lab.command("rbd", &["trash", "ls", "--all", pool]);
+        assert!(!trash.contains(&lab.name), "{trash}");
+    }
+}
+
+/// A writer was killed while it held the volume's exclusive lock: its host is gone, and nobody gives the lock back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_writers_lock_holds_nobody_up() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 16 * M)");
+    let code = "
+image = rbd.Image(io('volumes'), NAME + '-volume')
+image.write(random.Random(1).randbytes(6 * M), M); image.flush()
+print('written', flush=True)
+sys.stdin.read()";
+    let mut writer = Command::new("/usr/bin/python3")
+        .args(["-c", &format!("{PRELUDE}\n{code}")])
+        .args([lab.conf(), lab.keyring(), lab.name.clone().into()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(writer.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert_eq!(line, "written\n");
+
+    let (client, source) = (lab.client().await, lab.volume());
+    let began = Instant::now();
+    assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Changed::Yes);
+    eprintln!("snapshot after {:.1?}", began.elapsed());
+    assert_eq!(client.protect_snapshot(&source, "s").await.unwrap(), Changed::Yes);
+    let written = lab.python("sys.stdout.buffer.write(bytes(M) + random.Random(1).randbytes(6 * M) + bytes(9 * M))");
+    for method in METHODS {
+        let destination = ImageSpec::named("images", format!("{}-{method:?}", lab.name));
+        transfer(&client, method, &source, &destination).await;
+        assert!(lab.data(&destination, None) == written, "{method:?}");
+        assert_eq!(client.remove_image(&destination).await.unwrap(), Changed::Yes);
+    }
+    assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_during_writes_equals_the_snapshot() {
     let lab = Lab::new();
@@ -555,7 +637,7 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
     };
     let (stopped, at) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
-    assert!(at.elapsed() < Duration::from_secs(2));
+    assert!(at.elapsed() < Duration::from_secs(5));
     assert!(progress.done() > 0 && progress.done() < progress.total());
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
@@ -590,7 +672,7 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     let (stopped, at) = tokio::join!(client.flatten(&image, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     eprintln!("stopped {:?} after the cancel, {} of {} done", at.elapsed(), progress.done(), progress.total());
-    assert!(at.elapsed() < Duration::from_secs(5));
+    assert!(at.elapsed() < Duration::from_secs(20));
     assert!(client.image(&image, None).await.unwrap().unwrap().parent.is_some());
     // It can go on, and be removed in between.
     let busy = client.remove_snapshot(&source, "s").await.unwrap_err();
@@ -1514,7 +1596,7 @@ write('volumes', v, 9 * M, 2 * M, 2)",
     };
     let (stopped, at) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
-    assert!(at.elapsed() < Duration::from_secs(2));
+    assert!(at.elapsed() < Duration::from_secs(5));
     assert!(progress.done() > 0 && progress.done() < progress.total());
     assert!(lab.data(&image, None) == expected, "half filled");
 
@@ -2589,7 +2671,7 @@ async fn an_image_that_is_deleted_during_the_fill_leaves_no_object() {
     };
     let (filled, deleted) = tokio::join!(early.fill(&client, &state, &slow, &never), delete);
     assert_eq!(filled.unwrap_err().kind(), ErrorKind::NotFound);
-    assert!(deleted.elapsed() < Duration::from_secs(15), "{:?}", deleted.elapsed());
+    assert!(deleted.elapsed() < Duration::from_secs(60), "{:?}", deleted.elapsed());
     let ImageKey::Id(id) = &early.id.image else { unreachable!() };
     let left = objects_with(&lab, "images", id);
     eprintln!("{} objects were left, {:?} after the beginning", left.len(), began.elapsed());

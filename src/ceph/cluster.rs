@@ -38,6 +38,13 @@ const OPTIONS: &[(&str, &str)] = &[
     ("rados_osd_op_timeout", "0"),
     // Images are written once, from buffers that the copy holds itself: a write-back cache would only double them.
     ("rbd_cache", "false"),
+    // No caches on this host's disk either: what a call has written is in the cluster when the call returns, and
+    // nothing is left in a cache when this process dies.
+    ("rbd_plugins", ""),
+    ("rbd_persistent_cache_mode", "disabled"),
+    ("rbd_parent_cache_enabled", "false"),
+    // A writer whose lock is taken away is fenced before a snapshot is made.
+    ("rbd_blocklist_on_break_lock", "true"),
     // Destinations are striped like their source, not like the operator's default.
     ("rbd_default_stripe_unit", "0"),
     ("rbd_default_stripe_count", "0"),
