@@ -127,7 +127,7 @@ impl JobRun {
                 self.job.read_image().await
             } else {
                 (seen.shown, seen.steps) = (Instant::now(), steps);
-                self.show_progress(image.clone(), percent, &seen.message).await
+                self.show_status(image.clone(), Status::Copying, percent, &seen.message).await
             };
             match found {
                 Ok(found) if found.status == "queued" => {
@@ -145,10 +145,10 @@ impl JobRun {
         Ok(())
     }
 
-    /// Shows progress on the image record, and returns the record then. The first status goes onto the record as it is
-    /// now: since it was read for the plan, a client may have begun an upload, and an image that another writer makes
-    /// must not get properties of ours.
-    async fn show_progress(&self, image: Image, percent: u8, message: &str) -> StepResult<Image> {
+    /// Shows a status on the image record, and returns the record then. The first status goes onto the record as it is
+    /// now: since it was read for the plan, a client may have begun an upload, or a service may have taken its offer
+    /// back, and an image that another writer makes must not get properties of ours.
+    async fn show_status(&self, image: Image, status: Status, percent: u8, message: &str) -> StepResult<Image> {
         let image = if image_status::shows_work(&image) {
             image
         } else {
@@ -159,7 +159,7 @@ impl JobRun {
             self.job.check_request(&now).await?;
             now
         };
-        self.job.patch_status(image, Status::Copying, percent, message).await
+        self.job.patch_status(image, status, percent, message).await
     }
 
     /// Behind an active image: how far the copy is goes into the record, and the deletion of the image ends the
@@ -209,7 +209,11 @@ impl JobRun {
         self.job.check_cancelled()?;
         let mut shown = self.shown.lock().await;
         let is_awaited = image_status::shows_work(&image) || self.job.record().await.handover.is_some();
-        *shown = Some(if is_awaited { self.job.patch_status(image, status, 0, message).await? } else { image });
+        let image = if is_awaited { self.show_status(image, status, 0, message).await? } else { image };
+        if image.status != "queued" {
+            return other_writer();
+        }
+        *shown = Some(image);
         Ok(())
     }
 
