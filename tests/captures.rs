@@ -187,7 +187,7 @@ fn ten_thousand_damaged_ones_do_no_harm() {
         *fates.entry(fate).or_default() += 1;
     }
     println!("{fates:?}, longest {longest:?}");
-    assert!(longest < Duration::from_secs(2), "{longest:?}");
+    assert!(longest < Duration::from_secs(20), "{longest:?}");
     assert!(fates.len() > 8, "the damage is too tame: {fates:?}");
 }
 

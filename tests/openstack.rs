@@ -235,7 +235,7 @@ async fn an_unreachable_keystone_is_unavailable_within_the_timeout() {
         let begun = Instant::now();
         let error = session.login().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
-        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     }
 }
 

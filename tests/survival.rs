@@ -758,9 +758,9 @@ async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_deployment_made_is_left_alone() {
     let _lab = lab_lease::alone().await;
-    let tenant = Tenant::with_long_volume(96).await;
+    let tenant = Tenant::with_long_volume(288).await;
     let volume = &tenant.volumes[0].0;
-    // the copy takes 96 s, longer than all that follows
+    // the copy would take 288 s, longer than all that follows
     let setup = telling("copy").set("offload", "bandwidth_limit", "1MiB").set("offload", "verify", "none");
     let daemon = setup.set("offload", "reconcile_interval", "2s").start().await;
     // the daemon of another cloud: it hears nothing of this one, and its own Glance is away
@@ -797,7 +797,7 @@ async fn what_another_deployment_made_is_left_alone() {
             anchor.leave(Some(&tag(&anchor_id, deployment))).await;
             anchor.snapshot(&format!("rbd-offload.{anchor_id}")).await;
             volume.disk.leave_snapshot(&snapshot, &tag(&snapshot_id, deployment)).await;
-            until("the leftovers of a deployment are gone", seconds(60), || async {
+            until("the leftovers of a deployment are gone", seconds(120), || async {
                 let gone = disk::facts(&[copy.clone(), anchor.clone()]).await.iter().all(Option::is_none);
                 let left = volume.disk.facts().await.unwrap().snapshots.contains_key(&snapshot);
                 (gone && !left && !volume.disk.snapshot_tags().await.contains_key(&snapshot)).then_some(())
@@ -814,6 +814,7 @@ async fn what_another_deployment_made_is_left_alone() {
     assert!(other.log().contains("find requests"), "its Glance is away, and the other parts of its rounds run");
     assert!(!other.log().contains(&live[0].id), "the other daemon dealt with this one's image");
 
+    daemon.copy_at_full_speed().await;
     foreign.remove().await;
     volume.disk.remove_snapshot(&foreign_snapshot).await;
     tenant.gets(&daemon, &live).await;

@@ -314,7 +314,7 @@ impl Daemon {
     pub async fn copy_at_full_speed(&self) {
         let path = self.dir.join("rbd-offload.conf");
         let text = std::fs::read_to_string(&path).unwrap();
-        let limited = |line: &&str| !line.starts_with("objects_per_second");
+        let limited = |line: &&str| !["objects_per_second", "bandwidth_limit"].iter().any(|key| line.starts_with(key));
         std::fs::write(&path, text.lines().filter(limited).collect::<Vec<_>>().join("\n") + "\n").unwrap();
         self.signal("HUP");
         self.await_log(&["configuration read again"], seconds(20)).await;

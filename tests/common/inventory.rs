@@ -35,7 +35,7 @@ impl ClusterInventory {
 
     /// What differs now from `self`. Services that tidy up in the background are given a moment.
     pub async fn difference(&self) -> Difference {
-        self.difference_within(Duration::from_secs(20), |_| false).await
+        self.difference_within(Duration::from_secs(60), |_| false).await
     }
 
     /// What differs now from `self`, beside the records of jobs, which lie in namespaces of the tests' own. What a
