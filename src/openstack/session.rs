@@ -985,6 +985,15 @@ mod tests {
         }
     }
 
+    fn find<'a>(
+        catalog: &'a [Endpoint],
+        service: Service,
+        region: Option<&str>,
+        interface: &str,
+    ) -> std::result::Result<&'a str, String> {
+        select_endpoint(catalog, service, region, interface).map(|found| found.url.as_str())
+    }
+
     #[test]
     fn the_catalog_is_searched_by_type_region_and_interface() {
         let catalog = [
@@ -994,16 +1003,16 @@ mod tests {
             endpoint("image", "public", "one", "http://g1"),
             endpoint("image", "internal", "two", "http://g2"),
         ];
-        let find = |service, region, interface| {
-            select_endpoint(&catalog, service, region, interface).map(|found| found.url.as_str())
-        };
-        assert_eq!(find(Service::BlockStorage, None, "public"), Ok("http://c/v3/p"));
-        assert_eq!(find(Service::Image, Some("two"), "internal"), Ok("http://g2"));
+        assert_eq!(find(&catalog, Service::BlockStorage, None, "public"), Ok("http://c/v3/p"));
+        assert_eq!(find(&catalog, Service::Image, Some("two"), "internal"), Ok("http://g2"));
         assert_eq!(
-            find(Service::Image, Some("two"), "public").unwrap_err(),
+            find(&catalog, Service::Image, Some("two"), "public").unwrap_err(),
             "the catalog has no image, interface public, region two; there is internal in two, public in one"
         );
-        assert_eq!(find(Service::Compute, None, "public").unwrap_err(), "the catalog has no compute, interface public");
+        assert_eq!(
+            find(&catalog, Service::Compute, None, "public").unwrap_err(),
+            "the catalog has no compute, interface public"
+        );
 
         let catalog = [
             endpoint("image", "public", "two", "http://g2"),
@@ -1012,16 +1021,17 @@ mod tests {
             endpoint("volume", "public", "two", "http://c/v2/p"),
             endpoint("volumev3", "public", "one", "http://c/v3/p"),
         ];
-        let find = |service, region, interface| {
-            select_endpoint(&catalog, service, region, interface).map(|found| found.url.as_str())
-        };
         assert_eq!(
-            find(Service::Image, None, "public").unwrap_err(),
+            find(&catalog, Service::Image, None, "public").unwrap_err(),
             "the catalog has endpoints of image in several regions (one, two): set region_name to one of them"
         );
-        assert_eq!(find(Service::Image, Some("one"), "public"), Ok("http://g1"));
-        assert_eq!(find(Service::Image, None, "internal"), Ok("http://g1:1"));
-        assert_eq!(find(Service::BlockStorage, None, "public"), Ok("http://c/v3/p"), "of the version that we speak");
+        assert_eq!(find(&catalog, Service::Image, Some("one"), "public"), Ok("http://g1"));
+        assert_eq!(find(&catalog, Service::Image, None, "internal"), Ok("http://g1:1"));
+        assert_eq!(
+            find(&catalog, Service::BlockStorage, None, "public"),
+            Ok("http://c/v3/p"),
+            "of the version that we speak"
+        );
     }
 
     #[tokio::test]
