@@ -18,9 +18,14 @@ use rbd_offload::notification::{Binding, Bindings};
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, RenameOutcome};
 use rbd_offload::transfer::{self, MARK};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+
+use self::python::Script;
+
+#[path = "common/python.rs"]
+mod python;
 
 const MIB: u64 = 1 << 20;
 const METHODS: [Method; 3] = [Method::Copy, Method::Clone, Method::Fill];
@@ -34,61 +39,7 @@ fn no_limits() -> TransferLimits {
     limits(8, 0, 0)
 }
 
-/// What the Python that prepares sources may use.
-const PRELUDE: &str = r#"
-import os, random, sys
-import rados, rbd
-M = 1 << 20
-conf, keyring, NAME = sys.argv[1:4]
-cluster = rados.Rados(conffile=conf, name='client.admin', conf=dict(keyring=keyring, rbd_cache='false'))
-cluster.connect()
-DEFAULT = 1 | 4 | 8 | 16 | 32
-def io(pool): return cluster.open_ioctx(pool)
-def create(pool, name, size, order=22, features=DEFAULT, unit=0, count=0, data_pool=None):
-    rbd.RBD().create(io(pool), name, size, order, old_format=False, features=features, stripe_unit=unit,
-                     stripe_count=count, data_pool=data_pool)
-def write(pool, name, offset, length, seed):
-    with rbd.Image(io(pool), name) as image:
-        data = random.Random(seed).randbytes(length)
-        for at in range(0, length, M):
-            image.write(data[at:at + M], offset + at)
-def discard(pool, name, offset, length):
-    with rbd.Image(io(pool), name) as image: image.discard(offset, length)
-def resize(pool, name, size):
-    with rbd.Image(io(pool), name) as image: image.resize(size)
-def snap(pool, name, snapshot):
-    with rbd.Image(io(pool), name) as image:
-        image.create_snap(snapshot); image.protect_snap(snapshot)
-def clone(pool, name, snapshot, to_pool, to, order=None, features=DEFAULT, **options):
-    rbd.RBD().clone(io(pool), name, snapshot, io(to_pool), to, features=features, order=order, **options)
-def trash(pool, name): rbd.RBD().trash_move(io(pool), name)
-def data(pool, name, snapshot=None):
-    with rbd.Image(io(pool), name, snapshot, read_only=True) as image:
-        size = image.size()
-        for at in range(0, size, 4 * M):
-            sys.stdout.buffer.write(image.read(at, min(4 * M, size - at)))
-def clean():
-    for _ in range(8):
-        left = 0
-        for pool in ('images', 'volumes', 'volumes2', 'vms'):
-            for entry in rbd.RBD().trash_list(io(pool)):
-                if NAME in entry['name']:
-                    rbd.RBD().trash_restore(io(pool), entry['id'], entry['name'])
-            for name in rbd.RBD().list(io(pool)):
-                if NAME not in name: continue
-                try:
-                    with rbd.Image(io(pool), name) as image:
-                        for snapshot in list(image.list_snaps()):
-                            if image.is_protected_snap(snapshot['name']): image.unprotect_snap(snapshot['name'])
-                            image.remove_snap(snapshot['name'])
-                    rbd.RBD().remove(io(pool), name)
-                except (rbd.ImageBusy, rbd.ImageHasSnapshots, rbd.OSError): left += 1
-        if not left: return
-    raise SystemExit('images of ' + NAME + ' could not be removed')
-"#;
-
-/// Leaves at once: an orderly exit cleans up OpenSSL under librados' threads, which then abort the process.
-const LEAVE: &str = "sys.stdout.flush(); os._exit(0)";
+static SOURCES: Script = Script::new(concat!(include_str!("common/serve.py"), include_str!("common/sources.py")));
 
 /// One test's view of the lab. What it made goes when it is dropped.
 struct Lab {
@@ -116,13 +67,11 @@ impl Lab {
     }
 
     fn python(&self, code: &str) -> Vec<u8> {
-        let output = Command::new("/usr/bin/python3")
-            .args(["-c", &format!("{PRELUDE}\n{code}\n{LEAVE}")])
-            .args([self.conf(), self.keyring(), self.name.clone().into()])
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{code}: {}", String::from_utf8_lossy(&output.stderr));
-        output.stdout
+        SOURCES.ask(&self.dir, &self.request(code)).unwrap_or_else(|error| panic!("{code}: {error}"))
+    }
+
+    fn request(&self, code: &str) -> Value {
+        json!({"code": code, "name": self.name})
     }
 
     fn data(&self, image: &ImageSpec, snapshot: Option<&str>) -> Vec<u8> {
@@ -158,14 +107,8 @@ impl Lab {
 impl Lab {
     /// Removes all that the test made.
     fn clean(&self) {
-        let output = Command::new("/usr/bin/python3")
-            .args(["-c", &format!("{PRELUDE}\nclean()\n{LEAVE}")])
-            .args([self.conf(), self.keyring(), self.name.clone().into()])
-            .output();
-        if let Ok(output) = output
-            && !output.status.success()
-        {
-            eprintln!("cleaning up: {}", String::from_utf8_lossy(&output.stderr));
+        if let Err(error) = SOURCES.ask(&self.dir, &self.request("clean()")) {
+            eprintln!("cleaning up: {error}");
         }
     }
 }
@@ -564,9 +507,8 @@ image = rbd.Image(io('volumes'), NAME + '-volume')
 image.write(random.Random(1).randbytes(6 * M), M); image.flush()
 print('written', flush=True)
 sys.stdin.read()";
-    let mut writer = Command::new("/usr/bin/python3")
-        .args(["-c", &format!("{PRELUDE}\n{code}")])
-        .args([lab.conf(), lab.keyring(), lab.name.clone().into()])
+    let mut writer = SOURCES
+        .command(&lab.dir, &format!("run({})", lab.request(code)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

@@ -1,17 +1,8 @@
-"""What the tests do to Ceph by hand: disk.py CONF KEYRING FUNCTION ARGUMENTS, where ARGUMENTS is a JSON object; answers in JSON.
-
-It goes through Debian's own librbd bindings, so that what the daemon made is judged by other code than the daemon's.
-"""
+# What the tests do to Ceph by hand. It follows serve.py. A request is a function and its arguments; the answer is JSON.
 
 import hashlib
-import json
-import os
 import random
 import struct
-import sys
-
-import rados
-import rbd
 
 MIB = 1 << 20
 CHUNK = 64 << 10
@@ -236,11 +227,7 @@ def census():
     return sorted(found)
 
 
-conf, keyring, function, arguments = sys.argv[1:5]
-cluster = rados.Rados(conffile=conf, name='client.admin', conf=dict(keyring=keyring, rbd_cache='false'))
-cluster.connect()
-answer = globals()[function](**json.loads(arguments))
-json.dump(answer, sys.stdout)
-sys.stdout.flush()
-# without the end of the interpreter, in which librados may still be at work
-os._exit(0)
+def run(request):
+    global cluster
+    cluster = connect(*sys.argv[1:3])
+    json.dump(globals()[request['function']](**request['arguments']), sys.stdout)

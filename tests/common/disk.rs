@@ -1,27 +1,24 @@
 //! RBD images, seen and changed by Debian's own bindings (`disk.py`).
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use rbd_offload::transfer::MARK;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{MIB, lab, run};
+use super::python::Script;
+use super::{MIB, lab};
 
-const SCRIPT: &str = include_str!("disk.py");
+static SCRIPT: Script = Script::new(concat!(include_str!("serve.py"), include_str!("disk.py")));
 
 /// What image, pool and function say.
 async fn ask<T: DeserializeOwned>(function: &str, arguments: Value) -> T {
-    let (well, said) = run(Command::new("/usr/bin/python3")
-        .args(["-c", SCRIPT])
-        .arg(lab().ceph_conf())
-        .arg(lab().dir.join("ceph/client.admin.keyring"))
-        .args([function, &arguments.to_string()]))
-    .await;
-    assert!(well, "{function} {arguments}: {said}");
-    serde_json::from_str(&said).unwrap_or_else(|e| panic!("{function} {arguments}: {e}: {said}"))
+    let request = json!({"function": function, "arguments": arguments});
+    let asked = request.clone();
+    let answer = tokio::task::spawn_blocking(move || SCRIPT.ask(&lab().dir, &asked)).await.unwrap();
+    let said = answer.unwrap_or_else(|error| panic!("{request}: {error}"));
+    serde_json::from_slice(&said).unwrap_or_else(|e| panic!("{request}: {e}: {}", String::from_utf8_lossy(&said)))
 }
 
 /// What many images say, for the price of one process.

@@ -10,6 +10,7 @@ pub mod glance;
 pub mod inventory;
 pub mod lab_lease;
 pub mod published;
+pub mod python;
 pub mod tcp_proxy;
 
 use std::path::PathBuf;
@@ -131,7 +132,8 @@ pub async fn run(command: &mut Command) -> (bool, String) {
     .unwrap()
 }
 
-/// Asks until there is an answer; panics after `limit`.
+/// Asks until there is an answer; panics after `limit`. The longer it waits, the less often it asks: most questions cost
+/// a service or the cluster more than the daemon's work does.
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration, mut ask: impl FnMut() -> F) -> T {
     let begun = Instant::now();
     loop {
@@ -139,7 +141,8 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration
             return answer;
         }
         assert!(begun.elapsed() < limit, "not within {} s: {what}", limit.as_secs());
-        tokio::time::sleep(Duration::from_millis(250)).await;
+        let pause = (begun.elapsed() / 10).clamp(Duration::from_millis(250), Duration::from_secs(1));
+        tokio::time::sleep(pause).await;
     }
 }
 
