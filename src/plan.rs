@@ -409,7 +409,7 @@ async fn resolve_instance(
     if trigger != Trigger::InstanceSnapshot {
         let base = async {
             match &server.image_id {
-                Some(id) => cloud.image(id).await,
+                Some(id) => read_base(cloud, id, owner).await,
                 None => Ok(None),
             }
         };
@@ -504,14 +504,30 @@ struct OwnerNames {
     project: Option<String>,
 }
 
-/// The properties that Nova would give a snapshot of the instance. What its image was like when the instance was made
-/// counts more than what the image is like today, or whether it is still there.
+/// The image that an instance was made from, if the instance's project may read it itself today. It is another project's
+/// secret otherwise. A record that cannot be read counts as none: it must not keep others from their images.
+async fn read_base(cloud: &dyn Cloud, id: &str, owner: &str) -> Result<Option<Image>> {
+    use openstack::ErrorKind::{Protocol, TooLarge};
+    let image = match cloud.image(id).await {
+        Err(error) if matches!(error.kind(), Protocol | TooLarge) => None,
+        image => image?,
+    };
+    Ok(image.filter(|image| is_readable_by(image, owner)))
+}
+
+/// Whether members of the project may read the image for sure. Who an image is shared with is not asked.
+fn is_readable_by(image: &Image, project: &str) -> bool {
+    image.owner.as_deref() == Some(project) || matches!(image.visibility.as_deref(), Some("public" | "community"))
+}
+
+/// The properties that Nova would give a snapshot of the instance: those that its image had when the instance was made.
+/// An older Nova does not tell them; then they are those of today.
 ///
 /// Nova's `user_id` is who asks for the snapshot; a tag does not tell who set it, so it is the instance's user here.
 /// Nova's `boot_roles`, the roles that this user had when the instance was made, are known to Nova alone.
 fn snapshot_properties(server: &Server, base: Option<Image>, names: &OwnerNames) -> BTreeMap<String, String> {
-    let mut properties = base.map(|base| base.properties).unwrap_or_default();
-    properties.extend(server.image_properties.clone());
+    let of_today = || base.map(|base| base.properties).unwrap_or_default();
+    let mut properties = server.image_properties.clone().unwrap_or_else(of_today);
     properties
         .retain(|name, _| !NOT_FOR_SNAPSHOTS.contains(&name.as_str()) && !OF_ANOTHER_INSTANCE.contains(&name.as_str()));
     for (name, value) in
@@ -840,7 +856,7 @@ mod tests {
             task_state: task.map(str::to_owned),
             host: None,
             image_id: Some("base".into()),
-            image_properties: BTreeMap::from([("hw_disk_bus".into(), "scsi".into())]),
+            image_properties: Some(BTreeMap::from([("hw_disk_bus".into(), "scsi".into())])),
             root_disk: Some(4),
             encrypted: false,
         }
@@ -882,7 +898,6 @@ mod tests {
     fn an_instances_image_gets_what_nova_would_give_a_snapshot() {
         let mut base = image("active", &[]);
         for (name, value) in [
-            ("hw_disk_bus", "virtio"),
             ("os_type", "linux"),
             ("cache_in_nova", "True"),
             ("instance_uuid", "another"),
@@ -894,22 +909,41 @@ mod tests {
             base.properties.insert(name.into(), value.into());
         }
         let names = OwnerNames { user: Some("ada".into()), project: None };
-        let of_nova = snapshot_properties(&server("ACTIVE", None), Some(base), &names);
-        let given = inherited(&of_nova, &image("queued", &[]), &[]);
-        let expected = [
-            ("base_image_ref", "base"),
-            ("hw_disk_bus", "scsi"),
-            ("image_location", "snapshot"),
-            ("image_state", "available"),
-            ("image_type", "snapshot"),
-            ("instance_uuid", "s"),
-            ("os_type", "linux"),
-            ("owner_id", "p"),
-            ("owner_user_name", "ada"),
-            ("user_id", "u"),
-        ];
-        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(given, BTreeMap::from(expected));
+        let old_nova = Server { image_properties: None, ..server("ACTIVE", None) };
+        // what Nova says, or what the image says today where Nova says nothing; never both
+        for (server, of_image) in [(server("ACTIVE", None), ("hw_disk_bus", "scsi")), (old_nova, ("os_type", "linux"))]
+        {
+            let of_nova = snapshot_properties(&server, Some(base.clone()), &names);
+            let given = inherited(&of_nova, &image("queued", &[]), &[]);
+            let expected = [
+                ("base_image_ref", "base"),
+                of_image,
+                ("image_location", "snapshot"),
+                ("image_state", "available"),
+                ("image_type", "snapshot"),
+                ("instance_uuid", "s"),
+                ("owner_id", "p"),
+                ("owner_user_name", "ada"),
+                ("user_id", "u"),
+            ];
+            let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            assert_eq!(given, BTreeMap::from(expected));
+        }
+    }
+
+    #[test]
+    fn an_image_of_another_project_is_not_read_unless_everybody_may() {
+        let base = |owner: &str, visibility: &str| Image {
+            owner: Some(owner.into()),
+            visibility: Some(visibility.into()),
+            ..image("active", &[])
+        };
+        for visibility in ["private", "shared", "community", "public", "of a later Glance"] {
+            assert!(is_readable_by(&base("p", visibility), "p"), "{visibility}");
+            let is_public = matches!(visibility, "community" | "public");
+            assert_eq!(is_readable_by(&base("q", visibility), "p"), is_public, "{visibility}");
+        }
+        assert!(!is_readable_by(&Image { owner: None, visibility: None, ..image("active", &[]) }, "p"));
     }
 
     #[test]

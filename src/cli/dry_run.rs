@@ -90,7 +90,8 @@ struct Disk<'a> {
     status: &'a str,
     /// Bytes; `None` where the API does not tell.
     size: Option<u64>,
-    metadata: &'a BTreeMap<String, String>,
+    /// `None`: the service does not tell.
+    metadata: Option<&'a BTreeMap<String, String>>,
     /// `node@backend#pool`, which Cinder shows to administrators.
     host: Option<&'a str>,
 }
@@ -123,7 +124,8 @@ fn forecast(
                 _ => CheckResult::ok(source.kind(), seen),
             });
             // which names Glance protects, only the daemon's configuration says
-            let inherited = plan::inherit(disk.metadata, &record, &[], source);
+            let untold = BTreeMap::new();
+            let inherited = plan::inherit(disk.metadata.unwrap_or(&untold), &record, &[], source);
             let count = inherited.as_ref().map_or(0, BTreeMap::len);
             checks.push(row("properties", &format!("{count} from the source"), inherited.map(drop)));
             checks.push(limit(usage, disk.size));
@@ -155,6 +157,7 @@ fn record(project: Option<&str>, properties: BTreeMap<String, String>) -> Image 
         name: None,
         status: "queued".to_owned(),
         owner: project.map(str::to_owned),
+        visibility: None,
         disk_format: Some("raw".to_owned()),
         container_format: Some("bare".to_owned()),
         min_disk: 0,
@@ -184,7 +187,7 @@ fn judge<'a>(source: Source, project: &str, found: &'a Found) -> Result<Disk<'a>
             plan::check_instance(server, Trigger::Request, source)?;
             // a flavor without a size of its own: the disk is as large as its image
             let size = server.root_disk.filter(|size| *size > 0).map(|size| size.saturating_mul(GIB));
-            Ok(Disk { status: &server.status, size, metadata: &server.image_properties, host: None })
+            Ok(Disk { status: &server.status, size, metadata: server.image_properties.as_ref(), host: None })
         }
         Found::NoNova => plan::no_nova(),
         Found::Volume(_) | Found::Snapshot(_) | Found::Instance(_) => plan::no_such_source(source),
@@ -192,7 +195,7 @@ fn judge<'a>(source: Source, project: &str, found: &'a Found) -> Result<Disk<'a>
 }
 
 fn of_volume(volume: &Volume) -> Disk<'_> {
-    Disk { status: &volume.status, size: None, metadata: &volume.image_metadata, host: volume.host.as_deref() }
+    Disk { status: &volume.status, size: None, metadata: Some(&volume.image_metadata), host: volume.host.as_deref() }
 }
 
 fn limit(usage: Option<ImageSizeUsage>, size: Option<u64>) -> CheckResult {

@@ -52,8 +52,8 @@ struct ServerRecord {
 #[derive(Deserialize)]
 struct ImageRecord {
     id: String,
-    #[serde(default, deserialize_with = "json::texts")]
-    properties: BTreeMap<String, String>,
+    #[serde(default, deserialize_with = "properties")]
+    properties: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -62,6 +62,10 @@ struct Flavor {
     disk: Option<u64>,
     #[serde(default, deserialize_with = "json::texts")]
     extra_specs: BTreeMap<String, String>,
+}
+
+fn properties<'de, D: Deserializer<'de>>(json: D) -> std::result::Result<Option<BTreeMap<String, String>>, D::Error> {
+    json::texts(json).map(Some)
 }
 
 /// Nova writes "" for a server that boots from a volume.
@@ -77,7 +81,8 @@ impl From<ServerRecord> for Server {
     fn from(record: ServerRecord) -> Self {
         let is_set = |value: Option<&String>| value.is_some_and(|value| value.eq_ignore_ascii_case("true"));
         let (image_id, image_properties) = record.image.map(|image| (image.id, image.properties)).unzip();
-        let image_properties = image_properties.unwrap_or_default();
+        let image_properties = image_properties.flatten();
+        let of_image = |name: &str| image_properties.as_ref().and_then(|properties| properties.get(name));
         Self {
             id: record.id,
             project_id: record.tenant_id,
@@ -87,7 +92,7 @@ impl From<ServerRecord> for Server {
             host: record.host,
             image_id,
             root_disk: record.flavor.disk,
-            encrypted: is_set(image_properties.get("hw_ephemeral_encryption"))
+            encrypted: is_set(of_image("hw_ephemeral_encryption"))
                 || is_set(record.flavor.extra_specs.get("hw:ephemeral_encryption")),
             image_properties,
         }
@@ -130,7 +135,7 @@ mod tests {
         }});
         let from_image = server("x", &body).unwrap();
         assert_eq!(from_image.image_id.as_deref(), Some("i"));
-        assert_eq!(from_image.root_disk, Some(4));
+        assert_eq!((from_image.root_disk, from_image.image_properties), (Some(4), None));
         body["server"]["image"] = json!("");
         assert_eq!(server("x", &body).unwrap().image_id, None);
     }
@@ -144,7 +149,7 @@ mod tests {
         }});
         let read = server("x", &body).unwrap();
         assert_eq!(read.task_state.as_deref(), Some("image_uploading"));
-        assert_eq!(read.image_properties, BTreeMap::from([("hw_disk_bus".into(), "scsi".into())]));
+        assert_eq!(read.image_properties, Some(BTreeMap::from([("hw_disk_bus".into(), "scsi".into())])));
         assert!(read.encrypted && read.disk_change().is_none());
         body["server"]["OS-EXT-STS:task_state"] = json!("deleting");
         body["server"]["flavor"]["extra_specs"] = json!({});

@@ -118,7 +118,7 @@ impl CloudState {
             task_state: disk.deleted.map(|_| "deleting".into()),
             host: Some("node".into()),
             image_id: Some(NO_IMAGE.into()),
-            image_properties: disk.volume.image_metadata.clone(),
+            image_properties: Some(disk.volume.image_metadata.clone()),
             root_disk: Some(disk.volume.size),
             encrypted: false,
         })

@@ -51,6 +51,7 @@ impl ImageRecord {
                 name: None,
                 status: "queued".into(),
                 owner: Some(owner.to_owned()),
+                visibility: Some("shared".into()),
                 disk_format: None,
                 container_format: None,
                 min_disk: 0,
