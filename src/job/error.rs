@@ -95,9 +95,12 @@ impl From<openstack::Error> for StepError {
     fn from(error: openstack::Error) -> Self {
         use openstack::ErrorKind as Kind;
         match error.kind() {
-            Kind::Unauthorized | Kind::Unavailable | Kind::Protocol | Kind::TooLarge | Kind::Conflict => {
-                Self::Retry(error.to_string())
-            }
+            Kind::Unauthorized
+            | Kind::Misconfigured
+            | Kind::Unavailable
+            | Kind::Protocol
+            | Kind::TooLarge
+            | Kind::Conflict => Self::Retry(error.to_string()),
             Kind::Forbidden | Kind::OverLimit | Kind::Refused | Kind::NoService => {
                 Self::End(Outcome::new(State::Failed, error.to_string()))
             }

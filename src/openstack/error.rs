@@ -31,6 +31,8 @@ pub enum ErrorKind {
     OverLimit,
     /// Another 4xx.
     Refused,
+    /// The configuration cannot work, whatever the services answer.
+    Misconfigured,
     /// 5xx, 429, a timeout, or nobody there.
     Unavailable,
     /// An answer that is not what the API promises.
@@ -48,6 +50,10 @@ impl Error {
 
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    pub(super) fn of_kind(self, kind: ErrorKind) -> Self {
+        Self { kind, ..self }
     }
 
     /// Whether a retry may succeed.

@@ -10,7 +10,8 @@ use tokio::net::TcpListener;
 
 use super::session::{ConnectOptions, HttpClient};
 
-/// What the fake server answers: status line, extra headers, body. `None`: nothing, ever.
+/// What the fake server answers: status line, extra headers, body. `None`: nothing, ever. The answer has a request id,
+/// as that of a service, unless the headers begin with `via:`, as those of a proxy.
 pub(super) type Reply = Option<(u16, String, String)>;
 
 /// An HTTP server that gives `reply` the request's first line and its headers.
@@ -33,9 +34,10 @@ pub(super) async fn serve(reply: impl Fn(&str) -> Reply + Send + Sync + 'static)
                 match reply(&String::from_utf8_lossy(&head)) {
                     None => tokio::time::sleep(Duration::from_secs(60)).await,
                     Some((status, headers, body)) => {
+                        let id = if headers.starts_with("via:") { "" } else { "x-openstack-request-id: req-1\r\n" };
                         // The request's body is left unread only when it is short.
                         let answer = format!(
-                            "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n{body}",
+                            "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n{id}{headers}\r\n{body}",
                             body.len()
                         );
                         let mut rest = [0u8; 4096];
@@ -87,6 +89,7 @@ pub(super) fn wire(auth_url: &str, timeout: Duration) -> HttpClient {
         proxy: super::session::Proxy::None,
         timeout,
         image_override: None,
+        as_admin: true,
     })
     .unwrap()
 }

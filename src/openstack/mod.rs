@@ -38,6 +38,9 @@ pub struct Image {
     /// Project id.
     #[serde(default)]
     pub owner: Option<String>,
+    /// `private`, `shared`, `community`, `public`.
+    #[serde(default)]
+    pub visibility: Option<String>,
     #[serde(default)]
     pub disk_format: Option<String>,
     #[serde(default)]
@@ -253,9 +256,9 @@ pub struct Server {
     pub host: Option<String>,
     /// Image that it was made from; `None` when it is volume-backed.
     pub image_id: Option<String>,
-    /// Properties of that image when the server was made: those that Nova knows, and none from an older Nova (before
-    /// microversion 2.98).
-    pub image_properties: BTreeMap<String, String>,
+    /// Properties of that image when the server was made: those that Nova knows. `None`: an older Nova (before
+    /// microversion 2.98) does not tell.
+    pub image_properties: Option<BTreeMap<String, String>>,
     /// GiB of the flavor's root disk.
     pub root_disk: Option<u64>,
     /// Image or flavor ask for a disk that Nova encrypts.

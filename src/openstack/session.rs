@@ -50,6 +50,7 @@ const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 
 static X_AUTH_TOKEN: HeaderName = HeaderName::from_static("x-auth-token");
 static X_SUBJECT_TOKEN: HeaderName = HeaderName::from_static("x-subject-token");
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-openstack-request-id");
 static MICROVERSION: HeaderName = HeaderName::from_static("openstack-api-version");
 
 /// OpenStack over HTTP as the daemon's user. Cheap to share behind an `Arc`; made without any traffic.
@@ -100,6 +101,7 @@ impl Session {
             insecure: false,
             timeout: keystone.timeout,
             image_override: glance.endpoint_override.clone(),
+            as_admin: true,
         };
         Ok(Self::new(HttpClient::new(access)?, glance.register))
     }
@@ -109,7 +111,7 @@ impl Session {
     /// # Errors
     /// * [`ErrorKind::Unauthorized`]: Keystone refuses the credentials.
     /// * [`ErrorKind::Unavailable`]: it does not answer.
-    /// * [`ErrorKind::Refused`]: no region is configured, and the catalog has endpoints of several regions.
+    /// * [`ErrorKind::Misconfigured`]: no region is configured, and the catalog has endpoints of several regions.
     pub async fn login(&self) -> Result<()> {
         let login = self.wire.login(None).await?;
         self.wire.check_region(&login)
@@ -277,6 +279,8 @@ pub(super) struct Response {
     pub(super) status: StatusCode,
     /// The header `Date`.
     date: Option<String>,
+    /// Every answer of a service has one; a proxy's own has none.
+    has_request_id: bool,
     body: Vec<u8>,
 }
 
@@ -334,6 +338,8 @@ pub(super) struct ConnectOptions {
     /// Of one request.
     pub(super) timeout: Duration,
     pub(super) image_override: Option<String>,
+    /// A 404 counts only while the login has the role admin.
+    pub(super) as_admin: bool,
 }
 
 /// The connection to all services under one login.
@@ -343,6 +349,7 @@ pub(super) struct HttpClient {
     /// Ends with `/v3/`.
     identity: Url,
     image_override: Option<Url>,
+    as_admin: bool,
     region: Option<String>,
     interface: String,
     timeout: Duration,
@@ -388,16 +395,17 @@ struct Endpoint {
 
 impl HttpClient {
     pub(super) fn new(access: ConnectOptions) -> Result<Self> {
-        let ConnectOptions { config, region, interface, cafile, insecure, proxy, timeout, image_override } = access;
+        let ConnectOptions { config, region, interface, cafile, insecure, proxy, timeout, image_override, as_admin } =
+            access;
         let call = "Keystone: auth_url";
         let auth_url = config.auth.as_ref().and_then(|auth| auth.auth_url.clone());
-        let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Refused, "it is missing"))?;
+        let auth_url = auth_url.ok_or_else(|| Error::new(call, ErrorKind::Misconfigured, "it is missing"))?;
         let identity = service_root(&auth_url, Service::Identity.version())
-            .map_err(|reason| Error::new(call, ErrorKind::Refused, format!("{auth_url:?} {reason}")))?;
+            .map_err(|reason| Error::new(call, ErrorKind::Misconfigured, format!("{auth_url:?} {reason}")))?;
         let image_override = image_override
             .map(|url| {
                 service_root(&url, Service::Image.version()).map_err(|reason| {
-                    Error::new("Glance: endpoint_override", ErrorKind::Refused, format!("{url:?} {reason}"))
+                    Error::new("Glance: endpoint_override", ErrorKind::Misconfigured, format!("{url:?} {reason}"))
                 })
             })
             .transpose()?;
@@ -407,6 +415,7 @@ impl HttpClient {
             config,
             identity,
             image_override,
+            as_admin,
             region,
             interface,
             timeout,
@@ -447,19 +456,19 @@ impl HttpClient {
 
     async fn authenticate(&self) -> Result<AuthToken> {
         const CALL: &str = "Keystone: login";
-        let refused = |reason: String| Error::new(CALL, ErrorKind::Refused, reason);
+        let misconfigured = |reason: String| Error::new(CALL, ErrorKind::Misconfigured, reason);
         let plugin: &dyn OpenStackAuthType = match self.config.auth_type.as_deref() {
             Some("v3password") => &PasswordAuthenticator,
             Some("v3applicationcredential") => &ApplicationCredentialAuthenticator,
             Some("v3token") => &TokenAuthenticator,
             other => {
-                return Err(refused(format!(
+                return Err(misconfigured(format!(
                     "auth_type {:?} is not supported; password, application credential and token are",
                     other.unwrap_or_default()
                 )));
             }
         };
-        let scope = AuthTokenScope::try_from(&self.config).map_err(|error| refused(error.to_string()))?;
+        let scope = AuthTokenScope::try_from(&self.config).map_err(|error| misconfigured(error.to_string()))?;
         let auth = plugin
             .auth(&self.http, &self.identity, &credentials(&self.config), Some(&scope), None)
             .await
@@ -505,7 +514,14 @@ impl HttpClient {
         const CALL: &str = "Keystone: login";
         let from_status = |code: u16, message: &str| {
             let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            Error::from_status(CALL, status, self.redact(message, None).as_bytes())
+            let error = Error::from_status(CALL, status, self.redact(message, None).as_bytes());
+            match error.kind() {
+                // Keystone misses something in what it was sent
+                ErrorKind::Refused if status == StatusCode::BAD_REQUEST => error.of_kind(ErrorKind::Misconfigured),
+                // Keystone answers a login by nothing else: something in front of it speaks for it
+                ErrorKind::Refused => error.of_kind(ErrorKind::Unavailable),
+                _ => error,
+            }
         };
         match error {
             AuthError::Identity(said) => from_status(u16::try_from(said.code).unwrap_or(500), &said.message),
@@ -525,7 +541,7 @@ impl HttpClient {
             ),
             // What the plugin misses before it asks: a user, a domain, a secret.
             AuthError::Plugin { source } => {
-                Error::new(CALL, ErrorKind::Refused, shorten(&self.redact(&source.to_string(), None)))
+                Error::new(CALL, ErrorKind::Misconfigured, shorten(&self.redact(&source.to_string(), None)))
             }
             other => Error::protocol(CALL, shorten(&self.redact(&other.to_string(), None))),
         }
@@ -581,7 +597,11 @@ impl HttpClient {
         for service in [Service::Image, Service::BlockStorage, Service::Compute] {
             let regions = regions_of(&login.endpoints, service, &self.interface);
             if regions.len() > 1 && !(service == Service::Image && self.image_override.is_some()) {
-                return Err(Error::new("Keystone: catalog", ErrorKind::Refused, several_regions(service, &regions)));
+                return Err(Error::new(
+                    "Keystone: catalog",
+                    ErrorKind::Misconfigured,
+                    several_regions(service, &regions),
+                ));
             }
         }
         Ok(())
@@ -626,7 +646,27 @@ impl HttpClient {
             login = self.login(Some(&login)).await?;
             answer = self.attempt(&request, &login).await?;
         }
-        if answer.status == StatusCode::UNAUTHORIZED { Err(answer.error()) } else { Ok(answer) }
+        match answer.status {
+            StatusCode::UNAUTHORIZED => Err(answer.error()),
+            StatusCode::NOT_FOUND => self.believe_absence(answer, request.service, &login),
+            _ => Ok(answer),
+        }
+    }
+
+    /// Whether a 404 says that there is no such thing. What was made for an image that is gone is removed, so the
+    /// answer must be the service's own, and the login must be one from which the service hides nothing.
+    fn believe_absence(&self, answer: Response, service: Service, login: &AuthToken) -> Result<Response> {
+        if service == Service::Identity {
+            return Ok(answer);
+        }
+        let why = if !answer.has_request_id {
+            "this answer has no request id: it is that of a proxy in front of the service"
+        } else if self.as_admin && !login.roles.iter().any(|role| role.eq_ignore_ascii_case("admin")) {
+            "the login has no role admin, so the service hides what is other projects'"
+        } else {
+            return Ok(answer);
+        };
+        Err(Error::new(answer.call, ErrorKind::Unavailable, format!("404 Not Found, but {why}")))
     }
 
     async fn attempt(&self, request: &Request<'_>, login: &AuthToken) -> Result<Response> {
@@ -683,6 +723,7 @@ impl HttpClient {
     ) -> Result<Response> {
         let (limit, mut length) = (if tail { DRAIN_LIMIT } else { BODY_LIMIT }, 0usize);
         let status = response.status();
+        let has_request_id = response.headers().contains_key(&REQUEST_ID);
         let date = response.headers().get(header::DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
         let mut body = Vec::new();
         loop {
@@ -706,7 +747,7 @@ impl HttpClient {
             body = self.redact(&String::from_utf8_lossy(&body), login).into_bytes();
         }
         tracing::trace!(call, status = status.as_u16(), bytes = body.len(), "answer");
-        Ok(Response { call, status, date, body })
+        Ok(Response { call, status, date, has_request_id, body })
     }
 
     async fn revoke(&self) -> Result<()> {
@@ -788,26 +829,26 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
         Proxy::None => builder.no_proxy(),
         Proxy::Environment => builder,
         Proxy::Url(url) => {
-            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Refused, error_chain(&error));
+            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Misconfigured, error_chain(&error));
             builder.proxy(reqwest::Proxy::all(url).map_err(refused)?)
         }
     };
     if let Some(path) = cafile {
         let call = "TLS: cafile";
         let pem = std::fs::read(path).map_err(|error| {
-            Error::new(call, ErrorKind::Refused, format!("{} cannot be read: {error}", path.display()))
+            Error::new(call, ErrorKind::Misconfigured, format!("{} cannot be read: {error}", path.display()))
         })?;
         let certificates = reqwest::Certificate::from_pem_bundle(&pem)
             .ok()
             .filter(|certificates| !certificates.is_empty())
             .ok_or_else(|| {
-                Error::new(call, ErrorKind::Refused, format!("{} holds no PEM certificate", path.display()))
+                Error::new(call, ErrorKind::Misconfigured, format!("{} holds no PEM certificate", path.display()))
             })?;
         for certificate in certificates {
             builder = builder.add_root_certificate(certificate);
         }
     }
-    builder.build().map_err(|error| Error::new("TLS", ErrorKind::Refused, error_chain(&error)))
+    builder.build().map_err(|error| Error::new("TLS", ErrorKind::Misconfigured, error_chain(&error)))
 }
 
 /// An error and its error_chain without the URL, whose query may be long; reqwest's own text stops at the first.
@@ -1058,7 +1099,7 @@ mod tests {
         };
         let unclear = session(None);
         for error in [unclear.login().await.unwrap_err(), unclear.cloud().await.unwrap_err()] {
-            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert_eq!(error.kind(), ErrorKind::Misconfigured);
             assert!(error.to_string().contains("(Q, R): set region_name"), "{error}");
         }
         assert_eq!(crate::openstack::Cloud::image(&unclear, "1").await.unwrap_err().kind(), ErrorKind::NoService);
@@ -1075,7 +1116,7 @@ mod tests {
         let login = known.wire.login(Some(&login)).await.unwrap();
         known.wire.check_cloud(&login, "get image 1").unwrap();
         assert!(known.wire.root(&login, Service::Image, "get image 1").unwrap().as_str().starts_with(&url));
-        assert_eq!(known.login().await.unwrap_err().kind(), ErrorKind::Refused, "the next start refuses");
+        assert_eq!(known.login().await.unwrap_err().kind(), ErrorKind::Misconfigured, "the next start refuses");
     }
 
     #[test]
@@ -1152,6 +1193,53 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_404_counts_only_from_the_service_itself_and_for_an_administrator() {
+        let role = Arc::new(std::sync::Mutex::new("admin"));
+        let (by_proxy, given) = (Arc::new(AtomicBool::new(true)), role.clone());
+        let behind = by_proxy.clone();
+        let url = serve(move |head| match head.starts_with("POST /v3/auth/tokens") {
+            true => {
+                let (status, headers, body) = token(&base_of(head), "t")?;
+                Some((status, headers, body.replace("\"admin\"", &format!("\"{}\"", given.lock().unwrap()))))
+            }
+            false if behind.load(Ordering::SeqCst) => {
+                Some((404, "via: 1.1 ingress\r\n".into(), "default backend".into()))
+            }
+            false => Some((404, String::new(), "no image".into())),
+        })
+        .await;
+        let session = || Session::new(wire(&url, 5 * SECOND), Register::Auto);
+        let image = async |session: &Session| crate::openstack::Cloud::image(session, "1").await;
+        let kind = |found: Result<Option<crate::openstack::Image>>| found.map_err(|error| error.kind());
+
+        assert_eq!(kind(image(&session()).await), Err(ErrorKind::Unavailable));
+        by_proxy.store(false, Ordering::SeqCst);
+        assert_eq!(kind(image(&session()).await), Ok(None));
+        // Glance hides other projects' images from such a login
+        *role.lock().unwrap() = "member";
+        let error = image(&session()).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Unavailable && error.to_string().contains("no role admin"), "{error}");
+        // a tenant's own login sees what is the tenant's
+        let mut tenant = wire(&url, 5 * SECOND);
+        tenant.as_admin = false;
+        assert_eq!(kind(image(&Session::new(tenant, Register::Auto)).await), Ok(None));
+    }
+
+    #[tokio::test]
+    async fn a_login_that_a_proxy_answers_says_nothing_of_the_configuration() {
+        for (status, kind) in [
+            (404, ErrorKind::Unavailable),
+            (405, ErrorKind::Unavailable),
+            (400, ErrorKind::Misconfigured),
+            (401, ErrorKind::Unauthorized),
+        ] {
+            let url = serve(move |_| Some((status, String::new(), "default backend".into()))).await;
+            let error = wire(&url, SECOND * 5).login(None).await.map(drop).unwrap_err();
+            assert_eq!(error.kind(), kind, "{status}: {error}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_malformed_login_response_is_reported() {
         let url = serve(|_| Some((201, "x-subject-token: t\r\n".into(), r#"{"token": []}"#.into()))).await;
         let error = wire(&url, SECOND * 5).login(None).await.map(drop).unwrap_err();
@@ -1159,7 +1247,7 @@ mod tests {
         let mut other = wire(&url, SECOND * 5);
         other.config.auth_type = Some("v3websso".to_owned());
         let error = other.login(None).await.map(drop).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
     }
 
     #[tokio::test]

@@ -80,6 +80,7 @@ impl Tenant {
             proxy: Proxy::Environment,
             timeout: TIMEOUT,
             image_override: config.options.get("image_endpoint_override").map(ToString::to_string),
+            as_admin: false,
             config,
         };
         Ok(Self { wire: HttpClient::new(access)? })

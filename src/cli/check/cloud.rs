@@ -89,7 +89,7 @@ async fn login(config: &Config, session: &Session) -> CheckResult {
             format!("{} was refused: wrong password, user, project or domain ({error})", user(keystone)),
             "fix [keystone]; `openstack token issue` with the same values tries them",
         ),
-        Err(error) if error.kind() == ErrorKind::Refused => {
+        Err(error) if error.kind() == ErrorKind::Misconfigured => {
             CheckResult::fault(NAME, error.to_string(), "fix [keystone]; `openstack catalog list` shows the regions")
         }
         Err(error) => CheckResult::fault(NAME, error.to_string(), &unreachable).transient_if(may_pass(&error)),
