@@ -2689,7 +2689,7 @@ trash('images', NAME + '-zimage')",
             )
         });
     };
-    let pace = limits(2, 0, 60);
+    let pace = limits(2, 0, 46);
     let (filled, ()) = tokio::join!(early.fill(&client, &state, &pace, &never), delete);
     let filled = filled.unwrap();
     assert!(client.in_trash(&early.id).await.unwrap() && filled.objects > 100, "{filled:?}");
@@ -2732,6 +2732,45 @@ const DELETE_SOURCE_WITHOUT_SNAPSHOT: &str = "
 with rbd.Image(io('volumes'), NAME + '-volume') as image:
     for at in range(0, image.size(), M): image.write(bytes([255]) * M, at)
 rbd.RBD().remove(io('volumes'), NAME + '-volume')";
+
+/// Cinder deletes the snapshot that the fill copies from, and the guest goes on writing: all that between two looks at
+/// the image's parents. What is at the snapshot's id then is what was written since.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_after_the_snapshot_is_not_copied() {
+    const OVERWRITE: &str = "
+with rbd.Image(io('volumes'), NAME + '-zanchor') as image: image.flatten()
+with rbd.Image(io('volumes'), NAME + '-volume') as image:
+    image.unprotect_snap('s'); image.remove_snap('s')
+    for at in range(0, image.size(), M): image.write(bytes([255]) * M, at)";
+    let lab = Lab::new();
+    let client = lab.client().await;
+    lab.python("v = NAME + '-volume'; create('volumes', v, 12 * M, order=16); write('volumes', v, 0, 12 * M, 1)");
+    let source = lab.volume();
+    snapshotted(&client, &source).await;
+    let expected = lab.data(&source, Some("s"));
+    let early = Early::publish(&client, &source, &lab.name, Features::WITHOUT_MAPS).await;
+    let (state, never) = (Mutex::new(FillState::default()), CancellationToken::new());
+    let overwrite = async {
+        // the fill looks after 2 s, and is over before it looks again
+        tokio::time::sleep(Duration::from_millis(2100)).await;
+        let began = Instant::now();
+        tokio::task::block_in_place(|| lab.python(OVERWRITE));
+        eprintln!("overwritten within {:.1?}", began.elapsed());
+    };
+    let began = Instant::now();
+    let pace = limits(2, 0, 60);
+    let (filled, ()) = tokio::join!(early.fill(&client, &state, &pace, &never), overwrite);
+    eprintln!("filled within {:.1?}: {filled:?}", began.elapsed());
+    filled.unwrap();
+    early.detach(&client).await;
+    is_detached(&lab, &client, &early).await;
+    assert_eq!(client.remove_image(&early.anchor).await.unwrap(), Changed::Yes);
+    for snapshot in [None, Some("snap")] {
+        let found = lab.data(&early.image, snapshot);
+        let wrong = found.iter().zip(&expected).position(|(found, expected)| found != expected);
+        assert_eq!(wrong, None, "{snapshot:?}: first byte that differs");
+    }
+}
 
 /// Cinder deletes the source: it flattens the anchor, and the snapshot that the fill copies from goes.
 #[tokio::test(flavor = "multi_thread")]

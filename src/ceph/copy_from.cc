@@ -44,19 +44,21 @@ int start(librados::IoCtx &io, const char *object, librados::ObjectWriteOperatio
 
 }  // namespace
 
-// Starts to copy `source_object`, at the snapshot that is set on `source`, to `object`; returns as start() does.
+// Starts to copy `source_object`, at the snapshot that is set on `source`, to `object`; returns as start() does. Where
+// the source object has another version than `version` by then, nothing is copied, and the result is -ERANGE or
+// -EOVERFLOW. 0: any version.
 //
 // The operation holds nothing but copy_from: with a step before it (create, set_alloc_hint) the OSD counts a new object
 // twice, and the next deep scrub finds the placement group inconsistent.
 extern "C" int rbd_offload_copy_from(rados_ioctx_t source, const char *source_object, rados_ioctx_t destination,
-                                     const char *object, done_t done, void *argument)
+                                     const char *object, uint64_t version, done_t done, void *argument)
 {
   try {
     librados::IoCtx from, to;
     librados::IoCtx::from_rados_ioctx_t(source, from);
     librados::IoCtx::from_rados_ioctx_t(destination, to);
     librados::ObjectWriteOperation op;
-    op.copy_from(source_object, from, 0, 0);
+    op.copy_from(source_object, from, version, 0);
     return start(to, object, op, done, argument);
   } catch (const std::bad_alloc &) {
     return -ENOMEM;

@@ -111,7 +111,8 @@ pub(super) fn fill(
 
     let mut layers = vec![Layer::new(from, snap_id, size)?];
     layers.extend(parents(cluster, &layers[0].image)?);
-    let survey = Survey::of(&layers, layout, layout.count(size), inquiry)?;
+    // (another snapshot in the source's place shows at the end, and the copy is removed then)
+    let survey = Survey::of(&layers, layout, layout.count(size), Versions::Any, inquiry)?;
     let destination_objects = DataObjects::of(&to, None)?;
     let data = open_to_fill(&to)?;
     let mut maps_are_on = to.features()?.has(Features::OBJECT_MAP);
@@ -148,6 +149,16 @@ fn can_be_copied(object: u64, layer: &Layer) -> bool {
     layer.objects.layout.end_of_set(object) <= layer.end || layer.size <= layer.end
 }
 
+/// Which version of an object is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Versions {
+    /// The one that the OSD has at the snapshot when it copies. Once the snapshot is removed, that is what was written
+    /// since.
+    Any,
+    /// The one that the survey saw: nothing else is ever copied.
+    Seen,
+}
+
 /// Finds out, a stretch at a time, which objects are to be copied into a clone, and from which of the layers that it
 /// reads from.
 pub(super) struct Survey<'a> {
@@ -156,6 +167,7 @@ pub(super) struct Survey<'a> {
     layout: Layout,
     /// The clone's objects.
     count: u64,
+    versions: Versions,
     inquiry: Inquiry<'a>,
 }
 
@@ -168,12 +180,18 @@ struct SurveyedLayer<'a> {
 
 impl<'a> Survey<'a> {
     /// The layers are in the order in which the clone reads from them, the nearest first.
-    pub fn of(layers: &'a [Layer], layout: Layout, count: u64, inquiry: Inquiry<'a>) -> Result<Self> {
+    pub fn of(
+        layers: &'a [Layer],
+        layout: Layout,
+        count: u64,
+        versions: Versions,
+        inquiry: Inquiry<'a>,
+    ) -> Result<Self> {
         refuse_migrating(layers, inquiry.operation)?;
         let open = |layer: &'a Layer| {
             Ok(SurveyedLayer { layer, listing: layer.listing()?, data: Rc::new(layer.objects.open()?) })
         };
-        Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, inquiry })
+        Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, versions, inquiry })
     }
 
     /// What is to be copied of a stretch of whole sets of objects.
@@ -201,9 +219,20 @@ impl<'a> Survey<'a> {
                 }
             }
             let holes = scan_holes(layer, &objects, inquiry)?;
-            for (object, holes) in objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll) {
+            let (objects, holes): (Vec<_>, Vec<_>) =
+                objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll).unzip();
+            let versions = match self.versions {
+                Versions::Any => vec![Some(0); objects.len()],
+                Versions::Seen => {
+                    let source = &layer.objects;
+                    source.ask(&objects, inquiry, |data, object| source.version(inquiry.operation, data, object))?
+                }
+            };
+            for ((object, holes), version) in objects.into_iter().zip(holes).zip(versions) {
+                // the object map has it and the OSD has not: the flatten finds that out too
+                let Some(version) = version else { continue };
                 let from = layer.objects.name(inquiry.operation, object)?;
-                plan.push(Copy { object, from, data: Rc::clone(data), holes });
+                plan.push(Copy { object, from, version, data: Rc::clone(data), holes });
             }
         }
         Ok(plan)
@@ -293,6 +322,8 @@ struct Copy {
     object: u64,
     /// Its name in the layer.
     from: CString,
+    /// The only version of it that is copied; 0: any.
+    version: u64,
     /// The pool of the layer's data, set to read at its snapshot.
     data: Rc<IoCtx>,
     holes: Holes,
@@ -540,12 +571,12 @@ impl<'a> Copier<'a> {
     }
 
     fn copy(&mut self, copy: Copy) -> Result<()> {
-        let Copy { from, data, .. } = &copy;
+        let Copy { from, version, data, .. } = &copy;
         let source = data.raw();
         let work = Work::Copy { then_punch: copy.holes == Holes::Some };
         self.launch(copy.object, work, |to, data, argument| {
             // SAFETY: both ioctxs are open, the names are copied, and `finish` fits the argument.
-            unsafe { sys::rbd_offload_copy_from(source, from.as_ptr(), data, to.as_ptr(), finish, argument) }
+            unsafe { sys::rbd_offload_copy_from(source, from.as_ptr(), data, to.as_ptr(), *version, finish, argument) }
         })
     }
 

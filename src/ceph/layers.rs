@@ -11,7 +11,7 @@ use std::ffi::{CStr, CString, c_int};
 use std::ops::Range;
 use std::sync::Arc;
 
-use ceph::rados::{rados_exec, rados_ioctx_snap_set_read, rados_stat};
+use ceph::rados::{rados_exec, rados_get_last_version, rados_ioctx_snap_set_read, rados_stat};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check};
@@ -202,6 +202,14 @@ impl DataObjects {
             r if r == -libc::ENOENT => Ok(None),
             r => check(operation, r).map(|_| Some(length)),
         }
+    }
+
+    /// The version of an object, which no later write leaves as it is; `None` where there is none. `data` is what
+    /// [`open`](Self::open) returned to this thread: librados keeps the version of the last object that was asked for.
+    pub fn version(&self, operation: &str, data: &IoCtx, object: u64) -> Result<Option<u64>> {
+        let is_there = self.length(operation, data, object)?.is_some();
+        // SAFETY: the ioctx is open.
+        Ok(is_there.then(|| unsafe { rados_get_last_version(data.raw()) }))
     }
 
     /// Bytes of an object that are stored, and its length. [`ErrorKind::NotFound`] where there is none,

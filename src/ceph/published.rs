@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, check};
-use super::fill::{Copier, Survey, copy_all, flatten, open_to_fill};
+use super::fill::{Copier, Survey, Versions, copy_all, flatten, open_to_fill};
 use super::layers::{Chain, DataObjects, Inquiry, Layout, ObjectSet, STRETCH, asked_for, sources};
 use super::objects::create_empty;
 use super::pace::{OBJECT, QUESTION};
@@ -138,13 +138,14 @@ fn fill_from_parents(
     let chain = Chain::of(cluster, &to, 0)?;
     let layers = sources(cluster, &to)?;
     let layout = Layout::of(&to)?;
-    let survey = Survey::of(&layers, layout, layout.count(to.size()?), inquiry)?;
+    let survey = Survey::of(&layers, layout, layout.count(to.size()?), Versions::Seen, inquiry)?;
     let (data, objects) = (open_to_fill(&to)?, DataObjects::of(&to, None)?);
     drop(to);
 
     // An object that no nearer layer is seen to hold is taken from the next one. A snapshot that is removed shows
-    // nothing any more, so what was listed counts only if the snapshots are still there afterwards. A removal after
-    // that is harmless: there is nothing to copy then, or still the same bytes.
+    // nothing any more, or what was written since. So what was listed, and the versions that were seen, count only if
+    // the snapshots are still there afterwards. After that no other version is copied: an object that was written
+    // since ends the copying with a conflict.
     let look = || {
         let now = Image::open_existing(cluster, spec, Access::ReadOnly)?;
         check_rule(&now, now.parent()?.is_some(), operation)?;

@@ -230,6 +230,7 @@ unsafe extern "C" {
         source_object: *const c_char,
         destination: rados_ioctx_t,
         object: *const c_char,
+        version: u64,
         done: extern "C" fn(argument: *mut c_void, result: c_int),
         argument: *mut c_void,
     ) -> c_int;
