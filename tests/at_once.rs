@@ -283,6 +283,51 @@ async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_i
     daemon.stop();
 }
 
+/// In a cluster whose clients are all new enough, clones keep the snapshot of their parent alive when it is deleted, but
+/// not its name. And they mark the image that they are made from.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_clones_of_format_2_a_source_snapshot_may_be_deleted_and_the_image_cloned_meanwhile() {
+    let _lab = lab_lease::alone().await;
+    let (_reader, demo) = (Reader::new().await, Account::demo().await);
+    let _formats = (
+        PoolSetting::new("volumes", "rbd_default_clone_format", "2").await,
+        PoolSetting::new("images", "rbd_default_clone_format", "2").await,
+    );
+    let volume = demo.long_volume(48, 1).await;
+    for (publish, method) in [("at-once", "server-copy"), ("when-copied", "server-copy"), ("when-copied", "clone")] {
+        let expected = volume.disk.digest(None).await;
+        let snapshot = demo.create_snapshot(&volume).await;
+        volume.disk.write(9, &[(0, 48 * MIB)]).await;
+        let setup = slowly().set("offload", "publish", publish).set("offload", "method", method);
+        let daemon = setup.set("offload", "bandwidth_limit", "3MiB").start().await;
+        let id = demo.create_image(&[snapshot_tag(&snapshot)], json!({})).await;
+        if publish == "at-once" {
+            become_active(&demo, &id, &expected).await;
+        } else {
+            let copy = Disk::of_image(&format!("rbd-offload.{id}"));
+            until("the transfer", seconds(60), || async { copy.facts().await.map(drop) }).await;
+        }
+        demo.delete_snapshot(&snapshot).await;
+        let child = if publish == "at-once" {
+            let child = demo.create_volume(json!({"imageRef": id})).await;
+            assert!(child.disk.facts().await.unwrap().parent.is_some(), "a clone of the image, not a download");
+            Some(child)
+        } else {
+            None
+        };
+        daemon.copy_at_full_speed().await;
+        let job = daemon.await_job(&id, "done").await;
+        if let Some(child) = &child {
+            demo.delete_volume(child).await;
+        }
+        is_done(&demo, &daemon, &id, &expected, 1).await;
+        eprintln!("{publish}, {method}: {}", job["fallback"]);
+        source_is_free(&volume, &id, 0).await;
+        daemon.await_idle().await;
+        daemon.stop();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_is_killed_behind_an_active_image_is_followed_by_another() {
     let _lab = lab_lease::alone().await;

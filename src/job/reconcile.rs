@@ -366,7 +366,10 @@ impl Reconciler {
         live: &HashSet<Uuid>,
         report: &mut RoundReport,
     ) -> Result<()> {
-        let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
+        let tags = request::parse_request_tags(&image.tags);
+        let asks = !matches!(tags, TagRequest::Absent);
+        let asked = if let TagRequest::Source(source) = tags { Some(source) } else { None };
+        let dry_run = self.context().config.borrow().offload.dry_run;
         let known = match self.context().store.load(image_id).await {
             Ok(Some(stored)) if !stored.record.state.is_ended() => {
                 if !live.contains(&image_id) {
@@ -377,7 +380,7 @@ impl Reconciler {
                 true
             }
             // a request may be made again, an offer is made once
-            Ok(Some(_)) => !asks,
+            Ok(Some(stored)) => !asks || (dry_run && asked.is_some_and(|source| stored.record.was_dry_run_of(source))),
             Ok(None) => false,
             Err(Error::Unreadable { .. }) => true,
             Err(error) => return Err(error.into()),

@@ -376,6 +376,9 @@ pub struct Record {
 /// Text of a record that others wrote is cut to this length, in bytes.
 const TEXT_MAX: usize = 4096;
 
+/// How the reason of a job begins that ended by a dry run.
+pub const DRY_RUN: &str = "dry run ([offload] dry_run = true)";
+
 /// Per cent that a copy must have gained since the last take-over to show that the job itself did not end its owner.
 const TAKEOVER_GAIN: u8 = 5;
 
@@ -643,6 +646,12 @@ impl Record {
     /// The end without an image that a job which has not ended is to come to.
     pub fn pending_outcome(&self) -> Option<&Outcome> {
         self.outcome.as_ref().filter(|_| !self.state.is_ended() && self.state != State::Detaching)
+    }
+
+    /// Whether the job ended by a dry run of this source.
+    pub fn was_dry_run_of(&self, source: Source) -> bool {
+        let by_dry_run = |outcome: &Outcome| outcome.state == State::Cancelled && outcome.reason.starts_with(DRY_RUN);
+        self.source == Some(source) && self.state.is_ended() && self.outcome.as_ref().is_some_and(by_dry_run)
     }
 
     /// Name of the private copy and of the temporary snapshot.

@@ -111,8 +111,10 @@ fn shape_fault(info: &ImageInfo) -> Option<String> {
     if info.data_pool.is_some() {
         expected |= Features::DATA_POOL.0;
     }
-    if info.features.0 != expected {
-        return Some(format!("it has the features {:#x} instead of {expected:#x}", info.features.0));
+    // a clone of format 2, which anybody may have made of an active image, marks its parent so
+    let found = info.features.0 & !Features::OPERATIONS.0;
+    if found != expected {
+        return Some(format!("it has the features {found:#x} instead of {expected:#x}"));
     }
     (info.flags != 0).then(|| format!("its object map is invalid (flags {:#x})", info.flags))
 }
@@ -242,6 +244,8 @@ mod tests {
             ..right.clone()
         };
         assert_eq!(shape_fault(&striped), None);
+        let cloned = ImageInfo { features: Features(Features::PUBLISHED.0 | Features::OPERATIONS.0), ..right.clone() };
+        assert_eq!(shape_fault(&cloned), None, "a clone of format 2 hangs on it");
         let parent = ceph::Parent {
             pool: "volumes".into(),
             namespace: String::new(),

@@ -12,7 +12,9 @@ use crate::decline::Decline;
 use crate::job::error::{decline, end};
 use crate::job::held::has_running_task;
 use crate::job::names::private_name;
-use crate::job::record::{Artifact, HandoverState, Outcome, Phase, Publication, Publish, Record, SourceImage, State};
+use crate::job::record::{
+    Artifact, DRY_RUN, HandoverState, Outcome, Phase, Publication, Publish, Record, SourceImage, State,
+};
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::Image;
@@ -155,11 +157,7 @@ impl JobRun {
         reasons.extend(not_at_once.map(|reason| format!("at-once: {reason}")));
         let mut attempt = Attempt { began, ..Attempt::new(Arc::clone(&config)) };
         let copying = attempt.copying.insert(Copying {
-            source: CopySource {
-                source: ImageSpec::with_id(&plan.origin.pool, &plan.origin_id),
-                snapshot: snapshot.clone(),
-                anchor: None,
-            },
+            source: CopySource::new(ImageSpec::with_id(&plan.origin.pool, &plan.origin_id), snapshot.clone(), None),
             copy: ImageSpec::named(&plan.dest_pool, private_name(self.job.id)),
             methods: methods.into(),
             limits: TransferLimits {
@@ -321,7 +319,7 @@ impl JobRun {
         };
         tracing::info!(image_id = %self.job.id, job_stage = "dry_run", finding, "dry run");
         metrics::counter!("rbd_offload_jobs_dry_run_total").increment(1);
-        let reason = format!("dry run ([offload] dry_run = true): {finding}");
+        let reason = format!("{DRY_RUN}: {finding}");
         self.finish_job(&Outcome::new(State::Cancelled, reason)).await?;
         Ok(State::Cancelled)
     }

@@ -8,8 +8,9 @@ use super::super::held::HeldJob;
 use super::super::record::{Detached, Phase, Record};
 use super::compare::{compare, extent};
 use super::detaching::{depends_on_source, limits, published, source};
+use super::readable::{CopySource, Readable};
 use super::{Attempt, Step};
-use crate::ceph::ErrorKind;
+use crate::ceph::{Compare, ErrorKind, ImageSpec};
 use crate::publish;
 use crate::transfer::Method;
 
@@ -36,13 +37,14 @@ impl Step for Detach {
         // what is shown goes to the end once: with the fill, where there was one
         let unseen = job.progress.steps_only();
         let shown = if method == Method::ServerCopy { &unseen } else { job.progress.as_ref() };
+        let reads_from = Dependence::of(job, &record, &image).await?;
         let moved = storage.detach(&image, &limits(job, &attempt.config), shown, &job.cancel).await?;
         metrics::counter!("rbd_offload_copied_bytes_total", "method" => method.as_str()).increment(moved.bytes);
         metrics::counter!("rbd_offload_local_bytes_total", "method" => method.as_str()).increment(moved.through_host);
         if let Some(fault) = publish::detached_fault(storage, &image).await? {
             return Err(StepError::Retry(format!("{image} is not as a published image must be: {fault}")));
         }
-        verify(job, attempt, &record, method).await?;
+        verify(job, attempt, &record, method, reads_from.has_changed(job).await?).await?;
         let detached = Detached { at: job.context.clock.now(), by: job.context.identity.instance };
         job.update(|record| {
             record.detached = Some(detached);
@@ -60,9 +62,45 @@ impl Step for Detach {
     }
 }
 
+/// What the image reads from before its parent is cut off.
+///
+/// librbd knows the parents of an image from when it opened the image. Where a snapshot among them is removed during
+/// the flatten, it may read what was written since.
+struct Dependence {
+    source: Option<CopySource>,
+    before: Option<Readable>,
+}
+
+impl Dependence {
+    /// An earlier attempt may have cut the parent off already: then it is not known what that one read from.
+    async fn of(job: &HeldJob, record: &Record, image: &ImageSpec) -> StepResult<Self> {
+        let (storage, source) = (job.context.storage.as_ref(), source(record));
+        let has_parent = storage.image(image, None).await?.is_some_and(|info| info.parent.is_some());
+        let before = match source.as_ref().filter(|_| has_parent) {
+            // an error: the source is gone, and was flattened into the image
+            Some(source) => source.readable(storage).await.ok(),
+            None => None,
+        };
+        Ok(Self { source, before })
+    }
+
+    /// Whether a snapshot was removed meanwhile, or may have been.
+    async fn has_changed(&self, job: &HeldJob) -> StepResult<bool> {
+        let Some(source) = &self.source else { return Ok(false) };
+        let Ok(now) = source.readable(job.context.storage.as_ref()).await else { return Ok(true) };
+        Ok(match &self.before {
+            Some(before) => *before != now,
+            None => source.anchor.is_some() && now.is_cut_off(),
+        })
+    }
+}
+
 /// The image is active, so one that differs can only be named: its source is kept until an operator has looked.
-async fn verify(job: &HeldJob, attempt: &Attempt, record: &Record, method: Method) -> StepResult<()> {
-    let (Some(from), Some(extent)) = (source(record), extent(&attempt.config, record)) else { return Ok(()) };
+/// `in_full`: every byte is compared, whatever is configured.
+async fn verify(job: &HeldJob, attempt: &Attempt, record: &Record, method: Method, in_full: bool) -> StepResult<()> {
+    let configured = extent(&attempt.config, record);
+    let extent = if in_full { Some(Compare::Full) } else { configured };
+    let (Some(from), Some(extent)) = (source(record), extent) else { return Ok(()) };
     let image = published(record)?;
     let offset = match compare(job, &from, &image, extent).await {
         // without an anchor Cinder flattens the image itself, and deletes the snapshot that it was made from

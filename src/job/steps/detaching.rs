@@ -29,11 +29,11 @@ pub fn depends_on_source(record: &Record) -> bool {
 pub fn source(record: &Record) -> Option<CopySource> {
     let source = record.source_image.as_ref()?;
     let anchor = ImageSpec::named(&source.pool, anchor_name(record.image_id));
-    Some(CopySource {
-        source: ImageSpec::with_id(&source.pool, &source.image_id),
-        snapshot: source.snapshot.clone(),
-        anchor: record.has(Artifact::Anchor).then(|| (anchor, private_name(record.image_id))),
-    })
+    Some(CopySource::new(
+        ImageSpec::with_id(&source.pool, &source.image_id),
+        source.snapshot.clone(),
+        record.has(Artifact::Anchor).then(|| (anchor, private_name(record.image_id))),
+    ))
 }
 
 pub fn limits(job: &HeldJob, config: &Config) -> TransferLimits {

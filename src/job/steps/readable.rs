@@ -1,5 +1,7 @@
 //! Where the bytes of a copy are read from, also when Cinder deletes the source meanwhile.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::ceph::{self, ErrorKind, ImageSpec, Link, Storage};
 
 /// How often a copy or a comparison is begun when parents of the source are cut off meanwhile. An anchor that Cinder
@@ -12,6 +14,9 @@ pub(in super::super) struct CopySource {
     pub snapshot: String,
     /// The anchor and its snapshot, once it is made.
     pub anchor: Option<(ImageSpec, String)>,
+    /// The source's snapshot was not found, although the anchor hangs on it: Ceph keeps a deleted snapshot under
+    /// another name while it has clones of format 2.
+    is_renamed: AtomicBool,
 }
 
 /// The snapshot that holds the data now, and all that it reads from. As long as this stays the same, no snapshot in it
@@ -23,9 +28,21 @@ pub struct Readable {
     chain: Vec<Link>,
 }
 
+impl Readable {
+    /// Whether it has all the data itself.
+    pub fn is_cut_off(&self) -> bool {
+        self.chain.is_empty()
+    }
+}
+
 impl CopySource {
+    pub fn new(source: ImageSpec, snapshot: String, anchor: Option<(ImageSpec, String)>) -> Self {
+        Self { source, snapshot, anchor, is_renamed: AtomicBool::new(false) }
+    }
+
     /// The source, while the anchor hangs on it. Once Cinder has flattened the anchor, the source may go, and the
-    /// anchor has all the data itself.
+    /// anchor has all the data itself. Of a snapshot that has no name any more, the anchor reads what it does not hold
+    /// by id.
     pub async fn readable(&self, storage: &dyn Storage) -> ceph::Result<Readable> {
         let (source, snapshot) = (self.source.clone(), self.snapshot.clone());
         let Some((anchor, own)) = &self.anchor else {
@@ -33,7 +50,7 @@ impl CopySource {
             return Ok(Readable { source, snapshot, chain });
         };
         let chain = storage.chain(anchor, own).await?;
-        if chain.is_empty() {
+        if chain.is_empty() || self.is_renamed.load(Ordering::Relaxed) {
             return Ok(Readable { source: anchor.clone(), snapshot: own.clone(), chain });
         }
         Ok(Readable { source, snapshot, chain })
@@ -46,7 +63,15 @@ impl CopySource {
         before: &Readable,
         result: &ceph::Result<T>,
     ) -> ceph::Result<bool> {
-        Ok(result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) || self.readable(storage).await? == *before)
+        if result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) {
+            return Ok(true);
+        }
+        let is_unchanged = self.readable(storage).await? == *before;
+        let is_missing = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        if is_unchanged && is_missing && self.anchor.is_some() && !self.is_renamed.swap(true, Ordering::Relaxed) {
+            return Ok(false);
+        }
+        Ok(is_unchanged)
     }
 }
 
