@@ -1,12 +1,19 @@
 //! Writes events: one line of text, one JSON object, or one record of the journal each.
 //!
+//! A thread of its own writes them: standard error or journald may not read for a while, and a job must not wait for
+//! that. Lines that find no room are dropped; the log says how many.
+//!
 //! An event has its own fields and those of the spans around it, each once: the event's own wins. So every line of a
 //! job bears the job's `image_id` and `request_id`, in whatever module it was written.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write as _};
 use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value as Json};
@@ -26,6 +33,12 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// Bytes of one value: some are what tenants wrote. A record of the journal must fit into one datagram (about 200 KiB).
 const MAX_VALUE: usize = 16 * 1024;
+
+/// Lines that wait for the thread that writes them.
+const MAX_WAITING: usize = 1024;
+
+/// How long the end of the program waits for the last lines.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// A field of an event or a span.
 #[derive(Debug, Clone, PartialEq)]
@@ -116,11 +129,16 @@ struct Entry {
     fields: Fields,
 }
 
-/// Where events go.
+/// Where events go, and as what.
 pub enum Output {
     Text { colours: bool },
     Json,
-    Journal(UnixDatagram),
+    Journal(Arc<Journal>),
+}
+
+pub struct Journal {
+    socket: UnixDatagram,
+    path: PathBuf,
 }
 
 impl Output {
@@ -130,36 +148,110 @@ impl Output {
         Ok(match format {
             LogFormat::Text => Self::Text { colours: io::stderr().is_terminal() },
             LogFormat::Json => Self::Json,
-            LogFormat::Journald => {
-                let socket = UnixDatagram::unbound()?;
-                // an empty record is dropped; it tells whether there is a listener
-                socket.send_to(&[], JOURNAL).map_err(|e| io::Error::new(e.kind(), format!("{JOURNAL}: {e}")))?;
-                Self::Journal(socket)
-            }
+            LogFormat::Journald => Self::journal(Path::new(JOURNAL))?,
         })
     }
 
-    /// A log that cannot be written is no reason to stop, and there is nobody to tell.
-    fn write(&self, entry: &Entry, metadata: &Metadata<'_>) {
-        let line = match self {
-            Self::Text { colours } => text(entry, *colours),
-            Self::Json => json(entry),
-            Self::Journal(socket) => {
-                let _ = socket.send_to(&record(entry, metadata), JOURNAL);
-                return;
-            }
-        };
-        let _ = io::stderr().lock().write_all(line.as_bytes());
+    fn journal(path: &Path) -> io::Result<Self> {
+        let socket = UnixDatagram::unbound()?;
+        // an empty record is dropped; it tells whether there is a listener
+        socket.send_to(&[], path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        Ok(Self::Journal(Arc::new(Journal { socket, path: path.to_owned() })))
+    }
+
+    fn line(&self, entry: &Entry, metadata: &Metadata<'_>) -> Line {
+        match self {
+            Self::Text { colours } => Line::Stderr(text(entry, *colours)),
+            Self::Json => Line::Stderr(json(entry)),
+            Self::Journal(journal) => Line::Journal(Arc::clone(journal), record(entry, metadata)),
+        }
     }
 }
 
-/// The layer that writes.
-pub struct Writer(Arc<RwLock<Output>>);
+/// What the thread is given.
+enum Line {
+    Stderr(String),
+    Journal(Arc<Journal>, Vec<u8>),
+    /// Answered when all lines before it are written.
+    Flush(SyncSender<()>),
+}
+
+impl Line {
+    /// A log that cannot be written is no reason to stop, and there is nobody to tell.
+    fn write(self) {
+        match self {
+            Self::Stderr(line) => {
+                let _ = io::stderr().lock().write_all(line.as_bytes());
+            }
+            Self::Journal(journal, record) => {
+                let _ = journal.socket.send_to(&record, &journal.path);
+            }
+            Self::Flush(done) => {
+                let _ = done.try_send(());
+            }
+        }
+    }
+}
+
+/// The way to the thread that writes.
+#[derive(Clone)]
+pub struct LineSender {
+    lines: SyncSender<Line>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl LineSender {
+    /// # Errors
+    /// When the thread cannot be started.
+    fn start() -> io::Result<Self> {
+        let (lines, waiting) = sync_channel(MAX_WAITING);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&dropped);
+        std::thread::Builder::new().name("log".into()).spawn(move || write_lines(&waiting, &counted))?;
+        Ok(Self { lines, dropped })
+    }
+
+    fn send(&self, line: Line) {
+        if self.lines.try_send(line).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits until the lines so far are written, for at most [`FLUSH_LIMIT`]. It blocks.
+    pub fn flush(&self) {
+        let (done, written) = sync_channel(1);
+        if self.lines.try_send(Line::Flush(done)).is_ok() {
+            let _ = written.recv_timeout(FLUSH_LIMIT);
+        }
+    }
+}
+
+fn write_lines(waiting: &Receiver<Line>, dropped: &AtomicU64) {
+    for line in waiting {
+        line.write();
+        let lines = dropped.swap(0, Ordering::Relaxed);
+        if lines > 0 {
+            tracing::warn!(lines, "log lines were dropped: standard error or journald did not take them in time");
+        }
+    }
+}
+
+/// The layer that takes the events.
+pub struct Writer {
+    output: Arc<RwLock<Output>>,
+    lines: LineSender,
+}
 
 impl Writer {
-    pub fn new(output: Output) -> (Self, Arc<RwLock<Output>>) {
-        let output = Arc::new(RwLock::new(output));
-        (Self(Arc::clone(&output)), output)
+    /// # Errors
+    /// When its thread cannot be started.
+    pub fn new(output: Output) -> io::Result<Self> {
+        Ok(Self { output: Arc::new(RwLock::new(output)), lines: LineSender::start()? })
+    }
+
+    /// Where the output can be replaced, and how the last lines are waited for.
+    pub fn parts(&self) -> (Arc<RwLock<Output>>, LineSender) {
+        (Arc::clone(&self.output), self.lines.clone())
     }
 }
 
@@ -193,7 +285,8 @@ impl<S: Subscriber + for<'span> LookupSpan<'span>> Layer<S> for Writer {
         };
         let id = known::id_of(&message, fields.text("job_stage"));
         let entry = Entry { at: Timestamp::now(), level: *event.metadata().level(), message, id, fields };
-        self.0.read().unwrap_or_else(PoisonError::into_inner).write(&entry, event.metadata());
+        let line = self.output.read().unwrap_or_else(PoisonError::into_inner).line(&entry, event.metadata());
+        self.lines.send(line);
     }
 }
 
@@ -304,7 +397,6 @@ fn put(record: &mut Vec<u8>, name: &str, value: &str) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::time::Duration;
 
     use tracing_subscriber::layer::SubscriberExt;
 
@@ -354,7 +446,7 @@ mod tests {
     fn written(work: impl FnOnce()) -> Vec<Written> {
         let kept = Kept::default();
         // the writer keeps the fields of the spans, and is to write nothing
-        let (writer, _) = Writer::new(Output::Text { colours: false });
+        let writer = Writer::new(Output::Text { colours: false }).unwrap();
         let writer = writer.with_filter(tracing_subscriber::filter::filter_fn(|metadata| metadata.is_span()));
         let subscriber = tracing_subscriber::registry().with(writer).with(kept.clone());
         tracing::subscriber::with_default(subscriber, work);
@@ -424,6 +516,35 @@ mod tests {
         for (name, wanted) in [("image_id", "IMAGE_ID"), ("_x", "X"), ("1st", "ST"), ("a.b-c", "A_B_C"), ("__", "")] {
             assert_eq!(journal_name(name), wanted);
         }
+    }
+
+    #[test]
+    fn a_journal_that_does_not_read_holds_up_no_event() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let journal = UnixDatagram::bind(&path).unwrap();
+        let writer = Writer::new(Output::journal(&path).unwrap()).unwrap();
+        let (_, lines) = writer.parts();
+        // the empty record, by which the listener was found
+        assert_eq!(journal.recv(&mut [0; 16]).unwrap(), 0);
+        // the journal never reads these: an event that waited for it would wait for good
+        let sent = MAX_WAITING + 1000;
+        let subscriber = tracing_subscriber::registry().with(writer);
+        tracing::subscriber::with_default(subscriber, || {
+            for number in 0..sent {
+                tracing::info!(number, "said");
+            }
+        });
+        let dropped = usize::try_from(lines.dropped.load(Ordering::Relaxed)).unwrap();
+        assert!((1..sent).contains(&dropped), "{dropped}");
+        // it reads again, and gets the others in their order
+        journal.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut heard = vec![0; 1 << 16];
+        for number in 0..sent - dropped {
+            let length = journal.recv(&mut heard).unwrap();
+            assert_eq!(read_record(&heard[..length])["NUMBER"], number.to_string());
+        }
+        lines.flush();
     }
 
     #[test]

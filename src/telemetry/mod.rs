@@ -22,13 +22,20 @@ use tracing_subscriber::{Registry, reload};
 
 use crate::config::{Log, LogLevel};
 use crate::notification::LAPIN_TARGET;
-use log::{Output, Writer};
+use log::{LineSender, Output, Writer};
 pub use metrics::{start_metrics, unix_time};
 
-/// Changes the running log.
+/// Changes the running log. Its end waits for the last lines.
 pub struct LogHandle {
     level: reload::Handle<Targets, Registry>,
     output: Arc<RwLock<Output>>,
+    lines: LineSender,
+}
+
+impl Drop for LogHandle {
+    fn drop(&mut self) {
+        self.lines.flush();
+    }
 }
 
 impl LogHandle {
@@ -47,12 +54,13 @@ impl LogHandle {
 /// Starts logging to standard error, or to journald.
 ///
 /// # Errors
-/// When journald is asked for and its socket is not there.
+/// When journald is asked for and its socket is not there, or the thread that writes cannot be started.
 pub fn start_logging(log: &Log) -> io::Result<LogHandle> {
     let (filter, level) = reload::Layer::new(targets(log.log_level));
-    let (writer, output) = Writer::new(Output::open(log.log_format)?);
+    let writer = Writer::new(Output::open(log.log_format)?)?;
+    let (output, lines) = writer.parts();
     tracing_subscriber::registry().with(filter).with(writer).try_init().map_err(io::Error::other)?;
-    Ok(LogHandle { level, output })
+    Ok(LogHandle { level, output, lines })
 }
 
 fn targets(level: LogLevel) -> Targets {
