@@ -6,13 +6,13 @@
 //! runs under them must be given up first; a silent new connection would let such work through to the images again.
 #![allow(unsafe_code)]
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ceph::rados::{
     rados_buffer_free, rados_cluster_fsid, rados_conf_get, rados_conf_read_file, rados_conf_set, rados_connect,
@@ -60,6 +60,7 @@ const NO_OVERWRITES: &str =
 
 /// How long a client stays fenced. Its address never comes back, so a long time costs nothing.
 const FENCE_SECONDS: u32 = 24 * 3600;
+const FENCE_HOLDS: Duration = Duration::from_secs(FENCE_SECONDS as u64 / 2);
 
 /// How often the progress of a running transfer is shown to its caller.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -115,8 +116,8 @@ struct Shared {
     options: ClientOptions,
     current: Mutex<Arc<Cluster>>,
     reconnecting: tokio::sync::Mutex<()>,
-    /// Addresses that this client has fenced.
-    fenced: Mutex<HashSet<String>>,
+    /// Addresses that this client has fenced, and when.
+    fenced: Mutex<HashMap<String, Instant>>,
     /// One permit for each call that has not returned.
     calls: Arc<Semaphore>,
 }
@@ -141,7 +142,7 @@ impl Client {
                 options,
                 current: Mutex::new(cluster),
                 reconnecting: tokio::sync::Mutex::new(()),
-                fenced: Mutex::new(HashSet::new()),
+                fenced: Mutex::new(HashMap::new()),
                 calls: Arc::new(Semaphore::new(CALLS_MAX as usize)),
             }),
         })
@@ -285,7 +286,8 @@ impl Client {
     /// Fences all addresses of another client, and waits for the map that says so.
     pub(super) async fn fence_address(&self, address: &str) -> Result<Changed> {
         let operation = format!("fence client {address}");
-        if lock(&self.shared.fenced).contains(address) {
+        // it is fenced again long before the fence ends
+        if lock(&self.shared.fenced).get(address).is_some_and(|at| at.elapsed() < FENCE_HOLDS) {
             return Ok(Changed::No);
         }
         let shared = self.shared.clone();
@@ -307,7 +309,7 @@ impl Client {
             }
             // SAFETY: a connected handle.
             check(&operation, unsafe { rados_wait_for_latest_osdmap(cluster.raw) })?;
-            lock(&shared.fenced).insert(address);
+            lock(&shared.fenced).insert(address, Instant::now());
             Ok(Changed::Yes)
         })
         .await
@@ -336,6 +338,18 @@ pub fn make_undumpable() -> std::io::Result<()> {
     match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// This host's name (gethostname(2)): `/proc/sys` is hidden from a service with `ProcSubset=pid`.
+pub fn host_name() -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: at most so many bytes are written.
+    let r = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    match String::from_utf8_lossy(name.get(..end).unwrap_or_default()) {
+        name if r == 0 && !name.is_empty() => name.into_owned(),
+        _ => "localhost".to_owned(),
     }
 }
 

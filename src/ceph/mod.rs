@@ -29,7 +29,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-pub use cluster::{Client, ClientOptions, OTHER_KEY, exit_now, make_undumpable};
+pub use cluster::{Client, ClientOptions, OTHER_KEY, exit_now, host_name, make_undumpable};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;

@@ -1,5 +1,6 @@
 //! `run`: the daemon. Puts the parts together, tells systemd, and takes signals.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -48,7 +49,7 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 const STORE_LIMIT_MIN: Duration = Duration::from_secs(5);
 const STORE_LIMIT_MAX: Duration = Duration::from_secs(15);
 
-/// How long an answer of Ceph's holds for `/healthz`, and how long `/healthz` waits for one.
+/// How long an answer of a service holds for `/healthz`, and how long `/healthz` waits for one of Ceph's.
 const PROBE_HOLDS: Duration = Duration::from_secs(1);
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -119,13 +120,15 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         engine: Arc::clone(&engine),
         broker: listener.status(),
         store,
-        probed: tokio::sync::Mutex::new(None),
+        ceph: Probe::default(),
+        keystone: Probe::default(),
         session: Arc::clone(&session),
     });
     if let Some(listen) = config.metrics.listen {
         serve(listen, metrics.clone(), Arc::clone(&daemon) as Arc<dyn Health>, stop.clone()).await.map_err(|e| {
             Failure::new(
-                Failure::CONFIG,
+                // the address may come later, or its present user may go: systemd tries again
+                Failure::UNAVAILABLE,
                 format!("[metrics] listen = {listen}: {e}; choose another address or leave it empty"),
             )
         })?;
@@ -145,7 +148,10 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
 
     let failure = tokio::select! {
         ended = serve_signals(&mut signals, path, &log, (&publish_config, &rates), &systemd, &mut working) => {
-            ended.then(|| Failure::new(Failure::SOFTWARE, "the engine ended by itself"))
+            if ended {
+                return Err(Failure::new(Failure::SOFTWARE, "the engine ended by itself"));
+            }
+            None
         }
         failure = claim_later(&config, objects.as_ref(), session.as_ref()), if unclaimed => Some(failure),
     };
@@ -154,9 +160,6 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     systemd.phase(ServicePhase::Stopping);
     systemd.status("draining");
     stop.cancel();
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
     tracing::info!(running = engine.status().running, seconds = DRAIN.as_secs(), "stopping; jobs may end meanwhile");
     if timeout(DRAIN, &mut working).await.is_err() {
         drain.cancel();
@@ -169,7 +172,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
         let _ = timeout(Duration::from_secs(5), part).await;
     }
     tracing::info!("stopped");
-    Ok(ExitCode::SUCCESS)
+    failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 /// Why it is not known yet that the jobs are this cloud's.
@@ -188,7 +191,7 @@ async fn claim_jobs(config: &Config, objects: &dyn Objects, session: &Session) -
         session.expect_cloud(cloud);
     }
     let own = session.cloud().await.map_err(|error| match error.kind() {
-        openstack::ErrorKind::Refused => refused(Failure::new(Failure::CONFIG, format!("[keystone]: {error}"))),
+        openstack::ErrorKind::Misconfigured => refused(Failure::new(Failure::CONFIG, format!("[keystone]: {error}"))),
         _ => Unclaimed::Later(error),
     })?;
     match deployment::claim(objects, &own).await {
@@ -319,28 +322,37 @@ struct Daemon {
     engine: Arc<Engine>,
     broker: Arc<notification::BrokerStatus>,
     store: Store,
-    /// When Ceph was asked last, and what came of it.
-    probed: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,
+    ceph: Probe,
+    keystone: Probe,
     session: Arc<Session>,
 }
 
-impl Daemon {
-    /// Asks Ceph, one at a time: a caller that asks meanwhile gets the same answer.
-    async fn probe_ceph(&self) -> Result<(), String> {
-        let mut probed = self.probed.lock().await;
-        if let Some((at, answer)) = &*probed
+/// A service is asked by one caller at a time: who asks meanwhile, or right after that, gets the same answer.
+#[derive(Default)]
+struct Probe(tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>);
+
+impl Probe {
+    async fn ask<E: Display>(
+        &self,
+        limit: Duration,
+        question: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), String> {
+        let mut asked = self.0.lock().await;
+        if let Some((at, answer)) = &*asked
             && at.elapsed() < PROBE_HOLDS
         {
             return answer.clone();
         }
-        let answer = match timeout(PROBE_WITHIN, self.store.probe()).await {
+        let answer = match timeout(limit, question).await {
             Ok(answer) => answer.map_err(|e| e.to_string()),
-            Err(_) => Err(format!("no answer within {} s", PROBE_WITHIN.as_secs())),
+            Err(_) => Err(format!("no answer within {} s", limit.as_secs())),
         };
-        *probed = Some((Instant::now(), answer.clone()));
+        *asked = Some((Instant::now(), answer.clone()));
         answer
     }
+}
 
+impl Daemon {
     /// READY once the daemon can take requests, then a line of status, and the watchdog.
     async fn report_to(&self, systemd: &Systemd, metrics: metrics_exporter_prometheus::PrometheusHandle) {
         let interval = sd_notify::watchdog_enabled().map_or(STATUS_INTERVAL, |w| STATUS_INTERVAL.min(w / 2));
@@ -369,16 +381,14 @@ impl Health for Daemon {
     async fn health(&self) -> (bool, serde_json::Value) {
         let engine = self.engine.status();
         let broker = self.broker.get();
-        let (ceph, keystone) = tokio::join!(self.probe_ceph(), timeout(ANSWERED_WITHIN, self.session.probe_identity()));
-        let said = |answer: Result<Result<(), String>, tokio::time::error::Elapsed>| match answer {
-            Ok(Ok(())) => "ok".to_owned(),
-            Ok(Err(error)) => error,
-            Err(_) => format!("no answer within {} s", ANSWERED_WITHIN.as_secs()),
-        };
+        let ceph = self.ceph.ask(PROBE_WITHIN, self.store.probe());
+        let keystone = self.keystone.ask(ANSWERED_WITHIN, self.session.probe_identity());
+        let (ceph, keystone) = tokio::join!(ceph, keystone);
+        let said = |answer: Result<(), String>| answer.err().unwrap_or_else(|| "ok".to_owned());
         let parts = [
             ("broker", if broker.connected() { "ok".to_owned() } else { broker.to_string() }),
-            ("ceph", ceph.err().unwrap_or_else(|| "ok".to_owned())),
-            ("keystone", said(keystone.map(|answer| answer.map_err(|e| e.to_string())))),
+            ("ceph", said(ceph)),
+            ("keystone", said(keystone)),
             ("engine", engine_health(engine.last_poll)),
         ];
         let well = parts.iter().all(|(_, state)| state == "ok");

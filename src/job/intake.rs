@@ -77,8 +77,8 @@ impl Intake {
         let image_id = new.image_id;
         let source = new.source.map(|source| source.to_string());
         if !self.integrates(new.trigger) {
-            tracing::info!(%image_id, source, trigger = new.trigger.as_str(), "observed, not acted on");
-            metrics::counter!("rbd_offload_offers_observed_total", "trigger" => new.trigger.as_str()).increment(1);
+            tracing::info!(%image_id, source, trigger = new.trigger.as_str(), "offer ignored: the integration is off");
+            count_ignored(new.trigger);
             return Ok(());
         }
         self.submit(new).await
@@ -88,8 +88,8 @@ impl Intake {
     /// record counts, which Glance tells of too; the service may announce its work a moment before the offer is there.
     async fn announced(&self, image_id: Uuid, trigger: Trigger) -> Result<()> {
         if !self.integrates(trigger) {
-            tracing::info!(%image_id, trigger = trigger.as_str(), "observed, not acted on");
-            metrics::counter!("rbd_offload_offers_observed_total", "trigger" => trigger.as_str()).increment(1);
+            tracing::info!(%image_id, trigger = trigger.as_str(), "offer ignored: the integration is off");
+            count_ignored(trigger);
             return Ok(());
         }
         let Some(engine) = &self.engine else { return Ok(()) };
@@ -178,7 +178,11 @@ impl Intake {
             Event::InstanceSnapshot { image_id, .. } => self.announced(image_id, Trigger::InstanceSnapshot).await,
             // does not tell the image; where an integration waits, Glance's notification of its offer does
             Event::LegacyInstanceSnapshot { instance_id } => {
-                tracing::debug!(%instance_id, event = %meta.event_type, "observed, not acted on");
+                if !self.integrates(Trigger::InstanceSnapshot) {
+                    let trigger = Trigger::InstanceSnapshot.as_str();
+                    tracing::info!(%instance_id, event = %meta.event_type, trigger, "offer ignored: the integration is off");
+                    count_ignored(Trigger::InstanceSnapshot);
+                }
                 Ok(())
             }
         };
@@ -188,4 +192,9 @@ impl Intake {
             other => other.map_err(SinkError::new),
         }
     }
+}
+
+/// Counts an offer of a service whose integration is off.
+fn count_ignored(trigger: Trigger) {
+    metrics::counter!("rbd_offload_offers_ignored_total", "trigger" => trigger.as_str()).increment(1);
 }

@@ -30,10 +30,7 @@ pub struct Identity {
 
 impl Identity {
     pub fn of_this_process() -> Self {
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let host = host.trim();
-        let host = if host.is_empty() { "localhost" } else { host };
-        Self { instance: Uuid::new_v4(), host: host.to_owned(), pid: std::process::id() }
+        Self { instance: Uuid::new_v4(), host: ceph::host_name(), pid: std::process::id() }
     }
 
     /// As it stands in a job record: `host:pid:instance`.

@@ -20,8 +20,11 @@ use tokio_util::sync::CancellationToken;
 /// Connections served at a time; more wait in the kernel's backlog.
 const CONNECTIONS: usize = 32;
 
-/// A connection that says nothing for this long is closed.
-const SILENCE: Duration = Duration::from_secs(10);
+/// A connection that sends no request for this long is closed.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection is closed after this time, whatever is under way: a client that does not read would keep its place.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(60);
 
 /// Tells whether the daemon is well.
 #[async_trait]
@@ -61,10 +64,10 @@ pub async fn serve(
                 let service = service_fn(move |request| answer(request, metrics.clone(), Arc::clone(&health)));
                 let connection = http1::Builder::new()
                     .timer(TokioTimer::new())
-                    .header_read_timeout(SILENCE)
+                    .header_read_timeout(HEADER_TIMEOUT)
                     .serve_connection(TokioIo::new(stream), service);
                 // a client that went away is its own business
-                let _ = connection.await;
+                let _ = tokio::time::timeout(CONNECTION_LIMIT, connection).await;
                 drop(permit);
             });
         }

@@ -46,7 +46,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     ),
     (
         MetricKind::Counter,
-        "rbd_offload_offers_observed_total",
+        "rbd_offload_offers_ignored_total",
         "Work that a service offered while its integration is off in the configuration, by trigger.",
     ),
     (MetricKind::Plain, "rbd_offload_jobs_dry_run_total", "Jobs that were planned and, with dry_run, not done."),
