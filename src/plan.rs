@@ -504,8 +504,8 @@ struct OwnerNames {
     project: Option<String>,
 }
 
-/// The image that an instance was made from, if the instance's project may read it itself today. It is another project's
-/// secret otherwise. A record that cannot be read counts as none: it must not keep others from their images.
+/// The image that an instance was made from, if the instance's project may read it itself today. Otherwise it is
+/// another project's secret. A record that cannot be read counts as none: it must not keep others from their images.
 async fn read_base(cloud: &dyn Cloud, id: &str, owner: &str) -> Result<Option<Image>> {
     use openstack::ErrorKind::{Protocol, TooLarge};
     let image = match cloud.image(id).await {

@@ -283,8 +283,8 @@ async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_i
     daemon.stop();
 }
 
-/// In a cluster whose clients are all new enough, clones keep the snapshot of their parent alive when it is deleted, but
-/// not its name. And they mark the image that they are made from.
+/// In a cluster whose clients are all new enough, clones keep the snapshot of their parent alive when it is deleted,
+/// but not its name. And they mark the image that they are made from.
 #[tokio::test(flavor = "multi_thread")]
 async fn with_clones_of_format_2_a_source_snapshot_may_be_deleted_and_the_image_cloned_meanwhile() {
     let _lab = lab_lease::alone().await;

@@ -17,7 +17,7 @@ use rbd_offload::job::bindings::RememberedBindings;
 use rbd_offload::notification::{Binding, Bindings};
 use rbd_offload::publish::tag::OwnershipTag;
 use rbd_offload::publish::{self, RenameOutcome};
-use rbd_offload::transfer::{self, MARK};
+use rbd_offload::transfer::{self, OWNERSHIP_TAG};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -799,7 +799,7 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
     for tagged in [true, false] {
         client.clone_image(&source, "s", &copy("a"), Features::PUBLISHED).await.unwrap();
         if tagged {
-            client.set_metadata(&copy("a"), MARK, &format!("{}-a request", lab.name)).await.unwrap();
+            client.set_metadata(&copy("a"), OWNERSHIP_TAG, &format!("{}-a request", lab.name)).await.unwrap();
         }
         assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Changed::Yes);
         assert_eq!(client.remove_image(&copy("a")).await.unwrap(), Changed::No);
@@ -808,9 +808,9 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
 
     // a removal that died between the move and the end is known by the tag; what another has put there is not ours
     client.clone_image(&source, "s", &copy("b"), Features::PUBLISHED).await.unwrap();
-    client.set_metadata(&copy("b"), MARK, &format!("{}-b", lab.name)).await.unwrap();
+    client.set_metadata(&copy("b"), OWNERSHIP_TAG, &format!("{}-b", lab.name)).await.unwrap();
     client.create_like(&source, "s", &copy("c")).await.unwrap();
-    client.set_metadata(&copy("c"), MARK, "inherited").await.unwrap();
+    client.set_metadata(&copy("c"), OWNERSHIP_TAG, "inherited").await.unwrap();
     lab.python("rbd.RBD().remove(io('vms'), NAME + '-b'); rbd.RBD().remove(io('vms'), NAME + '-c')");
     assert!(trashed(&lab).contains(&format!("{}-b", lab.name)), "the pool's setting holds");
     assert_eq!(client.remove_image(&copy("b")).await.unwrap(), Changed::Yes);
@@ -847,13 +847,13 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image:
             snapshot: "s".into(),
             anchor: None,
             destination: lab.image(),
-            mark: lab.name.clone(),
+            tag: lab.name.clone(),
             limits: no_limits(),
         };
         let (progress, never) = (Progress::default(), CancellationToken::new());
         method.transfer().run(&client, &order, &progress, &never).await.unwrap();
         let metadata = lab.command("rbd", &["image-meta", "list", "--format", "json", &lab.image().to_string()]);
-        assert_eq!(metadata.trim(), format!("{{\"{MARK}\":\"{}\"}}", lab.name), "{method}");
+        assert_eq!(metadata.trim(), format!("{{\"{OWNERSHIP_TAG}\":\"{}\"}}", lab.name), "{method}");
         assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Changed::Yes);
     }
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
@@ -876,7 +876,7 @@ async fn a_rename_that_died_half_way_is_finished() {
         let (private, id) = (name("private"), own.image_id.to_string());
         let copy = ImageSpec::named("images", &private);
         lab.python("create('images', NAME + '-private', M)");
-        client.set_metadata(&copy, MARK, &own.to_string()).await.unwrap();
+        client.set_metadata(&copy, OWNERSHIP_TAG, &own.to_string()).await.unwrap();
         if directory_too {
             client.rename(&copy, &id).await.unwrap();
             copy_object(&id, &private);
@@ -907,7 +907,7 @@ async fn a_rename_that_died_half_way_is_finished() {
     let own = OwnershipTag::new(Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let second = ImageSpec::named("images", own.image_id.to_string());
     lab.python(&format!("create('images', '{}', M)", own.image_id));
-    client.set_metadata(&second, MARK, &own.to_string()).await.unwrap();
+    client.set_metadata(&second, OWNERSHIP_TAG, &own.to_string()).await.unwrap();
     assert_eq!(publish::rename_to_final(&client, &first, &own).await.unwrap(), RenameOutcome::Taken);
     assert!(client.image(&first, None).await.unwrap().is_some());
     for image in [&first, &second] {
@@ -944,14 +944,14 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('co
     snapshotted(&client, &source).await;
     let expected = lab.data(&source, Some("s"));
     let anchor = ImageSpec::named("volumes", format!("{}-anchor", lab.name));
-    let tag = [(MARK.to_owned(), format!("{}-anchor", lab.name))];
+    let tag = [(OWNERSHIP_TAG.to_owned(), format!("{}-anchor", lab.name))];
     client.make_anchor(&source, "s", &anchor, "a", &tag).await.unwrap();
 
     let info = client.image(&anchor, None).await.unwrap().unwrap();
     assert!(!info.features.has(Features::OBJECT_MAP) && !info.features.has(Features::FAST_DIFF), "{info:?}");
     assert!(info.features.has(Features::DEEP_FLATTEN) && info.snapshots.iter().any(|s| s.name == "a" && s.protected));
     let metadata = lab.command("rbd", &["image-meta", "list", "--format", "json", &anchor.to_string()]);
-    assert!(metadata.contains(MARK) && !metadata.contains("qos"), "{metadata}");
+    assert!(metadata.contains(OWNERSHIP_TAG) && !metadata.contains("qos"), "{metadata}");
     assert_eq!(client.chain(&anchor, "a").await.unwrap().len(), 2);
     assert!(lab.data(&anchor, Some("a")) == expected);
 
@@ -1144,7 +1144,7 @@ async fn headers_tell_the_tags_of_snapshots_that_are_gone_and_the_owners_of_imag
     }
     let snapshot = format!("{}-s", lab.name);
     for image in [&tagged, &trashed] {
-        client.set_metadata(image, MARK, &format!("owner of {image}")).await.unwrap();
+        client.set_metadata(image, OWNERSHIP_TAG, &format!("owner of {image}")).await.unwrap();
         client.set_snapshot_tag(image, &snapshot, "tag").await.unwrap();
     }
     // one that is there is told of once
@@ -2229,7 +2229,7 @@ impl Early {
     async fn publish(client: &Client, source: &ImageSpec, name: &str, features: Features) -> Self {
         let anchor = ImageSpec::named(&source.pool, format!("{name}-zanchor"));
         let image = ImageSpec::named("images", format!("{name}-zimage"));
-        let mark = [(MARK.to_owned(), name.to_owned())];
+        let mark = [(OWNERSHIP_TAG.to_owned(), name.to_owned())];
         client.make_anchor(source, "s", &anchor, "a", &mark).await.unwrap();
         client.clone_image(&anchor, "a", &image, features).await.unwrap();
         client.replace_metadata(&image, &[]).await.unwrap();

@@ -205,6 +205,10 @@ fn every_configuration_of_ours_that_is_shown_is_valid() {
     assert!(shown >= 4, "{shown}");
 }
 
+/// Sections of the services' own files.
+const OF_SERVICES: [&str; 5] =
+    ["ephemeral_storage_encryption", "libvirt", "oslo_messaging_notifications", "service_user", "workarounds"];
+
 #[test]
 fn every_key_that_is_named_is_in_the_sample() {
     let sample = read("etc/rbd-offload.conf");
@@ -223,8 +227,7 @@ fn every_key_that_is_named_is_in_the_sample() {
             let Some((section, key)) = code.strip_prefix('[').and_then(|rest| rest.split_once("] ")) else { continue };
             let section = section.split(':').next().unwrap();
             let key = key.split([' ', '=', ':']).next().unwrap();
-            // of the services' own files
-            if !keys.iter().any(|(ours, _)| ours == section) || (section, key) == ("DEFAULT", "transport_url") {
+            if OF_SERVICES.contains(&section) || (section, key) == ("DEFAULT", "transport_url") {
                 continue;
             }
             seen += 1;

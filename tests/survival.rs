@@ -224,7 +224,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
             daemon.await_health(200).await;
         }
         let logs = killed.iter().chain(&daemons).map(Daemon::log);
-        fences += logs.map(|log| log.matches("fenced the owner before").count()).sum::<usize>();
+        fences += logs.map(|log| log.matches("fenced the previous owner").count()).sum::<usize>();
         eprintln!(
             "{} rounds, {} images, {at_once} of them at once, {kills} kills, {aborts} aborts of librbd, {fences} fences, {:.0} s",
             seed + 1 - first,

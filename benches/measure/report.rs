@@ -315,7 +315,7 @@ fn notifications(text: &mut String, part: &Value) {
     }
     let _ = writeln!(
         text,
-        "## Notifications that concern nobody\n\nReal notifications of Glance, Cinder and Nova (`tests/data/notifications`), {} of them waiting in the \
+        "## Irrelevant notifications\n\nReal notifications of Glance, Cinder and Nova (`tests/data/notifications`), {} of them waiting in the \
          queue, beside a listener of oslo.messaging with one endpoint that looks at the event type.\n",
         part["daemon"]["count"]
     );

@@ -1,10 +1,9 @@
 //! Filling a clone inside the cluster: the OSDs copy the objects of the source and its parents by RADOS `copy_from`.
 //!
-//! The clone keeps its parent throughout, so everything that is left out here is right all the same: it is read from
-//! the parent, and the flatten copies it. Left out is what cannot be copied exactly, object by object: where a layer
-//! has another object size or striping, or the overlap with it ends inside an object; and objects with next to nothing
-//! in them. `copy_from` fills holes with zeros: objects with a good many are asked for on the OSD that holds them, and
-//! made sparse again after the copy.
+//! What the fill leaves out is still correct: the clone keeps its parent, and the flatten copies the rest. The fill
+//! leaves out objects that cannot be copied exactly (another object size or striping, or an overlap that ends inside
+//! the object), and objects with almost no data. `copy_from` writes holes as zeros. So the fill asks the OSD for the
+//! holes of sparse objects, and makes them sparse again.
 //!
 //! An object is taken from a parent only when every nearer layer is known not to hold it (see `layers`).
 //!
@@ -112,7 +111,7 @@ pub(super) fn fill(
     let mut layers = vec![Layer::new(from, snap_id, size)?];
     layers.extend(parents(cluster, &layers[0].image)?);
     // (another snapshot in the source's place shows at the end, and the copy is removed then)
-    let survey = Survey::of(&layers, layout, layout.count(size), Versions::Any, inquiry)?;
+    let scan = ObjectScan::of(&layers, layout, layout.count(size), Versions::Any, inquiry)?;
     let destination_objects = DataObjects::of(&to, None)?;
     let data = open_to_fill(&to)?;
     let mut maps_are_on = to.features()?.has(Features::OBJECT_MAP);
@@ -125,7 +124,7 @@ pub(super) fn fill(
         }
         Ok(())
     };
-    let copied = copy_all(&mut copier, &survey, 0, limits.concurrency, fault, before_copying, |_, _| {});
+    let copied = copy_all(&mut copier, &scan, 0, limits.concurrency, fault, before_copying, |_, _| {});
     let moved = copied.map(|()| copier.moved);
     drop(copier);
     if moved.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
@@ -155,14 +154,14 @@ pub(super) enum Versions {
     /// The one that the OSD has at the snapshot when it copies. Once the snapshot is removed, that is what was written
     /// since.
     Any,
-    /// The one that the survey saw: nothing else is ever copied.
+    /// The one that the scan saw: nothing else is ever copied.
     Seen,
 }
 
 /// Finds out, a stretch at a time, which objects are to be copied into a clone, and from which of the layers that it
 /// reads from.
-pub(super) struct Survey<'a> {
-    layers: Vec<SurveyedLayer<'a>>,
+pub(super) struct ObjectScan<'a> {
+    layers: Vec<ScannedLayer<'a>>,
     /// Of the clone.
     layout: Layout,
     /// The clone's objects.
@@ -171,14 +170,14 @@ pub(super) struct Survey<'a> {
     inquiry: Inquiry<'a>,
 }
 
-struct SurveyedLayer<'a> {
+struct ScannedLayer<'a> {
     layer: &'a Layer,
     listing: Listing<'a>,
     /// The pool of the layer's data, set to read at its snapshot.
     data: Rc<IoCtx>,
 }
 
-impl<'a> Survey<'a> {
+impl<'a> ObjectScan<'a> {
     /// The layers are in the order in which the clone reads from them, the nearest first.
     pub fn of(
         layers: &'a [Layer],
@@ -189,13 +188,13 @@ impl<'a> Survey<'a> {
     ) -> Result<Self> {
         refuse_migrating(layers, inquiry.operation)?;
         let open = |layer: &'a Layer| {
-            Ok(SurveyedLayer { layer, listing: layer.listing()?, data: Rc::new(layer.objects.open()?) })
+            Ok(ScannedLayer { layer, listing: layer.listing()?, data: Rc::new(layer.objects.open()?) })
         };
         Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, versions, inquiry })
     }
 
     /// What is to be copied of a stretch of whole sets of objects.
-    fn plan(&self, stretch: &Range<u64>) -> Result<Vec<Copy>> {
+    fn plan(&self, stretch: &Range<u64>) -> Result<Vec<ObjectCopy>> {
         let Self { layout, inquiry, .. } = *self;
         let bytes = layout.bytes_of_sets(stretch);
         // Objects that a nearer layer holds, in whole or in part: what the layers below have there is hidden.
@@ -206,7 +205,7 @@ impl<'a> Survey<'a> {
             place.is_some_and(|decided| !std::mem::replace(decided, true))
         };
         let mut plan = Vec::new();
-        for SurveyedLayer { layer, listing, data } in &self.layers {
+        for ScannedLayer { layer, listing, data } in &self.layers {
             let mut objects = Vec::new();
             if layer.objects.layout == layout {
                 objects = listing.held(stretch, inquiry)?;
@@ -232,7 +231,7 @@ impl<'a> Survey<'a> {
                 // the object map has it and the OSD has not: the flatten finds that out too
                 let Some(version) = version else { continue };
                 let from = layer.objects.name(inquiry.operation, object)?;
-                plan.push(Copy { object, from, version, data: Rc::clone(data), holes });
+                plan.push(ObjectCopy { object, from, version, data: Rc::clone(data), holes });
             }
         }
         Ok(plan)
@@ -241,40 +240,40 @@ impl<'a> Survey<'a> {
     /// How many objects of a range there may be to copy, as far as that is known without asking.
     fn upper_bound(&self, range: Range<u64>) -> u64 {
         let may_be_copied = |object: &u64| {
-            let mut alike = self.layers.iter().filter(|surveyed| surveyed.layer.objects.layout == self.layout);
-            alike.any(|surveyed| surveyed.listing.may_hold(*object))
+            let mut alike = self.layers.iter().filter(|scanned| scanned.layer.objects.layout == self.layout);
+            alike.any(|scanned| scanned.listing.may_hold(*object))
         };
         range.filter(may_be_copied).count() as u64
     }
 }
 
-/// Copies what the survey finds from the object `first` on, a stretch at a time, and makes the holes that could not be
+/// Copies what the scan finds from the object `first` on, a stretch at a time, and makes the holes that could not be
 /// foreseen. `before_copying` is called when it is known what is to be copied of a stretch, and none of it is; `done`
 /// when all objects before this one are there, with what was moved so far.
 pub(super) fn copy_all(
     copier: &mut Copier<'_>,
-    survey: &Survey<'_>,
+    scan: &ObjectScan<'_>,
     first: u64,
     concurrency: usize,
     fault: Option<FillFault>,
     mut before_copying: impl FnMut() -> Result<()>,
     mut done: impl FnMut(u64, Moved),
 ) -> Result<()> {
-    let Survey { layout, count, .. } = *survey;
+    let ObjectScan { layout, count, .. } = *scan;
     let (progress, mut number) = (copier.inquiry.progress, 0);
     let mut next = layout.start_of_set(first.min(count));
     // What is not listed yet counts as far as it is known. So the total shrinks, and what is done never does.
-    let mut unlisted = survey.upper_bound(next..count);
+    let mut unlisted = scan.upper_bound(next..count);
     let mut planned = 0;
     progress.set_total(unlisted * layout.object_size);
     while next < count {
         let stretch = layout.stretch(next, count);
-        let mut plan = survey.plan(&stretch)?;
+        let mut plan = scan.plan(&stretch)?;
         if fault == Some(FillFault::SkipEveryThird) {
             plan.retain(|copy| copy.object % 3 != 0);
         }
         planned += plan.len() as u64;
-        unlisted -= survey.upper_bound(stretch.clone());
+        unlisted -= scan.upper_bound(stretch.clone());
         progress.set_total((planned + unlisted) * layout.object_size);
         if !plan.is_empty() {
             before_copying()?;
@@ -318,7 +317,7 @@ fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
 }
 
 /// An object to copy.
-struct Copy {
+struct ObjectCopy {
     object: u64,
     /// Its name in the layer.
     from: CString,
@@ -506,14 +505,14 @@ pub(super) struct Copier<'a> {
     completed: Receiver<(u64, Work, c_int)>,
     in_flight: usize,
     pub moved: Moved,
-    look: Option<Look<'a>>,
+    look: Option<PeriodicCheck<'a>>,
     /// The destination's pool is erasure-coded and makes no holes in objects. A hole takes its space there, whichever
     /// method writes the object.
     keeps_no_holes: bool,
 }
 
 /// What is looked at from time to time while objects are copied.
-struct Look<'a> {
+struct PeriodicCheck<'a> {
     every: Duration,
     last: Instant,
     look: &'a dyn Fn() -> Result<()>,
@@ -527,8 +526,8 @@ impl<'a> Copier<'a> {
     }
 
     /// Has `look` called so often, between two copies; its error ends the copying.
-    pub fn look_every(&mut self, every: Duration, look: &'a dyn Fn() -> Result<()>) {
-        self.look = Some(Look { every, last: Instant::now(), look });
+    pub fn check_every(&mut self, every: Duration, look: &'a dyn Fn() -> Result<()>) {
+        self.look = Some(PeriodicCheck { every, last: Instant::now(), look });
     }
 
     /// Waits until fewer than `concurrency` objects are in flight and the rate allows another one.
@@ -537,7 +536,9 @@ impl<'a> Copier<'a> {
             if self.inquiry.cancel.is_cancelled() {
                 return Err(cancelled(self.inquiry.operation));
             }
-            if let Some(Look { last, look, .. }) = self.look.as_mut().filter(|look| look.last.elapsed() >= look.every) {
+            if let Some(PeriodicCheck { last, look, .. }) =
+                self.look.as_mut().filter(|look| look.last.elapsed() >= look.every)
+            {
                 look()?;
                 *last = Instant::now();
             }
@@ -570,8 +571,8 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    fn copy(&mut self, copy: Copy) -> Result<()> {
-        let Copy { from, version, data, .. } = &copy;
+    fn copy(&mut self, copy: ObjectCopy) -> Result<()> {
+        let ObjectCopy { from, version, data, .. } = &copy;
         let source = data.raw();
         let work = Work::Copy { then_punch: copy.holes == Holes::Some };
         self.launch(copy.object, work, |to, data, argument| {

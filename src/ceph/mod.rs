@@ -292,7 +292,7 @@ pub enum Compare {
     Full,
 }
 
-/// What a transfer moved. Objects count whole, so both numbers of bytes are upper bounds where objects have holes.
+/// What a transfer moved. Objects are counted whole. With holes, both byte counts are upper bounds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Bytes written to the destination.

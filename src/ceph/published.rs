@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, check};
-use super::fill::{Copier, Survey, Versions, copy_all, flatten, open_to_fill};
+use super::fill::{Copier, ObjectScan, Versions, copy_all, flatten, open_to_fill};
 use super::layers::{Chain, DataObjects, Inquiry, Layout, ObjectSet, STRETCH, asked_for, sources};
 use super::objects::create_empty;
 use super::pace::{OBJECT, QUESTION};
@@ -31,7 +31,7 @@ use super::rbd::{self, Access, Image, find_in_trash};
 use super::{Error, ErrorKind, Features, FillState, ImageKey, ImageSpec, Moved, Progress, Result, TransferLimits};
 
 /// How often a fill looks whether the image and its parents are still what they were.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Times that a fill begins again in one call because the image's parents changed: a source that is deleted changes
 /// them once or twice.
@@ -138,7 +138,7 @@ fn fill_from_parents(
     let chain = Chain::of(cluster, &to, 0)?;
     let layers = sources(cluster, &to)?;
     let layout = Layout::of(&to)?;
-    let survey = Survey::of(&layers, layout, layout.count(to.size()?), Versions::Seen, inquiry)?;
+    let scan = ObjectScan::of(&layers, layout, layout.count(to.size()?), Versions::Seen, inquiry)?;
     let (data, objects) = (open_to_fill(&to)?, DataObjects::of(&to, None)?);
     drop(to);
 
@@ -157,8 +157,8 @@ fn fill_from_parents(
     let first = state.next_object;
     let (before, already) = (*moved, state.copied);
     let mut copier = Copier::new(&data, &objects, inquiry);
-    copier.look_every(LOOK_INTERVAL, &look);
-    let copied = copy_all(&mut copier, &survey, first, concurrency, None, look, |next, copied| {
+    copier.check_every(CHECK_INTERVAL, &look);
+    let copied = copy_all(&mut copier, &scan, first, concurrency, None, look, |next, copied| {
         *state = FillState { next_object: next, copied: already + copied.objects };
         saved.send_replace(*state);
     });

@@ -33,10 +33,10 @@ pub struct Args {
     /// Ended jobs too, and records that are in no index.
     #[arg(long)]
     all: bool,
-    /// Only the jobs of the project whose id this is, or begins with.
+    /// Only jobs of this project; the beginning of its id is enough.
     #[arg(long, value_name = "ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     project: Option<String>,
-    /// Only the jobs in these states, separated by commas. One that jobs end in looks at the ended jobs too.
+    /// Only jobs in these states, separated by commas. An end state also lists ended jobs.
     #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = states())]
     states: Vec<String>,
     /// The columns, separated by commas. On a terminal, the default is as many as fit.
@@ -171,7 +171,7 @@ async fn render(store: &Store, args: &Args) -> Result<String, Failure> {
     if entries.is_empty() {
         return Ok(if all { "no jobs\n" } else { "no jobs; --all shows those that ended\n" }.to_owned());
     }
-    let look = Look { now: Timestamp::now(), width: output::width(), colours: output::colours() };
+    let look = TableStyle { now: Timestamp::now(), width: output::width(), colours: output::colours() };
     Ok(table(&entries, &args.format, look))
 }
 
@@ -246,7 +246,7 @@ impl Entry {
         }
     }
 
-    fn cell(&self, column: Column, look: &Look) -> Cell {
+    fn cell(&self, column: Column, look: &TableStyle) -> Cell {
         let text = match self {
             Self::Job(stored) => field(stored, column, look),
             Self::Unreadable { image_id, reason } => match column {
@@ -262,13 +262,13 @@ impl Entry {
 }
 
 /// How a table is shown. `width`: of the terminal; without one nothing is cut, and ids are written whole.
-struct Look {
+struct TableStyle {
     now: Timestamp,
     width: Option<usize>,
     colours: bool,
 }
 
-fn field(stored: &Stored, column: Column, look: &Look) -> Option<String> {
+fn field(stored: &Stored, column: Column, look: &TableStyle) -> Option<String> {
     let record = &stored.record;
     let is_whole = look.width.is_none();
     match column {
@@ -308,7 +308,7 @@ fn reason(stored: &Stored) -> String {
 }
 
 /// `format` empty: the default columns, without the optional ones that do not fit.
-fn table(entries: &[Entry], format: &[Column], look: Look) -> String {
+fn table(entries: &[Entry], format: &[Column], look: TableStyle) -> String {
     let mut columns = if format.is_empty() { Column::DEFAULT.to_vec() } else { format.to_vec() };
     let mut optional = if format.is_empty() { &Column::OPTIONAL[..] } else { &[] };
     loop {
@@ -362,7 +362,7 @@ mod tests {
             Entry::Job(Box::new(stored(job()))),
             Entry::Unreadable { image_id: id, reason: "the record was written by a newer version".into() },
         ];
-        let look = |width| Look { now, width, colours: false };
+        let look = |width| TableStyle { now, width, colours: false };
         let whole = table(&entries, &[], look(None));
         let lines: Vec<&str> = whole.lines().collect();
         assert_eq!(
@@ -386,7 +386,7 @@ mod tests {
     fn no_line_is_wider_than_the_terminal_and_the_id_is_whole() {
         let now = Timestamp::from_second(1_000_090).unwrap();
         let entries = [Entry::Job(Box::new(stored(job())))];
-        let shown = |width| table(&entries, &[], Look { now, width: Some(width), colours: false });
+        let shown = |width| table(&entries, &[], TableStyle { now, width: Some(width), colours: false });
         for width in [70, 80, 100, 120, 160] {
             let table = shown(width);
             assert!(table.lines().all(|line| line.chars().count() <= width), "{width}:\n{table}");
@@ -405,7 +405,7 @@ mod tests {
         failed.bytes_total = 4 << 30;
         let entries = [Entry::Job(Box::new(stored(failed)))];
         let columns = [Column::State, Column::Size, Column::Updated];
-        let table = |colours| table(&entries, &columns, Look { now, width: Some(10), colours });
+        let table = |colours| table(&entries, &columns, TableStyle { now, width: Some(10), colours });
         assert_eq!(table(false), "STATE   SIZE      UPDATED\nfailed  4.00 GiB  1m\n");
         assert_eq!(table(true), "STATE   SIZE      UPDATED\n\x1b[1;31mfailed\x1b[0m  4.00 GiB  1m\n");
     }

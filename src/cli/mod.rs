@@ -50,7 +50,7 @@ enum Command {
     Jobs(jobs::Args),
     /// Show one job.
     Show(show::Args),
-    /// Start a job again that was declined, failed or was cancelled.
+    /// Start a declined, failed or cancelled job again.
     Retry(retry::Args),
     /// Stop a job and remove what it made.
     Cancel(cancel::Args),

@@ -16,14 +16,14 @@ use crate::config;
 use crate::openstack::{Image, Tenant, is_reserved};
 use crate::request::{COPYING_TAG, PROPERTY_PREFIX, Source, parse_uuid};
 
-/// Between two looks at the record.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often the record is read.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Looks in a row that may fail before the waiting is given up.
-const FAILED_LOOKS: u32 = 30;
+/// Reads that may fail in a row. After that the command gives up.
+const MAX_FAILED_POLLS: u32 = 30;
 
 /// After this long without a sign of a daemon, the command says so.
-const SILENCE: Duration = Duration::from_secs(30);
+const NO_DAEMON_AFTER: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -41,7 +41,7 @@ pub struct Args {
     /// With --wait: wait also until the copy of an image that was published at once is complete.
     #[arg(long, requires = "wait")]
     detached: bool,
-    /// Create nothing: tell what speaks for and against the request, by what a tenant may see. Exit status 69 if it
+    /// Create nothing. Show whether the request would be accepted, as far as a tenant can see. Exit status 69 if it
     /// would be declined.
     #[arg(long, conflicts_with_all = ["wait", "detached"])]
     dry_run: bool,
@@ -140,7 +140,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
             None => {}
         }
         silent &= seen.status.is_none() && seen.image_status.as_deref() == Some("queued");
-        let quiet = silent && begun.elapsed() >= SILENCE;
+        let quiet = silent && begun.elapsed() >= NO_DAEMON_AFTER;
         shown.show(&seen, quiet);
         let Some(left) = within.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) else {
             shown.clear();
@@ -153,13 +153,13 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
                 ),
             ));
         };
-        sleep(LOOK.min(left)).await;
+        sleep(POLL_INTERVAL.min(left)).await;
         match tenant.image(&id).await {
             Ok(found) => {
                 failed_looks = 0;
                 seen = found.as_ref().map_or_else(RequestProgress::gone, RequestProgress::of);
             }
-            Err(error) if error.is_transient() && failed_looks < FAILED_LOOKS => failed_looks += 1,
+            Err(error) if error.is_transient() && failed_looks < MAX_FAILED_POLLS => failed_looks += 1,
             Err(error) => {
                 shown.clear();
                 return Err(error.into());

@@ -32,8 +32,7 @@ use crate::telemetry::http::{Health, serve};
 use crate::telemetry::systemd::{ServicePhase, Systemd};
 use crate::telemetry::{LogHandle, start_logging, start_metrics};
 
-/// How long running jobs may go on after SIGTERM before they are given back to the other daemons. The unit's
-/// TimeoutStopSec is longer.
+/// How long running jobs may go on after SIGTERM before the daemon releases them. The unit's TimeoutStopSec is longer.
 const DRAIN: Duration = Duration::from_secs(30);
 
 /// How often the daemon sends systemd its status.
@@ -160,7 +159,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     systemd.phase(ServicePhase::Stopping);
     systemd.status("draining");
     stop.cancel();
-    tracing::info!(running = engine.status().running, seconds = DRAIN.as_secs(), "stopping; jobs may end meanwhile");
+    tracing::info!(running = engine.status().running, seconds = DRAIN.as_secs(), "stopping; running jobs may finish");
     if timeout(DRAIN, &mut working).await.is_err() {
         drain.cancel();
         if timeout(DRAIN, &mut working).await.is_err() {

@@ -181,9 +181,9 @@ section! {
         /// Glance's limit for the size of one image (image_size_cap in glance-api.conf), which its API does not tell.
         /// What would be larger is declined before it is copied. 0: not known.
         image_size_cap: u64 = "0", Size;
-        /// What the names of properties start with that no image inherits from its source: those that Glance's property
-        /// protections keep from tenants, since the daemon may write them. Those of encryption and signatures are left
-        /// out in any case.
+        /// Prefixes of property names that an image never inherits from its source. List here the names that Glance's
+        /// property protections keep from tenants: the daemon may write them. Encryption and signature properties are
+        /// never inherited.
         protected_properties: Vec<String> =
             "bittorrent,cache_in_nova,cinder_encryption_key,img_signature,signature_verified", List;
     }
@@ -220,15 +220,15 @@ section! {
         max_jobs_per_pool: usize = "0", Whole { min: 0, max: 256 };
         /// Jobs on this controller that copy behind an active image at a time. They come on top of max_jobs.
         max_detach: usize = "2", Whole { min: 1, max: 256 };
-        /// How long the source's snapshot is kept once an image that was published at once depends on it no more: a
-        /// client that opened the image before may still be about to read from it.
+        /// How long the source's snapshot is kept after an image that was published at once no longer needs it. A
+        /// client that opened the image earlier may still read from it.
         detach_grace: Duration = "60s", Span { min: 0, max: DAY };
         /// Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.
         max_jobs_per_project: usize = "0", Whole { min: 0, max: 256 };
         /// How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that
         /// got further than before is not counted. 0: no limit.
         max_takeovers: u32 = "3", Whole { min: 0, max: 100 };
-        /// How long a job may make no progress before it is given up and tried again. Its Ceph client is fenced first.
+        /// A job without progress for this long is given up. The daemon fences its Ceph client and retries the job.
         hang_limit: Duration = "30m", Span { min: 60, max: DAY };
         /// Whether a volume that is attached may be the source: its image is as a disk after a power cut.
         allow_in_use: bool = "false", Flag;
@@ -236,8 +236,8 @@ section! {
         concurrency: usize = "16", Whole { min: 1, max: 256 };
         /// Bytes a second that all jobs of this controller together read for the method copy. 0: no limit.
         bandwidth_limit: u64 = "0", Size;
-        /// RADOS objects a second that all jobs of this controller together have the OSDs work on. A question about an
-        /// object counts a tenth; a flatten is not limited. 0: no limit.
+        /// RADOS objects a second that the OSDs process for all jobs of this controller together. Asking for an object
+        /// counts as a tenth. A flatten is not limited. 0: no limit.
         objects_per_second: u64 = "0", Whole { min: 0, max: 1_000_000 };
         /// Attempts after the first when a service or Ceph is away; the pause between them grows.
         retries: u32 = "5", Whole { min: 0, max: 100 };
@@ -245,9 +245,10 @@ section! {
         hash: Hash = "none", OneOf(Hash::NAMES);
         /// How much of an image is read again and compared with its source before it is published.
         verify: Verify = "sample", OneOf(Verify::NAMES);
-        /// How often requests whose notification got lost, and leftovers, are looked for.
+        /// How often the reconciler looks for leftovers and for requests whose notification was lost.
         reconcile_interval: Duration = "60s", Span { min: 1, max: DAY };
-        /// Dry run: requests are planned, counted and logged, and nothing is written.
+        /// Dry run: the daemon plans, counts and logs each request, and stores the finding as a cancelled job. It makes
+        /// no image and changes no image record.
         dry_run: bool = "false", Flag;
     }
 }

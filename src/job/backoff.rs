@@ -18,8 +18,7 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Longest pause between attempts to make an active image independent of its source: it can be used all the while.
 const DETACH_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// The longest while an instance's disk still has our snapshot, which the next attempt removes: Nova tries for a minute
-/// to remove the disk of an instance that it deletes or rebuilds, and then gives up.
+/// Longest pause while our snapshot is on an instance's disk. Nova retries the removal of a disk for one minute only.
 const INSTANCE_MAX: Duration = Duration::from_secs(15);
 
 /// The pause before the job's next attempt.

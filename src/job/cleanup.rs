@@ -174,7 +174,7 @@ impl Removals {
         self.is_fenced |= ended.is_fenced;
         if ended.is_hung {
             tracing::error!(%image_id, hours = LIMIT.as_secs() / 3600,
-                "the removal of what a job left hangs; it was given up");
+                "the removal of leftovers stalled and was given up");
             let cleaner = self.cleaner.clone();
             self.is_fenced = true;
             tokio::spawn(async move { cleaner.fence_own_client().await });
@@ -182,7 +182,7 @@ impl Removals {
         if ended.is_beyond_cleanup && self.beyond_cleanup.insert(image_id) {
             metrics::counter!("rbd_offload_takeover_failures_total").increment(1);
             tracing::error!(%image_id,
-                "daemons died while they removed what the job of this image left; it stays, until its job is retried");
+                "daemons died while they removed the leftovers of this image; they stay until the job is retried");
         }
     }
 }
@@ -311,7 +311,7 @@ impl Cleaner {
             VolumeDeletion::No => {
                 let status = found.map(|volume| volume.status);
                 tracing::warn!(%image_id, %volume, status, source = %image,
-                    "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
+                    "the volume's disk stays in the trash: Cinder still has the volume");
                 return Ok(true);
             }
         }

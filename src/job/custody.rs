@@ -2,7 +2,7 @@
 //!
 //! A daemon that removes something may freeze between its last look and the removal, and go on when a new job for the
 //! same image has made something under the same name. So the reconciler does as a job does: it takes the lease, fences
-//! the owner before, and writes itself into the record. The next holder of the lease fences it. Without a record it
+//! the previous owner, and writes itself into the record. The next holder of the lease fences it. Without a record it
 //! makes one, a placeholder in an end state, and removes it afterwards.
 
 use std::sync::Arc;
@@ -98,8 +98,8 @@ impl Custody {
         }
     }
 
-    /// Whether so many owners in a row have died that nobody tries again to remove what the job left: as many as die
-    /// for a job that is being made and then cleaned up.
+    /// Whether so many owners died in a row that nothing tries again to remove the leftovers: as many as may die for a
+    /// job that is being made and then cleaned up.
     pub fn is_beyond_cleanup(&self) -> bool {
         self.is_beyond_cleanup
     }

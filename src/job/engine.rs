@@ -82,7 +82,7 @@ struct Running {
     progress: Arc<Progress>,
     /// It waits for a service: it takes none of the `max_jobs`.
     waits: Arc<AtomicBool>,
-    /// Its owner before died or stalled with it.
+    /// Its previous owner died or stalled with it.
     suspect: bool,
     /// Its image is active: it takes none of the `max_jobs`, but one of the `max_detach`.
     detaches: bool,
@@ -97,7 +97,7 @@ struct Load {
     copying: usize,
     /// The same by project.
     by_project: HashMap<String, usize>,
-    /// A job runs whose owner before died or stalled with it.
+    /// A job runs whose previous owner died or stalled with it.
     suspect: bool,
     /// Jobs behind an active image. The others do not count them.
     detaching: usize,
@@ -214,7 +214,7 @@ impl Engine {
         self.wake.notify_one();
     }
 
-    /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are given back after that.
+    /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are released after that.
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             self.beat();

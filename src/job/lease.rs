@@ -59,14 +59,14 @@ pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> c
     let (image_id, client) = (record.image_id, record.owner_address.as_deref());
     match fenced {
         Ok(change) => {
-            tracing::info!(%image_id, client, made = change == Changed::Yes, "fenced the owner before");
+            tracing::info!(%image_id, client, made = change == Changed::Yes, "fenced the previous owner");
             Ok(true)
         }
         Err(error) => {
             if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) {
                 metrics::counter!("rbd_offload_fences_refused_total").increment(1);
                 tracing::error!(%image_id, client, %error,
-                    "the owner before cannot be fenced: the job is left alone; give the cephx user `mon 'profile rbd'`"
+                    "the previous owner cannot be fenced: the job is left alone; give the cephx user `mon 'profile rbd'`"
                 );
             }
             Err(error)
@@ -165,7 +165,7 @@ impl Lease {
         }
         self.lost.store(true, Ordering::SeqCst);
         if let Err(error) = objects.unlock(&self.object, &self.key).await {
-            tracing::debug!(object = self.object, %error, "the lease was not given back; it runs out by itself");
+            tracing::debug!(object = self.object, %error, "the lease was not released; it expires by itself");
         }
     }
 

@@ -230,7 +230,7 @@ impl Reconciler {
             error = renewals => {
                 tracing::warn!(%error, "the reconciler lost its lock; the next round goes on");
             }
-            // the lock is given back, so that another daemon, or the next life of this one, need not wait for its end
+            // the lock is released, so that another daemon, or the next life of this one, need not wait for its end
             () = stop.cancelled() => {}
         }
         if report != RoundReport::default() {
@@ -247,7 +247,7 @@ impl Reconciler {
             metrics::counter!("rbd_offload_reconciler_findings_total", "kind" => kind).increment(count as u64);
         }
         if let Err(error) = objects.unlock(LOCK_OBJECT, &key).await {
-            tracing::debug!(%error, "the reconciler's lock was not given back; it runs out by itself");
+            tracing::debug!(%error, "the reconciler's lock was not released; it expires by itself");
         }
     }
 
@@ -668,7 +668,7 @@ impl Reconciler {
             Ok(is_active) => is_active,
             Err(error) => {
                 tracing::warn!(image_id = %tag.image_id, %image, %error,
-                    "it cannot be told whether this is an active image's data; left alone, the next sweep looks again");
+                    "cannot tell whether this is an active image's data; left alone until the next sweep");
                 true
             }
         }

@@ -11,7 +11,7 @@
 //! **An exchange is never created here**, only waited for. A topic exchange is either durable or not, by
 //! `amqp_durable_queues` or `rabbit_quorum_queue` of the service that owns it, and its own declaration of another kind
 //! is refused with 406: tried with oslo.messaging 18 both ways round, every notification of that service is then lost.
-//! So an exchange of ours could silence the service whose it is.
+//! So an exchange of ours could stop all notifications of the service that owns it.
 //!
 //! **AMQP cannot list bindings**, so each is remembered (see [`Bindings`]) before it is made, and one that is
 //! remembered but no longer in the configuration is removed.
@@ -268,10 +268,10 @@ impl Listener {
                             | SessionError::Name { .. }
                     ) =>
                 {
-                    error!(problem = %text, "no connection to the broker; tried again");
+                    error!(problem = %text, "no connection to the broker; retrying");
                 }
-                Some(_) => warn!(problem = %text, "no connection to the broker; tried again"),
-                None => debug!(problem = %text, "no connection to the broker; tried again"),
+                Some(_) => warn!(problem = %text, "no connection to the broker; retrying"),
+                None => debug!(problem = %text, "no connection to the broker; retrying"),
             }
 
             let settled = consumed.is_some_and(|time| time >= SETTLED);

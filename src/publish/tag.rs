@@ -1,6 +1,6 @@
 //! The ownership tag: for which image, by which request and by which deployment something in Ceph was made.
 //!
-//! It stands in the image-meta ([`MARK`]) of what a job makes, and beside each temporary
+//! It stands in the image-meta ([`OWNERSHIP_TAG`]) of what a job makes, and beside each temporary
 //! snapshot ([`Storage::set_snapshot_tag`]). Several deployments (clouds, or daemons with another `[jobs] namespace`)
 //! may share pools: only what bears the own deployment's tag is ever removed.
 
@@ -9,7 +9,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use crate::ceph::{self, ImageSpec, Storage};
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 /// `<image id> <request id> <deployment id>`, or only `<image id>`: written by an older release, or by hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,7 +69,7 @@ impl fmt::Display for OwnershipTag {
 /// The ownership tag of an RBD image; `None` without one, and without such an image. A clone inherits the metadata of
 /// its parent, so a tag of another image says nothing.
 pub async fn tag_of(storage: &dyn Storage, image: &ImageSpec) -> ceph::Result<Option<OwnershipTag>> {
-    Ok(storage.metadata(image, MARK).await?.as_deref().and_then(OwnershipTag::parse))
+    Ok(storage.metadata(image, OWNERSHIP_TAG).await?.as_deref().and_then(OwnershipTag::parse))
 }
 
 /// Whether the RBD image was made by the request that `own` names.

@@ -114,13 +114,9 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     (
         MetricKind::Plain,
         "rbd_offload_fences_refused_total",
-        "Take-overs that were refused because the owner before could not be fenced; the job is left alone.",
+        "Take-overs that were refused because the previous owner could not be fenced; the job is left alone.",
     ),
-    (
-        MetricKind::Plain,
-        "rbd_offload_verify_failures_total",
-        "Copies that differed from their source, and were removed.",
-    ),
+    (MetricKind::Plain, "rbd_offload_verify_failures_total", "Copies that differed from their source."),
     (
         MetricKind::Plain,
         "rbd_offload_images_deactivated_total",

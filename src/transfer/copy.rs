@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{MARK, Transfer, TransferRequest};
+use super::{OWNERSHIP_TAG, Transfer, TransferRequest};
 use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
 
 pub struct RbdCopy;
@@ -23,7 +23,7 @@ impl Transfer for RbdCopy {
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
         storage.create_like(&request.source, &request.snapshot, &request.destination).await?;
-        storage.set_metadata(&request.destination, MARK, &request.mark).await?;
+        storage.set_metadata(&request.destination, OWNERSHIP_TAG, &request.tag).await?;
         storage.copy(&request.source, &request.snapshot, &request.destination, &request.limits, progress, cancel).await
     }
 }

@@ -1,7 +1,7 @@
 //! Transfers: the ways to bring the bytes of `source@snapshot` into a private image of the destination pool.
 //!
 //! Each is a [`Transfer`]; all end with the same image: every byte as at the snapshot, no parent, none of the source's
-//! snapshots, our mark in its metadata. Which one is taken is [`candidates`]' business.
+//! snapshots, our ownership tag in its metadata. Which one is taken is [`candidates`]' business.
 
 mod clone;
 mod copy;
@@ -18,7 +18,7 @@ use crate::config;
 
 /// Key of the ownership tag in an image's metadata; its value is an
 /// [`OwnershipTag`](crate::publish::tag::OwnershipTag).
-pub const MARK: &str = ceph::OWNER_KEY;
+pub const OWNERSHIP_TAG: &str = ceph::OWNER_KEY;
 
 /// A way to transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -67,7 +67,7 @@ pub struct TransferRequest {
     /// The private name, which must be free.
     pub destination: ImageSpec,
     /// Value of the ownership tag.
-    pub mark: String,
+    pub tag: String,
     pub limits: TransferLimits,
 }
 
@@ -134,7 +134,7 @@ pub async fn clone_marked(storage: &dyn Storage, request: &TransferRequest, feat
     let (parent, snapshot) =
         request.anchor.as_ref().map_or((&request.source, &request.snapshot), |(image, snapshot)| (image, snapshot));
     storage.clone_image(parent, snapshot, &request.destination, features).await?;
-    storage.replace_metadata(&request.destination, &[(MARK.to_owned(), request.mark.clone())]).await
+    storage.replace_metadata(&request.destination, &[(OWNERSHIP_TAG.to_owned(), request.tag.clone())]).await
 }
 
 #[cfg(test)]

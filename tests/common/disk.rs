@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rbd_offload::transfer::MARK;
+use rbd_offload::transfer::OWNERSHIP_TAG;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -116,7 +116,7 @@ impl Disk {
 
     /// An image as a daemon could have left it: with our mark for the image of this id, or without one.
     pub async fn leave(&self, mark: Option<&str>) {
-        ask::<()>("leave", self.arguments(json!({"key": MARK, "mark": mark}))).await;
+        ask::<()>("leave", self.arguments(json!({"key": OWNERSHIP_TAG, "mark": mark}))).await;
     }
 
     /// A snapshot as a daemon could have left it, with an ownership tag.

@@ -132,8 +132,8 @@ pub async fn run(command: &mut Command) -> (bool, String) {
     .unwrap()
 }
 
-/// Asks until there is an answer; panics after `limit`. The longer it waits, the less often it asks: most questions cost
-/// a service or the cluster more than the daemon's work does.
+/// Asks until there is an answer; panics after `limit`. The longer it waits, the less often it asks: most questions
+/// cost a service or the cluster more than the daemon's work does.
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration, mut ask: impl FnMut() -> F) -> T {
     let begun = Instant::now();
     loop {

@@ -15,9 +15,9 @@ const DESCRIPTION: &[&str] = &[
      An empty value is as if it was not set, unless its key says otherwise.",
     "Durations are a whole number with ms, s, m, h or d; sizes are bytes, or a whole number with KiB, MiB or GiB; both \
      without a space. Flags are true or false.",
-    "SIGHUP (systemctl reload rbd-offload) reads all of it again. Keys that are marked so below are applied at once, to \
-     jobs that begin after it; changes of the others are named in the log and take a restart. A configuration with \
-     mistakes changes nothing.",
+    "SIGHUP (systemctl reload rbd-offload) reads all of it again. Of the keys that are marked so below, the rates and the \
+     log's apply at once, the others to jobs that begin after the reload. Changes of all other keys are named in the log \
+     and take a restart. A configuration with mistakes changes nothing.",
 ];
 
 pub fn page() -> io::Result<Vec<u8>> {

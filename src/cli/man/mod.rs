@@ -14,7 +14,7 @@ use super::{Failure, output};
 /// sysexits(3), as the commands use them.
 const STATUSES: [(&str, &str); 12] = [
     ("0", "All went well."),
-    ("1", "check: something does not hold."),
+    ("1", "check: at least one check failed."),
     ("64", "The command line is wrong."),
     ("65", "A record or a line of the input cannot be read."),
     ("66", "There is no such file or job."),

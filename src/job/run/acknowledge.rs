@@ -52,7 +52,7 @@ impl JobRun {
         };
         if let Err(stop) = told {
             tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
-            // a lease that is given back with an owner in the record would get that owner fenced
+            // a lease that is released with an owner in the record would get that owner fenced
             if self.release_ownership(|_| {}).await.is_err() {
                 return if waited_for { Acknowledged::NotYet } else { Acknowledged::Requester };
             }

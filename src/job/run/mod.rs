@@ -226,7 +226,7 @@ impl JobRun {
     /// Leaves the job, whose work was dropped. Calls on Ceph that have not returned go on until their client is fenced.
     async fn give_up(&self, client: Box<dyn Lent>, why: GivenUp) -> RunResult {
         metrics::counter!("rbd_offload_jobs_given_up_total").increment(1);
-        tracing::error!(image_id = %self.job.id, ?why, "the job was given up: a call of it has not returned");
+        tracing::error!(image_id = %self.job.id, ?why, "job given up: one of its Ceph calls did not return");
         let (reason, ending) = match why {
             // the record still names this client, which the next owner fences
             GivenUp::LeaseLost => {
@@ -337,7 +337,7 @@ impl JobRun {
         true
     }
 
-    /// Leaves a job that this daemon is not the owner of yet. The owner before may still be at work: nothing may be
+    /// Leaves a job that this daemon is not the owner of yet. The previous owner may still be at work: nothing may be
     /// made or removed, and its address must stay.
     async fn not_begun(&self, stop: StepError) -> RunResult {
         match stop {
@@ -392,7 +392,7 @@ impl JobRun {
                 }
                 record.owner = Some(owner.clone());
                 record.owner_address = Some(address.clone());
-                // the fence keeps the owner before out of Ceph, not out of Glance
+                // the fence keeps the previous owner out of Ceph, not out of Glance
                 record.needs_repair |= taken || signals.has(Signal::NeedsRepair);
                 let mut consumed = vec![Signal::NeedsRepair];
                 if begins == Begins::Attempt {

@@ -101,7 +101,7 @@ impl JobRun {
             StepError::Drained => {
                 // there may be no other daemon for a while
                 self.try_release_instance().await;
-                tracing::info!(image_id = %self.job.id, "released: this daemon stops, another goes on");
+                tracing::info!(image_id = %self.job.id, "job released: this daemon is stopping");
                 let released = self.release_ownership(|record| record.takeovers = 0).await;
                 released.map_or(RunResult::Abandoned, |()| RunResult::Released)
             }

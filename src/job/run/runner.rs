@@ -162,7 +162,7 @@ impl JobRun {
         };
         if let Some(error) = &refused {
             tracing::warn!(image_id = %self.job.id, job_stage = "transfer", %error, next = next.as_str(),
-                "this method cannot do it; the next one is tried");
+                "this method failed; trying the next one");
         }
         self.undo(None, Step::depends_on_method).await?;
         // the snapshot step asks again whose the source is: the first copy may have taken long

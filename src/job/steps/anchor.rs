@@ -50,7 +50,7 @@ impl Step for Anchor {
         let source = &mut attempt.copying_mut()?.source;
         let storage = job.context.storage.as_ref();
         let (anchor, snapshot) = (ImageSpec::named(&source.source.pool, anchor_name(job.id)), private_name(job.id));
-        let metadata = [(transfer::MARK.to_owned(), job.tag().await.to_string())];
+        let metadata = [(transfer::OWNERSHIP_TAG.to_owned(), job.tag().await.to_string())];
         job.will_make(Artifact::Anchor).await?;
         match storage.make_anchor(&source.source, &source.snapshot, &anchor, &snapshot, &metadata).await {
             Ok(()) => {

@@ -47,7 +47,7 @@ impl Copying {
             snapshot: self.source.snapshot.clone(),
             anchor: self.source.anchor.clone(),
             destination: self.copy.clone(),
-            mark: tag.to_string(),
+            tag: tag.to_string(),
             limits: self.limits.clone(),
         }
     }

@@ -11,10 +11,10 @@ use crate::ceph::{ErrorKind, Features, ImageSpec};
 use crate::openstack::Image;
 use crate::transfer;
 
-pub struct Clone;
+pub struct CloneStep;
 
 #[async_trait]
-impl Step for Clone {
+impl Step for CloneStep {
     fn name(&self) -> &'static str {
         "clone"
     }

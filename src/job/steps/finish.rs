@@ -104,7 +104,7 @@ async fn become_active(job: &HeldJob) -> StepResult<()> {
         return Ok(());
     }
     let published = ImageSpec::named(pool, job.id.to_string());
-    job.context.storage.remove_metadata(&published, transfer::MARK).await?;
+    job.context.storage.remove_metadata(&published, transfer::OWNERSHIP_TAG).await?;
     Ok(())
 }
 

@@ -25,7 +25,7 @@ mod seal;
 mod snapshot;
 mod sweep;
 mod transfer;
-mod unmark;
+mod untag;
 mod verify;
 
 use async_trait::async_trait;
@@ -118,7 +118,7 @@ pub(super) enum StepName {
     Detach,
     Grace,
     Sweep,
-    Unmark,
+    Untag,
     Purge,
 }
 
@@ -172,7 +172,7 @@ const AT_ONCE: &[StepName] = &[
     StepName::Grace,
     StepName::Sweep,
     StepName::ReleaseSource,
-    StepName::Unmark,
+    StepName::Untag,
     StepName::Purge,
 ];
 
@@ -199,12 +199,12 @@ pub(super) fn step(name: StepName) -> Option<&'static dyn Step> {
         StepName::Rename => &rename::Rename,
         StepName::Register => &register::Register,
         StepName::Finish => &finish::Finish,
-        StepName::Clone => &clone::Clone,
+        StepName::Clone => &clone::CloneStep,
         StepName::Fill => &fill::Fill,
         StepName::Detach => &detach::Detach,
         StepName::Grace => &grace::Grace,
         StepName::Sweep => &sweep::Sweep,
-        StepName::Unmark => &unmark::Unmark,
+        StepName::Untag => &untag::Untag,
         StepName::Purge => &purge::Purge,
         StepName::ReleaseSource => return None,
     })

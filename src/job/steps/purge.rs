@@ -57,7 +57,7 @@ impl Step for Purge {
                 VolumeDeletion::UnderWay | VolumeDeletion::No => {
                     let status = volume.map(|volume| volume.status);
                     tracing::warn!(image_id = %job.id, volume = %id, status, source = %source,
-                        "the volume's disk is in the trash, and Cinder still has the volume; the disk is left there");
+                        "the volume's disk stays in the trash: Cinder still has the volume");
                     return Ok(());
                 }
             }

@@ -15,7 +15,7 @@ use crate::job::simulation::state::cluster::Rbd;
 use crate::job::simulation::state::glance::{ImageRecord, TASK};
 use crate::job::simulation::state::services::ServiceOutcome;
 use crate::request::{COPYING_TAG, HANDOVER_PREFIX};
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 fn leftovers(world: &World) -> Vec<String> {
     let mut left = Vec::new();
@@ -133,7 +133,7 @@ fn image(world: &World, id: &str, record: &ImageRecord, job: Option<&Record>) ->
             if rbd.ours && rbd.features != Features::PUBLISHED.0 {
                 broken.push(format!("active image {id} has the features {:#x}", rbd.features));
             }
-            if rbd.metadata.contains_key(MARK) && rbd.ours {
+            if rbd.metadata.contains_key(OWNERSHIP_TAG) && rbd.ours {
                 broken.push(format!("active image {id} bears our mark"));
             }
             if record.active_by_location {

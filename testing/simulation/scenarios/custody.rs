@@ -26,7 +26,7 @@ use crate::job::simulation::state::DEPLOYMENT;
 use crate::job::store::{NewJob, Store, Submitted};
 use crate::publish::tag::OwnershipTag;
 use crate::request::Trigger;
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 fn world() -> Shared {
     Shared(Arc::new(Mutex::new(World::new(Dice::new(1), Faults::default(), Vec::new()))))
@@ -74,7 +74,7 @@ fn leave_copy(world: &Shared, image_id: Uuid) -> ImageSpec {
     let name = private_name(image_id);
     let tag = OwnershipTag::new(image_id, Uuid::new_v4(), DEPLOYMENT).to_string();
     let mut world = world.lock();
-    world.ceph.create("images", &name, 1, true).metadata.insert(MARK.into(), tag);
+    world.ceph.create("images", &name, 1, true).metadata.insert(OWNERSHIP_TAG.into(), tag);
     ImageSpec::named("images", name)
 }
 

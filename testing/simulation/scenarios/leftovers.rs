@@ -21,7 +21,7 @@ use crate::job::simulation::state::glance::ImageRecord;
 use crate::job::store::Store;
 use crate::publish::tag::OwnershipTag;
 use crate::request::Source;
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 /// Longer than a few rounds, and than the pause between two sweeps.
 const ROUNDS: Duration = Duration::from_secs(15 * 60);
@@ -61,7 +61,7 @@ impl Site {
     fn leave_image(&self, name: &str, tag: String) -> String {
         let mut world = self.world.lock();
         let image = world.ceph.create("images", name, 1, true);
-        image.metadata.insert(MARK.into(), tag);
+        image.metadata.insert(OWNERSHIP_TAG.into(), tag);
         image.id.clone()
     }
 

@@ -21,7 +21,7 @@ use crate::job::simulation::state::cluster::FSID;
 use crate::job::simulation::state::glance::ImageRecord;
 use crate::job::store::{Store, Stored};
 use crate::request::Source;
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 pub const OWNER: &str = "blue";
 pub const OTHER: &str = "green";
@@ -94,7 +94,7 @@ impl OneImage {
     /// Content and mark of the RBD image under the image's id.
     pub fn published(&self) -> Option<(u64, bool)> {
         let world = self.world.lock();
-        world.ceph.named("images", &self.image.to_string()).map(|i| (i.content, i.metadata.contains_key(MARK)))
+        world.ceph.named("images", &self.image.to_string()).map(|i| (i.content, i.metadata.contains_key(OWNERSHIP_TAG)))
     }
 
     pub fn daemon(&self, name: &str, method: &str) -> Daemon {
@@ -141,7 +141,7 @@ impl OneImage {
             let location = format!("rbd://{FSID}/images/{name}/snap");
             let serves = world.cloud.images.get(&name).is_some_and(|record| record.locations.contains(&location));
             assert!(serves, "left behind: {}/{name}", image.pool);
-            assert!(!image.metadata.contains_key(MARK), "{name} bears our mark");
+            assert!(!image.metadata.contains_key(OWNERSHIP_TAG), "{name} bears our mark");
         }
         let snapshots = world.ceph.images.iter().filter(|image| !image.ours).flat_map(|image| &image.snaps);
         assert_eq!(snapshots.filter(|snap| snap.ours).count(), 0, "a snapshot is left");

@@ -6,7 +6,7 @@ use crate::job::simulation::faults::trouble::Trouble;
 use crate::job::simulation::faults::world::{Killer, World};
 use crate::job::simulation::state::DEPLOYMENT;
 use crate::publish::tag::OwnershipTag;
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 /// Brings in what is there from the beginning.
 pub fn plant(world: &mut World, images: &[Uuid]) {
@@ -35,7 +35,7 @@ fn plant_leftovers(world: &mut World) {
         if world.dice.percent(70) {
             let content = world.ceph.next();
             let copy = world.ceph.create("images", &name, content, ours);
-            copy.metadata.insert(MARK.into(), tag.to_string());
+            copy.metadata.insert(OWNERSHIP_TAG.into(), tag.to_string());
         }
         let disk = world.dice.pick(&disks).clone();
         // nobody else writes snapshots under such a name without a tag

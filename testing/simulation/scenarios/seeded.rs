@@ -23,7 +23,7 @@ use crate::job::simulation::state::glance::{ImageRecord, TASK};
 use crate::job::simulation::state::services::Service;
 use crate::openstack::{Volume, VolumeSnapshot};
 use crate::request::{self, TagRequest};
-use crate::transfer::MARK;
+use crate::transfer::OWNERSHIP_TAG;
 
 const PROJECTS: [&str; 2] = ["blue", "green"];
 
@@ -78,7 +78,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
         }
         if dice.percent(20) {
             // the volume was made from an image whose mark it inherited
-            rbd.metadata.insert(MARK.into(), dice.uuid().to_string());
+            rbd.metadata.insert(OWNERSHIP_TAG.into(), dice.uuid().to_string());
         }
         let rbd = rbd.id.clone();
         let status = if dice.percent(15) { "in-use" } else { "available" };
@@ -143,7 +143,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
     for name in [format!("rbd-offload.{}", dice.uuid()), dice.uuid().to_string(), "rbd-offload.mine".into()] {
         let content = world.ceph.next();
         let image = world.ceph.create("images", &name, content, false);
-        image.metadata.insert(MARK.into(), "other".into());
+        image.metadata.insert(OWNERSHIP_TAG.into(), "other".into());
         let id = image.id.clone();
         world.ceph.snap(&id, "snap", true, false);
     }

@@ -19,12 +19,12 @@ use crate::transfer;
 /// More than a delete takes from the removal of the snapshot until the image is in the trash, where librbd removes it.
 const TRASHED_WITHIN: Duration = Duration::from_secs(5);
 
-pub struct Unmark;
+pub struct Untag;
 
 #[async_trait]
-impl Step for Unmark {
+impl Step for Untag {
     fn name(&self) -> &'static str {
-        "unmark"
+        "untag"
     }
 
     fn phase(&self) -> Phase {
@@ -38,7 +38,7 @@ impl Step for Unmark {
     async fn apply(&self, job: &HeldJob, _attempt: &mut Attempt) -> StepResult<()> {
         let image = published(&job.record().await)?;
         restore_snap(job, &image).await?;
-        job.context.storage.remove_metadata(&image, transfer::MARK).await?;
+        job.context.storage.remove_metadata(&image, transfer::OWNERSHIP_TAG).await?;
         // the image may be deleted, and its data in the trash
         let Some(found) = job.context.cloud.image(&job.id.to_string()).await? else { return Ok(()) };
         let Some(change) = image_status::without_copying_tag(&found) else { return Ok(()) };
@@ -67,7 +67,7 @@ async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
     let is_active = record.is_some_and(|record| matches!(record.status.as_str(), "active" | "deactivated"));
     job.before_visible_step().await?;
     if is_active && lacks_snap(storage, image).await? {
-        tracing::warn!(image_id = %job.id, job_stage = "unmark", %image,
+        tracing::warn!(image_id = %job.id, job_stage = "untag", %image,
             "made the image's snapshot again: a delete that failed had removed it");
         storage.create_protected_snapshot(image, publish::SNAPSHOT).await?;
     }
