@@ -7,8 +7,8 @@ LAB_DIR ?= /tmp/rbd-offload-lab
 LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
-.PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-packages test-container test-nova \
-	bench lint clean
+.PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-long test-packages test-container \
+	test-nova bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -58,6 +58,10 @@ fuzz: deps
 # every test, against a lab of its own; says how long that takes; ends with the test runner's summary
 test:
 	tests/run
+
+# many rounds of what a seed decides; not part of `make test`. Says how long it takes
+test-long:
+	tests/run --long
 
 # the packages: what is in them, and the deb under a real systemd, against a lab of its own; not part of `make test`
 test-packages: deb rpm
