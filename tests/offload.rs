@@ -292,7 +292,7 @@ mod declined {
         let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let flat = ["-o", "subformat=monolithicFlat"];
-        let formats: [(&str, &str, &[&str]); 8] = [
+        let formats: [(&str, &str, &[&str]); 9] = [
             ("qcow", "qcow", &[]),
             ("qcow2", "qcow2", &[]),
             ("qed", "qed", &[]),
@@ -301,6 +301,7 @@ mod declined {
             ("vhd", "vpc", &["-o", "subformat=dynamic"]),
             ("vhdx", "vhdx", &[]),
             ("vdi", "vdi", &[]),
+            ("parallels", "parallels", &[]),
         ];
         let tries = formats.map(|(name, format, options)| {
             let demo = &demo;
@@ -678,7 +679,8 @@ mod deleted {
         let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.long_volume(48, 1).await;
-        let daemon = slowly("server-copy").start().await;
+        // the copy must outlast Cinder's deletion, which takes ten seconds and more
+        let daemon = slowly("server-copy").set("offload", "objects_per_second", "15").start().await;
         let id = demo.request(&volume).await;
         until("its anchor", seconds(60), || anchor_of(&id)).await;
         demo.delete_volume(&volume).await;

@@ -400,7 +400,10 @@ async fn without_the_role_service_or_admin_it_does_not_work() {
     let reader = connect("offload-reader").image(&id).await;
     assert!(tenant.delete_image(&id).await.unwrap());
     assert_eq!(admin.unwrap_err().kind(), ErrorKind::Forbidden);
-    assert_eq!(reader.unwrap(), None);
+    // Glance hides the image from such a login: it must not count as deleted
+    let error = reader.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("no role admin"), "{error}");
 }
 
 #[tokio::test]
