@@ -143,6 +143,12 @@ async fn check_probes_from_end_to_end_whether_glance_takes_an_image_at_once() {
     let (images, cluster) = (service.image_ids().await, ClusterInventory::take().await);
     glance::may_not_read_volumes().await;
     let daemon = at_once().set("backend:ceph-offload", "pool", "volumes").start().await;
+    let plain: Value = serde_json::from_str(&daemon.command(&["check", "--json"]).await).unwrap();
+    let untried = |pool: &str| {
+        let row = plain.as_array().unwrap().iter().find(|row| row["check"] == format!("at once from {pool}")).unwrap();
+        (row["result"] == "warning", row["remedy"].as_str().unwrap().contains(&format!("rbd-read-only pool={pool}")))
+    };
+    assert_eq!((untried("volumes"), untried("volumes2")), ((true, true), (true, true)), "{plain:#}");
     let refused = probed(&daemon).await;
     let reader = glance::Reader::new().await;
     // Glance's own delete then leaves the image in the trash

@@ -64,6 +64,8 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
         let probed = end_to_end::check(&config, is_ready, &interrupted).await;
         rows.extend(probed.rows);
         stuck |= probed.stuck;
+    } else {
+        rows.extend(end_to_end::untried(&config));
     }
     listener.abort();
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
