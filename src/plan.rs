@@ -5,6 +5,7 @@
 //! of another project read the same.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -39,6 +40,9 @@ const INHERITED_MAX: usize = 128;
 
 /// Most bytes of names and values, as the job's record holds them.
 const INHERITED_BYTES_MAX: usize = 256 << 10;
+
+/// After this time a disk that was not found is looked for once more.
+const OPEN_AGAIN: Duration = Duration::from_millis(500);
 
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,7 +193,13 @@ pub async fn build(
     let (found, stores, limit) = tokio::join!(find, cloud.stores(), cloud.image_size_limit(&owner));
     let found = found?;
     let origin = ImageSpec::named(&found.pool, &found.image);
-    let info = match storage.image(&origin, found.snapshot.as_deref()).await {
+    let mut info = storage.image(&origin, found.snapshot.as_deref()).await;
+    if matches!(info, Ok(None)) {
+        // librbd says so too where a parent goes while the image is opened: a service may be flattening it
+        tokio::time::sleep(OPEN_AGAIN).await;
+        info = storage.image(&origin, found.snapshot.as_deref()).await;
+    }
+    let info = match info {
         Ok(Some(info)) => info,
         Ok(None) => return declined(Decline::NoDisk, no_disk(source)),
         Err(e) if e.kind() == ErrorKind::NotFound => {

@@ -35,7 +35,7 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 const MAX_VALUE: usize = 16 * 1024;
 
 /// Lines that wait for the thread that writes them.
-const MAX_WAITING: usize = 1024;
+const MAX_WAITING: usize = 4096;
 
 /// How long the end of the program waits for the last lines.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
