@@ -21,7 +21,7 @@ pub async fn cancel(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let store = connect_store(config).await?;
     let image = args.image;
     let said = match store.cancel(image).await?.ok_or_else(|| no_such_job(image))? {
-        Cancelled::TagRequest => format!(
+        Cancelled::Signalled => format!(
             "the job of image {image} is to be cancelled: a daemon stops it within seconds and removes what it made; the \
              image record stays queued"
         ),

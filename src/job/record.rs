@@ -650,8 +650,8 @@ impl Record {
 
     /// Whether the job ended by a dry run of this source.
     pub fn was_dry_run_of(&self, source: Source) -> bool {
-        let by_dry_run = |outcome: &Outcome| outcome.state == State::Cancelled && outcome.reason.starts_with(DRY_RUN);
-        self.source == Some(source) && self.state.is_ended() && self.outcome.as_ref().is_some_and(by_dry_run)
+        let is_dry = self.reason.as_ref().is_some_and(|reason| reason.starts_with(DRY_RUN));
+        self.state == State::Cancelled && is_dry && self.source == Some(source)
     }
 
     /// Name of the private copy and of the temporary snapshot.

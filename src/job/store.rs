@@ -404,7 +404,7 @@ impl Store {
     /// Asks the holder of the lease to end the job and to remove what it made. A job that waits is taken up for that at
     /// once. `None`: there is no such job.
     pub async fn cancel(&self, image_id: Uuid) -> Result<Option<Cancelled>> {
-        let mut outcome = Cancelled::TagRequest;
+        let mut outcome = Cancelled::Signalled;
         let found = self
             // a request that was made again before this is cancelled too: its tag is taken off with the job's
             .signal_instead(image_id, &[Signal::Rerequested], |stored| {
@@ -416,7 +416,7 @@ impl Store {
                     outcome = Cancelled::Ended(stored.record.state);
                     return vec![];
                 }
-                outcome = Cancelled::TagRequest;
+                outcome = Cancelled::Signalled;
                 vec![Signal::Cancel]
             })
             .await?;
@@ -438,7 +438,7 @@ fn encode(record: &Record) -> Result<Vec<u8>> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelled {
     /// A daemon ends it at its next look.
-    TagRequest,
+    Signalled,
     /// Its image is active, and depends on its source until the job has ended.
     Active,
     /// It had ended before.

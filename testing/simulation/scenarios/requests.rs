@@ -146,7 +146,7 @@ fn a_cancelled_request_that_was_made_again_stays_cancelled() {
         OneImage::change_image(image, |record| record.image.tags.push(tag))(&mut stage.world.lock());
         stage.ask().await;
         assert!(stage.stored().unwrap().signals.has(Signal::Rerequested));
-        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::TagRequest));
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Signalled));
         let _second = stage.daemon("second", "clone");
         let job = stage.end().await;
         assert_eq!((job.state, stage.stored().unwrap().signals), (State::Declined, Signals::default()), "{job:#?}");
@@ -234,7 +234,7 @@ fn retry_after_a_cancel_goes_by_the_request_that_was_taken_off() {
         while !changed.load(Ordering::SeqCst) {
             sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::TagRequest));
+        assert_eq!(stage.store.cancel(image).await.unwrap(), Some(Cancelled::Signalled));
         assert_eq!(stage.end().await.state, State::Cancelled);
         assert_eq!(stage.image().image.tags, ["mine"]);
         assert_eq!(stage.store.retry(image).await.unwrap(), Some(Retried::Restarted));
@@ -243,5 +243,30 @@ fn retry_after_a_cancel_goes_by_the_request_that_was_taken_off() {
         assert_eq!(stage.published(), Some((stage.content_of(1), false)));
         stage.is_tidy();
         drop(first);
+    });
+}
+
+#[test]
+fn a_dry_run_is_done_once_and_the_request_is_done_when_it_is_over() {
+    run_in_virtual_time(async {
+        let stage = OneImage::new();
+        let before = stage.image().image;
+        let mut dry = config("clone");
+        dry.offload.dry_run = true;
+        let daemon = Daemon::start(&stage.world, "dry".into(), dry);
+        let found = stage.end().await;
+        assert!(found.was_dry_run_of(Source::Volume(stage.volumes[0])), "{found:#?}");
+        // the reconciler sees the tag in each of its rounds
+        sleep(Duration::from_secs(3600)).await;
+        assert_eq!((stage.job(), stage.image().image), (Some(found), before));
+        stage.is_tidy();
+        daemon.node.kill();
+        let _daemon = stage.daemon("node", "clone");
+        let until = Instant::now() + Duration::from_secs(600);
+        while stage.job().is_none_or(|job| job.state != State::Done) {
+            assert!(Instant::now() < until, "{:#?}", stage.job());
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(stage.published(), Some((stage.content_of(0), false)));
     });
 }
