@@ -2689,7 +2689,7 @@ trash('images', NAME + '-zimage')",
             )
         });
     };
-    let pace = limits(2, 0, 46);
+    let pace = limits(2, 0, 60);
     let (filled, ()) = tokio::join!(early.fill(&client, &state, &pace, &never), delete);
     let filled = filled.unwrap();
     assert!(client.in_trash(&early.id).await.unwrap() && filled.objects > 100, "{filled:?}");

@@ -52,7 +52,8 @@ impl Error {
         self.kind
     }
 
-    pub(super) fn of_kind(self, kind: ErrorKind) -> Self {
+    /// The same error under another kind, where the caller knows better than the status.
+    pub(super) fn with_kind(self, kind: ErrorKind) -> Self {
         Self { kind, ..self }
     }
 

@@ -517,9 +517,9 @@ impl HttpClient {
             let error = Error::from_status(CALL, status, self.redact(message, None).as_bytes());
             match error.kind() {
                 // Keystone misses something in what it was sent
-                ErrorKind::Refused if status == StatusCode::BAD_REQUEST => error.of_kind(ErrorKind::Misconfigured),
+                ErrorKind::Refused if status == StatusCode::BAD_REQUEST => error.with_kind(ErrorKind::Misconfigured),
                 // Keystone answers a login by nothing else: something in front of it speaks for it
-                ErrorKind::Refused => error.of_kind(ErrorKind::Unavailable),
+                ErrorKind::Refused => error.with_kind(ErrorKind::Unavailable),
                 _ => error,
             }
         };
@@ -829,8 +829,9 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
         Proxy::None => builder.no_proxy(),
         Proxy::Environment => builder,
         Proxy::Url(url) => {
-            let refused = |error: reqwest::Error| Error::new("proxy", ErrorKind::Misconfigured, error_chain(&error));
-            builder.proxy(reqwest::Proxy::all(url).map_err(refused)?)
+            let misconfigured =
+                |error: reqwest::Error| Error::new("proxy", ErrorKind::Misconfigured, error_chain(&error));
+            builder.proxy(reqwest::Proxy::all(url).map_err(misconfigured)?)
         }
     };
     if let Some(path) = cafile {
