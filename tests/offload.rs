@@ -26,11 +26,13 @@ use tokio::io::AsyncWriteExt;
 /// Ways of transfer.
 const METHODS: [&str; 3] = ["server-copy", "clone", "copy"];
 
-/// The source has nothing of ours left.
+/// The source has nothing of ours left, once its last handle is closed.
 async fn source_is_as_before(volume: &Volume, snapshots: usize) {
-    let facts = volume.disk.facts().await.unwrap();
-    assert_eq!(facts.snapshots.len(), snapshots, "{:?}", facts.snapshots);
-    assert_eq!(facts.lockers, 0);
+    until(&format!("the source has {snapshots} snapshots and no lock"), seconds(30), || async {
+        let facts = volume.disk.facts().await.unwrap();
+        (facts.snapshots.len() == snapshots && facts.lockers == 0).then_some(())
+    })
+    .await;
 }
 
 /// Asks for the volume, and holds the image to its bytes.

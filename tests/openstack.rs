@@ -161,7 +161,7 @@ async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ready: impl FnM
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("{what}: not within 60 s");
+    panic!("not within 60 s: {what}");
 }
 
 fn set(property: &str, value: &str) -> ImageChange {

@@ -46,7 +46,9 @@ impl TlsListener {
             }
             sign server.pem serverAuth 2
             sign client.pem clientAuth 2
-            sign expired.pem serverAuth 0";
+            sign expired.pem serverAuth 0
+            # valid until the end of the second in which it was signed
+            sleep 1.1";
         let made = Command::new("sh").arg("-ec").arg(make).current_dir(certificates.path()).output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
