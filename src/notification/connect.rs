@@ -6,8 +6,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
-use lapin::tcp::{AMQPUriTcpExt, OwnedIdentity, OwnedTLSConfig, RustlsConnector};
+use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig, RustlsConnector};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties, ErrorKind};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -17,7 +18,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::transport_url::{FileError, Host, TransportUrl};
 use crate::config::Messaging;
@@ -27,8 +30,20 @@ pub const WRONG_NAME_REMEDY: &str = "name the host in transport_url as its certi
                                      ssl_verify_hostname = false in [messaging]: the authority that signed the \
                                      certificate is verified all the same";
 
+/// For the TCP connection and the TLS handshake. The login that follows has the listener's limit.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// lapin waits for the broker's greeting without a limit, and its heartbeats begin after the login. A broker that
+/// answers late is waited for; of one whose host is gone the kernel ends the connection, within this time.
+const GONE_TIMEOUT: Duration = Duration::from_secs(60);
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(20)).with_interval(Duration::from_secs(10)).with_retries(4);
+
 /// Connects, on a task of its own: lapin's attempt does not end when nobody waits for it. `name` is shown by
 /// `rabbitmqctl list_connections`.
+///
+/// # Errors
+///
+/// A file of the TLS options cannot be read.
 pub async fn connect(
     url: &TransportUrl,
     host: &Host,
@@ -41,18 +56,43 @@ pub async fn connect(
     let any_name = url.tls.is_some() && !config.ssl_verify_hostname;
     Ok(tokio::spawn(async move {
         let runtime = lapin::runtime::default_runtime()?;
-        if !any_name {
-            return Connection::connect_uri_with_config(uri, properties, tls, runtime).await;
-        }
-        let connector =
-            tokio::task::spawn_blocking(move || any_name_connector(&tls)).await.map_err(io::Error::other)??;
-        let connect = async move |mut uri: AMQPUri, runtime| {
-            uri.scheme = AMQPScheme::AMQP;
-            let plain = uri.connect_async(&runtime).await?;
-            Ok(plain.into_rustls(&connector, &uri.authority.host).await?)
+        let tls = Arc::new(tls);
+        let any_name = if any_name {
+            let tls = tls.clone();
+            Some(tokio::task::spawn_blocking(move || any_name_connector(&tls)).await.map_err(io::Error::other)??)
+        } else {
+            None
         };
-        Connection::connector(uri, runtime, connect, properties).await
+        let is_tls = uri.scheme == AMQPScheme::AMQPS;
+        Connection::connector(
+            uri,
+            runtime,
+            async move |mut uri: AMQPUri, runtime| {
+                uri.scheme = AMQPScheme::AMQP;
+                let open = async {
+                    let plain = uri.connect_async(&runtime).await?;
+                    if let AsyncTcpStream::Plain(stream) = &plain {
+                        notice_a_lost_host(&SockRef::from(stream.get_ref()))?;
+                    }
+                    let host = uri.authority.host.as_str();
+                    match &any_name {
+                        Some(connector) => plain.into_rustls(connector, host).await,
+                        None if is_tls => plain.into_tls(host, (*tls).as_ref()).await,
+                        None => Ok(plain),
+                    }
+                };
+                let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
+                Ok(timeout(OPEN_TIMEOUT, open).await.map_err(late).flatten()?)
+            },
+            properties,
+        )
+        .await
     }))
+}
+
+fn notice_a_lost_host(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    socket.set_tcp_user_timeout(Some(GONE_TIMEOUT))
 }
 
 /// Whether the broker's certificate is for other names than the host's.
@@ -154,5 +194,57 @@ impl ServerCertVerifier for AnyName {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.signatures.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    /// Accepts and says nothing; with a transport_url for it.
+    async fn silent_broker(query: &str) -> (tokio::net::TcpListener, TransportUrl) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let url = TransportUrl::parse(&format!("rabbit://user:secret@{address}/{query}")).unwrap();
+        (listener, url)
+    }
+
+    async fn attempt(url: &TransportUrl) -> JoinHandle<lapin::Result<Connection>> {
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = u\n\
+                    password = p\nproject_name = service\n[backend:a]\npool = a\n";
+        let config = Config::parse("test".as_ref(), text).unwrap();
+        connect(url, &url.hosts[0], &config.messaging, "test".into()).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_tls_handshake_without_an_answer_ends_in_time() {
+        let (listener, url) = silent_broker("?ssl=1").await;
+        let attempt = attempt(&url).await;
+        let _peer = listener.accept().await.unwrap();
+        let ended = timeout(3 * OPEN_TIMEOUT, attempt).await.unwrap().unwrap();
+        assert!(ended.unwrap_err().to_string().contains("no connection in time"));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_kernel_looks_after_a_connection_whose_peer_says_nothing() {
+        let (listener, url) = silent_broker("").await;
+        let attempt = attempt(&url).await;
+        let (_peer, from) = listener.accept().await.unwrap();
+        // of proc(5): the local address, and the timer that runs; 02 is that of keepalive
+        let local = format!("0100007F:{:04X}", from.port());
+        let has_keepalive = async || {
+            let table = tokio::fs::read_to_string("/proc/net/tcp").await.unwrap();
+            let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            rows.any(|row| row[1] == local && row[5].starts_with("02:"))
+        };
+        let watch = async {
+            while !has_keepalive().await {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), watch).await.unwrap();
+        assert!(!attempt.is_finished(), "a late answer is waited for");
     }
 }

@@ -176,7 +176,10 @@ enum SessionError {
     CallTimeout { what: &'static str },
     #[error("the connection to {host} was lost: {error}")]
     Lost { host: String, error: lapin::Error },
-    #[error("the broker ended the consumer of queue {0:?} (the queue was deleted, or moved to another node)")]
+    #[error(
+        "the broker ended the consumer of queue {0:?} (the queue was deleted or moved to another node, or a delivery \
+         was held longer than the broker's consumer_timeout)"
+    )]
     Cancelled(String),
 }
 

@@ -17,8 +17,6 @@ const PORT_TLS: u16 = 5671;
 
 /// Seconds without traffic after which either side gives the connection up.
 const HEARTBEAT: u16 = 30;
-/// Milliseconds for the TCP connection to one host.
-const CONNECT_TIMEOUT: u64 = 10_000;
 
 /// Where the broker is and who we are there.
 #[derive(Clone)]
@@ -150,11 +148,7 @@ impl TransportUrl {
                 port: host.port,
             },
             vhost: self.vhost.clone(),
-            query: AMQPQueryString {
-                heartbeat: Some(self.heartbeat),
-                connection_timeout: Some(CONNECT_TIMEOUT),
-                ..AMQPQueryString::default()
-            },
+            query: AMQPQueryString { heartbeat: Some(self.heartbeat), ..AMQPQueryString::default() },
         }
     }
 }
