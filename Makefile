@@ -49,7 +49,7 @@ check: lint
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check advisories; \
 	else echo "cargo-deny is not installed, so advisories were not looked for: cargo install cargo-deny"; fi
 
-# hostile input, a million times for each reader; `make check` does it some thousand times
+# hostile input, a million times for each reader; `make check` does it 1,500 times
 FUZZ_CASES ?= 1000000
 fuzz: deps
 	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --profile fuzz --test fuzz

@@ -96,7 +96,7 @@ class _Observation:
         return bool(self.task) or self.status not in ('queued', 'killed')
 
     @property
-    def marked(self):
+    def has_our_tags(self):
         return bool(self.tags or self.properties)
 
     def progress_key(self):
@@ -135,9 +135,9 @@ class Handover:
                 self._await_active()
         except Fallback as reason:
             LOG.info('%s: the native path: %s', self._offer, printable(reason))
-            return self._withdraw()
+            return self._retract_offer()
         LOG.info('%s: the image is active after %.1f s', self._offer, self._clock() - self._began)
-        self._tidy()
+        self._remove_late_changes()
         return True
 
     def _make_offer(self):
@@ -191,7 +191,7 @@ class Handover:
                 if look.progress_key() != progress:
                     progress, changed = look.progress_key(), now
             if now - changed >= self._limits.stall:
-                raise Fallback('nothing has moved for %s s' % self._limits.stall)
+                raise Fallback('no progress for %s s' % self._limits.stall)
             if now - self._began >= self._limits.total:
                 raise Fallback('not done within %s s' % self._limits.total)
             self._pause(now - offered)
@@ -259,7 +259,7 @@ class Handover:
         if look.properties:
             self._record.strip(sorted(look.properties))
 
-    def _withdraw(self):
+    def _retract_offer(self):
         """Takes our tags and properties off, and sees that they stay off. True: the image has become active."""
         began, settled = self._clock(), False
         while True:
@@ -267,9 +267,9 @@ class Handover:
             try:
                 look = _Observation(self._record.read())
                 if look.active:
-                    self._tidy()
+                    self._remove_late_changes()
                     return True
-                if settled and not look.marked:
+                if settled and not look.has_our_tags:
                     return False
                 if late:
                     LOG.warning('%s: these stay on the image: %s', self._offer,
@@ -285,12 +285,12 @@ class Handover:
                 LOG.warning('%s: our tags and properties are not off yet: %s', self._offer, printable(error))
             self._sleep(SETTLE)
 
-    def _tidy(self):
+    def _remove_late_changes(self):
         """Takes off what a late change has put on an active image."""
         for _ in range(3):
             try:
                 look = _Observation(self._record.read())
-                if not look.marked:
+                if not look.has_our_tags:
                     return
                 self._take_off(look)
             except Gone:

@@ -196,7 +196,7 @@ async fn is_published_shape(lab: &Lab, client: &Client, source: &ImageSpec, dest
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn plain_volumes() {
+async fn plain_volumes_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -239,7 +239,7 @@ trash('volumes2', NAME + '-b')",
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clones_that_grew() {
+async fn clones_that_grew_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -330,7 +330,7 @@ discard('volumes', v, 16 * M, 4 * M); discard('volumes', v, 21 * M, M)",
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_sizes() {
+async fn odd_sizes_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -358,7 +358,7 @@ async fn volumes_of_no_bytes_can_only_be_copied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn small_objects() {
+async fn small_objects_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -390,7 +390,7 @@ write('volumes', v, 5 * M, M, 2); write('volumes', v, 30 * M, M, 3)",
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn striped_volumes() {
+async fn striped_volumes_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -404,7 +404,7 @@ write('volumes', v, 5 * M + 1, 2 * M, 2); write('volumes', v, 30 * M, 10 * M, 3)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn erasure_coded_data() {
+async fn erasure_coded_data_is_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -1349,7 +1349,7 @@ async fn an_omap_is_read_in_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fenced_client_is_shut_out_until_it_reconnects() {
+async fn a_fenced_client_is_refused_until_it_reconnects() {
     let lab = Lab::new();
     lab.python("create('volumes', NAME + '-volume', 64 * M); write('volumes', NAME + '-volume', 0, 64 * M, 1)");
     let (one, two) = (lab.client().await, lab.client().await);
@@ -1371,8 +1371,8 @@ async fn a_fenced_client_is_shut_out_until_it_reconnects() {
         assert_eq!(one.fence(&address).await.unwrap(), Changed::No);
     };
     let (copied, ()) = tokio::join!(two.copy(&source, "s", &image, &slow, &progress, &never), fence);
-    let shut_out = copied.unwrap_err();
-    assert_eq!(shut_out.kind(), ErrorKind::Fenced, "{shut_out}");
+    let refused = copied.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Fenced, "{refused}");
     assert!(two.is_fenced());
     let objects = two.objects("images", &lab.name).unwrap();
     for kind in [
@@ -1576,7 +1576,7 @@ async fn only_a_clone_of_that_snapshot_is_filled() {
 
 /// Clones of format 2 keep a removed snapshot of their parent aside until they are flattened.
 #[tokio::test(flavor = "multi_thread")]
-async fn clones_of_format_2() {
+async fn clones_of_format_2_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -2212,7 +2212,7 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     control.remove_snapshot(&image, "s").await.unwrap();
     records.objects("images", &lab.name).unwrap().omap("none", "", 1).await.unwrap();
     assert!(!pool.is_fenced());
-    well.give_back();
+    well.return_to_pool();
     let next = pool.take().await.unwrap();
     assert_eq!(next.storage().address().await.unwrap(), addresses[1], "an idle client is used again");
     assert_ne!(pool.take().await.unwrap().storage().address().await.unwrap(), addresses[0]);

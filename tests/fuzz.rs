@@ -1,7 +1,7 @@
 //! Hostile input: whatever comes from outside is read or refused, without a panic, and within its time and memory.
 //!
 //! Inputs are arbitrary bytes, real ones that were damaged (bytes flipped, cut, doubled, put together with tokens that
-//! parsers dislike), deep nesting and huge numbers. Each test makes a few thousand; `make fuzz` a million
+//! parsers dislike), deep nesting and huge numbers. Each test makes 1,500; `make fuzz` a million
 //! (`PROPTEST_CASES`). An input that once failed goes into [`FIXED`], and is read each time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -397,37 +397,37 @@ proptest! {
     #![proptest_config(cases())]
 
     #[test]
-    fn notifications(input in hostile(NOTIFICATIONS.clone())) {
+    fn hostile_notifications_are_read_or_refused(input in hostile(NOTIFICATIONS.clone())) {
         read(read_notification, &input);
     }
 
     #[test]
-    fn transport_urls(input in hostile(urls())) {
+    fn hostile_transport_urls_are_read_or_refused(input in hostile(urls())) {
         read(read_url, &input);
     }
 
     #[test]
-    fn configuration_files(input in hostile(configurations())) {
+    fn hostile_configuration_files_are_read_or_refused(input in hostile(configurations())) {
         read(read_configuration, &input);
     }
 
     #[test]
-    fn disk_headers(input in hostile(headers())) {
+    fn hostile_disk_headers_are_read_or_refused(input in hostile(headers())) {
         read(read_header, &input);
     }
 
     #[test]
-    fn job_records(input in hostile(records())) {
+    fn hostile_job_records_are_read_or_refused(input in hostile(records())) {
         read(read_record, &input);
     }
 
     #[test]
-    fn answers_of_services(input in hostile(answers())) {
+    fn hostile_answers_of_services_are_read_or_refused(input in hostile(answers())) {
         read(read_answers, &input);
     }
 
     #[test]
-    fn tags_of_images_and_disks(input in hostile(tags())) {
+    fn hostile_tags_of_images_and_disks_are_read_or_refused(input in hostile(tags())) {
         read(read_tags, &input);
     }
 }

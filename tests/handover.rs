@@ -457,7 +457,7 @@ mod alone {
         let began = Instant::now();
         let image = end_of_upload(&demo, &volume, &id).await;
         assert!(began.elapsed() > seconds(STALL - 5), "{:?}", began.elapsed());
-        took_the_native_path(&volume, "nothing has moved");
+        took_the_native_path(&volume, "no progress");
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         let late = faster(&setup).start().await;
@@ -477,7 +477,7 @@ mod alone {
         await_half_way(&demo, &daemon, &id).await;
         daemon.signal("STOP");
         let image = end_of_upload(&demo, &volume, &id).await;
-        took_the_native_path(&volume, "nothing has moved");
+        took_the_native_path(&volume, "no progress");
         assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
 
         daemon.signal("CONT");
@@ -632,7 +632,7 @@ mod alone {
         let began = Instant::now();
         let image = end_of_upload(&demo, &second, &id).await;
         assert!(began.elapsed() > seconds(STALL), "{:?}", began.elapsed());
-        took_the_native_path(&second, "nothing has moved");
+        took_the_native_path(&second, "no progress");
         is_whole(&image, &expected).await;
         assert_eq!(demo.delete_image(&stuck).await, 204);
         daemon.await_job(&stuck, "cancelled").await;
@@ -672,7 +672,7 @@ mod alone {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn ten_at_once_with_two_daemons() {
+    async fn ten_concurrent_uploads_with_two_daemons_become_active() {
         let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volumes = join_all((0..10).map(|seed| small_volume(&demo, 20 + seed))).await;

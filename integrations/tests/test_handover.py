@@ -183,12 +183,12 @@ class Waiter(unittest.TestCase):
         self.assertFalse(self.world.run())
         self.assertEqual([], self.world.tagged)
 
-    def test_an_image_that_somebody_uploads_is_not_offered(self):
+    def test_an_image_that_another_client_uploads_is_not_offered(self):
         self.world.image['status'] = 'saving'
         self.assertFalse(self.world.run())
         self.assertEqual([], self.world.tagged)
 
-    def test_an_upload_by_somebody_else_ends_the_wait(self):
+    def test_an_upload_by_another_client_ends_the_wait(self):
         self.world.copies(end=50)
         self.world.at(5, lambda: self.world.image.update(status='saving'))
         self.assertFalse(self.world.run())
@@ -351,7 +351,7 @@ class Waiter(unittest.TestCase):
         self.world.at(4.9, lambda: self.world.tag(OFFER))
         self.assert_active()
 
-    def test_a_job_that_does_not_start_is_taken_back_whatever_its_signs_of_life(self):
+    def test_a_job_that_does_not_start_is_taken_back_whatever_its_heartbeats(self):
         self.world.at(1, lambda: self.world.change(status='accepted', progress='0'))
         for second in range(5, 200, 5):
             self.world.at(second, lambda: self.world.change(message='at work at %s' % self.world.now))

@@ -1,5 +1,5 @@
 //! The connection to a cluster: handles that close themselves, running blocking calls off the runtime, who we are to
-//! the OSDs, and shutting others out.
+//! the OSDs, and fencing other clients.
 //!
 //! A client that was fenced (blocklisted) itself stays so until [`Client::reconnect`] is called: every call answers
 //! [`ErrorKind::Fenced`] at once. That is on purpose. A fenced client has lost its leases, and everything that still
@@ -271,7 +271,7 @@ impl Client {
         Ok(names.filter_map(|name| Some(name.strip_prefix("ceph version ")?.split(' ').next()?.to_owned())).collect())
     }
 
-    /// Whether the monitors let this client shut others out, without doing so: they look at the capabilities before
+    /// Whether the monitors let this client fence others, without doing so: they look at the capabilities before
     /// they read the address, which is none.
     pub async fn may_fence(&self) -> Result<bool> {
         const OPERATION: &str = "ask whether `osd blocklist add` is allowed";
@@ -462,14 +462,14 @@ impl Cluster {
     fn watch_for_fence<T>(self: Arc<Self>, work: impl FnOnce(&Arc<Self>) -> Result<T>) -> Result<T> {
         let result = work(&self);
         let Err(error) = &result else { return result };
-        let shut_out = match error.kind() {
+        let is_fenced = match error.kind() {
             ErrorKind::Fenced => true,
             ErrorKind::Other | ErrorKind::TimedOut | ErrorKind::PermissionDenied | ErrorKind::ReadOnly => {
                 self.ask_whether_fenced()
             }
             _ => false,
         };
-        if shut_out {
+        if is_fenced {
             self.fenced.store(true, Ordering::Release);
             return result.map_err(|e| e.with_kind(ErrorKind::Fenced));
         }

@@ -452,8 +452,8 @@ fn has_unknown_holes(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>
     Ok(false)
 }
 
-/// At most `count` of them, one out of each stretch of the same length: anywhere in it, since what is written at
-/// regular distances would alias with a sample that is regular too. Deterministic.
+/// A stratified sample of at most `count` objects: one of each stretch of equal length. Its place in the stretch is
+/// pseudo-random, so that data at regular distances do not alias with the sample. Deterministic.
 fn stratified_sample(objects: &[u64], count: usize) -> impl Iterator<Item = u64> {
     let chosen = count.min(objects.len());
     (0..chosen).map(move |n| {

@@ -545,7 +545,7 @@ pub trait Storage: Send + Sync + 'static {
 /// Clients for jobs, one each: what hangs or is fenced is one job's client, and no other job's.
 #[async_trait]
 pub trait StoragePool: Send + Sync + 'static {
-    /// A client that nobody else uses until it is given back.
+    /// A client that nobody else uses until it is returned to the pool.
     async fn take(&self) -> Result<Box<dyn Lent>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).
@@ -567,7 +567,7 @@ pub trait Lent: Send + Sync {
     fn is_fenced(&self) -> bool;
 
     /// Another job may use it. Only when no record names it as an owner any more.
-    fn give_back(self: Box<Self>);
+    fn return_to_pool(self: Box<Self>);
 
     /// Fences this client, by another one: its calls that have not returned can do nothing any more.
     async fn give_up(self: Box<Self>) -> Result<()>;

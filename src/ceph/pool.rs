@@ -82,7 +82,7 @@ impl Lent for LentClient {
         self.client.is_fenced()
     }
 
-    fn give_back(self: Box<Self>) {
+    fn return_to_pool(self: Box<Self>) {
         let mut idle = lock(&self.shared.idle);
         if idle.len() < IDLE_MAX && !self.client.is_busy() && !self.client.is_fenced() {
             idle.push(self.client.clone());

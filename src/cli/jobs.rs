@@ -22,7 +22,7 @@ use crate::job::store::{Error, Store, Stored};
 /// Records that are read at a time.
 const AT_A_TIME: usize = 32;
 
-/// Between two paintings.
+/// Interval between two refreshes.
 const REFRESH: Duration = Duration::from_secs(2);
 
 /// State of a record that cannot be read, in the table and in JSON.
@@ -45,7 +45,7 @@ pub struct Args {
     /// An array of the documents that `show --json` prints.
     #[arg(long)]
     json: bool,
-    /// Paint it again every two seconds, until Ctrl-C.
+    /// Refresh it every two seconds, until Ctrl-C.
     #[arg(long)]
     watch: bool,
 }

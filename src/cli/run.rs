@@ -402,5 +402,5 @@ impl Health for Daemon {
 
 fn engine_health(last_poll: Instant) -> String {
     let ago = last_poll.elapsed();
-    if ago < ANSWERED_WITHIN { "ok".into() } else { format!("last looked for jobs {} s ago", ago.as_secs()) }
+    if ago < ANSWERED_WITHIN { "ok".into() } else { format!("last polled for jobs {} s ago", ago.as_secs()) }
 }

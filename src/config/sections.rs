@@ -214,7 +214,8 @@ section! {
         /// whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the pool of
         /// the source; what cannot be published at once is published when-copied.
         publish: PublishChoice = "when-copied", OneOf(PublishChoice::NAMES);
-        /// Jobs that run at a time on this controller.
+        /// Jobs that copy at a time on this controller. Jobs that only wait for a service come on top: twice max_jobs
+        /// in all.
         max_jobs: usize = "4", Whole { min: 1, max: 256 };
         /// Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.
         max_jobs_per_pool: usize = "0", Whole { min: 0, max: 256 };
@@ -223,7 +224,7 @@ section! {
         /// How long the source's snapshot is kept after an image that was published at once no longer needs it. A
         /// client that opened the image earlier may still read from it.
         detach_grace: Duration = "60s", Span { min: 0, max: DAY };
-        /// Jobs of one project that run at a time on this controller. 0: no limit besides max_jobs.
+        /// Jobs of one project that copy at a time on this controller. 0: no limit besides max_jobs.
         max_jobs_per_project: usize = "0", Whole { min: 0, max: 256 };
         /// How often a job is taken over from a controller that died or stalled with it, before it fails. A copy that
         /// got further than before is not counted. 0: no limit.

@@ -226,7 +226,7 @@ impl Cleaner {
             }
         };
         if custody.is_beyond_cleanup() {
-            custody.give_back(false).await;
+            custody.release(false).await;
             return Ended { is_beyond_cleanup: true, ..ended };
         }
         let mut all = true;
@@ -246,7 +246,7 @@ impl Cleaner {
                 }
             }
         }
-        custody.give_back(all).await;
+        custody.release(all).await;
         ended
     }
 

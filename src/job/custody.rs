@@ -22,7 +22,7 @@ const TRIES: usize = 16;
 /// Pauses after each try to take the reconciler out of a record: another daemon that finds it there fences it.
 const CLEAR_PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(2)];
 
-/// Held from [`take`](Self::take) to [`give_back`](Self::give_back). Dropped in between, it leaves its owner in the
+/// Held from [`take`](Self::take) to [`release`](Self::release). Dropped in between, it leaves its owner in the
 /// record, who is fenced by the next one.
 pub(super) struct Custody {
     store: Store,
@@ -87,12 +87,12 @@ impl Custody {
         match taken {
             Ok(true) => Ok(Some(custody)),
             Ok(false) => {
-                custody.give_back(false).await;
+                custody.release(false).await;
                 Ok(None)
             }
             // the record may have been written all the same
             Err(error) => {
-                custody.give_back(false).await;
+                custody.release(false).await;
                 Err(error)
             }
         }
@@ -141,7 +141,7 @@ impl Custody {
 
     /// Takes the reconciler out of the record, or removes the placeholder, and gives the lease back. `is_clean`: what
     /// the job left is removed, and the owners that died over it count no more.
-    pub async fn give_back(self, is_clean: bool) {
+    pub async fn release(self, is_clean: bool) {
         let objects = self.store.objects().as_ref();
         for pause in CLEAR_PAUSES {
             match self.clear(is_clean).await {

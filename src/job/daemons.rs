@@ -17,7 +17,7 @@ use super::lease::Identity;
 use crate::ceph::{ErrorKind, LockKey, Locked, Objects, Result};
 use crate::config::Config;
 
-/// The object whose omap has one entry per daemon: its instance id, and an [`DaemonEntry`].
+/// The object whose omap has one entry per daemon: its instance id, and a [`DaemonEntry`].
 const OBJECT: &str = "daemons";
 
 /// Name of the lock that a daemon holds on its own object.
@@ -69,7 +69,7 @@ fn object_of(instance: Uuid) -> String {
 }
 
 /// Says that this daemon lives and what it serves.
-pub async fn beat(objects: &dyn Objects, identity: &Identity, entry: &DaemonEntry) -> Result<()> {
+pub async fn send_heartbeat(objects: &dyn Objects, identity: &Identity, entry: &DaemonEntry) -> Result<()> {
     let object = object_of(identity.instance);
     let key = LockKey { name: LOCK.into(), cookie: identity.instance.to_string() };
     // an entry without a lock would be removed as a dead daemon's: the lock comes first

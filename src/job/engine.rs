@@ -1,4 +1,4 @@
-//! The engine: looks which jobs wait, takes a lease on those it has room for, and runs them.
+//! The engine: polls for waiting jobs, takes a lease on those it has room for, and runs them.
 //!
 //! Any number of daemons do the same over the same jobs; the lease decides. Each picks the oldest job of the project
 //! that has the fewest jobs running here, so that one tenant's five hundred requests do not starve another's one.
@@ -217,7 +217,7 @@ impl Engine {
     /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are released after that.
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
-            self.beat();
+            self.send_heartbeat();
             match tokio::time::timeout(POLL_TIMEOUT, self.poll_jobs(&drain)).await {
                 Ok(Ok(())) if !self.context.clients.is_fenced() => {
                     lock(&self.status).last_poll = Instant::now();
@@ -253,7 +253,7 @@ impl Engine {
 
     /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At
     /// once when its configuration has changed.
-    fn beat(self: &Arc<Self>) {
+    fn send_heartbeat(self: &Arc<Self>) {
         let entry = DaemonEntry::of(&self.context.config.borrow(), &self.context.identity);
         let mut told = lock(&self.told);
         if told.as_ref().is_some_and(|(at, before)| at.elapsed() < HEARTBEAT && *before == entry) {
@@ -264,8 +264,8 @@ impl Engine {
         let engine = Arc::clone(self);
         self.tasks.spawn(async move {
             let context = &engine.context;
-            let beat = daemons::beat(context.store.objects().as_ref(), &context.identity, &entry);
-            if let Err(error) = within(POLL_TIMEOUT, beat).await {
+            let sent = daemons::send_heartbeat(context.store.objects().as_ref(), &context.identity, &entry);
+            if let Err(error) = within(POLL_TIMEOUT, sent).await {
                 tracing::debug!(error, "the other daemons were not told that this one lives; the engine retries");
                 lock(&engine.told).take();
             }
@@ -292,7 +292,7 @@ impl Engine {
     async fn poll_jobs(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
         let live = self.context.store.live().await?;
         self.prune_state(&live);
-        self.tell_of_detaching(&live);
+        self.report_detaching(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
         self.record_progress();
         let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
@@ -333,7 +333,7 @@ impl Engine {
 
     /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest
     /// does.
-    fn tell_of_detaching(&self, live: &[(Uuid, Summary)]) {
+    fn report_detaching(&self, live: &[(Uuid, Summary)]) {
         let since: Vec<_> = live.iter().filter_map(|(_, summary)| summary.detaching).collect();
         let age =
             since.iter().min().map_or(0.0, |oldest| self.context.clock.now().duration_since(*oldest).as_secs_f64());

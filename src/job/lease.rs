@@ -2,7 +2,7 @@
 //!
 //! Two things keep a daemon that lost its lease from doing harm. Before every step that others can see it renews the
 //! lease and stops when that is refused. And a daemon that takes over from an owner that did not release the job fences
-//! that owner's Ceph client out first (`osd blocklist`), so that even an operation that was already on its way does
+//! that owner's Ceph client first (`osd blocklist`), so that even an operation that was already on its way does
 //! nothing.
 
 use std::sync::Mutex;

@@ -14,7 +14,7 @@ use crate::transfer::Method;
 
 /// The record for `published`, which bears `tag`. `image` is the image record, `pools` are those where the anchor may
 /// be. `None`: the RBD image is gone.
-pub async fn make_again(
+pub async fn recreate_record(
     storage: &dyn Storage,
     clock: &Clock,
     pools: &[String],

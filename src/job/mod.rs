@@ -1,7 +1,7 @@
 //! Jobs: the record of each, its store in RADOS, the lease on it, and the engine that brings it to an end.
 //!
 //! A job is one object in RADOS. The daemon that holds the lease (a lock on that object, with a time limit that the OSD
-//! keeps) may move it on; every step may be run again by anybody after a crash at any point, and ends the same.
+//! keeps) may advance it. Any daemon may run a step again, after a crash at any point, with the same result.
 //! `docs/explanation/jobs.md` draws the states.
 
 pub mod backoff;

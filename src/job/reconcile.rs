@@ -437,7 +437,7 @@ impl Reconciler {
         {
             // from a removal that broke off: the next owner would fence this daemon
             if let Some(custody) = self.custody(image_id).await? {
-                custody.give_back(false).await;
+                custody.release(false).await;
             }
         }
         Ok(record.state != State::Done)
@@ -505,7 +505,7 @@ impl Reconciler {
             Ok::<_, CallError>(())
         };
         let repaired = repaired.await;
-        custody.give_back(false).await;
+        custody.release(false).await;
         repaired?;
         report.repaired += 1;
         Ok(())
@@ -689,7 +689,7 @@ impl Reconciler {
             Err(error) => return Err(error.into()),
         }
         let (storage, pools) = (self.storage.as_ref(), self.pools());
-        let record = lost_record::make_again(storage, &context.clock, &pools, image, tag, &found).await?;
+        let record = lost_record::recreate_record(storage, &context.clock, &pools, image, tag, &found).await?;
         let Some(record) = record else { return Ok(true) };
         if context.store.create_live(&record).await? {
             tracing::error!(%image_id, %image,

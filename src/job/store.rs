@@ -156,6 +156,11 @@ impl Store {
         format!("job.{image_id}")
     }
 
+    /// The stored job of an image. `None`: there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unreadable`] for a record that is broken, too large or of a newer version; [`Error::Ceph`] else.
     pub async fn load(&self, image_id: Uuid) -> Result<Option<Stored>> {
         let KeyedObject { data, keys, version } = match self.objects.read_with_keys(&Self::object(image_id)).await {
             Ok(Some(found)) => found,

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_frame_for_many() {
+    fn consecutive_acks_share_one_frame() {
         let mut acks = Acks::default();
         (1..=50).for_each(|tag| acks.done(tag));
         assert_eq!(acks.take(), [Ack { tag: 50, multiple: true }]);
@@ -79,7 +79,7 @@ mod tests {
     proptest! {
         /// Against a model of the broker: what is acknowledged was done, and in the end everything done is.
         #[test]
-        fn the_broker_agrees(steps in prop::collection::vec(0u8..5, 1..200)) {
+        fn what_is_acknowledged_was_done_and_all_that_was_done_is_acknowledged(steps in prop::collection::vec(0u8..5, 1..200)) {
             let mut acks = Acks::default();
             let (mut next, mut unacked, mut held, mut returned) = (1u64, BTreeSet::new(), Vec::new(), 0usize);
             let mut done = BTreeSet::new();

@@ -60,7 +60,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     (
         MetricKind::Gauge,
         "rbd_offload_last_poll_timestamp_seconds",
-        "When this daemon last looked for jobs and got an answer from Ceph, in Unix time.",
+        "Unix time of this daemon's last successful poll for jobs.",
     ),
     (
         MetricKind::Histogram,
@@ -91,11 +91,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     ),
     (MetricKind::Plain, "rbd_offload_retries_total", "Attempts that met a transient error; the job is retried."),
     (MetricKind::Plain, "rbd_offload_leases_lost_total", "Jobs that were given up because their lease was lost."),
-    (
-        MetricKind::Plain,
-        "rbd_offload_fenced_total",
-        "Ceph clients of this daemon, each of one job, that another daemon fenced.",
-    ),
+    (MetricKind::Plain, "rbd_offload_fenced_total", "Ceph clients of this daemon that another daemon fenced."),
     (
         MetricKind::Plain,
         "rbd_offload_takeovers_total",
@@ -104,7 +100,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     (
         MetricKind::Plain,
         "rbd_offload_takeover_failures_total",
-        "Jobs that failed because each daemon that worked on them died or stalled.",
+        "Jobs that failed, and leftovers that stay, because each daemon that worked on them died or stalled.",
     ),
     (
         MetricKind::Plain,

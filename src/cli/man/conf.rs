@@ -16,7 +16,7 @@ const DESCRIPTION: &[&str] = &[
     "Durations are a whole number with ms, s, m, h or d; sizes are bytes, or a whole number with KiB, MiB or GiB; both \
      without a space. Flags are true or false.",
     "SIGHUP (systemctl reload rbd-offload) reads all of it again. Of the keys that are marked so below, the rates and the \
-     log's apply at once, the others to jobs that begin after the reload. Changes of all other keys are named in the log \
+     log's apply at once, the others at the daemon's next check or to the next attempt of each job. Changes of all other keys are named in the log \
      and take a restart. A configuration with mistakes changes nothing.",
 ];
 

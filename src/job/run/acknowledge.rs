@@ -1,4 +1,4 @@
-//! Reports a job that waits for its turn: once to the requester, and periodically to a delegating service while this
+//! Reports a job that waits for its turn: once to the requester, and periodically to a client service while this
 //! daemon makes progress.
 
 use jiff::SignedDuration;
@@ -58,7 +58,7 @@ impl JobRun {
             }
         }
         self.job.release_lease().await;
-        client.give_back();
+        client.return_to_pool();
         match waited_for {
             false => Acknowledged::Requester,
             true if self.job.record().await.acknowledged => Acknowledged::Service,

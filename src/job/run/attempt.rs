@@ -45,7 +45,7 @@ impl JobRun {
             State::Accepted if config.offload.dry_run => return self.dry_run(&config).await,
             // begun by an attempt that did not end
             State::Copying | State::Publishing => self.start_over(config).await?,
-            _ => self.lay_down(config).await?,
+            _ => self.plan_job(config).await?,
         };
         let applied = match self.apply_steps(&mut attempt).await {
             Err(StepError::WhenCopied(reason)) => {
@@ -75,7 +75,7 @@ impl JobRun {
         // the next plan may find another source, and nothing tells of this one then
         self.apply_at_end().await?;
         self.job.enter(State::Accepted).await?;
-        self.lay_down(config).await
+        self.plan_job(config).await
     }
 
     /// The image cannot be published at once: does the job again, and publishes when copied. The inner result is of
@@ -136,7 +136,7 @@ impl JobRun {
     }
 
     /// Plans the job, and writes down what is to be done.
-    async fn lay_down(&self, config: Arc<Config>) -> StepResult<Attempt> {
+    async fn plan_job(&self, config: Arc<Config>) -> StepResult<Attempt> {
         let began = Instant::now();
         let plan = self.job.stage("plan", self.plan(&config)).await?;
         let Some(slot) = self.pools.take(&plan.dest_pool, config.offload.max_jobs_per_pool) else {
@@ -244,7 +244,7 @@ impl JobRun {
         let image =
             self.job.context.cloud.image(&self.job.id.to_string()).await?.filter(|image| image.status == "queued");
         if self.job.signals().await.has(Signal::Cancel) {
-            self.withdraw_request(image, &seen).await?;
+            self.cancel_request(image, &seen).await?;
             return Ok(false);
         }
         let record = self.job.record().await;
@@ -287,7 +287,7 @@ impl JobRun {
     }
 
     /// The operator cancelled a request that was made after the job's end, before the job began again.
-    async fn withdraw_request(&self, image: Option<Image>, seen: &Signals) -> StepResult<()> {
+    async fn cancel_request(&self, image: Option<Image>, seen: &Signals) -> StepResult<()> {
         if let Some(image) = image.filter(|image| request::parse_request_tags(&image.tags) != TagRequest::Absent) {
             // stored before the tag goes: `retry` goes by the latest request
             if let TagRequest::Source(source) = request::parse_request_tags(&image.tags) {

@@ -57,7 +57,7 @@ pub enum RunResult {
     Ended(State),
     /// Another attempt is due after this pause.
     Waiting(Duration),
-    /// Given back for another daemon, since this one stops.
+    /// Released to another daemon, because this one stops.
     Released,
     /// Left to another daemon, which is configured for its source.
     LeftToAnother,
@@ -164,7 +164,7 @@ impl JobRun {
             // the record may name it still, and then its next owner fences it
             Ok(RunResult::Abandoned) => RunResult::Abandoned,
             Ok(outcome) => {
-                client.give_back();
+                client.return_to_pool();
                 outcome
             }
             Err(why) => self.give_up(client, why).await,
@@ -289,7 +289,7 @@ impl JobRun {
             Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
             Err(stop) => return Ok(self.not_begun(stop).await),
         }
-        if let Some(ending) = self.ends_its_owners().await {
+        if let Some(ending) = self.exceeds_takeover_limit().await {
             return Ok(self.handle_stop(StepError::End(ending)).await);
         }
         let (attempt, watched) = {
@@ -353,7 +353,7 @@ impl JobRun {
     }
 
     /// Whether too many owners in a row have died or stalled with this job.
-    async fn ends_its_owners(&self) -> Option<Outcome> {
+    async fn exceeds_takeover_limit(&self) -> Option<Outcome> {
         let record = self.job.record().await;
         let limit = self.job.context.config.borrow().offload.max_takeovers;
         if limit == 0 || record.takeovers <= limit || record.outcome.is_some() || record.state.is_ended() {

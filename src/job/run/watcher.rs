@@ -219,7 +219,7 @@ impl JobRun {
 
     /// Replaces what the record shows. A failure is no reason to stop.
     pub(super) async fn show_again(&self, status: Status, message: &str) {
-        // the delegating service reads `publishing` as "prepared"
+        // the client service reads `publishing` as "prepared"
         if self.job.record().await.handover.is_some() {
             return;
         }

@@ -16,7 +16,7 @@ use crate::openstack::Image;
 use crate::publish::image_status::{self, Status};
 use crate::request;
 
-/// How long the client service may take to commit. It reads the image record twice a second.
+/// How long the client service may take to commit. It polls the image record every 0.5 to 5 s.
 const COMMIT_WITHIN: Duration = Duration::from_secs(120);
 
 /// Pause between looks at the image record.

@@ -46,7 +46,7 @@ impl Lent for LentHandle {
         self.handle.node.is_fenced()
     }
 
-    fn give_back(self: Box<Self>) {
+    fn return_to_pool(self: Box<Self>) {
         self.handle.node.give_back();
     }
 

@@ -99,7 +99,7 @@ fn a_frozen_reconciler_is_fenced_by_the_job_that_comes_after_it() {
 
         // the reconciler goes on where it stood
         assert_eq!(storage.remove_image(&copy).await.unwrap_err().kind(), ErrorKind::Fenced);
-        custody.give_back(false).await;
+        custody.release(false).await;
         assert!(other_storage.image(&copy, None).await.unwrap().is_some());
     });
 }
@@ -137,7 +137,7 @@ fn custody_leaves_no_record_and_no_owner() {
             let record = store.load(image_id).await.unwrap().unwrap().record;
             assert_eq!(record.owner_address.as_ref(), Some(&own));
             assert!(Custody::take(&context, &storage, image_id).await.unwrap().is_none(), "one at a time");
-            custody.give_back(false).await;
+            custody.release(false).await;
             assert!(!Lease::is_held(store.objects().as_ref(), image_id).await.unwrap());
         }
         assert_eq!(store.load(without).await.unwrap(), None);
@@ -157,7 +157,7 @@ fn a_request_that_comes_meanwhile_keeps_its_record() {
         assert_eq!(context.store.submit(&request(image_id)).await.unwrap(), Submitted::Rerequested);
         let offer = NewJob { trigger: Trigger::VolumeUpload, ..request(image_id) };
         assert!(context.store.submit(&offer).await.is_err(), "an offer is delivered again");
-        custody.give_back(false).await;
+        custody.release(false).await;
         let stored = context.store.load(image_id).await.unwrap().unwrap();
         assert!(stored.signals.has(Signal::Rerequested) && stored.record.owner_address.is_none());
         assert!(context.store.live().await.unwrap().iter().any(|(id, _)| *id == image_id));
@@ -188,7 +188,7 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
         let beat = async |context: &Context, backends: &[&str]| {
             let mut entry = DaemonEntry::of(&context.config.borrow().clone(), &context.identity);
             entry.backends = backends.iter().map(|name| (*name).to_owned()).collect();
-            daemons::beat(context.store.objects().as_ref(), &context.identity, &entry).await.unwrap();
+            daemons::send_heartbeat(context.store.objects().as_ref(), &context.identity, &entry).await.unwrap();
         };
         let now = || one.clock.now();
         let found_at =
