@@ -2182,7 +2182,7 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     .await
     .unwrap();
     let pool = ClientPool::new(control.clone(), records.clone());
-    let (hung, well) = (pool.take().await.unwrap(), pool.take().await.unwrap());
+    let (hung, well) = (pool.take(Uuid::new_v4()).await.unwrap(), pool.take(Uuid::new_v4()).await.unwrap());
     let (storage, other) = (hung.storage(), well.storage());
     let addresses =
         [storage.address().await.unwrap(), other.address().await.unwrap(), control.address().await.unwrap()];
@@ -2213,9 +2213,9 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     records.objects("images", &lab.name).unwrap().omap("none", "", 1).await.unwrap();
     assert!(!pool.is_fenced());
     well.return_to_pool();
-    let next = pool.take().await.unwrap();
+    let next = pool.take(Uuid::new_v4()).await.unwrap();
     assert_eq!(next.storage().address().await.unwrap(), addresses[1], "an idle client is used again");
-    assert_ne!(pool.take().await.unwrap().storage().address().await.unwrap(), addresses[0]);
+    assert_ne!(pool.take(Uuid::new_v4()).await.unwrap().storage().address().await.unwrap(), addresses[0]);
 }
 
 /// An image that is published at once: a clone of an anchor of the source's `s`, with the snapshot `snap`.

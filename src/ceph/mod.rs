@@ -28,6 +28,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use cluster::{Client, ClientOptions, OTHER_KEY, exit_now, host_name, make_undumpable};
 pub use error::{Error, ErrorKind, Result};
@@ -545,8 +546,12 @@ pub trait Storage: Send + Sync + 'static {
 /// Clients for jobs, one each: what hangs or is fenced is one job's client, and no other job's.
 #[async_trait]
 pub trait StoragePool: Send + Sync + 'static {
-    /// A client that nobody else uses until it is returned to the pool.
-    async fn take(&self) -> Result<Box<dyn Lent>>;
+    /// A client for the job of this image that no other job uses until it is returned to the pool.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::TimedOut`] while too many calls have not returned, of this job's former clients or of all.
+    async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).
     fn is_fenced(&self) -> bool;

@@ -1,9 +1,10 @@
 //! Clients for jobs, one each: [`StoragePool`] over connections of their own.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 use super::cluster::{Client, lock};
 use super::{Changed, Error, ErrorKind, Lent, Result, Storage, StoragePool};
@@ -13,6 +14,9 @@ const IDLE_MAX: usize = 8;
 
 /// Clients that were given up and have calls that did not return. While there are so many, no job gets another one.
 const GIVEN_UP_MAX: usize = 8;
+
+/// The same of one job: what hangs in its pool keeps it from the clients of jobs in healthy pools.
+const GIVEN_UP_MAX_OF_JOB: usize = 2;
 
 /// Connects a client when a job wants one and none is idle.
 pub struct ClientPool {
@@ -26,7 +30,24 @@ pub struct ClientPool {
 #[derive(Default)]
 struct Shared {
     idle: Mutex<Vec<Client>>,
-    given_up: AtomicUsize,
+    /// By the image of the job.
+    given_up: Mutex<HashMap<Uuid, usize>>,
+}
+
+impl Shared {
+    fn count_given_up(&self, image_id: Uuid) {
+        *lock(&self.given_up).entry(image_id).or_default() += 1;
+    }
+
+    fn forget_given_up(&self, image_id: Uuid) {
+        let mut given_up = lock(&self.given_up);
+        if let Some(count) = given_up.get_mut(&image_id) {
+            *count -= 1;
+            if *count == 0 {
+                given_up.remove(&image_id);
+            }
+        }
+    }
 }
 
 impl ClientPool {
@@ -38,17 +59,25 @@ impl ClientPool {
 
 #[async_trait]
 impl StoragePool for ClientPool {
-    async fn take(&self) -> Result<Box<dyn Lent>> {
+    async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>> {
+        let refused = |detail| Err(Error::new("connect a client for a job", ErrorKind::TimedOut, detail));
+        let (of_job, of_all) = {
+            let given_up = lock(&self.shared.given_up);
+            (given_up.get(&image_id).copied().unwrap_or_default(), given_up.values().sum::<usize>())
+        };
+        if of_job >= GIVEN_UP_MAX_OF_JOB {
+            return refused(format!("calls of {of_job} clients of this job that were given up have not returned"));
+        }
         let idle = lock(&self.shared.idle).pop();
         let client = match idle {
             Some(client) => client,
-            None if self.shared.given_up.load(Ordering::SeqCst) >= GIVEN_UP_MAX => {
-                let detail = format!("calls of {GIVEN_UP_MAX} clients that were given up have not returned");
-                return Err(Error::new("connect a client for a job", ErrorKind::TimedOut, detail));
+            None if of_all >= GIVEN_UP_MAX => {
+                return refused(format!("calls of {of_all} clients that were given up have not returned"));
             }
             None => self.control.another().await?,
         };
-        Ok(Box::new(LentClient { client, control: self.control.clone(), shared: Arc::clone(&self.shared) }))
+        let (control, shared) = (self.control.clone(), Arc::clone(&self.shared));
+        Ok(Box::new(LentClient { image_id, client, control, shared }))
     }
 
     fn is_fenced(&self) -> bool {
@@ -63,6 +92,7 @@ impl StoragePool for ClientPool {
 }
 
 struct LentClient {
+    image_id: Uuid,
     client: Client,
     control: Client,
     shared: Arc<Shared>,
@@ -92,11 +122,11 @@ impl Lent for LentClient {
     async fn give_up(self: Box<Self>) -> Result<()> {
         let address = self.client.own_address()?;
         // counted until its last call has returned
-        self.shared.given_up.fetch_add(1, Ordering::SeqCst);
-        let (client, shared) = (self.client.clone(), Arc::clone(&self.shared));
+        self.shared.count_given_up(self.image_id);
+        let (image_id, client, shared) = (self.image_id, self.client.clone(), Arc::clone(&self.shared));
         tokio::spawn(async move {
             client.quiet().await;
-            shared.given_up.fetch_sub(1, Ordering::SeqCst);
+            shared.forget_given_up(image_id);
         });
         self.control.fence_address(&address).await.map(drop)
     }

@@ -95,7 +95,7 @@ struct Load {
     jobs: usize,
     /// Those that wait for no service.
     copying: usize,
-    /// The same by project.
+    /// All of them, by project. A job that waits for a service counts: any client may say that it is one.
     by_project: HashMap<String, usize>,
     /// A job runs whose previous owner died or stalled with it.
     suspect: bool,
@@ -112,9 +112,15 @@ impl Load {
     }
 
     /// Takes out the next job, if one may start: one that a service handed over and waits for goes first, then the
-    /// oldest of the project that has the fewest jobs running here. One suspect runs at a time: when the daemon dies,
+    /// oldest of the project that has the fewest jobs running here. A project with `max_jobs` running here has no such
+    /// precedence: any client may say that it is a service. One suspect runs at a time: when the daemon dies,
     /// it is known with which.
-    fn take_fairest(&self, waiting: &mut Vec<(Uuid, Summary)>, per_project: usize) -> Option<(Uuid, Summary)> {
+    fn take_fairest(
+        &self,
+        waiting: &mut Vec<(Uuid, Summary)>,
+        per_project: usize,
+        max_jobs: usize,
+    ) -> Option<(Uuid, Summary)> {
         let busy = |summary: &Summary| {
             self.by_project.get(summary.project.as_deref().unwrap_or_default()).copied().unwrap_or(0)
         };
@@ -123,7 +129,10 @@ impl Load {
             .enumerate()
             .filter(|(_, (_, summary))| per_project == 0 || busy(summary) < per_project)
             .filter(|(_, (_, summary))| !(self.suspect && summary.suspect))
-            .min_by_key(|(_, (id, summary))| (!summary.handover, busy(summary), summary.created, *id))
+            .min_by_key(|(_, (id, summary))| {
+                let is_urgent = summary.handover && busy(summary) < max_jobs;
+                (!is_urgent, busy(summary), summary.created, *id)
+            })
             .map(|(index, _)| index)?;
         Some(waiting.swap_remove(fairest))
     }
@@ -310,7 +319,7 @@ impl Engine {
             if !load.has_room(max_jobs) {
                 break;
             }
-            let Some((image_id, summary)) = load.take_fairest(&mut waiting, per_project) else { break };
+            let Some((image_id, summary)) = load.take_fairest(&mut waiting, per_project, max_jobs) else { break };
             if let Some(job) = self.try_claim(image_id).await? {
                 self.start(image_id, summary, job, drain.clone());
             }
@@ -379,9 +388,9 @@ impl Engine {
             }
             load.suspect |= job.suspect;
             load.jobs += 1;
+            *load.by_project.entry(job.project.clone()).or_default() += 1;
             if !job.waits.load(Ordering::SeqCst) {
                 load.copying += 1;
-                *load.by_project.entry(job.project.clone()).or_default() += 1;
             }
         }
         load
@@ -572,12 +581,12 @@ mod tests {
         let mut queue = vec![waiting("a", 1), waiting("a", 2), waiting("b", 3)];
         let (first, third) = (queue[0].0, queue[2].0);
         let mut load = Load::default();
-        assert_eq!(load.take_fairest(&mut queue, 1).map(|(id, _)| id), Some(first));
+        assert_eq!(load.take_fairest(&mut queue, 1, 4).map(|(id, _)| id), Some(first));
         load.by_project.insert("a".into(), 1);
-        assert_eq!(load.take_fairest(&mut queue, 1).map(|(id, _)| id), Some(third));
+        assert_eq!(load.take_fairest(&mut queue, 1, 4).map(|(id, _)| id), Some(third));
         load.by_project.insert("b".into(), 1);
-        assert_eq!(load.take_fairest(&mut queue, 1), None);
-        assert!(load.take_fairest(&mut queue, 0).is_some());
+        assert_eq!(load.take_fairest(&mut queue, 1, 4), None);
+        assert!(load.take_fairest(&mut queue, 0, 4).is_some());
     }
 
     #[test]
@@ -586,7 +595,17 @@ mod tests {
         queue[1].1.handover = true;
         let handed_over = queue[1].0;
         let load = Load { by_project: HashMap::from([("b".to_owned(), 3)]), ..Load::default() };
-        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(handed_over));
+        assert_eq!(load.take_fairest(&mut queue, 0, 4).map(|(id, _)| id), Some(handed_over));
+    }
+
+    #[test]
+    fn a_project_that_says_it_is_a_service_takes_no_more_than_the_places_of_one_project() {
+        let mut queue = vec![waiting("a", 2), waiting("b", 1)];
+        queue[1].1.handover = true;
+        let plain = queue[0].0;
+        let load = Load { jobs: 4, by_project: HashMap::from([("b".to_owned(), 4)]), ..Load::default() };
+        assert!(load.has_room(4), "its jobs wait, and leave the places of jobs that copy");
+        assert_eq!(load.take_fairest(&mut queue, 0, 4).map(|(id, _)| id), Some(plain));
     }
 
     #[test]
@@ -609,10 +628,10 @@ mod tests {
         queue[0].1.suspect = true;
         let (suspect, other) = (queue[0].0, queue[1].0);
         let mut load = Load { suspect: true, ..Load::default() };
-        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(other));
-        assert_eq!(load.take_fairest(&mut queue, 0), None);
+        assert_eq!(load.take_fairest(&mut queue, 0, 4).map(|(id, _)| id), Some(other));
+        assert_eq!(load.take_fairest(&mut queue, 0, 4), None);
         load.suspect = false;
-        assert_eq!(load.take_fairest(&mut queue, 0).map(|(id, _)| id), Some(suspect));
+        assert_eq!(load.take_fairest(&mut queue, 0, 4).map(|(id, _)| id), Some(suspect));
     }
 
     #[test]

@@ -41,8 +41,8 @@ impl HeldJob {
             Ok(Some(image)) if image.status == "queued" => Ok(image),
             Ok(Some(_)) => other_writer(),
             Ok(None) => image_gone(),
-            // the record changed since it was read; the next look tells
-            Err(error) if error.kind() == openstack::ErrorKind::Conflict => Ok(image),
+            // the record changed since it was read: what it is now tells the caller whether to go on
+            Err(error) if error.kind() == openstack::ErrorKind::Conflict => self.read_image().await,
             Err(error) if error.kind() == openstack::ErrorKind::Forbidden => {
                 self.note_status_refused(&error);
                 self.read_image().await

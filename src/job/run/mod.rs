@@ -173,9 +173,9 @@ impl JobRun {
 
     /// Takes a client for this job, and makes it the one that the job's steps use.
     async fn take_client(&mut self, drain: &CancellationToken) -> StepResult<Box<dyn Lent>> {
-        let clients = Arc::clone(&self.job.context.clients);
+        let (clients, image_id) = (Arc::clone(&self.job.context.clients), self.job.id);
         let take = async {
-            let client = clients.take().await?;
+            let client = clients.take(image_id).await?;
             let address = client.storage().address().await?;
             Ok::<_, ceph::Error>((client, address))
         };

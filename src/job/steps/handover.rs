@@ -71,10 +71,12 @@ async fn await_go(job: &HeldJob, mut image: Image) -> StepResult<Image> {
         }
         let told = image_status::show(&image, Status::Publishing, 95, PREPARED).is_empty();
         image = if told {
-            sleep(POLL_INTERVAL).await;
             job.read_image().await?
         } else {
             job.patch_status(image, Status::Publishing, 95, PREPARED).await?
         };
+        if !request::has_commit_tag(&image.tags) {
+            sleep(POLL_INTERVAL).await;
+        }
     }
 }

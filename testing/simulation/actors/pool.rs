@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 use crate::ceph::{Changed, Lent, Result, Storage, StoragePool};
 use crate::job::simulation::faults::gate::Handle;
@@ -12,7 +13,7 @@ use crate::job::simulation::faults::node::Node;
 
 #[async_trait]
 impl StoragePool for Handle {
-    async fn take(&self) -> Result<Box<dyn Lent>> {
+    async fn take(&self, _image_id: Uuid) -> Result<Box<dyn Lent>> {
         self.node.pass().await;
         Ok(Box::new(LentHandle { handle: Handle { node: Node::of_job(&self.node) }, control: self.clone() }))
     }
