@@ -10,11 +10,11 @@
 //! is named and passed over. Whatever is removed is removed in custody, by tasks that a round does not wait for when
 //! they take long (`cleanup.rs`).
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -30,7 +30,7 @@ use super::intake::Intake;
 use super::lost_record;
 use super::names::{PRIVATE_PREFIX, Private, parse_private};
 use super::outcome_message::outcome_message;
-use super::record::State;
+use super::record::{Record, State};
 use super::signal::Signal;
 use super::store::Error;
 use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
@@ -136,11 +136,20 @@ pub struct Reconciler {
     /// Jobs that ended without an image, of the latest walk through all of them, and of the one under way.
     unfinished: HashSet<Uuid>,
     walked: HashSet<Uuid>,
+    /// When the image record of an ended job is to be looked at again. `None`: never, the image is gone.
+    repairs: HashMap<Uuid, Option<Timestamp>>,
     sweep: Option<HeaderSweep>,
     next_sweep: Instant,
     /// Pools that cannot be swept, and records that cannot be read: the log names them once.
     unusable: BTreeSet<String>,
     unreadable: BTreeSet<String>,
+}
+
+/// When the image record of an ended job is to be looked at again: what another writer brings back comes soon, or after
+/// a hash that takes hours. The pause is a tenth of the time since the job's end.
+fn next_repair(record: &Record, now: Timestamp) -> Timestamp {
+    let age = now.duration_since(record.ended_at.unwrap_or(now)).max(SignedDuration::ZERO);
+    now.checked_add(age / 10).unwrap_or(now)
 }
 
 impl Reconciler {
@@ -159,6 +168,7 @@ impl Reconciler {
             ended: None,
             unfinished: HashSet::new(),
             walked: HashSet::new(),
+            repairs: HashMap::new(),
             sweep: None,
             next_sweep: Instant::now(),
             unusable: BTreeSet::new(),
@@ -398,6 +408,8 @@ impl Reconciler {
         let own = self.storage.address().await?;
         let ended = self.context().store.ended().await?;
         let begun_at = self.ended.take();
+        let known: HashSet<Uuid> = ended.iter().map(|(id, _)| *id).collect();
+        self.repairs.retain(|id, _| known.contains(id));
         for (image_id, _) in ended.into_iter().filter(|(id, _)| begun_at.is_none_or(|after| *id > after)) {
             if Instant::now() >= until {
                 return Ok(());
@@ -417,7 +429,7 @@ impl Reconciler {
     }
 
     /// Whether the job ended without an image.
-    async fn check_ended(&self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
+    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
@@ -431,7 +443,12 @@ impl Reconciler {
             return Ok(false);
         }
         if record.needs_repair || stored.signals.has(Signal::NeedsRepair) {
-            self.repair(image_id, record, report).await?;
+            let now = self.context().clock.now();
+            let is_due = self.repairs.get(&image_id).is_none_or(|next| next.is_some_and(|next| next <= now));
+            if is_due || record.deactivated {
+                let found = self.repair(image_id, record, report).await?;
+                self.repairs.insert(image_id, found.then(|| next_repair(record, now)));
+            }
         } else if record.owner_address.as_deref() == Some(own)
             || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
         {
@@ -445,9 +462,10 @@ impl Reconciler {
 
     /// The image record of an ended job on which a daemon that was frozen, or another writer's upload, may have brought
     /// back what was taken off or repaired: Glance takes no condition with a change, so that cannot be prevented.
-    async fn repair(&self, image_id: Uuid, record: &super::record::Record, report: &mut RoundReport) -> Result<()> {
+    /// Returns whether there is such an image.
+    async fn repair(&self, image_id: Uuid, record: &Record, report: &mut RoundReport) -> Result<bool> {
         let id = image_id.to_string();
-        let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
+        let Some(image) = self.context().cloud.image(&id).await? else { return Ok(false) };
         let deactivate = record.deactivated && image.status == "active" && !image_status::is_raw_and_bare(&image);
         let changes = match image.status.as_str() {
             "active" | "deactivated" => {
@@ -478,13 +496,13 @@ impl Reconciler {
                 let (status, message) = outcome_message(record.state, &reason, record.request_id);
                 image_status::show(&image, status, 0, &message)
             }
-            _ => return Ok(()),
+            _ => return Ok(true),
         };
         if changes.is_empty() && !deactivate {
-            return Ok(());
+            return Ok(true);
         }
         // in custody, so that nobody begins it again meanwhile
-        let Some(custody) = self.custody(image_id).await? else { return Ok(()) };
+        let Some(custody) = self.custody(image_id).await? else { return Ok(true) };
         let repaired = async {
             // no fence holds up a change in Glance
             custody.renew().await?;
@@ -508,7 +526,7 @@ impl Reconciler {
         custody.release(false).await;
         repaired?;
         report.repaired += 1;
-        Ok(())
+        Ok(true)
     }
 
     async fn custody(&self, image_id: Uuid) -> Result<Option<Custody>> {

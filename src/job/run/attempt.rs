@@ -17,7 +17,7 @@ use crate::job::record::{
 };
 use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
-use crate::openstack::Image;
+use crate::openstack::{self, Image};
 use crate::plan::{self, Plan, PlanRequest};
 use crate::request::{self, Source, TagRequest, Trigger};
 use crate::transfer::{self, Method};
@@ -241,8 +241,12 @@ impl JobRun {
     async fn restart_if_rerequested(&self) -> StepResult<bool> {
         const WISHES: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
         let seen = self.job.signals().await;
-        let image =
-            self.job.context.cloud.image(&self.job.id.to_string()).await?.filter(|image| image.status == "queued");
+        let image = match self.job.context.cloud.image(&self.job.id.to_string()).await {
+            Ok(image) => image.filter(|image| image.status == "queued"),
+            // its owner made it so, and asks for nothing until it can be read
+            Err(error) if error.kind() == openstack::ErrorKind::TooLarge => None,
+            Err(error) => return Err(error.into()),
+        };
         if self.job.signals().await.has(Signal::Cancel) {
             self.cancel_request(image, &seen).await?;
             return Ok(false);

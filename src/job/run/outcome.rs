@@ -14,7 +14,7 @@ use crate::job::daemons;
 use crate::job::record::{Outcome, Phase, Publication, Publish, Record, Registration, State};
 use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
-use crate::openstack::Image;
+use crate::openstack::{self, Image};
 use crate::plan::{self, PlanError};
 use crate::publish::image_status::is_empty_upload;
 use crate::transfer::Method;
@@ -253,15 +253,22 @@ impl JobRun {
         *self.shown.lock().await = None;
         // Nova may be waiting for the disk; Glance, which is asked next, may be away
         self.release_instance().await?;
-        let image = match plan::read_image(self.job.context.cloud.as_ref(), self.job.id).await {
-            Ok(image) => Some(image),
-            Err(PlanError::Gone) => None,
+        let is_unposted = self.job.record().await.registration == Registration::Unposted;
+        let (image, is_too_large) = match plan::read_image(self.job.context.cloud.as_ref(), self.job.id).await {
+            Ok(image) => (Some(image), false),
+            Err(PlanError::Gone) => (None, false),
+            // its owner made it so. Glance knows no location of this job, so nothing of it can be active
+            Err(PlanError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge && is_unposted => {
+                tracing::warn!(image_id = %self.job.id, %error, "the image is not told how its job ended");
+                self.job.update(|record| record.needs_repair = true).await?;
+                (None, true)
+            }
             Err(error) => return Err(error.into()),
         };
         if let Some(state) = self.became_active_anyway(image.as_ref()).await? {
             return Ok(state);
         }
-        if image.is_none() && self.has_clones_in_trash().await? {
+        if image.is_none() && !is_too_large && self.has_clones_in_trash().await? {
             self.job.update(|record| record.outcome = None).await?;
             self.enter_detaching().await?;
             return Err(StepError::Later(Duration::ZERO));

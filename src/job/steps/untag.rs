@@ -40,7 +40,15 @@ impl Step for Untag {
         restore_snap(job, &image).await?;
         job.context.storage.remove_metadata(&image, transfer::OWNERSHIP_TAG).await?;
         // the image may be deleted, and its data in the trash
-        let Some(found) = job.context.cloud.image(&job.id.to_string()).await? else { return Ok(()) };
+        let found = match job.context.cloud.image(&job.id.to_string()).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(()),
+            // its owner made it so; the reconciler takes the tag off when it can be read
+            Err(error) if error.kind() == openstack::ErrorKind::TooLarge => {
+                return job.update(|record| record.needs_repair = true).await;
+            }
+            Err(error) => return Err(error.into()),
+        };
         let Some(change) = image_status::without_copying_tag(&found) else { return Ok(()) };
         // a task that hashes the image writes the record at its end as it was at its beginning
         job.update(|record| record.needs_repair = true).await?;

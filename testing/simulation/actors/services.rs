@@ -13,6 +13,9 @@ use crate::openstack::{
     Server, Validation, Volume, VolumeSnapshot,
 };
 
+/// Bytes of an answer that a daemon reads at most.
+const ANSWER_MAX: usize = 16 * 1024 * 1024;
+
 #[async_trait]
 impl Cloud for Handle {
     async fn image(&self, id: &str) -> Result<Option<Image>> {
@@ -20,10 +23,12 @@ impl Cloud for Handle {
             Kind::Read,
             || format!("glance image {id}"),
             |world| {
-                Ok(world.cloud.images.get_mut(id).map(|record| {
-                    record.told.insert(self.node.name.clone(), record.image.clone());
-                    record.image.clone()
-                }))
+                let Some(record) = world.cloud.images.get_mut(id) else { return Ok(None) };
+                if record.image.properties.values().map(String::len).sum::<usize>() > ANSWER_MAX {
+                    return Err(Error::new(format!("image {id}"), ErrorKind::TooLarge, "the answer is too large"));
+                }
+                record.told.insert(self.node.name.clone(), record.image.clone());
+                Ok(Some(record.image.clone()))
             },
         )
         .await

@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::sleep;
 
 use super::one_image::{OneImage, config};
 use super::{publish_at_once, run_in_virtual_time};
@@ -11,6 +14,7 @@ use crate::job::simulation::actors::daemon::Daemon;
 use crate::job::simulation::actors::{cinder, glance};
 use crate::job::simulation::faults::world::World;
 use crate::job::simulation::state::cluster::FSID;
+use crate::job::simulation::state::glance::ImageRecord;
 use crate::job::store::Cancelled;
 use crate::request::{COPYING_TAG, Source};
 
@@ -50,6 +54,26 @@ fn watch_states(stage: &OneImage) -> Arc<Mutex<Vec<State>>> {
         }
     }));
     states
+}
+
+#[test]
+fn a_record_that_grows_too_large_keeps_no_job_behind_its_image() {
+    run_in_virtual_time(async {
+        let stage = stage();
+        let pad = |record: &mut ImageRecord| {
+            record.image.properties.insert("pad".into(), "x".repeat(17 * 1024 * 1024));
+        };
+        stage.before(&["remove metadata"], OneImage::change_image(stage.image, pad));
+        let _daemon = daemon(&stage, "one");
+        stage.ask().await;
+        let job = stage.end().await;
+        assert_eq!(job.state, State::Done, "{job:#?}");
+        let slim = |record: &mut ImageRecord| drop(record.image.properties.remove("pad"));
+        OneImage::change_image(stage.image, slim)(&mut stage.world.lock());
+        sleep(Duration::from_secs(600)).await;
+        is_whole(&stage);
+        stage.is_tidy();
+    });
 }
 
 #[test]

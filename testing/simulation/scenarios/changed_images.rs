@@ -2,7 +2,7 @@
 //! window" in `docs/explanation/jobs.md`, or what is like it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -13,6 +13,7 @@ use super::run_in_virtual_time;
 use crate::decline::Decline;
 use crate::job::record::State;
 use crate::job::simulation::actors::glance;
+use crate::job::simulation::faults::dice::Dice;
 use crate::job::simulation::state::cluster::FSID;
 use crate::job::simulation::state::glance::TASK;
 use crate::openstack::ImageTask;
@@ -313,6 +314,65 @@ fn what_is_too_much_to_inherit_is_declined_before_anything_is_made() {
         assert!(!made.load(Ordering::SeqCst), "nothing is made for it");
         stage.is_tidy();
     });
+}
+
+/// Its owner may make a record larger than an answer that the daemon reads, and smaller again.
+#[test]
+fn a_record_that_grows_too_large_ends_its_job_and_leaves_nothing() {
+    run_in_virtual_time(async {
+        let stage = OneImage::new();
+        let image = stage.image;
+        let fatten = OneImage::change_image(image, |record| {
+            record.image.properties.insert("pad".into(), "x".repeat(17 * 1024 * 1024));
+        });
+        stage.before(&["flatten"], fatten);
+        let _daemon = stage.daemon("node", "clone");
+        stage.ask().await;
+        let job = stage.end().await;
+        assert_eq!(job.state, State::Failed, "{job:#?}");
+        assert_eq!(stage.published(), None);
+        stage.is_tidy();
+        OneImage::change_image(image, |record| drop(record.image.properties.remove("pad")))(&mut stage.world.lock());
+        // the record asks for it still
+        stage.ask().await;
+        sleep(Duration::from_secs(200)).await;
+        assert_eq!(stage.end().await.state, State::Done);
+        stage.is_tidy();
+    });
+}
+
+/// The tenant takes its request back, with what the daemon showed, right before the daemon shows the next status.
+#[test]
+fn a_request_that_is_taken_back_right_before_a_status_gets_no_further_one() {
+    let mut taken_back = 0;
+    for seed in 0..30 {
+        let refused = run_in_virtual_time(async {
+            let stage = OneImage::new();
+            stage.world.lock().dice = Dice::new(seed);
+            let image = stage.image;
+            let refused = Arc::new(AtomicUsize::new(0));
+            let seen = Arc::clone(&refused);
+            stage.world.lock().script = Some(Box::new(move |world, call| {
+                let is_status = call.contains("glance patch") && call.contains("Replace");
+                if is_status && seen.fetch_add(1, Ordering::SeqCst) == 0 {
+                    OneImage::change_image(image, |record| {
+                        record.image.tags = vec!["mine".into()];
+                        record.image.properties.retain(|name, _| !name.starts_with("rbd_offload_"));
+                    })(world);
+                }
+            }));
+            let _daemon = stage.daemon("node", "clone");
+            stage.ask().await;
+            let job = stage.end().await;
+            stage.is_tidy();
+            let refused = refused.load(Ordering::SeqCst);
+            assert_eq!(job.state == State::Done, refused == 0, "{job:#?}");
+            refused
+        });
+        assert!(refused <= 1, "seed {seed}: {refused} statuses for a request that is gone");
+        taken_back += refused;
+    }
+    assert!(taken_back > 0, "no copy lasted long enough");
 }
 
 #[test]
