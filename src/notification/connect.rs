@@ -30,8 +30,8 @@ pub const WRONG_NAME_REMEDY: &str = "name the host in transport_url as its certi
                                      ssl_verify_hostname = false in [messaging]: the authority that signed the \
                                      certificate is verified all the same";
 
-/// For the TCP connection and the TLS handshake. The login that follows has the listener's limit.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// The kernel limits the TCP connection to each address of a host.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// lapin waits for the broker's greeting without a limit, and its heartbeats begin after the login. A broker that
 /// answers late is waited for; of one whose host is gone the kernel ends the connection, within this time.
 const GONE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,20 +69,20 @@ pub async fn connect(
             runtime,
             async move |mut uri: AMQPUri, runtime| {
                 uri.scheme = AMQPScheme::AMQP;
-                let open = async {
-                    let plain = uri.connect_async(&runtime).await?;
-                    if let AsyncTcpStream::Plain(stream) = &plain {
-                        notice_a_lost_host(&SockRef::from(stream.get_ref()))?;
-                    }
-                    let host = uri.authority.host.as_str();
+                let plain = uri.connect_async(&runtime).await?;
+                if let AsyncTcpStream::Plain(stream) = &plain {
+                    notice_a_lost_host(&SockRef::from(stream.get_ref()))?;
+                }
+                let host = uri.authority.host.as_str();
+                let secure = async {
                     match &any_name {
                         Some(connector) => plain.into_rustls(connector, host).await,
                         None if is_tls => plain.into_tls(host, (*tls).as_ref()).await,
                         None => Ok(plain),
                     }
                 };
-                let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
-                Ok(timeout(OPEN_TIMEOUT, open).await.map_err(late).flatten()?)
+                let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the TLS handshake");
+                Ok(timeout(TLS_TIMEOUT, secure).await.map_err(late).flatten()?)
             },
             properties,
         )
@@ -223,8 +223,8 @@ mod tests {
         let (listener, url) = silent_broker("?ssl=1").await;
         let attempt = attempt(&url).await;
         let _peer = listener.accept().await.unwrap();
-        let ended = timeout(3 * OPEN_TIMEOUT, attempt).await.unwrap().unwrap();
-        assert!(ended.unwrap_err().to_string().contains("no connection in time"));
+        let ended = timeout(3 * TLS_TIMEOUT, attempt).await.unwrap().unwrap();
+        assert!(ended.unwrap_err().to_string().contains("no answer to the TLS handshake"));
     }
 
     #[tokio::test(flavor = "multi_thread")]
