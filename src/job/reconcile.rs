@@ -136,8 +136,8 @@ pub struct Reconciler {
     /// Jobs that ended without an image, of the latest walk through all of them, and of the one under way.
     unfinished: HashSet<Uuid>,
     walked: HashSet<Uuid>,
-    /// When the image record of an ended job is to be looked at again. `None`: never, the image is gone.
-    repairs: HashMap<Uuid, Option<Timestamp>>,
+    /// When the image record of a job that ended at the first time is to be looked at again.
+    repairs: HashMap<Uuid, (Option<Timestamp>, Timestamp)>,
     sweep: Option<HeaderSweep>,
     next_sweep: Instant,
     /// Pools that cannot be swept, and records that cannot be read: the log names them once.
@@ -444,10 +444,16 @@ impl Reconciler {
         }
         if record.needs_repair || stored.signals.has(Signal::NeedsRepair) {
             let now = self.context().clock.now();
-            let is_due = self.repairs.get(&image_id).is_none_or(|next| next.is_some_and(|next| next <= now));
-            if is_due || record.deactivated {
-                let found = self.repair(image_id, record, report).await?;
-                self.repairs.insert(image_id, found.then(|| next_repair(record, now)));
+            let is_of_this_end = |(ended_at, _): &&(_, _)| *ended_at == record.ended_at;
+            let next = self.repairs.get(&image_id).filter(is_of_this_end).map(|(_, next)| *next);
+            if next.is_none_or(|next| next <= now) || record.deactivated {
+                match self.repair(image_id, record, report).await {
+                    Err(CallError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => {
+                        tracing::debug!(%image_id, %error, "the image record is not repaired");
+                    }
+                    repaired => repaired?,
+                }
+                self.repairs.insert(image_id, (record.ended_at, next_repair(record, now)));
             }
         } else if record.owner_address.as_deref() == Some(own)
             || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
@@ -462,10 +468,9 @@ impl Reconciler {
 
     /// The image record of an ended job on which a daemon that was frozen, or another writer's upload, may have brought
     /// back what was taken off or repaired: Glance takes no condition with a change, so that cannot be prevented.
-    /// Returns whether there is such an image.
-    async fn repair(&self, image_id: Uuid, record: &Record, report: &mut RoundReport) -> Result<bool> {
+    async fn repair(&self, image_id: Uuid, record: &Record, report: &mut RoundReport) -> Result<()> {
         let id = image_id.to_string();
-        let Some(image) = self.context().cloud.image(&id).await? else { return Ok(false) };
+        let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
         let deactivate = record.deactivated && image.status == "active" && !image_status::is_raw_and_bare(&image);
         let changes = match image.status.as_str() {
             "active" | "deactivated" => {
@@ -496,13 +501,13 @@ impl Reconciler {
                 let (status, message) = outcome_message(record.state, &reason, record.request_id);
                 image_status::show(&image, status, 0, &message)
             }
-            _ => return Ok(true),
+            _ => return Ok(()),
         };
         if changes.is_empty() && !deactivate {
-            return Ok(true);
+            return Ok(());
         }
         // in custody, so that nobody begins it again meanwhile
-        let Some(custody) = self.custody(image_id).await? else { return Ok(true) };
+        let Some(custody) = self.custody(image_id).await? else { return Ok(()) };
         let repaired = async {
             // no fence holds up a change in Glance
             custody.renew().await?;
@@ -526,7 +531,7 @@ impl Reconciler {
         custody.release(false).await;
         repaired?;
         report.repaired += 1;
-        Ok(true)
+        Ok(())
     }
 
     async fn custody(&self, image_id: Uuid) -> Result<Option<Custody>> {

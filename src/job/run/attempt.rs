@@ -74,6 +74,7 @@ impl JobRun {
         self.undo_steps().await?;
         // the next plan may find another source, and nothing tells of this one then
         self.apply_at_end().await?;
+        self.job.update(|record| record.source_image = None).await?;
         self.job.enter(State::Accepted).await?;
         self.plan_job(config).await
     }

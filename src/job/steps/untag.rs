@@ -71,8 +71,12 @@ async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
     if storage.in_trash(image).await? {
         return Ok(());
     }
-    let record = job.context.cloud.image(&job.id.to_string()).await?;
-    let is_active = record.is_some_and(|record| matches!(record.status.as_str(), "active" | "deactivated"));
+    let is_active = match job.context.cloud.image(&job.id.to_string()).await {
+        Ok(record) => record.is_some_and(|record| matches!(record.status.as_str(), "active" | "deactivated")),
+        // it was published, and Glance knows it
+        Err(error) if error.kind() == openstack::ErrorKind::TooLarge => true,
+        Err(error) => return Err(error.into()),
+    };
     job.before_visible_step().await?;
     if is_active && lacks_snap(storage, image).await? {
         tracing::warn!(image_id = %job.id, job_stage = "untag", %image,
