@@ -17,7 +17,7 @@ const STATUSES: [(&str, &str); 12] = [
     ("1", "check: at least one check failed."),
     ("64", "The command line is wrong."),
     ("65", "A record or a line of the input cannot be read."),
-    ("66", "There is no such file or job."),
+    ("66", "A file cannot be read, or there is no such job."),
     (
         "69",
         "A service does not answer, the request was declined or failed (with --dry-run: would be declined), or the job \
