@@ -95,6 +95,8 @@ struct Load {
     jobs: usize,
     /// Those that wait for no service.
     copying: usize,
+    /// The same by project.
+    copying_by_project: HashMap<String, usize>,
     /// All of them, by project. A job that waits for a service counts: any client may say that it is one.
     by_project: HashMap<String, usize>,
     /// A job runs whose previous owner died or stalled with it.
@@ -121,13 +123,14 @@ impl Load {
         per_project: usize,
         max_jobs: usize,
     ) -> Option<(Uuid, Summary)> {
-        let busy = |summary: &Summary| {
-            self.by_project.get(summary.project.as_deref().unwrap_or_default()).copied().unwrap_or(0)
+        let of_project = |jobs: &HashMap<String, usize>, summary: &Summary| {
+            jobs.get(summary.project.as_deref().unwrap_or_default()).copied().unwrap_or(0)
         };
+        let busy = |summary: &Summary| of_project(&self.by_project, summary);
         let fairest = waiting
             .iter()
             .enumerate()
-            .filter(|(_, (_, summary))| per_project == 0 || busy(summary) < per_project)
+            .filter(|(_, (_, summary))| per_project == 0 || of_project(&self.copying_by_project, summary) < per_project)
             .filter(|(_, (_, summary))| !(self.suspect && summary.suspect))
             .min_by_key(|(_, (id, summary))| {
                 let is_urgent = summary.handover && busy(summary) < max_jobs;
@@ -391,6 +394,7 @@ impl Engine {
             *load.by_project.entry(job.project.clone()).or_default() += 1;
             if !job.waits.load(Ordering::SeqCst) {
                 load.copying += 1;
+                *load.copying_by_project.entry(job.project.clone()).or_default() += 1;
             }
         }
         load
@@ -582,9 +586,9 @@ mod tests {
         let (first, third) = (queue[0].0, queue[2].0);
         let mut load = Load::default();
         assert_eq!(load.take_fairest(&mut queue, 1, 4).map(|(id, _)| id), Some(first));
-        load.by_project.insert("a".into(), 1);
+        load.copying_by_project.insert("a".into(), 1);
         assert_eq!(load.take_fairest(&mut queue, 1, 4).map(|(id, _)| id), Some(third));
-        load.by_project.insert("b".into(), 1);
+        load.copying_by_project.insert("b".into(), 1);
         assert_eq!(load.take_fairest(&mut queue, 1, 4), None);
         assert!(load.take_fairest(&mut queue, 0, 4).is_some());
     }
