@@ -97,12 +97,8 @@ async fn is_whole(image: &Value, expected: &Digest) {
 /// Nothing of ours is beside image and volume, once the last handle of the volume is closed.
 async fn is_tidy(image: &str, volume: &Volume) {
     assert!(Disk::of_image(&format!("rbd-offload.{image}")).facts().await.is_none(), "a private copy");
-    until("nothing of ours is on the volume", seconds(30), || async {
-        let facts = volume.disk.facts().await.unwrap();
-        let is_ours = |name: &String| name.starts_with("rbd-offload");
-        (facts.lockers == 0 && !facts.snapshots.keys().any(is_ours)).then_some(())
-    })
-    .await;
+    let facts = volume.disk.unlocked_facts().await;
+    assert!(!facts.snapshots.keys().any(|name| name.starts_with("rbd-offload")), "{:?}", facts.snapshots);
 }
 
 async fn await_says(account: &Account, image: &str, status: &str) {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::python::Script;
-use super::{MIB, lab};
+use super::{MIB, lab, seconds, until};
 
 static SCRIPT: Script = Script::new(concat!(include_str!("serve.py"), include_str!("disk.py")));
 
@@ -140,6 +140,14 @@ impl Disk {
     /// `None`: there is no such image.
     pub async fn facts(&self) -> Option<Facts> {
         ask("facts", self.arguments(json!({}))).await
+    }
+
+    /// The facts once no client holds the image's lock: the lock goes with its client's last handle.
+    pub async fn unlocked_facts(&self) -> Facts {
+        until("no lock is on the image", seconds(30), || async {
+            self.facts().await.filter(|facts| facts.lockers == 0)
+        })
+        .await
     }
 }
 
