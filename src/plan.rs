@@ -72,6 +72,8 @@ pub struct Plan {
     pub snapshot: Option<String>,
     /// The origin at its head or at that snapshot.
     pub info: ImageInfo,
+    /// The size of the volume or volume snapshot that Cinder told, GiB.
+    pub source_gib: u64,
     pub dest_pool: String,
     pub method: MethodChoice,
     /// As the configuration asks; the source may not allow it.
@@ -230,6 +232,7 @@ pub async fn build(
         Trigger::VolumeUpload | Trigger::InstanceSnapshot => (image.min_disk, image.min_ram, BTreeMap::new()),
     };
     Ok(Plan {
+        source_gib: found.min_disk,
         min_disk,
         min_ram,
         properties,
@@ -261,11 +264,16 @@ pub async fn confirm(cloud: &dyn Cloud, config: &Config, trigger: Trigger, plan:
             return check_instance(&owned_server(cloud, owner, id).await?, trigger, plan.source);
         }
     };
-    if ImageSpec::named(&found.pool, &found.image) != plan.origin || found.snapshot != plan.snapshot {
-        let reason = format!("the disk of {} was moved while its snapshot was made: ask again", plan.source);
-        return declined(Decline::Busy, reason);
-    }
-    Ok(())
+    let changed = if ImageSpec::named(&found.pool, &found.image) != plan.origin || found.snapshot != plan.snapshot {
+        "moved"
+    } else if found.min_disk != plan.source_gib {
+        // the limits of Glance were checked for the size before
+        "extended"
+    } else {
+        return Ok(());
+    };
+    let reason = format!("the disk of {} was {changed} while its snapshot was made: ask again", plan.source);
+    declined(Decline::Busy, reason)
 }
 
 /// What the image record itself rules out.

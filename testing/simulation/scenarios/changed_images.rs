@@ -116,17 +116,17 @@ fn a_request_whose_tag_is_taken_off_is_withdrawn() {
 }
 
 #[test]
-fn who_owns_the_source_counts_when_its_snapshot_exists() {
-    for transferred in [true, false] {
+fn owner_status_and_size_of_the_source_count_when_its_snapshot_exists() {
+    for (change, said) in [("transfer", "there is no volume"), ("retype", "is retyping"), ("extend", "was extended")] {
         run_in_virtual_time(async move {
             let stage = OneImage::new();
             let volume = stage.volumes[0];
             stage.before(&["create snapshot"], move |world| {
                 let disk = world.cloud.disks.get_mut(&volume.to_string()).unwrap();
-                if transferred {
-                    disk.volume.project_id = OTHER.into();
-                } else {
-                    disk.volume.status = "retyping".into();
+                match change {
+                    "transfer" => disk.volume.project_id = OTHER.into(),
+                    "retype" => disk.volume.status = "retyping".into(),
+                    _ => disk.volume.size += 1,
                 }
             });
             let _daemon = stage.daemon("node", "clone");
@@ -135,7 +135,7 @@ fn who_owns_the_source_counts_when_its_snapshot_exists() {
             assert_eq!(job.state, State::Declined, "{job:#?}");
             let properties = stage.image().image.properties;
             let message = &properties["rbd_offload_message"];
-            assert_eq!(message.contains("there is no volume"), transferred, "{message}");
+            assert!(message.contains(said), "{change}: {message}");
             assert_eq!(stage.published(), None);
             stage.is_tidy();
         });
