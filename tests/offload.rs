@@ -992,6 +992,37 @@ mod alone {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn a_small_request_costs_few_calls_on_the_services() {
+        let _lab = lab_lease::alone().await;
+        let demo = Account::demo().await;
+        // the services' access logs name the caller
+        let calls = |log: &str, object: &str| -> Vec<String> {
+            let log = std::fs::read_to_string(lab().dir.join("log").join(log)).unwrap();
+            let ours = log.lines().filter(|line| line.contains("\"rbd-offload/") && line.contains(object));
+            ours.map(|line| line.split('"').nth(1).unwrap().to_owned()).collect()
+        };
+        let daemon = Setup::default().start().await;
+        let mut counts = Vec::new();
+        for _ in 0..4 {
+            let volume = demo.small_volume(json!({}), 1).await;
+            let image = demo.request(&volume).await;
+            demo.await_image(&image, "active").await;
+            daemon.await_idle().await;
+            let (mut glance, cinder) = (calls("glance-access.log", &image), calls("cinder-api-access.log", &volume.id));
+            eprintln!("{glance:#?} {cinder:#?}");
+            // Glance decides how long it takes to make the image active, and so how often it is asked
+            let posted = glance.iter().position(|call| call.starts_with("POST")).unwrap();
+            let polls = glance.split_off(posted + 1);
+            let others =
+                polls.iter().filter(|call| !call.ends_with(&format!("GET /v2/images/{image} HTTP/1.1"))).count();
+            counts.push((glance.len() + others, cinder.len()));
+        }
+        // five and two; a job that takes longer than two seconds shows its status too
+        let least = counts.iter().min().unwrap();
+        assert!(least.0 <= 7 && least.1 == 2, "{counts:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn sigterm_while_copying_ends_in_time_and_the_next_daemon_finishes() {
         let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;

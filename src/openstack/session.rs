@@ -45,6 +45,9 @@ const TAIL: usize = 8 << 10;
 /// How long refused credentials are not tried again: Keystone may lock an account after some failures.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
+/// By it an operator finds the daemon's calls in the access logs of the services.
+const USER_AGENT: &str = concat!("rbd-offload/", env!("CARGO_PKG_VERSION"));
+
 /// Shorter than what web servers keep an idle connection open for, in most set-ups.
 const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 
@@ -822,6 +825,7 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
         .timeout(timeout)
         .connect_timeout(timeout)
         .pool_idle_timeout(IDLE_CONNECTION)
+        .user_agent(USER_AGENT)
         // A redirect would carry the token to another host.
         .redirect(reqwest::redirect::Policy::none())
         .tls_danger_accept_invalid_certs(insecure);
@@ -852,7 +856,7 @@ fn http_client(cafile: Option<&Path>, insecure: bool, proxy: &Proxy, timeout: Du
     builder.build().map_err(|error| Error::new("TLS", ErrorKind::Misconfigured, error_chain(&error)))
 }
 
-/// An error and its error_chain without the URL, whose query may be long; reqwest's own text stops at the first.
+/// The host and the causes of a failed request. reqwest's own text stops at the first cause, and has the whole URL.
 fn error_chain(error: &reqwest::Error) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next: Option<&dyn std::error::Error> = std::error::Error::source(error);
