@@ -141,7 +141,7 @@ async fn transfer(client: &Client, method: Method, source: &ImageSpec, destinati
         filled = client.fill(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
         assert_eq!((progress.done(), filled.through_host), (progress.total(), 0));
     }
-    let flattened = client.flatten(destination, &Progress::default(), &cancel).await.unwrap();
+    let flattened = client.flatten(destination, &no_limits(), &Progress::default(), &cancel).await.unwrap();
     Moved {
         bytes: filled.bytes + flattened.bytes,
         through_host: filled.through_host + flattened.through_host,
@@ -438,7 +438,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     assert_eq!(lab.data(&lab.image(), None), expected);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     client.fill(&by_id, "s", &cloned, &no_limits(), &progress, &cancel).await.unwrap();
-    client.flatten(&cloned, &progress, &cancel).await.unwrap();
+    client.flatten(&cloned, &no_limits(), &progress, &cancel).await.unwrap();
     assert_eq!(lab.data(&cloned, None), expected);
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
     let refused = client.clone_image(&by_id, "s", &again, Features::PUBLISHED).await.unwrap_err();
@@ -611,7 +611,8 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
         cancel.cancel();
         Instant::now()
     };
-    let (stopped, at) = tokio::join!(client.flatten(&image, &progress, &cancel), stopper);
+    let unlimited = no_limits();
+    let (stopped, at) = tokio::join!(client.flatten(&image, &unlimited, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     eprintln!("stopped {:?} after the cancel, {} of {} done", at.elapsed(), progress.done(), progress.total());
     assert!(at.elapsed() < Duration::from_secs(20));
@@ -619,15 +620,18 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
     // It can go on, and be removed in between.
     let busy = client.remove_snapshot(&source, "s").await.unwrap_err();
     assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
-    client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
-    assert_eq!(client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap(), Moved::default());
+    client.flatten(&image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
+    assert_eq!(
+        client.flatten(&image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap(),
+        Moved::default()
+    );
     assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
     client.remove_image(&image).await.unwrap();
 
     client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
-    client.flatten(&image, &progress, &cancel).await.unwrap_err();
+    client.flatten(&image, &no_limits(), &progress, &cancel).await.unwrap_err();
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
     assert_eq!(client.remove_snapshot(&source, "s").await.unwrap(), Changed::Yes);
 }
@@ -666,7 +670,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     cancel.cancel();
     client.fill(&source, "s", &image, &no_limits(), &progress, &cancel).await.unwrap_err();
     client.fill(&source, "s", &image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
-    client.flatten(&image, &progress, &CancellationToken::new()).await.unwrap();
+    client.flatten(&image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
     let info = client.image(&image, None).await.unwrap().unwrap();
     assert!(info.features.has(Features::PUBLISHED) && info.flags == 0 && info.parent.is_none());
     assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
@@ -966,7 +970,8 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('co
         tokio::task::block_in_place(|| lab.python(DELETE_SOURCE));
         eprintln!("deleted while {before} to {} of {} bytes were copied", progress.done(), progress.total());
     };
-    let (flattened, ()) = tokio::join!(client.flatten(&image, &progress, &never), deletion);
+    let unlimited = no_limits();
+    let (flattened, ()) = tokio::join!(client.flatten(&image, &unlimited, &progress, &never), deletion);
     flattened.unwrap();
     assert_eq!(client.chain(&anchor, "a").await.unwrap(), []);
     assert!(lab.data(&image, None) == expected, "the copy");
@@ -1001,7 +1006,7 @@ write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '
         let filled = client.fill(from, snapshot, &image, &no_limits(), &progress, &never).await.unwrap();
         eprintln!("{filled:?}");
         assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
-        client.flatten(&image, &progress, &never).await.unwrap();
+        client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
         assert!(lab.data(&image, None) == expected, "flattened: {flattened}");
         assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
     }
@@ -1050,7 +1055,7 @@ async fn only_what_has_the_published_shape_is_sealed() {
     assert_eq!(client.image(&image, None).await.unwrap().unwrap().snapshots, [], "it got no snapshot");
 
     // maps can: those that are off, and one that was never rebuilt
-    client.flatten(&image, &progress, &never).await.unwrap();
+    client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
     let features = |what: &[&str]| {
         lab.command("rbd", &[&["feature", what[0], &image.to_string()], &what[1..]].concat());
     };
@@ -1546,7 +1551,7 @@ write('volumes', v, 9 * M, 2 * M, 2)",
         let moved = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap();
         assert_eq!((moved.objects, moved.through_host), (8, 0));
     }
-    client.flatten(&image, &progress, &never).await.unwrap();
+    client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
     assert_eq!(client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap(), Moved::default());
     client.remove_snapshot(&source, "s").await.unwrap();
     client.remove_image(&source).await.unwrap();
@@ -1623,7 +1628,7 @@ write('volumes', v, 9 * M, 2 * M, 2); write('volumes', v, 56 * M, 100, 3)",
             Ok(moved) => assert!(moved.objects > 0 && moved.objects < 13, "{fault:?}: {moved:?}"),
             Err(error) => assert_eq!((fault, error.kind()), (FillFault::FailAfter(7), ErrorKind::Other), "{error}"),
         }
-        client.flatten(&image, &progress, &never).await.unwrap();
+        client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
         assert!(lab.data(&image, None) == expected, "{fault:?}");
         assert_eq!(compared(&client, &source, &image, Compare::Full).await, None);
         is_published_shape(&lab, &client, &source, &image).await;
@@ -1657,7 +1662,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
     let error = filled.unwrap_err();
     eprintln!("fill: {error}");
     assert!(!rbd_offload::transfer::is_for_another_method(&error), "{error}");
-    client.flatten(&image, &progress, &never).await.unwrap_err();
+    client.flatten(&image, &no_limits(), &progress, &never).await.unwrap_err();
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
     let removal = async {
@@ -2061,6 +2066,22 @@ async fn transfers_share_a_rate() {
     assert!(began.elapsed() < Duration::from_secs(300));
 }
 
+/// A source without a map of its objects: the OSDs are asked for each of them, at the rate too.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_questions_of_a_flatten_keep_the_rate() {
+    let lab = Lab::new();
+    lab.python("create('volumes', NAME + '-volume', 240 * M, features=1); write('volumes', NAME + '-volume', 0, M, 1)");
+    let client = lab.client().await;
+    let (source, image) = (lab.volume(), lab.image());
+    snapshotted(&client, &source).await;
+    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
+    let (progress, never, began) = (Progress::default(), CancellationToken::new(), Instant::now());
+    let moved = client.flatten(&image, &limits(8, 0, 2), &progress, &never).await.unwrap();
+    assert_eq!(moved.objects, 1);
+    // 60 questions at 20 a second
+    assert!(began.elapsed() > Duration::from_millis(2500), "{:?}", began.elapsed());
+}
+
 /// Random chains of images (tests/common/chain.py), made and judged by Debian's librbd bindings in a process of their
 /// own.
 struct Chains {
@@ -2325,7 +2346,7 @@ async fn early_readers(client: &Client, chains: &mut Chains, lab: &Lab, seed: u6
         let (progress, never) = (Progress::default(), CancellationToken::new());
         let (filled, ()) = tokio::join!(client.fill(&source, "s", &early.image, &pace, &progress, &never), during);
         filled.unwrap();
-        client.flatten(&early.image, &progress, &never).await.unwrap();
+        client.flatten(&early.image, &no_limits(), &progress, &never).await.unwrap();
     } else {
         let (first, _guard) = cancelled_after(Duration::from_millis(seed % 7 * 100));
         let (filled, ()) = tokio::join!(early.fill(client, &state, &pace, &first), during);

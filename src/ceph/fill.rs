@@ -47,7 +47,8 @@ const SAMPLE_DENSE_PERCENT: u64 = 95;
 /// Per cent of an object's bytes that must be stored for its holes not to matter.
 const DENSE_PERCENT: u64 = 90;
 
-/// An object with so little in it is left to the flatten, which moves just that: per cent of its bytes, and bytes.
+/// An object that stores no more than both of these is left to the flatten, which moves only its data: per cent of the
+/// object, and bytes.
 const SPARSE_PERCENT: u64 = 12;
 const SPARSE_MAX_BYTES: u64 = 128 << 10;
 

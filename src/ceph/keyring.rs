@@ -1,5 +1,5 @@
-//! The file that a cephx user's key stands in, looked at where librados could not connect: it does not tell what was
-//! wrong with it.
+//! Reads the keyring of a cephx user after librados failed to connect, since librados does not tell what is wrong with
+//! it.
 
 use std::fs::File;
 use std::io::{self, Read as _};

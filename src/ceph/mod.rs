@@ -181,6 +181,8 @@ pub struct SnapshotPage {
     pub owned: Vec<(ImageSpec, String)>,
     /// Images that could not be looked at.
     pub failed: Vec<Error>,
+    /// Images whose headers were asked for.
+    pub looked_at: usize,
     /// Cursor of the next page; `None` when all images were looked at.
     pub next: Option<String>,
 }
@@ -265,7 +267,7 @@ impl Progress {
     }
 }
 
-/// Limits of [`Storage::copy`] and [`Storage::fill`].
+/// Limits of [`Storage::copy`], [`Storage::fill`] and [`Storage::flatten`].
 #[derive(Debug, Clone)]
 pub struct TransferLimits {
     /// Objects in flight.
@@ -377,7 +379,14 @@ pub trait Storage: Send + Sync + 'static {
     /// Copies into the clone what it shares with its parent, and cuts the parent off. Nothing to do without a parent.
     /// [`ErrorKind::Cancelled`] soon after `cancel` fires (librbd's flatten is stopped, or its call is left to end
     /// while nobody waits: the image may then be busy for a moment).
-    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved>;
+    /// `limits` hold for the questions about what is to be moved; librbd moves it at its own pace.
+    async fn flatten(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved>;
 
     /// Reads `source@snapshot` through librbd, its data only and that of its parents, and writes it into `destination`,
     /// which [`create_like`](Self::create_like) made. Chunks of zeros are left out. Memory is bounded by `limits`.
@@ -534,8 +543,8 @@ pub trait Storage: Send + Sync + 'static {
     /// This client's address as the OSDs know it, which [`fence`](Self::fence) takes.
     async fn address(&self) -> Result<String>;
 
-    /// Shuts the client with that address out of the cluster (`osd blocklist add`), and returns once every later
-    /// operation here goes by a map that says so. `No` if this handle has done it before.
+    /// Fences the client with that address (`osd blocklist add`). Returns once this client has the OSD map with that
+    /// entry. `No` if this handle has done it before.
     async fn fence(&self, address: &str) -> Result<Changed>;
 
     /// Reconnects after having been fenced ([`ErrorKind::Fenced`]), under a new address. Only once all work over the

@@ -178,10 +178,16 @@ impl Storage for Client {
         .await
     }
 
-    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
-        let spec = image.clone();
+    async fn flatten(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
+        let (spec, rates) = (image.clone(), Arc::clone(&limits.rates));
         self.run_long(format!("flatten {image}"), progress, cancel, move |cluster, progress, cancel| {
-            flatten(cluster, &spec, &RateLimiter::new(0), (progress, cancel))
+            flatten(cluster, &spec, &rates.objects, (progress, cancel))
         })
         .await
     }
@@ -781,6 +787,7 @@ fn snapshots(
     let mut page = SnapshotPage { next, ..SnapshotPage::default() };
     for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
         pace.wait(OBJECT, &operation, (&Progress::default(), stop))?;
+        page.looked_at += 1;
         match look_at_header(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
             Ok(()) => {}
             Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::PermissionDenied) => return Err(error),

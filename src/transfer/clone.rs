@@ -23,6 +23,6 @@ impl Transfer for CloneFlatten {
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
         clone_marked(storage, request, Features::PUBLISHED).await?;
-        storage.flatten(&request.destination, progress, cancel).await
+        storage.flatten(&request.destination, &request.limits, progress, cancel).await
     }
 }

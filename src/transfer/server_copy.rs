@@ -38,10 +38,10 @@ impl Transfer for ServerCopy {
             }
             Err(error) => return Err(error),
         };
-        // what is shown goes to the end once: with the fill, where that had something to do
+        // the fill has shown the progress up to the end, if it copied anything: do not show it a second time
         let unseen = progress.steps_only();
         let shown = if filled.objects > 0 { &unseen } else { progress };
-        let flattened = storage.flatten(&request.destination, shown, cancel).await?;
+        let flattened = storage.flatten(&request.destination, &request.limits, shown, cancel).await?;
         Ok(Moved {
             bytes: filled.bytes + flattened.bytes,
             through_host: filled.through_host + flattened.through_host,

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -13,7 +14,7 @@ use uuid::Uuid;
 
 use super::super::setup::client_options;
 use super::report::CheckResult;
-use crate::ceph::{self, Client, Features, ImageSpec, Progress, Storage};
+use crate::ceph::{self, Client, Features, ImageSpec, Progress, Rates, Storage, TransferLimits};
 use crate::config::{Config, PublishChoice};
 use crate::openstack::{self, Cloud, ErrorKind, ImageTask, LocationAnswer, Session};
 use crate::publish;
@@ -213,7 +214,8 @@ async fn publish_and_read(
         publish::seal_clone(client, &image).await?
     } else {
         client.clone_image(source, SNAPSHOT, &image, Features::PUBLISHED).await?;
-        client.flatten(&image, &progress, &cancel).await?;
+        let limits = TransferLimits { concurrency: 1, rates: Arc::new(Rates::new(0, 0)) };
+        client.flatten(&image, &limits, &progress, &cancel).await?;
         publish::create_snap(client, &image, &progress, &cancel).await?
     };
     if let Some(fault) = fault {

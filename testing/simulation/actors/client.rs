@@ -74,10 +74,16 @@ impl Storage for Lasting {
         self.run(async move { handle.create_like(&source, &snapshot, &destination).await }).await
     }
 
-    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> ceph::Result<Moved> {
-        let image = image.clone();
+    async fn flatten(
+        &self,
+        image: &ImageSpec,
+        limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> ceph::Result<Moved> {
+        let (image, limits) = (image.clone(), limits.clone());
         self.run_long(progress, cancel, |handle, progress, cancel| async move {
-            handle.flatten(&image, &progress, &cancel).await
+            handle.flatten(&image, &limits, &progress, &cancel).await
         })
         .await
     }

@@ -303,7 +303,13 @@ impl Storage for Handle {
         .await
     }
 
-    async fn flatten(&self, image: &ImageSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Moved> {
+    async fn flatten(
+        &self,
+        image: &ImageSpec,
+        _limits: &TransferLimits,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Moved> {
         let id = self.open("flatten", image).await?;
         self.long("flatten", &id, progress, cancel, false).await?;
         let address = self.node.address();
@@ -595,7 +601,7 @@ impl Storage for Handle {
                 let images = world.ceph.images.iter().filter(|i| i.pool == pool);
                 let rest = images.filter(|i| after.is_none_or(|after| i.id.as_str() > after));
                 let first = rest.min_by(|one, other| one.id.cmp(&other.id));
-                let next = first.map(|image| image.id.clone());
+                let (next, looked_at) = (first.map(|image| image.id.clone()), usize::from(first.is_some()));
                 if let Some(image) = first {
                     let spec = match &image.name {
                         Some(name) => ImageSpec::named(pool, name),
@@ -606,7 +612,7 @@ impl Storage for Handle {
                     found.extend(names.into_iter().map(|name| (spec.clone(), name.clone())));
                     owned.extend(image.metadata.get(OWNER_KEY).map(|owner| (spec, owner.clone())));
                 }
-                Ok(SnapshotPage { found, owned, failed: Vec::new(), next })
+                Ok(SnapshotPage { found, owned, failed: Vec::new(), looked_at, next })
             },
         )
         .await
