@@ -238,7 +238,7 @@ section! {
         /// Bytes a second that all jobs of this controller together read for the method copy. 0: no limit.
         bandwidth_limit: u64 = "0", Size;
         /// RADOS objects a second that the OSDs process for all jobs of this controller together. Asking for an object
-        /// counts as a tenth. A flatten is not limited. 0: no limit.
+        /// counts as a tenth. The data of a flatten is not limited. 0: no limit.
         objects_per_second: u64 = "0", Whole { min: 0, max: 1_000_000 };
         /// Attempts after the first when a service or Ceph is away; the pause between them grows.
         retries: u32 = "5", Whole { min: 0, max: 100 };
@@ -246,7 +246,8 @@ section! {
         hash: Hash = "none", OneOf(Hash::NAMES);
         /// How much of an image is read again and compared with its source before it is published.
         verify: Verify = "sample", OneOf(Verify::NAMES);
-        /// How often the reconciler looks for leftovers and for requests whose notification was lost.
+        /// How often the reconciler looks for leftovers and for requests whose notification was lost. Of the daemons
+        /// with the same configuration, one does that.
         reconcile_interval: Duration = "60s", Span { min: 1, max: DAY };
         /// Dry run: the daemon plans, counts and logs each request, and stores the finding as a cancelled job. It makes
         /// no image and changes no image record.

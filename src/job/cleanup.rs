@@ -1,7 +1,7 @@
 //! Removal of what jobs left behind: one task per Glance image, each in [custody](Custody).
 //!
-//! A removal may take long (a large image), or hang. It keeps a place among [`AT_A_TIME`] and nothing else: the
-//! reconciler's round goes on, and hears of the end in a later round.
+//! A removal may take long (a large image), or hang. It only occupies one of the [`AT_A_TIME`] places: the reconciler's
+//! round goes on, and a later round collects the result.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -47,7 +47,7 @@ pub(super) struct Leftover {
     pub kind: LeftoverKind,
     /// The image, or the one that has the snapshot.
     pub image: ImageSpec,
-    /// As it was seen: what bears another one when it is to be removed is something else.
+    /// The tag that was found. An object that has another tag by the time of its removal is left alone.
     pub tag: Option<OwnershipTag>,
 }
 
@@ -67,8 +67,8 @@ struct Ended {
     is_beyond_cleanup: bool,
 }
 
-/// The removals that are under way. Dropped, it gives them up: their owner stays in the records, and is fenced by the
-/// next one.
+/// The removals that run. Dropping this aborts them: this daemon stays in their records as the owner, and the next
+/// owner fences it.
 pub(super) struct Removals {
     cleaner: Cleaner,
     tasks: JoinSet<(Uuid, Ended)>,
@@ -94,15 +94,15 @@ impl Removals {
         self.cleaner.storage = storage;
     }
 
-    /// Gives up what was begun over a client that was fenced. Whether nothing goes on over the client now, so that it
-    /// may connect again.
+    /// Aborts the removals whose client was fenced. Returns whether no removal uses the client now, so that it may
+    /// reconnect.
     pub fn may_reconnect(&mut self) -> bool {
         if std::mem::take(&mut self.is_fenced) {
             self.tasks.abort_all();
             self.tasks = JoinSet::new();
             self.running.clear();
         }
-        self.running.is_empty()
+        self.is_idle()
     }
 
     /// Those that ended since.
@@ -112,6 +112,10 @@ impl Removals {
             self.note(ended, &mut removed);
         }
         removed
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty()
     }
 
     pub fn is_running(&self, image_id: Uuid) -> bool {
@@ -276,8 +280,8 @@ impl Cleaner {
         Ok(true)
     }
 
-    /// The snapshot, then the disk of a volume that was deleted meanwhile, then the tag: as long as that is there, a
-    /// later sweep finds what was not done.
+    /// Removes the snapshot, then the disk of a volume that Cinder has deleted, then the snapshot's tag. The tag goes
+    /// last, so that a later sweep finds what was not done.
     async fn remove_snapshot(&self, leftover: &Leftover) -> Result<bool, CallError> {
         let Leftover { image_id, image, tag, .. } = leftover;
         let storage = self.storage.as_ref();

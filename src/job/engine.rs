@@ -31,6 +31,10 @@ use crate::telemetry::unix_time;
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
+/// The same while there was no job at the last poll: ten idle daemons read twice a second. A job that this daemon's own
+/// intake stores wakes it.
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(5);
+
 /// How long one poll may take. A job that was claimed by a poll that is given up is given up with it.
 const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -50,8 +54,8 @@ const ORPHAN_PAUSE: Duration = Duration::from_secs(30);
 /// How long a daemon leaves a job alone that another one is to do, for lack of a backend.
 const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 
-/// How long a daemon leaves a grace that is over to the daemon by whose clock it is taken. It would have to begin it
-/// again.
+/// How long other daemons leave a job whose grace is over to the daemon whose clock measured it. Another daemon would
+/// have to start the grace again.
 const GRACE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 
 /// How long a daemon that stops tries to tell the others.
@@ -61,8 +65,8 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 /// nothing changes on the image record for two minutes.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Most acknowledgements of queued jobs at the same time. A service that hands its work over waits ten seconds for
-/// that.
+/// Maximum number of concurrent acknowledgements. A client service waits ten seconds for its first one, then falls back
+/// to its native path.
 const MAX_CONCURRENT_ACKS: usize = 8;
 
 /// What the engine does at the moment.
@@ -176,7 +180,7 @@ pub struct Engine {
     acknowledging: Mutex<HashSet<Uuid>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
-    /// The entry that the other daemons last got of this one, and when.
+    /// The entry that this daemon last sent to the others, and when.
     told: Mutex<Option<(Instant, DaemonEntry)>>,
     status: Mutex<EngineStatus>,
     wake: Notify,
@@ -230,14 +234,18 @@ impl Engine {
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             self.send_heartbeat();
+            let mut pause = POLL_INTERVAL;
             match tokio::time::timeout(POLL_TIMEOUT, self.poll_jobs(&drain)).await {
-                Ok(Ok(())) if !self.context.clients.is_fenced() => {
+                Ok(Ok(are_jobs)) if !self.context.clients.is_fenced() => {
+                    if !are_jobs {
+                        pause = IDLE_POLL_INTERVAL;
+                    }
                     lock(&self.status).last_poll = Instant::now();
                     metrics::gauge!("rbd_offload_last_poll_timestamp_seconds").set(unix_time());
                 }
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.reconnect_after_fence().await,
                 _ if self.context.clients.is_fenced() => self.reconnect_after_fence().await,
-                Ok(Ok(())) => {}
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "could not poll for jobs; the engine retries"),
                 Err(_) => tracing::warn!(seconds = POLL_TIMEOUT.as_secs(), "Ceph does not answer; the engine retries"),
             }
@@ -245,7 +253,7 @@ impl Engine {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = self.wake.notified() => {}
-                () = tokio::time::sleep(POLL_INTERVAL) => {}
+                () = tokio::time::sleep(pause) => {}
             }
         }
         self.tasks.close();
@@ -263,8 +271,8 @@ impl Engine {
         }
     }
 
-    /// Tells the other daemons from time to time, beside everything else, that this one lives and what it serves. At
-    /// once when its configuration has changed.
+    /// Sends this daemon's entry (it runs, and serves these backends) to the others, in the background: every
+    /// [`HEARTBEAT`], and at once when the configuration has changed.
     fn send_heartbeat(self: &Arc<Self>) {
         let entry = DaemonEntry::of(&self.context.config.borrow(), &self.context.identity);
         let mut told = lock(&self.told);
@@ -300,9 +308,10 @@ impl Engine {
         }
     }
 
-    /// Polls once: starts as many of the waiting jobs as there is room for.
-    async fn poll_jobs(self: &Arc<Self>, drain: &CancellationToken) -> Result<(), Error> {
+    /// Polls once: starts as many of the waiting jobs as there is room for. `false`: there is no job at all.
+    async fn poll_jobs(self: &Arc<Self>, drain: &CancellationToken) -> Result<bool, Error> {
         let live = self.context.store.live().await?;
+        let are_jobs = !live.is_empty();
         self.prune_state(&live);
         self.report_detaching(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
@@ -340,7 +349,8 @@ impl Engine {
             summary.handover || age.is_none_or(|age| age >= SHOWN_AFTER)
         };
         let waiting = waiting.iter().chain(&without_room).filter(|(_, summary)| is_to_be_told(summary));
-        self.acknowledge(waiting.map(|(id, _)| *id), drain).await
+        self.acknowledge(waiting.map(|(id, _)| *id), drain).await?;
+        Ok(are_jobs)
     }
 
     /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest
@@ -512,8 +522,8 @@ impl Engine {
         lock(&self.progress).at.is_some_and(|at| at.elapsed() < HEARTBEAT_INTERVAL)
     }
 
-    /// Acknowledges queued jobs: once to the requester, and from time to time to a service that handed its work over. A
-    /// few at a time, beside everything else.
+    /// Acknowledges queued jobs: once to the requester, and as a periodic heartbeat to a client service. Runs in the
+    /// background, at most [`MAX_CONCURRENT_ACKS`] at a time.
     async fn acknowledge(
         self: &Arc<Self>,
         mut waiting: impl Iterator<Item = Uuid>,

@@ -84,8 +84,9 @@ impl Intake {
         self.submit(new).await
     }
 
-    /// A service says that it works on an image. Anybody who can publish may have said so, so only the offer on the
-    /// record counts, which Glance tells of too; the service may announce its work a moment before the offer is there.
+    /// A service announces its work on an image. The notification can be forged, so the daemon reads the record, and
+    /// only an offer tag there counts. If the notification comes before the tag, Glance's notification of the tag
+    /// follows.
     async fn announced(&self, image_id: Uuid, trigger: Trigger) -> Result<()> {
         if !self.integrates(trigger) {
             tracing::info!(%image_id, trigger = trigger.as_str(), "offer ignored: the integration is off");
@@ -135,15 +136,24 @@ impl Intake {
         Ok(())
     }
 
-    /// An image is active and bears what its job showed while it was queued: an end without an image that its owner has
-    /// uploaded to since, or a change that reached Glance late. Properties are inherited by later images, so the
-    /// reconciler takes them off.
+    /// An active image still has properties that its job set while it was queued: its owner uploaded to it after the
+    /// job had ended without an image, or a change reached Glance late. Later images would inherit these properties, so
+    /// the reconciler is told to remove them.
     pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
         let choose = |stored: &Stored| {
             let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
             if stored.record.state.is_ended() && !known { vec![Signal::NeedsRepair] } else { vec![] }
         };
-        self.store.signal(image_id, choose).await.map(drop)
+        let mut is_sent = false;
+        let choose = |stored: &Stored| {
+            let signals = choose(stored);
+            is_sent = !signals.is_empty();
+            signals
+        };
+        if self.store.signal(image_id, choose).await?.is_some() && is_sent {
+            self.store.ask_for_look(image_id).await?;
+        }
+        Ok(())
     }
 
     /// An image was deleted, says a notification. A live job of it asks Glance and ends if that is so.
@@ -162,7 +172,7 @@ impl Intake {
 #[async_trait]
 impl Sink for Intake {
     async fn accept(&self, event: Event, meta: Meta) -> std::result::Result<(), SinkError> {
-        // the id that the service gave its message: the other end of the thread in the service's own log
+        // the id of the message, by which it is found in the service's own log
         let span = tracing::error_span!("delivery", notification = meta.message_id.as_deref());
         self.take(event, &meta).instrument(span).await
     }

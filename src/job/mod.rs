@@ -29,6 +29,7 @@ pub mod signal;
 mod slots;
 mod steps;
 pub mod store;
+mod turn;
 
 #[cfg(test)]
 #[path = "../../testing/simulation/mod.rs"]

@@ -1,16 +1,16 @@
-//! The reconciler: finds what no notification told of, and what a daemon left behind that never came back.
+//! The reconciler: finds requests whose notification was lost, and leftovers of daemons that died.
 //!
 //! Requests whose notification was lost; records that fell out of the index; private copies, anchors, published images
 //! and temporary snapshots that bear this deployment's ownership tag and belong to no live job; ended records that are
-//! old enough. One daemon at a time does a round. Jobs whose daemon died need no reconciler: the engine takes them when
-//! their lease runs out.
+//! old enough. One daemon at a time does a round, and among daemons of the same configuration it is one that does them
+//! all (`turn.rs`). Jobs whose daemon died need no reconciler: the engine takes them when their lease runs out.
 //!
 //! A round is a list of parts. Each stands alone: an error in one keeps no other from running. A part that can be long
 //! has its time, and goes on in the next round where it stopped. An object, a record or a request that cannot be read
 //! is named and passed over. Whatever is removed is removed in custody, by tasks that a round does not wait for when
 //! they take long (`cleanup.rs`).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ use super::outcome_message::outcome_message;
 use super::record::{Record, State};
 use super::signal::Signal;
 use super::store::Error;
+use super::turn::{Tried, Turn};
 use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
 use crate::openstack::{self, ListCursor};
 use crate::publish::image_status;
@@ -45,20 +46,23 @@ const LOCK_OBJECT: &str = "reconcile";
 /// Images asked of Glance at a time.
 const PAGE: usize = 200;
 
-/// Image headers read a second when looking for snapshots, and with one call.
+/// Image headers read a second when looking for snapshots.
 const HEADERS_PER_SECOND: u32 = 500;
-const HEADERS_AT_A_TIME: usize = 2_000;
+
+/// Image headers read in a round of a minute or less; longer ones read more. A sweep over 100,000 images takes three
+/// hours.
+const HEADERS_PER_ROUND: usize = 600;
+
+/// How often a page is read again whose leftovers were not all removed: a snapshot may be in use for a moment.
+const PAGE_TRIES: u32 = 3;
 
 /// How long a thing without a job is given before it is looked at again and removed: its job may be just beginning.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A sweep over all headers is not begun again before this many times the time that it spent reading has passed.
-const SWEEP_REST: u32 = 4;
-
 /// The longest that a part may take when it does not end by itself.
 const PART_LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// So many objects in a row that cannot be read are no trouble of single objects: the part ends.
+/// After this many unreadable objects in a row, the fault is not one of single objects: the part ends.
 const FAILURES_MAX: usize = 10;
 
 /// Ids of records that cannot be read, and that the log has named.
@@ -111,12 +115,45 @@ impl Part {
 }
 
 /// A sweep over the headers of all images, page by page.
+#[derive(Clone)]
 struct HeaderSweep {
-    /// Spent in reading, without the waits before removals.
-    reading: Duration,
-    /// Pools still to be looked at; the first one from the cursor on.
-    pools: Vec<String>,
-    after: Option<String>,
+    /// Pools still to be looked at, and the cursor in each.
+    pools: VecDeque<(String, Option<String>)>,
+    /// How often the page was read whose leftovers were not all removed.
+    tries: u32,
+}
+
+impl HeaderSweep {
+    fn over(pools: Vec<String>) -> Self {
+        Self { pools: pools.into_iter().map(|pool| (pool, None)).collect(), tries: 0 }
+    }
+
+    /// To the next page of the first pool, or to the next pool.
+    fn go_on(&mut self, next: Option<String>) {
+        self.tries = 0;
+        match (self.pools.front_mut(), next) {
+            (Some((_, after)), next @ Some(_)) => *after = next,
+            _ => drop(self.pools.pop_front()),
+        }
+    }
+}
+
+/// What a look at the record of an ended job found.
+struct Ended {
+    made_image: bool,
+    /// Whether each round reads it.
+    again: bool,
+}
+
+/// The latest look at an ended job.
+struct EndedLook {
+    /// Of which end: a job that was begun again ends once more.
+    ended_at: Option<Timestamp>,
+    made_image: bool,
+    /// An image under the Glance image's id that does not bear this deployment's tag: another writer's upload.
+    others_image: Option<ImageSpec>,
+    /// When the record is read again.
+    next: Instant,
 }
 
 pub struct Reconciler {
@@ -131,25 +168,25 @@ pub struct Reconciler {
     unindexed: Option<Vec<Uuid>>,
     /// Where the list of queued images goes on.
     requests: ListCursor,
-    /// The last ended job that was looked at.
-    ended: Option<Uuid>,
-    /// Jobs that ended without an image, of the latest walk through all of them, and of the one under way.
-    unfinished: HashSet<Uuid>,
-    walked: HashSet<Uuid>,
-    /// When the image record of a job that ended at the first time is to be looked at again.
-    repairs: HashMap<Uuid, (Option<Timestamp>, Timestamp)>,
+    /// Ended jobs that were looked at, and the last one of them.
+    ended: HashMap<Uuid, EndedLook>,
+    ended_after: Option<Uuid>,
     sweep: Option<HeaderSweep>,
-    next_sweep: Instant,
+    turn: Turn,
+    /// Whether no part of this round failed or ran out of time.
+    is_complete: bool,
+    /// Whether this round was in custody of something: where the release failed, the next one clears the record.
+    took_custody: bool,
     /// Pools that cannot be swept, and records that cannot be read: the log names them once.
     unusable: BTreeSet<String>,
     unreadable: BTreeSet<String>,
 }
 
-/// When the image record of an ended job is to be looked at again: what another writer brings back comes soon, or after
-/// a hash that takes hours. The pause is a tenth of the time since the job's end.
-fn next_repair(record: &Record, now: Timestamp) -> Timestamp {
-    let age = now.duration_since(record.ended_at.unwrap_or(now)).max(SignedDuration::ZERO);
-    now.checked_add(age / 10).unwrap_or(now)
+/// How long an ended job is not looked at again: what another writer brings back on the image record comes soon, or
+/// after a hash that takes hours. It is a tenth of the time since the job's end.
+fn pause_after(ended_at: Option<Timestamp>, now: Timestamp) -> Duration {
+    ended_at
+        .map_or(Duration::ZERO, |ended_at| Duration::try_from(now.duration_since(ended_at) / 10).unwrap_or_default())
 }
 
 impl Reconciler {
@@ -165,12 +202,12 @@ impl Reconciler {
             has_own_client: false,
             unindexed: None,
             requests: ListCursor::default(),
-            ended: None,
-            unfinished: HashSet::new(),
-            walked: HashSet::new(),
-            repairs: HashMap::new(),
+            ended: HashMap::new(),
+            ended_after: None,
             sweep: None,
-            next_sweep: Instant::now(),
+            turn: Turn::new(),
+            is_complete: false,
+            took_custody: false,
             unusable: BTreeSet::new(),
             unreadable: BTreeSet::new(),
         }
@@ -189,13 +226,14 @@ impl Reconciler {
         Arc::clone(&self.wake)
     }
 
-    /// A round at once, then one every `[offload] reconcile_interval`, until `stop` fires.
+    /// A round at once, then one every `[offload] reconcile_interval` unless another daemon of the same configuration
+    /// does them, until `stop` fires.
     pub async fn run(mut self, stop: CancellationToken) {
         while !stop.is_cancelled() {
             self.run_exclusive(&stop).await;
-            let interval = self.context().config.borrow().offload.reconcile_interval;
+            let context = self.engine.context();
             tokio::select! {
-                () = sleep(interval) => {}
+                () = self.turn.wait(context.store.objects().as_ref(), LOCK_OBJECT, &context.config) => {}
                 () = self.wake.notified() => {}
                 () = stop.cancelled() => {}
             }
@@ -212,18 +250,23 @@ impl Reconciler {
         let owner = self.context().identity.owner();
         let duration = self.context().config.borrow().jobs.lease * 4;
         let taken = async {
-            // the lock never creates its object
+            match objects.lock(LOCK_OBJECT, &key, &owner, duration).await? {
+                Locked::NoObject => {}
+                locked => return Ok(locked),
+            }
             objects.set_omap(LOCK_OBJECT, &[]).await?;
             objects.lock(LOCK_OBJECT, &key, &owner, duration).await
         };
+        self.turn.follow(&self.engine.context().config.borrow());
         match taken.await {
             Ok(Locked::Acquired) => {}
-            Ok(Locked::Held | Locked::NoObject) => return,
+            Ok(Locked::Held | Locked::NoObject) => return self.turn.note(Tried::Locked),
             Err(error) => {
                 tracing::warn!(%error, "the reconciler could not begin its round; it tries again at the next");
-                return;
+                return self.turn.note(Tried::Failed);
             }
         }
+        (self.is_complete, self.took_custody) = (true, false);
         let mut report = RoundReport::default();
         let renewals = async {
             loop {
@@ -238,10 +281,19 @@ impl Reconciler {
         tokio::select! {
             () = self.round(&mut report, duration / 2) => {}
             error = renewals => {
+                self.is_complete = false;
                 tracing::warn!(%error, "the reconciler lost its lock; the next round goes on");
             }
             // the lock is released, so that another daemon, or the next life of this one, need not wait for its end
-            () = stop.cancelled() => {}
+            () = stop.cancelled() => self.is_complete = false,
+        }
+        self.turn.note(if self.is_complete { Tried::Done } else { Tried::Failed });
+        self.turn.owe(self.took_custody || !self.removals.is_idle());
+        if self.is_complete {
+            let now = self.context().clock.now();
+            if let Err(error) = self.turn.tell(objects.as_ref(), LOCK_OBJECT, &owner, now).await {
+                tracing::debug!(%error, "the other daemons were not told of a round; they do their own");
+            }
         }
         if report != RoundReport::default() {
             tracing::info!(findings = ?report, "the reconciler found something");
@@ -287,24 +339,32 @@ impl Reconciler {
             match timeout(PART_LIMIT, work).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
+                    self.is_complete = false;
                     tracing::warn!(part = part.name(), %error,
                         "a part of the reconciler's round failed; the next round tries again");
                 }
-                Err(_) => tracing::warn!(part = part.name(), "a part of the reconciler's round took too long"),
+                Err(_) => {
+                    self.is_complete = false;
+                    tracing::warn!(part = part.name(), "a part of the reconciler's round took too long");
+                }
             }
         }
     }
 
-    /// Records that were stored by hand, or whose writer died before the index was written and whose request was not
-    /// delivered again. Walks the whole pool, so only once.
+    /// Records whose index was lost: each record has an entry before it is stored. Walks the whole pool, so only where
+    /// an index is not there when the daemon starts, and once.
     async fn index_missing(&mut self, report: &mut RoundReport) -> Result<()> {
         let store = self.context().store.clone();
         let mut unindexed = match self.unindexed.take() {
             Some(unindexed) => unindexed,
             None => {
-                let mut known: HashSet<Uuid> = store.live().await?.into_iter().map(|(id, _)| id).collect();
-                known.extend(store.ended().await?.into_iter().map(|(id, _)| id));
-                store.scan().await?.into_iter().filter(|id| !known.contains(id)).collect()
+                if store.has_indexes().await? {
+                    Vec::new()
+                } else {
+                    let mut known: HashSet<Uuid> = store.live().await?.into_iter().map(|(id, _)| id).collect();
+                    known.extend(store.ended().await?.into_iter().map(|(id, _)| id));
+                    store.scan().await?.into_iter().filter(|id| !known.contains(id)).collect()
+                }
             }
         };
         let (mut failures, mut retry) = (Failures::default(), Vec::new());
@@ -313,7 +373,7 @@ impl Reconciler {
                 Ok(Some(stored)) => store.index(&stored).await.map(|()| report.records += 1),
                 Ok(None) => Ok(()),
                 Err(error @ Error::Unreadable { .. }) => {
-                    tracing::error!(%image_id, %error, "left alone");
+                    tracing::error!(%image_id, %error, "a job record cannot be read and is not indexed");
                     Ok(())
                 }
                 Err(error) => Err(error),
@@ -406,33 +466,57 @@ impl Reconciler {
     /// ended without an image.
     async fn look_through_ended(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
-        let ended = self.context().store.ended().await?;
-        let begun_at = self.ended.take();
-        let known: HashSet<Uuid> = ended.iter().map(|(id, _)| *id).collect();
-        self.repairs.retain(|id, _| known.contains(id));
-        for (image_id, _) in ended.into_iter().filter(|(id, _)| begun_at.is_none_or(|after| *id > after)) {
-            if Instant::now() >= until {
+        let ended: BTreeMap<_, _> = self.context().store.ended().await?.into_iter().collect();
+        self.ended.retain(|id, look| ended.get(id) == Some(&look.ended_at));
+        let asked_for = self.context().store.asked_looks().await?;
+        for gone in asked_for.iter().filter(|id| !ended.contains_key(id)) {
+            self.context().store.forget_look(*gone).await?;
+        }
+        // those behind the last one of the round before come first: a few that are slow do not keep the others waiting
+        let after = self.ended_after.take();
+        let (mut order, first): (Vec<_>, Vec<_>) =
+            ended.into_iter().partition(|(id, _)| after.is_none_or(|at| *id > at));
+        order.extend(first);
+        for (image_id, ended_at) in order {
+            let now = Instant::now();
+            let is_asked_for = asked_for.contains(&image_id);
+            if !is_asked_for && self.ended.get(&image_id).is_some_and(|look| look.next > now) {
+                continue;
+            }
+            if now >= until {
+                self.is_complete = false;
                 return Ok(());
             }
-            self.ended = Some(image_id);
+            self.ended_after = Some(image_id);
+            if is_asked_for {
+                // before the look: one that is asked for meanwhile is not lost
+                self.context().store.forget_look(image_id).await?;
+            }
             match self.check_ended(image_id, &own, report).await {
-                Ok(true) => drop(self.walked.insert(image_id)),
-                Ok(false) => {}
+                Ok(Some(Ended { made_image, again })) => {
+                    let pause = if again { Duration::ZERO } else { pause_after(ended_at, self.context().clock.now()) };
+                    let next = now + pause;
+                    let others_image = self.ended.remove(&image_id).and_then(|look| look.others_image);
+                    self.ended.insert(image_id, EndedLook { ended_at, made_image, others_image, next });
+                }
+                Ok(None) => drop(self.ended.remove(&image_id)),
                 Err(error) => {
+                    self.is_complete = false;
+                    if let Some(look) = self.ended.get_mut(&image_id) {
+                        look.next = now;
+                    }
                     tracing::warn!(%image_id, %error, "an ended job was not looked at; the next round tries again");
                 }
             }
         }
-        self.ended = None;
-        self.unfinished = std::mem::take(&mut self.walked);
         Ok(())
     }
 
-    /// Whether the job ended without an image.
-    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<bool> {
+    /// `None`: there is no ended job that can be read.
+    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<Option<Ended>> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
-            Ok(None) | Err(Error::Unreadable { .. }) => return Ok(false),
+            Ok(None) | Err(Error::Unreadable { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         let record = &stored.record;
@@ -440,35 +524,30 @@ impl Reconciler {
             // the daemon that made it live again died before the index said so
             self.context().store.index(&stored).await?;
             report.records += 1;
-            return Ok(false);
+            return Ok(None);
         }
-        if record.needs_repair || stored.signals.has(Signal::NeedsRepair) {
-            let now = self.context().clock.now();
-            let is_of_this_end = |(ended_at, _): &&(_, _)| *ended_at == record.ended_at;
-            let next = self.repairs.get(&image_id).filter(is_of_this_end).map(|(_, next)| *next);
-            if next.is_none_or(|next| next <= now) || record.deactivated {
-                match self.repair(image_id, record, report).await {
-                    Err(CallError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => {
-                        tracing::debug!(%image_id, %error, "the image record is not repaired");
-                    }
-                    repaired => repaired?,
+        let mut again = record.deactivated;
+        let is_own = record.owner_address.as_deref() == Some(own);
+        if !is_own && (record.needs_repair || stored.signals.has(Signal::NeedsRepair)) {
+            match self.repair(image_id, record, report).await {
+                Err(CallError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => {
+                    tracing::debug!(%image_id, %error, "the image record is not repaired");
                 }
-                self.repairs.insert(image_id, (record.ended_at, next_repair(record, now)));
+                repaired => repaired?,
             }
-        } else if record.owner_address.as_deref() == Some(own)
-            || record.placeholder && (record.owner.is_some() || record.takeovers == 0)
-        {
+        } else if is_own || record.placeholder && (record.owner.is_some() || record.takeovers == 0) {
+            again = true;
             // from a removal that broke off: the next owner would fence this daemon
             if let Some(custody) = self.custody(image_id).await? {
                 custody.release(false).await;
             }
         }
-        Ok(record.state != State::Done)
+        Ok(Some(Ended { made_image: record.state == State::Done, again }))
     }
 
-    /// The image record of an ended job on which a daemon that was frozen, or another writer's upload, may have brought
-    /// back what was taken off or repaired: Glance takes no condition with a change, so that cannot be prevented.
-    async fn repair(&self, image_id: Uuid, record: &Record, report: &mut RoundReport) -> Result<()> {
+    /// Repairs the image record of an ended job. A daemon that was frozen, or another client's upload, can restore what
+    /// was removed or repaired: Glance has no conditional updates, so this cannot be prevented.
+    async fn repair(&mut self, image_id: Uuid, record: &Record, report: &mut RoundReport) -> Result<()> {
         let id = image_id.to_string();
         let Some(image) = self.context().cloud.image(&id).await? else { return Ok(()) };
         let deactivate = record.deactivated && image.status == "active" && !image_status::is_raw_and_bare(&image);
@@ -534,7 +613,9 @@ impl Reconciler {
         Ok(())
     }
 
-    async fn custody(&self, image_id: Uuid) -> Result<Option<Custody>> {
+    /// Where the release fails, this daemon's next round clears the record: it does not leave it to another one.
+    async fn custody(&mut self, image_id: Uuid) -> Result<Option<Custody>> {
+        self.took_custody = true;
         Ok(Custody::take(self.context(), &self.storage, image_id).await?)
     }
 
@@ -562,6 +643,7 @@ impl Reconciler {
                 None
             }
             Err(error) => {
+                self.is_complete = false;
                 tracing::warn!(pool, %error, "this pool was not swept; the next round tries again");
                 None
             }
@@ -571,7 +653,9 @@ impl Reconciler {
     /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also
     /// those in the trash, where a removal that broke off leaves them.
     async fn remove_images(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
-        let mut found = Vec::new();
+        let now = Instant::now();
+        let half = now + until.saturating_duration_since(now) / 2;
+        let (mut found, mut published) = (Vec::new(), Vec::new());
         for pool in self.pools() {
             let names = self.storage.images(&pool, "").await;
             let Some(names) = self.of_pool(&pool, names) else { continue };
@@ -579,20 +663,52 @@ impl Reconciler {
             let trash = self.of_pool(&pool, trash).unwrap_or_default();
             for name in names {
                 let Some((image_id, kind)) = named_as(&name) else { continue };
-                if kind == LeftoverKind::Published && !self.unfinished.contains(&image_id) {
-                    continue;
-                }
                 let image = ImageSpec::named(&pool, &name);
-                let Some(tag) = self.tag_of(&image).await? else { continue };
-                if tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment)) {
-                    found.push(Leftover { image_id, kind, image, tag });
+                if kind == LeftoverKind::Published {
+                    published.push((image_id, image));
+                } else {
+                    found.extend(self.tagged_as_ours(image_id, kind, image).await?.flatten());
                 }
             }
             for trashed in trash {
                 found.extend(self.leftover_in_trash(&pool, &trashed).await?);
             }
         }
-        self.remove_orphans(found, report, until).await
+        self.remove_orphans(found, report, half).await?;
+        let mut found = Vec::new();
+        for (image_id, image) in published {
+            let is_candidate = |look: &EndedLook| !look.made_image && look.others_image.as_ref() != Some(&image);
+            if !self.ended.get(&image_id).is_some_and(is_candidate) {
+                continue;
+            }
+            if Instant::now() >= until {
+                self.is_complete = false;
+                break;
+            }
+            match self.tagged_as_ours(image_id, LeftoverKind::Published, image.clone()).await? {
+                Some(Some(leftover)) => found.push(leftover),
+                Some(None) => {
+                    if let Some(look) = self.ended.get_mut(&image_id) {
+                        look.others_image = Some(image);
+                    }
+                }
+                None => {}
+            }
+        }
+        self.remove_orphans(found, report, until).await.map(drop)
+    }
+
+    /// The image as a leftover where it bears this deployment's tag. `None`: its tag could not be read now.
+    #[allow(clippy::option_option)]
+    async fn tagged_as_ours(
+        &self,
+        image_id: Uuid,
+        kind: LeftoverKind,
+        image: ImageSpec,
+    ) -> Result<Option<Option<Leftover>>> {
+        let Some(tag) = self.tag_of(&image).await? else { return Ok(None) };
+        let is_ours = tag.is_some_and(|tag| tag.is_of_deployment(image_id, self.context().deployment));
+        Ok(Some(is_ours.then_some(Leftover { image_id, kind, image, tag })))
     }
 
     /// What the removal of one of our images left in the trash.
@@ -627,22 +743,26 @@ impl Reconciler {
     /// Looks through the headers of all images for temporary snapshots and their tags, and for images under a Glance
     /// image's id that bear our tag: a record that would tell of them may have expired.
     async fn remove_snapshots(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
-        let mut sweep = match self.sweep.take() {
-            Some(sweep) => sweep,
-            None if Instant::now() < self.next_sweep => return Ok(()),
-            None => HeaderSweep { reading: Duration::ZERO, pools: self.pools(), after: None },
-        };
-        while let Some(pool) = sweep.pools.first().cloned() {
-            if Instant::now() >= until {
-                self.sweep = Some(sweep);
+        let interval = self.context().config.borrow().offload.reconcile_interval;
+        let mut left = HEADERS_PER_ROUND.max(usize::try_from(interval.as_secs()).unwrap_or(0) * HEADERS_PER_ROUND / 60);
+        let mut sweep = self.sweep.clone().unwrap_or_else(|| HeaderSweep::over(self.pools()));
+        while let Some((pool, after)) = sweep.pools.front().cloned() {
+            // where this part breaks off, the next round goes on from here
+            self.sweep = Some(sweep.clone());
+            if Instant::now() >= until || left == 0 {
                 return Ok(());
             }
-            let (after, begun) = (sweep.after.take(), Instant::now());
-            let page = self
-                .storage
-                .snapshots(&pool, PRIVATE_PREFIX, HEADERS_PER_SECOND, after.as_deref(), HEADERS_AT_A_TIME)
-                .await;
-            let page = self.of_pool(&pool, page).unwrap_or_default();
+            let page = self.storage.snapshots(&pool, PRIVATE_PREFIX, HEADERS_PER_SECOND, after.as_deref(), left).await;
+            let Some(page) = self.of_pool(&pool, page) else {
+                if self.unusable.contains(&pool) {
+                    sweep.go_on(None);
+                    continue;
+                }
+                // the other pools first
+                sweep.pools.rotate_left(1);
+                self.sweep = Some(sweep);
+                return Ok(());
+            };
             for error in page.failed {
                 tracing::warn!(pool, %error, "an image was not looked at; the next sweep tries again");
             }
@@ -674,18 +794,20 @@ impl Reconciler {
                     found.push(Leftover { image_id, kind: LeftoverKind::Published, image, tag });
                 }
             }
-            match page.next {
-                Some(next) => sweep.after = Some(next),
-                None => drop(sweep.pools.remove(0)),
+            left = left.saturating_sub(page.looked_at);
+            if !self.remove_orphans(found, report, until).await? && sweep.tries < PAGE_TRIES {
+                sweep.tries += 1;
+                self.sweep = Some(sweep);
+                return Ok(());
             }
-            sweep.reading += begun.elapsed();
-            self.remove_orphans(found, report, until).await?;
+            sweep.go_on(page.next);
         }
-        self.next_sweep = Instant::now() + sweep.reading * SWEEP_REST;
+        self.sweep = None;
         Ok(())
     }
 
-    /// Whether the image is an active one's data, and no leftover. One of which that cannot be told is none either.
+    /// Whether the RBD image holds the data of an active image, and is no leftover. If this cannot be read, it counts
+    /// as one that does, and is left alone.
     async fn is_adopted(&self, image: &ImageSpec, tag: &OwnershipTag, report: &mut RoundReport) -> bool {
         match self.adopt_active(image, tag, report).await {
             Ok(is_active) => is_active,
@@ -707,8 +829,15 @@ impl Reconciler {
         };
         match context.store.load(image_id).await {
             Ok(None) => {}
-            // its job is at work, or ended without knowing of the image: nobody removes that
-            Ok(Some(_)) | Err(Error::Unreadable { .. }) => return Ok(true),
+            // its job is at work, or ended without knowing of the image: that is not removed
+            Ok(Some(stored)) => {
+                if !stored.is_settled() {
+                    // where the index was lost, the job is found again
+                    context.store.index(&stored).await?;
+                }
+                return Ok(true);
+            }
+            Err(Error::Unreadable { .. }) => return Ok(true),
             Err(error) => return Err(error.into()),
         }
         let (storage, pools) = (self.storage.as_ref(), self.pools());
@@ -745,8 +874,8 @@ impl Reconciler {
         Ok(tag.filter(|tag| tag.is_of_deployment(image_id, self.context().deployment)).map(Some))
     }
 
-    /// Removes those of the leftovers that no live job owns, now and after a moment.
-    async fn remove_orphans(&mut self, found: Vec<Leftover>, report: &mut RoundReport, until: Instant) -> Result<()> {
+    /// Removes those of the leftovers that no live job owns, now and after a moment. `false`: some are still there.
+    async fn remove_orphans(&mut self, found: Vec<Leftover>, report: &mut RoundReport, until: Instant) -> Result<bool> {
         let mut orphans: BTreeMap<Uuid, Vec<Leftover>> = BTreeMap::new();
         let mut failures = Failures::default();
         for leftover in found {
@@ -764,19 +893,27 @@ impl Reconciler {
             }
         }
         if orphans.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
+        let count = orphans.values().map(Vec::len).sum();
         sleep(GRACE).await;
         let (mut begun, mut removed) = (Vec::new(), Removed::default());
         for (image_id, leftovers) in orphans {
-            if Instant::now() >= until || !self.removals.begin(image_id, leftovers, until, &mut removed).await {
+            // at least one, however long it took to find them
+            let is_late = Instant::now() >= until && !begun.is_empty();
+            if is_late || !self.removals.begin(image_id, leftovers, until, &mut removed).await {
                 break;
             }
+            // the next round sees whether this daemon is still in the record
+            if let Some(look) = self.ended.get_mut(&image_id) {
+                look.next = Instant::now();
+            }
+            self.took_custody = true;
             begun.push(image_id);
         }
         self.removals.wait(&begun, &mut removed).await;
         note(report, removed);
-        Ok(())
+        Ok(removed.images + removed.snapshots >= count)
     }
 
     async fn is_orphaned(&self, image_id: Uuid) -> Result<bool> {
@@ -789,8 +926,8 @@ impl Reconciler {
     }
 
     /// Removes ended records that are older than `[jobs] retention`.
-    async fn expire(&self, report: &mut RoundReport, until: Instant) -> Result<()> {
-        let store = &self.context().store;
+    async fn expire(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
+        let store = self.context().store.clone();
         if let Err(error) = daemons::remove_dead(store.objects().as_ref(), self.context().clock.now()).await {
             tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
         }
@@ -805,6 +942,17 @@ impl Reconciler {
                 return Ok(());
             }
             let expired = match store.load(image_id).await {
+                // it removes what the job left, or froze over that: the record names the client that is to be fenced
+                Ok(Some(stored)) if stored.is_settled() && stored.record.owner_address.is_some() => {
+                    match self.custody(image_id).await {
+                        Ok(Some(custody)) => custody.release(false).await,
+                        Ok(None) => {}
+                        Err(error) => {
+                            tracing::warn!(%image_id, %error, "an old record stays; the next round tries again")
+                        }
+                    }
+                    Ok(0)
+                }
                 Ok(Some(stored)) if stored.is_settled() => store.remove(&stored).await.map(|()| 1),
                 // it lives again; its index entry is stale
                 Ok(Some(stored)) => store.index(&stored).await.map(|()| 0),
@@ -821,7 +969,7 @@ impl Reconciler {
     }
 }
 
-/// What an image of this name may be of a job, and of which one.
+/// The Glance image whose job may have made an RBD image of this name, and which of its objects that is.
 fn named_as(name: &str) -> Option<(Uuid, LeftoverKind)> {
     match parse_private(name) {
         Some((Private::Copy, image_id)) => Some((image_id, LeftoverKind::Copy)),

@@ -5,7 +5,7 @@
 //! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the
 //! OSDs walk the whole pool, which holds millions of objects.)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -20,6 +20,9 @@ use crate::request::{Source, Trigger};
 
 const LIVE: &str = "index.live";
 const ENDED: &str = "index.ended";
+
+/// Lists the ended jobs that the reconciler is to look at in its next round.
+const LOOK: &str = "index.look";
 
 /// Entries read from an index with one operation.
 const PAGE: usize = 1000;
@@ -282,7 +285,7 @@ impl Store {
         Ok(self.objects.replace_and_remove_keys(&object, &data, stored.version, Some(lock), &keys).await?)
     }
 
-    /// Asks the cluster for next to nothing: whether it answers.
+    /// Whether the cluster answers, by a read that costs almost nothing.
     pub async fn probe(&self) -> Result<()> {
         self.objects.omap(LIVE, "", 1).await?;
         Ok(())
@@ -323,6 +326,30 @@ impl Store {
             .into_iter()
             .map(|(id, value)| (id, std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok())))
             .collect())
+    }
+
+    /// Asks the reconciler to look at an ended job in its next round. Without that it looks at old jobs rarely.
+    pub async fn ask_for_look(&self, image_id: Uuid) -> Result<()> {
+        Ok(self.objects.set_omap(LOOK, &[(image_id.to_string(), Vec::new())]).await?)
+    }
+
+    /// The jobs that [`ask_for_look`](Self::ask_for_look) was called for.
+    pub async fn asked_looks(&self) -> Result<BTreeSet<Uuid>> {
+        Ok(self.entries(LOOK).await?.into_keys().collect())
+    }
+
+    pub async fn forget_look(&self, image_id: Uuid) -> Result<()> {
+        Ok(self.objects.remove_omap(LOOK, &[image_id.to_string()]).await?)
+    }
+
+    /// Whether both indexes are there.
+    pub async fn has_indexes(&self) -> Result<bool> {
+        for index in [LIVE, ENDED] {
+            if self.objects.read(index).await?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     async fn entries(&self, index: &str) -> Result<BTreeMap<Uuid, Vec<u8>>> {

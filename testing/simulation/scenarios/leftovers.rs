@@ -1,5 +1,6 @@
 //! What jobs left behind, one case each: the real reconciler removes it, or leaves it alone.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -298,4 +299,54 @@ fn a_leftover_whose_removal_kills_each_daemon_is_left_after_some() {
             site.no_promise_is_broken();
         });
     }
+}
+
+#[test]
+fn one_daemon_of_a_configuration_does_the_rounds_and_another_goes_on() {
+    run_in_virtual_time(async {
+        let site = Site::new();
+        let rounds = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&rounds);
+        site.world.lock().script = Some(Box::new(move |_, call| {
+            counted.fetch_add(usize::from(call == "glance queued images after None"), Ordering::Relaxed);
+        }));
+        let daemons = [site.daemon("one"), site.daemon("two"), site.daemon("three")];
+        let other = Daemon::start(&site.world, "other".into(), super::config("dry_run = true", ""));
+        sleep(Duration::from_secs(60 * 60)).await;
+        let done = rounds.load(Ordering::Relaxed);
+        // one a minute for each configuration, and the first one of each daemon
+        assert!((100..=130).contains(&done), "{done} rounds in an hour");
+        other.node.kill();
+        for daemon in &daemons[..2] {
+            daemon.node.kill();
+            let left = site.leave_copy(Uuid::new_v4());
+            sleep(Duration::from_secs(5 * 60)).await;
+            assert!(!site.is_there(&left), "no other daemon goes on");
+        }
+        site.no_promise_is_broken();
+    });
+}
+
+#[test]
+fn an_old_record_stays_while_a_daemon_removes_what_its_job_left() {
+    run_in_virtual_time(async {
+        let site = Site::new();
+        site.leave_copy(Uuid::new_v4());
+        let start = |name: &str| {
+            let config = super::config("method = copy", "[jobs]\nretention = 1m");
+            Daemon::start(&site.world, name.into(), config)
+        };
+        // its removal hangs, and then the whole daemon, for longer than the record is kept
+        site.world.lock().stuck = Some("remove images/".into());
+        let frozen = start("frozen");
+        sleep(Duration::from_secs(60)).await;
+        frozen.node.freeze(Duration::from_secs(3 * 60 * 60));
+        site.world.lock().stuck = None;
+        sleep(ROUNDS).await;
+        let _other = start("other");
+        sleep(ROUNDS).await;
+        let fenced = site.world.lock().ceph.blocklist.len();
+        assert_eq!(fenced, 1, "the record names the client that has to be fenced");
+        site.no_promise_is_broken();
+    });
 }
