@@ -124,8 +124,9 @@ class Handover:
         self._told = None
 
     def run(self, announce):
-        """Calls `announce` (which tells the daemons) when the offer stands. True: the image is active. False: no
-        other client writes it, nothing of ours is on it, use the native path. Raises Gone."""
+        """Hands the image over. Calls `announce`, which tells the daemons, once the offer is on the record. True: the
+        image is active. False: use the native path, which also reports an image that another client writes. Raises
+        Gone."""
         self._began = self._clock()
         try:
             if not self._make_offer():

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! AMQP delivery → notification → request → job (stored in RADOS, then acked) → claim (lease)
-//!   → plan → transfer → publish → clean up
+//!   → plan → steps (snapshot, transfer, …, register, finish) → done
 //! ```
 //!
 //! `ceph`, `openstack` and `config` know nothing of jobs; `unsafe` lives in `ceph` only.

@@ -220,8 +220,10 @@ fn transfers(text: &mut String, part: &Value, limits: &Value) {
         table(text, &["Ceph's own tools", "s", "CPU client, s"], &rows);
     }
     text.push_str("### Where the time goes\n\nSeconds of each stage of a job by `server-copy`; the rest is the way of the notification and of Glance's answer.\n\n");
-    const STAGES: [&str; 10] =
-        ["plan", "snapshot", "transfer", "verify", "inspect", "hash", "rename", "record", "register", "clean up"];
+    const STAGES: [&str; 13] = [
+        "plan", "snapshot", "anchor", "transfer", "verify", "inspect", "seal", "hash", "rename", "record", "register",
+        "finish", "purge",
+    ];
     let present: Vec<&str> = STAGES
         .into_iter()
         .filter(|stage| shapes.iter().any(|shape| shape["methods"]["server-copy"]["stages"][*stage].is_number()))

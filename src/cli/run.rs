@@ -326,7 +326,7 @@ struct Daemon {
     session: Arc<Session>,
 }
 
-/// A service is asked by one caller at a time: who asks meanwhile, or right after that, gets the same answer.
+/// Asks a service for one caller at a time. Callers that come during that, or right after it, get the same answer.
 #[derive(Default)]
 struct Probe(tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>);
 

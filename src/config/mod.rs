@@ -34,8 +34,8 @@ pub use values::duration;
 /// Where the packages put the file.
 pub const DEFAULT_PATH: &str = "/etc/rbd-offload/rbd-offload.conf";
 
-/// A further look at `[messaging] transport_url`, by the module that dials it. The sentence that it returns is printed,
-/// so it must not hold any part of the url.
+/// A further check of `[messaging] transport_url`, by the module that connects with it. The sentence that it returns is
+/// printed, so it must not hold any part of the URL.
 pub type TransportUrlCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
 
 impl Config {

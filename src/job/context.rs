@@ -15,7 +15,7 @@ use crate::openstack::Cloud;
 
 #[derive(Clone)]
 pub struct Context {
-    /// Shared by all; while a job runs, its own client.
+    /// The Ceph client: shared by all, or the job's own one while a job runs.
     pub storage: Arc<dyn Storage>,
     /// Where jobs get a client of their own.
     pub clients: Arc<dyn StoragePool>,

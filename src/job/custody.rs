@@ -22,8 +22,8 @@ const TRIES: usize = 16;
 /// Pauses after each try to take the reconciler out of a record: another daemon that finds it there fences it.
 const CLEAR_PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(2)];
 
-/// Held from [`take`](Self::take) to [`release`](Self::release). Dropped in between, it leaves its owner in the
-/// record, who is fenced by the next one.
+/// Custody of one job, from [`take`](Self::take) to [`release`](Self::release). If it is dropped in between, this
+/// daemon stays in the record, and the next owner fences it.
 pub(super) struct Custody {
     store: Store,
     lease: Lease,

@@ -14,7 +14,7 @@ use crate::plan::PlanError;
 pub(super) enum StepError {
     /// The job ends without an image.
     End(Outcome),
-    /// It may pass.
+    /// A transient error: the job is retried.
     Retry(String),
     /// Nothing is wrong, and the next step is due after this time.
     Later(Duration),

@@ -1,5 +1,5 @@
-//! The record of a job whose image is active and depends on its source, made again from what is in Ceph. Without it
-//! nobody would copy what the image still reads from the source, and nothing would tell that the source is needed.
+//! Restores the lost record of a job whose image is active and depends on its source, from what is in Ceph. Without a
+//! record, no daemon would copy what the image still reads from the source, or keep the source for it.
 
 use uuid::Uuid;
 

@@ -37,9 +37,9 @@ pub enum State {
     Detaching,
     /// The image is active and whole. The end.
     Done,
-    /// Cannot be done here, for a reason that waiting does not change. The end, until asked again.
+    /// This cloud cannot serve the request, and a retry would not change that. The end, until it is requested again.
     Declined,
-    /// What may pass did not, or something broke. The end, until asked again or retried.
+    /// A transient error lasted too long, or the job met a fault. The end, until it is requested again or retried.
     Failed,
     /// The image was deleted, or the operator stopped the job. The end.
     Cancelled,
@@ -281,7 +281,7 @@ pub struct Record {
     pub progress: u8,
     pub bytes_total: u64,
     pub bytes_done: u64,
-    /// Attempts that failed for something that may pass.
+    /// Attempts that failed with a transient error.
     pub attempts: u32,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
@@ -496,7 +496,8 @@ impl Record {
         }
     }
 
-    /// Whether as many daemons died removing what the job made as had died making it: what is left stays.
+    /// Whether more than `2 * max_takeovers + 1` owners in a row have died: enough to fail the job, and as many again
+    /// over its cleanup. The leftovers then stay.
     pub fn is_beyond_cleanup(&self, max_takeovers: u32) -> bool {
         max_takeovers > 0 && self.takeovers > max_takeovers.saturating_mul(2).saturating_add(1)
     }

@@ -1,9 +1,9 @@
 //! Signals: what others ask of a job.
 //!
-//! Only the holder of a job's lease writes its record. Everybody else leaves a signal: a key in the omap of the job's
-//! object. A signal is set only on the version of the object that its sender has read, so it cannot meet a job that
-//! has ended meanwhile, or an object that was removed. The holder removes it in the same write that stores what came
-//! of it, and that write names the version too. So a signal is there, or what came of it is.
+//! Only the holder of a job's lease writes its record. All others leave a signal: a key in the omap of the job's
+//! object. A signal is set only on the version of the object that its sender has read, so it cannot reach a job that
+//! has ended since then, or an object that was removed. The holder removes it in the same write that stores its effect,
+//! and that write names the version too. So either the signal is there, or its effect is stored.
 
 use std::collections::BTreeMap;
 

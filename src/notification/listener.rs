@@ -574,7 +574,7 @@ impl Supervisor<'_> {
             ended = maintain_bindings(listener, &mut self.warned, &connection, queue, &held) => Err(ended),
             ended = pump.run(consumer.clone()) => Err(ended),
         };
-        // A lost connection may show first in what is not its cause; lapin knows.
+        // A lost connection may first show as another error; lapin has its cause.
         pump.stop(&consumer, matches!(ended, Ok(()) | Err(SessionError::Emptied))).await;
         let _ = timeout(CLOSE_TIMEOUT, connection.close(200, "".into())).await;
         ended

@@ -18,7 +18,7 @@ const MESSAGE: &str = "rbd_offload_message";
 /// Ceph.
 pub const SHOWN_AFTER: Duration = Duration::from_secs(2);
 
-/// Characters of a message; Glance takes 65,535 bytes, a person less.
+/// Longest message, in characters. Glance would take 65,535 bytes; a person reads a sentence or two.
 const MESSAGE_MAX: usize = 500;
 
 /// What `rbd_offload_status` may say.

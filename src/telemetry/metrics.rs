@@ -32,7 +32,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
         "Notifications that could not be read, by reason.",
     ),
     (MetricKind::Plain, "rbd_offload_broker_reconnects_total", "Connections to the broker that were lost or refused."),
-    (MetricKind::Gauge, "rbd_offload_broker_connected", "1 while the queue is consumed, else 0."),
+    (MetricKind::Gauge, "rbd_offload_broker_connected", "1 while this daemon consumes the queue or stands by, else 0."),
     (
         MetricKind::Gauge,
         "rbd_offload_queue_messages",

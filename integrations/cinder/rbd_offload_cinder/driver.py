@@ -29,7 +29,8 @@ cfg.CONF.register_opts(OFFLOAD_OPTS, group=configuration.SHARED_CONF_GROUP)
 
 
 class RBDOffloadDriver(rbd.RBDDriver):
-    """Offers each upload as raw and bare to rbd-offload. What is declined, and everything else, falls back to the native path."""
+    """Offers each upload as raw and bare to rbd-offload. All others, and those that the daemon declines, take the
+    native path."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -161,11 +161,11 @@ def _try_offload(disk, context, image_format, image_id, conf):
 
 
 def _properties(instance):
-    """What Nova puts on the record itself when the snapshot is made.
+    """The properties that Nova itself sets on the record once a snapshot is made.
 
-    That would be too late. On an active image Nova finds all of it there and sends nothing; formats that differ could not be
-    changed any more, and Nova would delete the image; and properties would be lost again, since Glance, when it has hashed
-    the image, puts the record back as it was when it began.
+    On an image that is active already, that is too late. Nova could not change the formats any more, and would delete
+    the image. Glance would drop the properties when it has hashed the image, since it restores the record as it was
+    before. So they are set first, and Nova then finds all of them and changes nothing.
     """
     properties = {'image_location': 'snapshot', 'image_state': 'available', 'owner_id': instance.project_id}
     for name in ('kernel_id', 'ramdisk_id', 'os_type'):

@@ -61,8 +61,8 @@ impl HeldJob {
         tracing::warn!(image_id = %self.id, %error, "Glance refuses the status of the job; the job goes on without");
     }
 
-    /// While the service may take its offer back, nothing is written on a record that has none: it may be writing the
-    /// image itself.
+    /// Fails if the client service has not committed and its offer is gone. It may be writing the image itself then, so
+    /// the daemon must not change the record.
     pub async fn check_offer(&self, image: &Image) -> StepResult<()> {
         if self.record().await.handover == Some(HandoverState::Offered) && !request::has_commit_tag(&image.tags) {
             plan::read_offer(image)?;
@@ -95,9 +95,9 @@ impl HeldJob {
         }
     }
 
-    /// Whether an active image is active by what we published. The RBD image of its name bears our tag, and is the
-    /// location: with a second store, an upload or an import may have been faster. Where Glance shows the locations to
-    /// nobody here, the size has to do. Once the tag is coming off, the job's record knows.
+    /// Whether this job's location made the image active. The RBD image of its name must have our ownership tag and be
+    /// the location: with a second store, another client's upload or import may have been faster. If Glance does not
+    /// show locations to the daemon, the size is compared. Once the tag is being removed, the job's record decides.
     pub async fn is_our_image(&self, image: &Image) -> StepResult<bool> {
         let record = self.record().await;
         let is_active = record.registration == Registration::Active;

@@ -18,11 +18,11 @@ const HEARTBEAT_MIN_AGE: SignedDuration = SignedDuration::from_secs(20);
 /// Who knows that a job waits for its turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acknowledged {
-    /// The requester, for whom once is enough.
+    /// The requester. It is told once.
     Requester,
-    /// A service that handed its work over.
+    /// The client service. It gets further heartbeats.
     Service,
-    /// Not the service that handed it over: it cannot be told now.
+    /// Not the client service: it could not be told yet.
     NotYet,
 }
 
@@ -105,7 +105,7 @@ impl JobRun {
         self.release_ownership(|record| record.acknowledged = true).await
     }
 
-    /// Whether a service waits that may do the work itself at any moment, and does when nothing moves.
+    /// Whether a client service waits that has not committed. Without heartbeats it falls back to its native path.
     pub(super) async fn has_waiting_service(&self) -> bool {
         self.job.record().await.handover == Some(HandoverState::Offered)
     }

@@ -237,8 +237,8 @@ impl JobRun {
         Ok(plan::build(context.cloud.as_ref(), context.storage.as_ref(), config, &request, image, source).await?)
     }
 
-    /// An ended job may have been requested again, says a notification that perhaps came late: the image record knows.
-    /// Or the operator retries it.
+    /// Restarts an ended job if the image record has a request again, or if the operator retries it. A notification
+    /// about it may be late, so the record decides. Returns whether the job was restarted.
     async fn restart_if_rerequested(&self) -> StepResult<bool> {
         const WISHES: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
         let seen = self.job.signals().await;

@@ -126,7 +126,7 @@ impl JobRun {
         Arc::clone(&self.job.waits)
     }
 
-    /// What is done for the job is done in here: each line of the log then has the image's id and the request's.
+    /// The span of all work for the job. It puts the ids of the image and of the request on each log line.
     pub fn span(&self) -> Span {
         self.job.span.clone()
     }
@@ -239,7 +239,7 @@ impl JobRun {
             GivenUp::Ended(StepError::Retry(reason) | StepError::WhenCopied(reason)) => (Some(reason), None),
             GivenUp::Ended(_) => (None, None),
         };
-        // nobody renews the lease any more: what follows must be over before it ends
+        // the renewal has stopped: the rest must be done before the lease runs out
         let fenced = self.job.lease.renew(self.job.context.store.objects().as_ref()).await.is_ok()
             && (!client.is_busy()
                 || matches!(
@@ -325,7 +325,8 @@ impl JobRun {
         Ok(self.handle_stop(stop).await)
     }
 
-    /// Whether every call on Ceph has returned, now or in a moment: what one still does would meet what comes next.
+    /// Waits for all calls on Ceph, for at most [`CALL_GRACE`]. Returns whether they have returned: one that still runs
+    /// could interfere with the cleanup.
     async fn calls_returned(&self, client: &dyn Lent) -> bool {
         let until = Instant::now() + CALL_GRACE;
         while client.is_busy() {
@@ -384,9 +385,9 @@ impl JobRun {
         let owner = self.job.context.identity.owner();
         self.job
             .update_with_signals(|record, signals| {
-                // not twice, where the outcome of the first try was unknown
+                // count it once, where the outcome of the first write was unknown
                 let is_known = record.owner_address.as_ref() == Some(&address);
-                // nor where this daemon itself comes back after it lost its lease: nobody died
+                // nor where the owner is this daemon, which lost its lease before: no daemon died
                 if taken && !is_known && record.owner.as_ref() != Some(&owner) {
                     record.count_takeover();
                 }

@@ -19,7 +19,7 @@ use crate::plan::{self, PlanError};
 use crate::publish::image_status::is_empty_upload;
 use crate::transfer::Method;
 
-/// Why a request is not done that an empty upload came before.
+/// Why a request is declined if an empty upload made its image active.
 const EMPTY_UPLOAD: &str = "the image is active and empty: a client uploaded nothing to it (`openstack image create` \
     uploads its standard input). Delete it, and ask with `rbd-offload request`";
 
@@ -83,7 +83,7 @@ impl JobRun {
             StepError::End(Outcome { reason, .. }) | StepError::Retry(reason) if only_goes_forward => {
                 self.retry_detaching(&reason).await
             }
-            // it only was to be seen whether it is asked for again: that can wait, and cannot end it a second time
+            // the run only checked whether an ended job was requested again: it retries, since a job ends only once
             StepError::End(Outcome { reason, .. }) | StepError::Retry(reason) if has_ended => {
                 self.schedule_retry(&reason, CountsAttempt::Yes).await
             }
@@ -273,7 +273,7 @@ impl JobRun {
             self.enter_detaching().await?;
             return Err(StepError::Later(Duration::ZERO));
         }
-        // those that make nothing may have to wait for a service
+        // first the steps that make nothing: their undo may have to wait for Glance
         self.undo(image.as_ref(), |step| step.makes().is_none()).await?;
         self.job.before_visible_step().await?;
         if self.is_beyond_cleanup().await {

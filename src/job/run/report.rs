@@ -27,11 +27,11 @@ impl JobRun {
             self.job.context.store.load(self.job.id).await?.is_some_and(|now| now.signals.has(Signal::Cancel));
         if record.trigger == Trigger::Request && !cancelled {
             match request::parse_request_tags(&image.tags) {
-                // not what this job was for, so its end is not that request's
+                // a new request for another source, which this outcome does not concern
                 TagRequest::Source(source) if Some(source) != record.source => {
                     return self.signal_rerequested().await;
                 }
-                // a notification said so, and the record does not: it is not the daemon's to write on
+                // only a notification spoke of a request: the daemon writes nothing on a record that has none
                 TagRequest::Absent if !record.retried && !image_status::shows_work(&image) => return Ok(()),
                 _ => {}
             }

@@ -21,7 +21,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// How often the tenant's record is read or changed while the copy runs.
 const TENANT_INTERVAL: Duration = Duration::from_secs(4);
 
-/// How often it is looked whether an active image whose copy goes on was deleted, without a notification of it.
+/// Interval between checks whether an active image was deleted during its copy, in case the notification is lost.
 const DELETION_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often a service that waits is shown that the copy moves, where a per cent takes longer.

@@ -34,7 +34,7 @@ impl Step for Detach {
         let (storage, record) = (job.context.storage.as_ref(), job.record().await);
         let image = published(&record)?;
         let method = record.method.unwrap_or(Method::Clone);
-        // what is shown goes to the end once: with the fill, where there was one
+        // the fill has shown the progress up to the end, where there was one: do not show it a second time
         let unseen = job.progress.steps_only();
         let shown = if method == Method::ServerCopy { &unseen } else { job.progress.as_ref() };
         let reads_from = Dependence::of(job, &record, &image).await?;

@@ -52,8 +52,8 @@ impl Step for Finish {
         Ok(())
     }
 
-    /// The image is active by our location under a format that nobody inspected it for, and nobody is to read it: it is
-    /// deactivated. Its data stay, since they are an image's.
+    /// Deactivates an image that is active by our location, but under another format than the inspected one, so that no
+    /// client reads it as that format. Its data stay: they belong to an image.
     async fn undo(&self, job: &HeldJob, record: &Record, image: Option<&Image>) -> StepResult<()> {
         let Some(image) = image.filter(|image| matches!(image.status.as_str(), "active" | "deactivated")) else {
             return Ok(());

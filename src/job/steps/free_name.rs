@@ -15,5 +15,5 @@ pub async fn check_free(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
 }
 
 pub fn in_the_way<T>(image: &ImageSpec) -> StepResult<T> {
-    end(State::Failed, format!("{image} is in the way and is not this job's: look what it is, remove it, then retry"))
+    end(State::Failed, format!("{image} is in the way and is not this job's: inspect it, remove it, then retry"))
 }

@@ -40,9 +40,9 @@ impl CopySource {
         Self { source, snapshot, anchor, is_renamed: AtomicBool::new(false) }
     }
 
-    /// The source, while the anchor hangs on it. Once Cinder has flattened the anchor, the source may go, and the
-    /// anchor has all the data itself. Of a snapshot that has no name any more, the anchor reads what it does not hold
-    /// by id.
+    /// The source, while the anchor depends on it. Once Cinder has flattened the anchor, the anchor has all the data,
+    /// and the source may be deleted. If the source's snapshot has lost its name, the anchor is read: it finds the
+    /// snapshot by id.
     pub async fn readable(&self, storage: &dyn Storage) -> ceph::Result<Readable> {
         let (source, snapshot) = (self.source.clone(), self.snapshot.clone());
         let Some((anchor, own)) = &self.anchor else {
@@ -75,7 +75,7 @@ impl CopySource {
     }
 }
 
-/// Whether an error may be of a parent that went away, and not of our own doing or lot.
+/// Whether an error may come from a parent that was removed, and not from this client.
 fn may_come_of_a_cut_chain(error: &ceph::Error) -> bool {
     !matches!(
         error.kind(),

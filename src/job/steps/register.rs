@@ -19,8 +19,8 @@ use crate::publish::image_status;
 /// How long Glance may take to make a registered image active, beside the time for reading it where it does that first.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(60);
 
-/// Pauses between looks at a registered image: the first and the longest. Glance takes about 0.3 s, and a look costs it
-/// about as much as anything else.
+/// First and longest pause between polls of a registered image. Glance takes about 0.3 s, and a poll costs it as much
+/// as any other call.
 const POLL_FIRST: Duration = Duration::from_millis(200);
 const POLL_MAX: Duration = Duration::from_secs(1);
 

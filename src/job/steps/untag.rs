@@ -1,5 +1,5 @@
-//! At once: the image depends on nothing of the job any more, and nothing says that it does: its ownership tag and the
-//! tag on the image record come off. Before that it gets its snapshot back, where a delete that failed removed it.
+//! At once: removes the ownership tag and the tag on the image record, when the image depends on nothing any more.
+//! Before that, makes the snapshot `snap` again if a failed delete removed it.
 
 use std::time::Duration;
 

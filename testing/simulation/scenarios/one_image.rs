@@ -131,7 +131,7 @@ impl OneImage {
         }
     }
 
-    /// No promise was broken, and nothing of ours lies about but what an active image is made of.
+    /// No promise was broken, and nothing of ours is left in Ceph but the data of active images.
     pub fn is_tidy(&self) {
         let world = self.world.lock();
         assert_eq!(world.violations, BTreeSet::new());
