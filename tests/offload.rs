@@ -1013,8 +1013,8 @@ mod alone {
             // Glance decides how long it takes to make the image active, and so how often it is asked
             let posted = glance.iter().position(|call| call.starts_with("POST")).unwrap();
             let polls = glance.split_off(posted + 1);
-            let others =
-                polls.iter().filter(|call| !call.ends_with(&format!("GET /v2/images/{image} HTTP/1.1"))).count();
+            let poll = format!("GET /v2/images/{image} HTTP/1.1");
+            let others = polls.iter().filter(|call| **call != poll).count();
             counts.push((glance.len() + others, cinder.len()));
         }
         // five and two; a job that takes longer than two seconds shows its status too

@@ -140,15 +140,11 @@ impl Intake {
     /// job had ended without an image, or a change reached Glance late. Later images would inherit these properties, so
     /// the reconciler is told to remove them.
     pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
-        let choose = |stored: &Stored| {
-            let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
-            if stored.record.state.is_ended() && !known { vec![Signal::NeedsRepair] } else { vec![] }
-        };
         let mut is_sent = false;
         let choose = |stored: &Stored| {
-            let signals = choose(stored);
-            is_sent = !signals.is_empty();
-            signals
+            let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
+            is_sent = stored.record.state.is_ended() && !known;
+            if is_sent { vec![Signal::NeedsRepair] } else { vec![] }
         };
         if self.store.signal(image_id, choose).await?.is_some() && is_sent {
             self.store.ask_for_look(image_id).await?;

@@ -139,7 +139,7 @@ impl HeaderSweep {
 }
 
 /// What a look at the record of an ended job found.
-struct Ended {
+struct LookFound {
     made_image: bool,
     /// Whether each round reads it.
     again: bool,
@@ -493,7 +493,7 @@ impl Reconciler {
                 self.context().store.forget_look(image_id).await?;
             }
             match self.check_ended(image_id, &own, report).await {
-                Ok(Some(Ended { made_image, again })) => {
+                Ok(Some(LookFound { made_image, again })) => {
                     let pause = if again { Duration::ZERO } else { pause_after(ended_at, self.context().clock.now()) };
                     let next = now + pause;
                     let others_image = self.ended.remove(&image_id).and_then(|look| look.others_image);
@@ -513,7 +513,7 @@ impl Reconciler {
     }
 
     /// `None`: there is no ended job that can be read.
-    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<Option<Ended>> {
+    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<Option<LookFound>> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(None),
@@ -542,7 +542,7 @@ impl Reconciler {
                 custody.release(false).await;
             }
         }
-        Ok(Some(Ended { made_image: record.state == State::Done, again }))
+        Ok(Some(LookFound { made_image: record.state == State::Done, again }))
     }
 
     /// Repairs the image record of an ended job. A daemon that was frozen, or another client's upload, can restore what
