@@ -653,8 +653,7 @@ impl Reconciler {
     /// Private copies and anchors, and published images that bear our tag, of jobs that ended or are not there. Also
     /// those in the trash, where a removal that broke off leaves them.
     async fn remove_images(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
-        let now = Instant::now();
-        let half = now + until.saturating_duration_since(now) / 2;
+        let time = until.saturating_duration_since(Instant::now());
         let (mut found, mut published) = (Vec::new(), Vec::new());
         for pool in self.pools() {
             let names = self.storage.images(&pool, "").await;
@@ -674,6 +673,9 @@ impl Reconciler {
                 found.extend(self.leftover_in_trash(&pool, &trashed).await?);
             }
         }
+        // the lists may have taken longer than that time, and the next round reads all of them again
+        let now = Instant::now();
+        let (half, until) = (now + time / 2, now + time);
         self.remove_orphans(found, report, half).await?;
         let mut found = Vec::new();
         for (image_id, image) in published {

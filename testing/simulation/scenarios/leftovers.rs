@@ -16,6 +16,7 @@ use crate::job::simulation::actors::cinder;
 use crate::job::simulation::actors::daemon::Daemon;
 use crate::job::simulation::faults::dice::Dice;
 use crate::job::simulation::faults::odds::Faults;
+use crate::job::simulation::faults::trouble::Trouble;
 use crate::job::simulation::faults::world::{Killer, Shared, World};
 use crate::job::simulation::state::DEPLOYMENT;
 use crate::job::simulation::state::glance::ImageRecord;
@@ -198,6 +199,31 @@ fn a_published_image_of_a_forgotten_job_is_removed() {
         sleep(ROUNDS).await;
         assert!(!site.is_there(&ours));
         assert!(kept.iter().all(|id| site.is_there(id)));
+        site.no_promise_is_broken();
+    });
+}
+
+#[test]
+fn lists_that_take_longer_than_a_part_of_a_round_hold_nothing_up() {
+    run_in_virtual_time(async {
+        let site = Site::new();
+        site.world.lock().trouble.push(Trouble::SlowLists);
+        let (ours, theirs) = (Uuid::new_v4(), Uuid::new_v4());
+        for image_id in [ours, theirs] {
+            let record = Record { placeholder: false, ..Record::placeholder(image_id, Clock::System.now()) };
+            assert!(site.store.create_ended(&record).await.unwrap());
+        }
+        // the sweep over all headers comes to these first
+        for _ in 0..30 {
+            site.world.lock().ceph.create("images", &Uuid::new_v4().to_string(), 1, false);
+        }
+        let upload = site.world.lock().ceph.create("images", &theirs.to_string(), 1, false).id.clone();
+        let left = site.leave_image(&ours.to_string(), tag(ours, DEPLOYMENT));
+        let _daemon = site.daemon("node");
+        sleep(ROUNDS).await;
+        assert_eq!((site.is_there(&left), site.is_there(&upload)), (false, true));
+        let told = |world: &World| world.ceph.objects["reconcile"].omap.keys().any(|key| key.starts_with("round."));
+        assert!(told(&site.world.lock()), "no round is complete, and each daemon does its own");
         site.no_promise_is_broken();
     });
 }
