@@ -52,9 +52,18 @@ fn leftovers(world: &World) -> Vec<String> {
     left
 }
 
+/// Jobs whose lease is held.
+fn locked(world: &World) -> Vec<&String> {
+    let now = Instant::now();
+    let jobs = world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job."));
+    jobs.filter(|(_, object)| object.locks.values().any(|(_, _, until)| *until > now)).map(|(name, _)| name).collect()
+}
+
 /// Whether nothing is left to do that a daemon should do.
 pub fn is_quiet(world: &World) -> bool {
     leftovers(world).is_empty()
+        // the reconciler takes a lease also where it then finds nothing to remove
+        && locked(world).is_empty()
         // one that was frozen ends in its own time
         && world.cloud.services.values().all(|service| service.outcome.is_some())
         && !world
@@ -83,12 +92,7 @@ pub fn check(world: &mut World, acked: &BTreeSet<Uuid>, images: &[Uuid], foreign
         }
     }
     broken.extend(leftovers(world).into_iter().map(|what| format!("left behind: {what}")));
-    let now = Instant::now();
-    for (name, object) in world.ceph.objects.iter().filter(|(name, _)| name.starts_with("job.")) {
-        if object.locks.values().any(|(_, _, until)| *until > now) {
-            broken.push(format!("left behind: a lock on {name}"));
-        }
-    }
+    broken.extend(locked(world).into_iter().map(|name| format!("left behind: a lock on {name}")));
     for before in foreign {
         let same = world.ceph.by_id(&before.id).is_some_and(|after| {
             after.name == before.name
