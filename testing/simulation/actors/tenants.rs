@@ -156,12 +156,7 @@ fn change_owner(world: &mut World, image_id: Uuid) {
     }
     let volume = world.dice.pick(&volumes).clone();
     world.log(|| format!("volume {volume} goes to project {project}"));
-    if let Some(disk) = world.cloud.disks.get_mut(&volume) {
-        disk.volume.project_id.clone_from(&project);
-    }
-    for (snapshot, _) in world.cloud.snapshots.values_mut().filter(|(snapshot, _)| snapshot.volume_id == volume) {
-        snapshot.project_id.clone_from(&project);
-    }
+    world.cloud.transfer_volume(&volume, &project);
 }
 
 /// Another client puts an RBD image under the image's name while the copy is being made.

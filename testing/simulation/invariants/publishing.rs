@@ -38,7 +38,9 @@ pub fn published(world: &mut World, id: &str, pool: &str, name: &str) {
         world.violated(format!("image {id} became active with content {content}, right is {right:?}"));
     }
     let owner = record.posted.as_ref().and_then(|image| image.owner.as_ref());
-    if rbd.owner.is_none() || rbd.owner.as_ref() != owner {
+    let owned = owner.zip(record.posted_for());
+    let owned = owned.is_some_and(|(owner, (source, asked))| world.cloud.owned_snapshot(source, owner, asked));
+    if !owned && (rbd.owner.is_none() || rbd.owner.as_ref() != owner) {
         let whose = &rbd.owner;
         world.violated(format!("image {id} of {owner:?} became active with what {whose:?} owned at the snapshot"));
     }

@@ -46,6 +46,8 @@ pub struct CloudState {
     pub cinder_away_until: Option<Instant>,
     /// Owner of what a content was written for.
     pub projects: BTreeMap<u64, String>,
+    /// Whose a Cinder snapshot was before, and until when.
+    pub former_owners: Vec<(Uuid, String, Instant)>,
 }
 
 /// What Cinder says of a volume that lies on this backend.
@@ -96,6 +98,29 @@ impl CloudState {
             }
             Source::Snapshot(id) => {
                 self.snapshots.get(&id.to_string()).map(|(_, content)| *content).into_iter().collect()
+            }
+        }
+    }
+
+    /// Whether the source is a Cinder snapshot that belonged to that project at some time since a request. Its bytes
+    /// were fixed before: what they are does not depend on when the daemon asks whose they are.
+    pub fn owned_snapshot(&self, source: Source, project: &str, asked: Instant) -> bool {
+        let Source::Snapshot(id) = source else { return false };
+        let was =
+            |(snapshot, owner, until): &(Uuid, String, Instant)| *snapshot == id && owner == project && *until >= asked;
+        self.snapshots.get(&id.to_string()).is_some_and(|(snapshot, _)| snapshot.project_id == project)
+            || self.former_owners.iter().any(was)
+    }
+
+    /// A volume is transferred to another project, with its snapshots.
+    pub fn transfer_volume(&mut self, volume: &str, project: &str) {
+        if let Some(disk) = self.disks.get_mut(volume) {
+            project.clone_into(&mut disk.volume.project_id);
+        }
+        for (snapshot, _) in self.snapshots.values_mut().filter(|(snapshot, _)| snapshot.volume_id == volume) {
+            let before = std::mem::replace(&mut snapshot.project_id, project.to_owned());
+            if let Some(id) = request::parse_uuid(&snapshot.id) {
+                self.former_owners.push((id, before, Instant::now()));
             }
         }
     }
