@@ -226,14 +226,15 @@ impl Region {
             let (node, stop, drain, ended) =
                 (Arc::clone(&daemon.node), daemon.stop.clone(), daemon.drain.clone(), daemon.ended.clone());
             self.daemons().push(daemon);
-            let calm = Instant::now() >= until;
             let accident = self.dice(|dice| dice.millis(20_000, 240_000));
+            // one that would come later does not happen: others decline what only a daemon that starts again can do
+            let calm = Instant::now() + accident >= until;
             tokio::select! {
                 biased;
                 () = node.died.cancelled() => {}
                 () = sleep(accident), if !calm => {
                     match self.dice(|dice| dice.below(4)) {
-                        0 if Instant::now() < until => node.cut(self.dice(|dice| dice.millis(5_000, 100_000))),
+                        0 => node.cut(self.dice(|dice| dice.millis(5_000, 100_000))),
                         1 => {}
                         _ => {
                             let (patience, killed) = self.dice(|dice| (dice.millis(0, 10_000), dice.percent(30)));
