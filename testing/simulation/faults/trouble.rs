@@ -53,7 +53,7 @@ impl Trouble {
         ("planted", Self::Planted),
     ];
 
-    /// What every seed may have. The daemon does not keep every promise yet with the others.
+    /// What every seed may have.
     pub const ORDINARY: &[Self] = &[
         Self::LastingCalls,
         Self::HalfDone,
@@ -67,6 +67,8 @@ impl Trouble {
         Self::ChangedFormats,
         Self::ChangedOwners,
         Self::MixedConfigurations,
+        Self::SlowLists,
+        Self::Planted,
     ];
 
     pub fn named(name: &str) -> Self {

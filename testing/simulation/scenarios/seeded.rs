@@ -34,6 +34,11 @@ const QUIET_WITHIN: Duration = Duration::from_secs(60 * 60);
 /// What the reconciler and the leases need to see everything once more.
 const STAYS_QUIET: Duration = Duration::from_secs(150);
 
+/// The same where lists are slow: a round takes up to ten minutes, and its sweep looks at one or two images. A daemon
+/// of another configuration does its rounds between those.
+const QUIET_WITHIN_SLOW_LISTS: Duration = Duration::from_secs(8 * 60 * 60);
+const STAYS_QUIET_SLOW_LISTS: Duration = Duration::from_secs(15 * 60);
+
 pub fn config(dice: &mut Dice) -> Config {
     let method = *dice.pick(&["auto", "server-copy", "clone", "copy"]);
     let in_use = dice.percent(50);
@@ -264,7 +269,8 @@ impl Region {
 
     /// Waits until nothing is left to do. `false`: it never was.
     async fn quiet(&self) -> bool {
-        let until = Instant::now() + QUIET_WITHIN;
+        let slow = self.world.lock().has(Trouble::SlowLists);
+        let until = Instant::now() + if slow { QUIET_WITHIN_SLOW_LISTS } else { QUIET_WITHIN };
         while Instant::now() < until {
             sleep(Duration::from_secs(5)).await;
             if quiet::is_quiet(&self.world.lock()) {
@@ -348,12 +354,13 @@ pub async fn run(seed: u64, nodes: u64, wanted: &[Trouble], trace: bool) -> (BTr
 }
 
 async fn settle(region: &Region, foreign: &[Rbd], when: &str) {
+    let slow = region.world.lock().has(Trouble::SlowLists);
     // a daemon that was frozen may wake up late, with an old request in its hands
     for _ in 0..5 {
         if !region.quiet().await {
             break;
         }
-        sleep(STAYS_QUIET).await;
+        sleep(if slow { STAYS_QUIET_SLOW_LISTS } else { STAYS_QUIET }).await;
         if quiet::is_quiet(&region.world.lock()) {
             break;
         }
