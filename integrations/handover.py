@@ -147,7 +147,7 @@ class Handover:
             look = _Observation(self._record.read())
             if look.status != 'queued':
                 return False
-            # inherited from another image: nobody's answer to this offer
+            # inherited from another image, so no answer to this offer
             if look.properties:
                 self._record.strip(sorted(look.properties))
             self._record.tag(self._offer)

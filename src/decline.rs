@@ -19,7 +19,7 @@ pub enum Decline {
     Format,
     /// The record asks for signature verification.
     Signature,
-    /// The source does not exist, or belongs to another project: nobody is told which.
+    /// The source does not exist, or belongs to another project. The tenant is not told which.
     NoSource,
     /// The source is in use, at work, or on its way out.
     Busy,

@@ -1,4 +1,4 @@
-//! The command line of rbd-offload, and nothing else.
+//! The command line of rbd-offload: parses it, calls the command, maps its error to an exit status.
 
 use std::process::ExitCode;
 

@@ -97,7 +97,7 @@ pub enum PlanError {
     /// This daemon is not configured for the source's backend; another one of the deployment may be.
     #[error("{reason}")]
     OtherBackend { backend: String, reason: String },
-    /// The image is gone: there is nobody to do it for.
+    /// The image was deleted, so the job has no purpose any more.
     #[error("the image was deleted")]
     Gone,
     #[error(transparent)]

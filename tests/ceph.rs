@@ -497,9 +497,9 @@ write('volumes', v, 5 * M + 1, 2 * M, 2); discard('volumes', v, 9 * M + 4096, 2 
     }
 }
 
-/// A writer was killed while it held the volume's exclusive lock: its host is gone, and nobody gives the lock back.
+/// A writer was killed while it held the volume's exclusive lock. Its host is gone, so the lock is never released.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_writers_lock_holds_nobody_up() {
+async fn a_dead_writers_lock_does_not_block_the_daemon() {
     let lab = Lab::new();
     lab.python("create('volumes', NAME + '-volume', 16 * M)");
     let code = "
@@ -1068,7 +1068,7 @@ async fn only_what_has_the_published_shape_is_sealed() {
     assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
 
-    // what nobody would have enabled goes
+    // a feature that no published image has is disabled
     features(&["enable", "journaling"]);
     assert_eq!(publish::create_snap(&client, &image, &progress, &never).await.unwrap(), None);
     is_sealed(&lab, &client, &image).await;
@@ -1722,7 +1722,7 @@ with rbd.Image(io('images'), NAME + '-image') as image:
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }
 
-/// Pools of one test, in which nobody else stores anything.
+/// Pools of one test, in which no other test stores an object.
 struct Pools<'a> {
     lab: &'a Lab,
     names: Vec<String>,
@@ -2342,7 +2342,7 @@ async fn early_readers(client: &Client, chains: &mut Chains, lab: &Lab, seed: u6
         open(chains, ["download", "child", "guest"][random.random_range(0..3)]);
     };
     if features.has(Features::OBJECT_MAP) {
-        // the planted fault: the copy of an image that nobody else is supposed to have open
+        // the planted fault: a copy by the way that is only right if no other client has the image open
         let (progress, never) = (Progress::default(), CancellationToken::new());
         let (filled, ()) = tokio::join!(client.fill(&source, "s", &early.image, &pace, &progress, &never), during);
         filled.unwrap();

@@ -610,7 +610,7 @@ fn check_sees_a_queue_of_other_arguments_and_one_that_grows() {
     block_on(declare("quorum", 0));
     assert_eq!(check(&setup).row(&name).0, "ok");
     block_on(declare("quorum", 3));
-    check(&setup).fault(&name, "3 wait and nobody consumes it", "start the daemon");
+    check(&setup).fault(&name, "3 wait and no daemon consumes them", "start the daemon");
     block_on(declare("classic", 0));
     check(&setup).fault(&name, "other arguments than queue_type = quorum, queue_max_length = 100000", "delete_queue");
     block_on(declare("quorum unlimited", 2));

@@ -168,8 +168,8 @@ mod together {
         assert_eq!(made.disk.digest(None).await, expected);
     }
 
-    /// What every image has of its own; and `virtual_size`, which Glance finds out from an upload only, and lets nobody
-    /// set.
+    /// Fields that differ between any two images; and `virtual_size`, which Glance finds out from an upload only, and
+    /// which no client can set.
     const OF_ITS_OWN: [&str; 7] = ["id", "name", "created_at", "updated_at", "file", "self", "virtual_size"];
 
     #[tokio::test(flavor = "multi_thread")]

@@ -325,7 +325,7 @@ impl World {
                 if read.said == Said::Prepared && !read.go {
                     worlds.push(go_to(Service::SayGo));
                 }
-                // by any of its limits: nobody took it, the copy did not start, nothing moved, it took too long
+                // by any of its limits: no daemon took it, the copy did not start or made no progress, or took too long
                 if !self.has_commit_tag || fault == Fault::FallsBackAfterGo {
                     worlds.push(go_to(Service::TakeOff));
                 } else {
@@ -400,7 +400,7 @@ impl World {
         None
     }
 
-    /// What must hold when nobody does anything any more.
+    /// What must hold when neither the service nor a daemon can make another step.
     fn wrong_at_the_end(&self) -> Option<&'static str> {
         let daemon_left = self.job.stage == Stage::Ended;
         if daemon_left && self.job.copy {

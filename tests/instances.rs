@@ -408,7 +408,7 @@ mod handed_over {
         assert_eq!(differing(&ours, &stock), ["created_at", "file", "id", "name", "self", "updated_at"]);
         boots(&demo, &id).await;
 
-        // asked for by a tag, which stays; boot_roles is what nobody but Nova knows
+        // asked for by a tag, which stays; only Nova knows boot_roles
         let id = demo.create_image(&[instance_tag(&instance.id)], json!({})).await;
         demo.await_image(&id, "active").await;
         let asked = until("Glance has hashed the image", PATIENCE, || async {
@@ -504,7 +504,7 @@ mod handed_over {
             assert!(job["source_image"].is_null(), "it was offered: {job:#}");
         }
 
-        // nobody waits for a guest that does not run: it is offered as ever
+        // a guest that does not run is not suspended, so Nova offers the snapshot
         let id = demo.snapshot_instance(&stopped.id).await;
         await_snapshot(&demo, &id, &stopped, "SHUTOFF").await;
         is_ours(&daemon, &id).await;
@@ -558,7 +558,7 @@ mod handed_over {
         let job = daemon.await_job(&id, "declined").await;
         assert!(job["reason"].as_str().unwrap().contains("deleted"), "{job:#}");
         demo.await_instance_gone(&instance).await;
-        until("Nova deletes the image that nobody will write", seconds(60), || async {
+        until("Nova deletes the image of the deleted instance", seconds(60), || async {
             demo.image(&id).await.is_null().then_some(())
         })
         .await;

@@ -36,7 +36,7 @@ use uuid::Uuid;
 use env::lab_var;
 use tls_listener::{TlsListener, rabbitmqctl};
 
-/// A broker of the lab, and names that nobody else uses.
+/// A broker of the lab, and names that no other test uses.
 struct Broker {
     connection: Connection,
     id: String,
@@ -371,7 +371,8 @@ async fn the_queue_has_the_configured_type_and_another_one_is_left_alone() {
         assert!(!broker.queue_is(&classic).await);
         running.stop().await;
 
-        // Daemons that know of no binding of it: it may be anybody's. Says what to do, and goes on once it is done.
+        // Daemons that remember no binding of the queue: it may be another service's. The log says what to do, and the
+        // daemon goes on once it is done.
         broker.publish(&deletion(Uuid::new_v4())).await;
         let running = Running::start(classic.clone(), &store);
         eventually("a second attempt", async || running.status.get().reconnects >= 2).await;

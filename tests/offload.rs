@@ -74,7 +74,7 @@ macro_rules! shapes {
             async fn a_clone_of_an_image_and_a_clone_of_that_hold_what_only_their_parents_have() {
                 let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
-                // an image as everybody uploads it
+                // an image that was uploaded
                 let image = demo.create_image(&[], json!({"disk_format": "raw", "container_format": "bare"})).await;
                 let bytes: Vec<u8> = (0..24 * MIB).map(|n| (n % 251) as u8).collect();
                 assert_eq!(demo.upload(&image, bytes).await, 204);
@@ -891,7 +891,7 @@ mod alone {
 
     use super::*;
 
-    /// Objects that belong to the RBD image of that id, and to nothing else.
+    /// Whether the object belongs to the RBD image of that id.
     fn is_part_of(object: &str, image: &str, rbd_id: &str) -> bool {
         [format!("/rbd_id.{image}"), format!("image images/{image}"), format!("snapshot images/{image}@snap")]
             .iter()
@@ -977,10 +977,10 @@ mod alone {
         let expected = volume.disk.digest(None).await;
         // the daemon is off, and its queue is not even there
         let early = demo.request(&volume).await;
-        // and it hears nothing: no exchange that anybody publishes to
-        let setup = Setup::default().set("messaging", "exchanges", "nobody").set("offload", "reconcile_interval", "8s");
+        // and it gets no notification: no service publishes to its exchange
+        let setup = Setup::default().set("messaging", "exchanges", "silent").set("offload", "reconcile_interval", "8s");
         let broker = Broker::connect().await;
-        broker.exchange("nobody").await;
+        broker.exchange("silent").await;
         let daemon = setup.start().await;
         is_right(&demo.await_image(&early, "active").await, &expected, 1).await;
         let late = demo.request(&volume).await;

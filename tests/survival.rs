@@ -1,5 +1,5 @@
-//! Jobs survive everything: killed and frozen daemons, and a broker, OSDs, Glance and Keystone that go away. Whatever
-//! happened, each image that was asked for is there, byte for byte, with one location, and nothing else is left.
+//! Jobs survive everything: killed and frozen daemons, and a broker, OSDs, Glance and Keystone that go away. After each
+//! fault, each requested image is there, byte for byte, with one location, and no leftover is.
 //!
 //! `RBD_OFFLOAD_TEST_ROUNDS=50` kills daemons in more rounds, `RBD_OFFLOAD_TEST_SEED` repeats their order of events.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -232,7 +232,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
             begun.elapsed().as_secs_f64()
         );
     }
-    assert!(fences > 0, "nobody was killed at work");
+    assert!(fences > 0, "no daemon was killed while it worked on a job");
     assert!(at_once > 0, "no image was published at once");
 }
 
@@ -399,7 +399,7 @@ async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
         let requests = tenant.request(1).await;
         frozen.await_stage(&requests[0].id, stage).await;
         frozen.signal("STOP");
-        // (nobody else could take the job before)
+        // (the frozen daemon was the only one, so that it got the job)
         let other = telling(method).named(&setup.name).start().await;
         tenant.demo.await_image(&requests[0].id, "active").await;
         other.await_job(&requests[0].id, "done").await;
@@ -497,7 +497,7 @@ async fn a_cancelled_transfer_stops_within_seconds_by_every_method() {
         let ends = async |id: &str, state: &str| {
             let over = ["stage over", id, "job_stage=\"transfer\""];
             let is_over = || daemon.log().lines().any(|line| over.iter().all(|word| line.contains(word)));
-            // at once, on a machine that has nothing else to do
+            // at once, on an idle machine
             until("the end of the transfer", seconds(40), || async { is_over().then_some(()) }).await;
             eprintln!("{method}: {state}: the transfer ended after {:.1} s", begun.elapsed().as_secs_f64());
             daemon.await_job(id, state).await;
@@ -693,7 +693,7 @@ async fn a_record_that_is_too_large_holds_up_no_other_job() {
     let mut stored = store.load(image).await.unwrap().unwrap();
     let before = stored.clone();
     stored.record.publication.properties.insert("os_type".into(), "x".repeat(2 << 20));
-    let lease = LockKey { name: "lease".into(), cookie: "nobody".into() };
+    let lease = LockKey { name: "lease".into(), cookie: "no-owner".into() };
     let refused = store.write(&stored, &lease, &[]).await;
     assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     assert_eq!(store.load(image).await.unwrap(), Some(before));
@@ -782,7 +782,7 @@ async fn what_another_deployment_made_is_left_alone() {
     let private = format!("rbd-offload.{}", live[0].id);
     let tags = volume.disk.snapshot_tags().await;
     assert!(tags[&private].starts_with(&live[0].id) && tags[&private].ends_with(&ours), "{tags:?}");
-    // nobody's leftover, of an unknown deployment
+    // leftovers of an unknown deployment
     let stranger = uuid::Uuid::new_v4().to_string();
     let [copy_id, snapshot_id] = [(); 2].map(|()| uuid::Uuid::new_v4().to_string());
     let tag = |id: &str, deployment: &str| format!("{id} {} {deployment}", uuid::Uuid::new_v4());
@@ -850,7 +850,7 @@ async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
     assert!(whole.log().contains("the job ended") && !lacking.log().contains("the job ended"));
 }
 
-/// A list of queued images that is too large for one answer keeps nobody's request from being found.
+/// A request is found also when the list of queued images is too large for one answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_are_too_large_are_passed_over() {
     let _lab = lab_lease::alone().await;

@@ -64,7 +64,7 @@ pub async fn measure(shape: &str, rounds: usize) -> Value {
         pause(Duration::from_secs(8)).await;
         quiet.push(latencies(&writer.stop().await, from, now() - 1.0));
     }
-    results.insert("nothing else".into(), middle(&quiet));
+    results.insert("no transfer".into(), middle(&quiet));
     let server = |concurrency: &str| setup("server-copy").set("offload", "concurrency", concurrency);
     let kinds: [(&str, Option<Setup>); 8] = [
         ("stock", None),

@@ -1,4 +1,4 @@
-//! `make bench`: what the daemon costs beside what everybody does today, measured on a running lab in one go.
+//! `make bench`: what the daemon costs beside stock Cinder and the `rbd` command, measured on a running lab in one run.
 //!
 //! Prints tables and one line of JSON a part; `BENCH_JSON` and `BENCH_MARKDOWN` name files to write. `benches/run`
 //! starts a lab and says which variables choose what.

@@ -1,5 +1,4 @@
-//! Notifications that concern nobody here: what each costs the daemon, and what it costs a Python listener on the same
-//! broker.
+//! Irrelevant notifications: what each costs the daemon, and what it costs a Python listener on the same broker.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};

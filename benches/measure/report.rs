@@ -275,13 +275,13 @@ fn crowd(text: &mut String, part: &Value) {
 }
 
 fn gentle(text: &mut String, part: &Value) {
-    let Some(quiet) = part.get("nothing else") else { return };
+    let Some(quiet) = part.get("no transfer") else { return };
     text.push_str(
         "## Impact on other clients\n\nLatency of one client that writes 4 KiB at random places of another image of the source's pool, one write after the \
          other, while a volume is transferred (for stock: until it is active). In brackets: times that of the quiet cluster.\n\n",
     );
     let order = [
-        "nothing else",
+        "no transfer",
         "stock",
         "copy",
         "clone",
@@ -355,7 +355,7 @@ fn method(text: &mut String) {
          registered image afterwards (`do_secure_hash`): that is not in the table, and nothing is measured while it does.\n\
          - Network: the kernel's counters of each TCP socket of the process (`bytes_received`, `bytes_acked`), of living sockets by `ss`, of \
          those closed meanwhile by the kernel's announcement of their end. All of it counts, the AMQP, HTTP and RADOS of the control path too.\n\
-         - Active: Glance's own notification, so that nobody polls.\n\
+         - Active: Glance's own notification. Polling would cost CPU.\n\
          - Stored: what the pool's `bytes_used` grew by. Memory: `VmHWM`, reset before each run; *its own*: what no other process shares (`Private_*`), which \
          leaves out librados and librbd where other programs of the host use them.\n\
          - `rbd cp` of a clone's snapshot is not a correct copy (it loses what only the parent has); its time is shown all the same.\n",

@@ -51,7 +51,8 @@ create_cluster() {
 
 # Glance and Cinder have the capabilities that Ceph's manual gives them; what the daemon makes must be readable by
 # them. Cinder reads images, and may not write to them.
-# The daemon's own: rbd on the pools it reads from and writes to, nothing else. `nocaps` is for checks that must fail.
+# The daemon has `profile rbd` on the pools it reads from and writes to, and no other. `nocaps` is for checks that must
+# fail.
 create_client_keys() {
   local sources='profile rbd pool=volumes, profile rbd pool=volumes2, profile rbd pool=vms, profile rbd pool=ecdata'
   client_key glance 'profile rbd pool=images, profile rbd pool=ecdata'

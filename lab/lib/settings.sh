@@ -72,7 +72,7 @@ use_secrets() {
   OFFLOAD_PASSWORD='K3ystone-0ffl0ad-pw'
 }
 
-# as_root COMMAND…: for apt-get and the one file in /etc/ceph; nothing else needs it.
+# as_root COMMAND…: only apt-get and the one file in /etc/ceph need it.
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }

@@ -62,7 +62,7 @@ const PUNCHES: usize = 8;
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FillFault {
-    /// Leaves out every third object, and tells nobody.
+    /// Leaves out every third object without an error.
     SkipEveryThird,
     /// An error after so many objects.
     FailAfter(usize),
@@ -155,7 +155,7 @@ pub(super) enum Versions {
     /// The one that the OSD has at the snapshot when it copies. Once the snapshot is removed, that is what was written
     /// since.
     Any,
-    /// The one that the scan saw: nothing else is ever copied.
+    /// The version that the scan saw. No other version is ever copied.
     Seen,
 }
 
@@ -396,7 +396,7 @@ fn sparsify_if_worthwhile(copier: &mut Copier<'_>, objects: &[u64], concurrency:
     Ok(())
 }
 
-/// What is to be moved is found out before the image is opened for changes: as long as it is, nobody can remove it.
+/// Finds out what is to be moved before it opens the image for changes: an image that is open cannot be removed.
 pub(super) fn flatten(
     cluster: &Arc<Cluster>,
     spec: &ImageSpec,

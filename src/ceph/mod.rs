@@ -341,8 +341,8 @@ pub trait Storage: Send + Sync + 'static {
     /// none, or no such image. [`ErrorKind::Busy`] while it has clones.
     async fn remove_snapshot(&self, image: &ImageSpec, snapshot: &str) -> Result<Changed>;
 
-    /// Clones `source@snapshot` to `destination` with these features: [`Features::PUBLISHED`] where nobody else opens
-    /// the clone before [`flatten`](Self::flatten) is done, otherwise [`Features::WITHOUT_MAPS`].
+    /// Clones `source@snapshot` to `destination` with these features: [`Features::PUBLISHED`] where no other client
+    /// opens the clone before [`flatten`](Self::flatten) is done, otherwise [`Features::WITHOUT_MAPS`].
     /// [`ErrorKind::Exists`] when the name is taken.
     async fn clone_image(
         &self,
@@ -377,8 +377,8 @@ pub trait Storage: Send + Sync + 'static {
     async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
 
     /// Copies into the clone what it shares with its parent, and cuts the parent off. Nothing to do without a parent.
-    /// [`ErrorKind::Cancelled`] soon after `cancel` fires (librbd's flatten is stopped, or its call is left to end
-    /// while nobody waits: the image may then be busy for a moment).
+    /// [`ErrorKind::Cancelled`] soon after `cancel` fires: librbd's flatten is stopped, or its call is left to end in
+    /// the background, and the image is then busy for a moment.
     /// `limits` hold for the questions about what is to be moved; librbd moves it at its own pace.
     async fn flatten(
         &self,
@@ -574,7 +574,7 @@ pub trait StoragePool: Send + Sync + 'static {
 pub trait Lent: Send + Sync {
     fn storage(&self) -> Arc<dyn Storage>;
 
-    /// Whether a call has not returned yet, though perhaps nobody waits for it.
+    /// Whether a call has not returned yet, also one that the daemon no longer waits for.
     fn is_busy(&self) -> bool;
 
     /// Whether this client was found to be fenced.
@@ -669,7 +669,7 @@ pub trait Objects: Send + Sync + 'static {
     /// `No` when it was not held any more.
     async fn unlock(&self, object: &str, lock: &LockKey) -> Result<Changed>;
 
-    /// Whether anybody holds the lock now.
+    /// Whether a client holds the lock now.
     async fn is_locked(&self, object: &str, lock_name: &str) -> Result<bool>;
 
     /// Keys and values of the object's omap in order, at most `max`, after the key `after`. Empty when there is no

@@ -772,7 +772,7 @@ pub(super) fn exists(io: &IoCtx, object: &CStr, operation: &str) -> Result<bool>
     }
 }
 
-/// Removes the object `rbd_id.<name>`, and nothing else of the image.
+/// Removes the object `rbd_id.<name>`. The rest of the image stays.
 pub(super) fn remove_name(io: &IoCtx, name: &str, operation: &str) -> Result<()> {
     let object = c_string(operation, &format!("rbd_id.{name}"))?;
     // SAFETY: the ioctx is open, the name ends in NUL.
@@ -959,8 +959,8 @@ impl<'a> Queue<'a> {
         let mut verb = "start a request to";
         let mut spec = &self.source.spec;
         if r >= 0 {
-            // SAFETY: nobody else has the box until the request is submitted; the buffers lie in the box or in an Arc
-            // that it holds, and stay where they are until the completion; both images outlive the queue.
+            // SAFETY: this function alone has the box until the request is submitted; the buffers lie in the box or in
+            // an Arc that it holds, and stay where they are until the completion; both images outlive the queue.
             r = unsafe {
                 match &mut (*flight).request {
                     Request::Read(chunk) => {

@@ -611,8 +611,8 @@ fn chain(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Link>> {
     Ok(links)
 }
 
-/// Removes from the trash what nobody needs any more; librbd itself refuses a removal before the end of the deferment,
-/// and of an image with snapshots.
+/// Removes an image from the trash. librbd itself refuses the removal of an image with snapshots, and any removal
+/// before the end of the deferment.
 fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Changed> {
     let io = IoCtx::open(cluster, &spec.pool)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();

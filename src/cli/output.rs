@@ -14,7 +14,7 @@ const GAP: &str = "  ";
 /// A last column is not cut below this many characters, however narrow the terminal is.
 pub const LAST_COLUMN: usize = 14;
 
-/// Writes to standard output. `false`: nobody reads it any more (`… | head`), which is no failure.
+/// Writes to standard output. `false`: the reader of the pipe has ended (`… | head`), which is no failure.
 pub fn print(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

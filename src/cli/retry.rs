@@ -1,4 +1,4 @@
-//! `retry`: starts an ended job again. The record holds the source, so nothing else is needed.
+//! `retry`: starts an ended job again. The record holds the source, so the image's id is enough.
 
 use std::path::Path;
 use std::process::ExitCode;

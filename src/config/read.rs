@@ -143,8 +143,8 @@ impl RawConfig {
         }
     }
 
-    /// Lays a credential over what is there. One that no key is named like is an error, as an unknown key in a file is:
-    /// a secret that nobody reads is a mistake.
+    /// Sets a key from a credential of the key's name. A credential with the name of no key is an error, as an unknown
+    /// key in a file is: a secret that is never read is a mistake.
     pub fn add_credential(&mut self, file: &File, report: &mut Report) {
         let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let origin = Origin::Credential(name.clone());

@@ -109,12 +109,12 @@ section! {
         /// The queue that all controllers share. Never one that another service consumes, such as notifications.info.
         queue: String = "rbd-offload", Word;
         /// The type of that queue. RabbitMQ cannot change the type of a queue, its length or its expiry: the daemon
-        /// replaces an old queue of its own once it is empty and nobody consumes it.
+        /// replaces an old queue of its own once it is empty and has no consumer.
         queue_type: QueueType = "quorum", OneOf(QueueType::NAMES);
         /// Messages that the queue holds; the broker drops the oldest beyond that, and the reconciler finds their
         /// requests. 0: no limit.
         queue_max_length: u32 = "100000", Whole { min: 0, max: 1_000_000_000 };
-        /// How long the queue stays when nobody consumes it; then the broker deletes it. 0: no limit.
+        /// How long the broker keeps the queue without a consumer before it deletes it. 0: no limit.
         queue_expires: Duration = "7d", Span { min: 0, max: 49 * DAY };
         /// The exchanges to listen to: the control_exchange of Glance, Cinder (openstack unless set) and Nova.
         exchanges: Vec<String> = "glance,openstack,cinder,nova", List;

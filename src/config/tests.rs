@@ -764,7 +764,7 @@ fn the_sample_explains_every_key_as_the_table_does() {
 
 #[test]
 fn the_sample_loads_once_what_is_required_is_filled_in() {
-    assert_eq!(wrong(SAMPLE).len(), 4, "as it is, it lacks what is required and nothing else");
+    assert_eq!(wrong(SAMPLE).len(), 4, "as it is, it lacks the four required values");
     let filled = SAMPLE
         .replace("#transport_url =", "transport_url = rabbit://u:hunter2@h:5672/")
         .replace("#auth_url =", "auth_url = https://k:5000/v3")

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// A whole number in decimal digits, nothing else.
+/// A whole number of decimal digits: no sign, no space, no separator.
 pub fn whole(text: &str) -> Option<u64> {
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
         return None;

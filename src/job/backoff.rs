@@ -65,7 +65,7 @@ mod tests {
             assert!(pause_of(&record) <= Duration::from_secs(15), "after {attempts} attempts");
         }
         record.artifacts.clear();
-        assert!(pause_of(&record) > Duration::from_secs(40), "nobody waits for it");
+        assert!(pause_of(&record) > Duration::from_secs(40), "no snapshot is left on the disk");
     }
 
     #[test]

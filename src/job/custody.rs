@@ -194,7 +194,7 @@ impl Custody {
             let record = &mut stored.record;
             // not twice, where the outcome of the first try was unknown
             let is_known = record.owner_address.as_ref() == Some(&self.address);
-            // nor where this daemon comes back with another client: nobody died
+            // nor where this daemon comes back with another client: no daemon died
             if fenced && !is_known && record.owner.as_ref() != Some(&self.owner) {
                 record.count_takeover();
             }

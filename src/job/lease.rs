@@ -108,7 +108,7 @@ impl Lease {
         }
     }
 
-    /// Whether anybody holds the lease on a job.
+    /// Whether a daemon holds the lease on a job.
     pub async fn is_held(objects: &dyn Objects, image_id: Uuid) -> ceph::Result<bool> {
         objects.is_locked(&Store::object(image_id), LOCK).await
     }

@@ -585,14 +585,14 @@ impl Reconciler {
         if changes.is_empty() && !deactivate {
             return Ok(());
         }
-        // in custody, so that nobody begins it again meanwhile
+        // in custody, so that no daemon begins the job again meanwhile
         let Some(custody) = self.custody(image_id).await? else { return Ok(()) };
         let repaired = async {
             // no fence holds up a change in Glance
             custody.renew().await?;
             if deactivate {
                 self.context().cloud.deactivate_image(&id).await?;
-                tracing::error!(%image_id, "the image was active again under a format that nobody inspected; \
+                tracing::error!(%image_id, "the image was active again under a format that was not inspected; \
                     it was deactivated again");
             }
             if !changes.is_empty() {
@@ -720,7 +720,7 @@ impl Reconciler {
         let Some(tag) = self.tag_of(&image).await? else { return Ok(None) };
         let is_ours = match tag {
             Some(tag) => tag.is_of_deployment(image_id, self.context().deployment),
-            // no header is left that could say anything, and nobody else uses a private name
+            // no header is left that could name the owner, and only daemons use a private name
             None if kind != LeftoverKind::Published => {
                 self.storage.image(&image, None).await.is_ok_and(|info| info.is_none())
             }

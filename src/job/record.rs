@@ -312,7 +312,7 @@ pub struct Record {
     pub mismatched: Vec<Method>,
     #[serde(default)]
     pub outcome: Option<Outcome>,
-    /// `None`: nobody waits who could do the work instead.
+    /// `None`: no client service waits that could do the work instead.
     #[serde(default)]
     pub handover: Option<HandoverState>,
     /// No attempt before this time.

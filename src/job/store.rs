@@ -1,6 +1,6 @@
 //! The store of the jobs: one RADOS object a job, and two indexes in omap so that listing them is quick.
 //!
-//! The holder of a job's lease writes the record; everybody else leaves [signals](super::signal) on the same object.
+//! Only the holder of a job's lease writes the record. All others leave [signals](super::signal) on the same object.
 //! The object is the truth. `index.live` and `index.ended` are hints: a reader of an index reads the object before it
 //! acts. An entry is there before its object, and again before the delivery is acked. (Listing a namespace makes the
 //! OSDs walk the whole pool, which holds millions of objects.)

@@ -2,7 +2,7 @@
 //!
 //! A certificate must be signed by a trusted authority, be valid now, be made for a server, and bear the host's name.
 //! oslo.messaging does not look at the name unless it is told to, so clouds have brokers whose certificates lack it.
-//! `[messaging] ssl_verify_hostname = false` leaves out the last of the four and nothing else.
+//! `[messaging] ssl_verify_hostname = false` leaves out the check of the name. The other three stay.
 
 use std::io;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ const GONE_TIMEOUT: Duration = Duration::from_secs(60);
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(20)).with_interval(Duration::from_secs(10)).with_retries(4);
 
-/// Connects, on a task of its own: lapin's attempt does not end when nobody waits for it. `name` is shown by
+/// Connects, on a task of its own: lapin's attempt goes on when its future is dropped. `name` is shown by
 /// `rabbitmqctl list_connections`.
 ///
 /// # Errors

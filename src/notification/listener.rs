@@ -299,7 +299,8 @@ impl Listener {
         &self.config.queue
     }
 
-    /// Declares the queue. One of other arguments is replaced, once nobody consumes it and it is empty: see `queue.rs`.
+    /// Declares the queue. A queue with other arguments is replaced once it is empty and has no consumer: see
+    /// `queue.rs`.
     async fn declare_queue(&self, connection: &Connection) -> Result<ConsumedQueue, SessionError> {
         let mut waited = false;
         loop {

@@ -33,7 +33,7 @@ impl Permissions {
     }
 }
 
-/// `name` as a regular expression that matches nothing else. RabbitMQ's are those of PCRE.
+/// `name` as a regular expression that matches that name alone. RabbitMQ's are those of PCRE.
 fn escape(name: &str) -> String {
     let mut pattern = String::with_capacity(name.len());
     for c in name.chars() {

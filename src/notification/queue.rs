@@ -5,11 +5,11 @@
 //!
 //! 1. The queue is the daemons' own if they remember a binding of it ([`Bindings`](super::bindings::Bindings)). Another
 //!    one may belong to another service: it is neither consumed nor deleted.
-//! 2. While a daemon consumes it, the others stand by: they only look who consumes it.
-//! 3. Nobody consumes it, and messages wait: they are consumed from the old queue until none is left.
-//! 4. Nobody consumes it, and it is empty: the daemon that gets the lock of the bindings deletes it and declares it
+//! 2. While a daemon consumes it, the others stand by: they poll the number of its consumers.
+//! 3. It has no consumer, and messages wait: the daemon consumes the old queue until it is empty.
+//! 4. It has no consumer, and it is empty: the daemon that gets the lock of the bindings deletes it and declares it
 //!    again. The others stand by. Without the lock, a daemon that saw the old queue could delete the new one of another
-//!    daemon, with what has come into it: RabbitMQ has no condition for the deletion of a quorum queue.
+//!    daemon, with the messages in it: RabbitMQ has no condition for the deletion of a quorum queue.
 //!
 //! In a rolling restart, the daemon that is restarted last leaves the queue without a consumer, and one of those that
 //! stand by replaces it. Daemons whose configurations differ do not replace the queue in turns, since each leaves alone
@@ -31,7 +31,7 @@ use crate::config::{Messaging, QueueType};
 /// What is known of a queue without changing it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Depth {
-    /// Messages that have been delivered to nobody.
+    /// Messages that were not delivered to a consumer yet.
     pub messages: u32,
     pub consumers: u32,
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Written by the listener, read by anyone.
+/// Written by the listener; read by `/healthz`, the metrics and the status line.
 #[derive(Debug, Default)]
 pub struct BrokerStatus(Mutex<ListenerState>);
 

@@ -33,7 +33,7 @@ pub enum ErrorKind {
     Refused,
     /// The configuration cannot work, whatever the services answer.
     Misconfigured,
-    /// 5xx, 429, a timeout, or nobody there.
+    /// 5xx, 429, a timeout, or no connection.
     Unavailable,
     /// An answer that is not what the API promises.
     Protocol,

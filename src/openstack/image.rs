@@ -714,7 +714,7 @@ mod tests {
         assert_eq!(stores[1].pool, None);
     }
 
-    /// A Glance before 2024.2: no location API, a queued image `1`, nothing else.
+    /// A Glance before 2024.2: no location API, and one image `1`, which is queued.
     async fn old_glance(register: Register, patched: &'static str) -> Session {
         let url = serve(move |head| {
             let status = |code, body: &str| Some((code, String::new(), body.to_owned()));

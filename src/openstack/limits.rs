@@ -5,14 +5,14 @@ use serde::Deserialize;
 use super::error::Result;
 use super::session::{Request, Service, Session};
 
-/// Glance's name of the limit; nobody else's.
+/// The limit's name in Keystone. Only Glance registers a limit of that name.
 pub(super) const RESOURCE: &str = "image_size_total";
 
 /// Glance counts this limit in MiB.
 const UNIT: u64 = 1 << 20;
 
 impl Session {
-    /// Registered limits can be read by everybody, another project's limits by `admin`.
+    /// Every user can read registered limits. Only `admin` can read the limits of another project.
     pub(super) async fn read_image_size_limit(&self, project_id: &str) -> Result<Option<u64>> {
         let login = self.wire.login(None).await?;
         let region = self.wire.region_of(&login, Service::Image);

@@ -371,8 +371,8 @@ pub trait Cloud: Send + Sync + 'static {
     /// URLs of the image's locations; `None` where Glance does not show them to this user.
     async fn image_locations(&self, id: &str) -> Result<Option<Vec<String>>>;
 
-    /// Nobody but an administrator can read the image's data from then on. `false` when the image is gone. An image
-    /// that is deactivated already stays so.
+    /// Only an administrator can read the image's data from then on. `false` when the image is gone. An image that is
+    /// deactivated already stays so.
     async fn deactivate_image(&self, id: &str) -> Result<bool>;
 
     /// The image's tasks, newest first; empty where Glance does not know the call.

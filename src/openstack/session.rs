@@ -521,7 +521,7 @@ impl HttpClient {
             match error.kind() {
                 // Keystone misses something in what it was sent
                 ErrorKind::Refused if status == StatusCode::BAD_REQUEST => error.with_kind(ErrorKind::Misconfigured),
-                // Keystone answers a login by nothing else: something in front of it speaks for it
+                // Keystone itself answers a login with no other refusal: a proxy in front of it answered
                 ErrorKind::Refused => error.with_kind(ErrorKind::Unavailable),
                 _ => error,
             }

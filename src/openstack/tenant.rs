@@ -76,7 +76,7 @@ impl Tenant {
             interface: plain_interface(config.interface.as_deref()),
             cafile: config.cacert.clone().map(PathBuf::from),
             insecure: config.verify == Some(false),
-            // a person's own machine, which may reach the cloud through nothing else
+            // the tenant's machine may reach the cloud only through the proxy of its environment
             proxy: Proxy::Environment,
             timeout: TIMEOUT,
             image_override: config.options.get("image_endpoint_override").map(ToString::to_string),
@@ -142,8 +142,8 @@ impl Tenant {
         server::get(&self.wire, id).await
     }
 
-    /// The limit `image_size_total` of the tenant's project. `None` where Glance holds nobody to one, or cannot tell
-    /// it (before Glance 23).
+    /// The limit `image_size_total` of the tenant's project. `None` where Glance has no limits, or cannot tell them
+    /// (before Glance 23).
     pub async fn image_size_usage(&self) -> Result<Option<ImageSizeUsage>> {
         let request = Request::get(Service::Image, "get usage", &["info", "usage"]);
         let answer = self.wire.send(request).await?;

@@ -111,7 +111,7 @@ fn shape_fault(info: &ImageInfo) -> Option<String> {
     if info.data_pool.is_some() {
         expected |= Features::DATA_POOL.0;
     }
-    // a clone of format 2, which anybody may have made of an active image, marks its parent so
+    // any client with access may have made a clone of format 2 from an active image; that sets this bit on the parent
     let found = info.features.0 & !Features::OPERATIONS.0;
     if found != expected {
         return Some(format!("it has the features {found:#x} instead of {expected:#x}"));

@@ -177,7 +177,7 @@ enum Line {
 }
 
 impl Line {
-    /// A log that cannot be written is no reason to stop, and there is nobody to tell.
+    /// An error is ignored: the daemon does not stop for its log, and has no other place to report the error.
     fn write(self) {
         match self {
             Self::Stderr(line) => {

@@ -36,7 +36,7 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     (
         MetricKind::Gauge,
         "rbd_offload_queue_messages",
-        "Messages that wait in the queue at the broker and have been delivered to nobody.",
+        "Messages that wait in the queue at the broker and were not delivered to a consumer yet.",
     ),
     (MetricKind::Counter, "rbd_offload_jobs_accepted_total", "Requests that were stored as jobs, by trigger."),
     (

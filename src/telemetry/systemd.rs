@@ -65,7 +65,7 @@ impl Mailbox {
     }
 }
 
-/// The way to systemd. Dropping it ends its thread once that has sent what is left; nobody waits for that.
+/// Sends messages to systemd. Dropping it does not wait: its thread ends once it has sent the messages that are left.
 #[derive(Debug)]
 pub struct Systemd {
     mailbox: Arc<Mailbox>,

@@ -302,7 +302,7 @@ class Reader(threading.Thread):
                 self.expected[start:start + len(data)] = data
                 self.writes += 1
             self.compare(start, length)
-            # reads, not a load: the cores are for everybody
+            # reads at a low rate, since the other tests need the cores too
             self.stop.wait(0.02)
         for start in range(0, size, 256 * K):
             if len(self.wrong) < 10:

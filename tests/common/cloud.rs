@@ -249,7 +249,7 @@ impl Account {
         self.call(Method::DELETE, &self.glance(&format!("images/{id}")), None).await.0
     }
 
-    /// Uploads bytes as everybody does.
+    /// Uploads bytes by Glance's ordinary API.
     pub async fn upload(&self, id: &str, bytes: Vec<u8>) -> u16 {
         let url = self.glance(&format!("images/{id}/file"));
         let request = self.http.put(url).header("x-auth-token", &self.token);
@@ -437,7 +437,8 @@ impl Account {
         id
     }
 
-    /// As everybody uploads a volume; `more` is laid over it. The image is not deleted with this account.
+    /// `openstack image create --volume`; `more` is merged into its arguments. The image is not deleted with this
+    /// account.
     pub async fn ask_for_upload(&self, volume: &Volume, more: Value) -> String {
         let mut upload =
             json!({"image_name": format!("test-{}", unique()), "disk_format": "raw", "container_format": "bare"});
@@ -522,7 +523,7 @@ impl Account {
         format!("{}/{path}", lab().nova())
     }
 
-    /// An image as everybody uploads it, that instances are made from: 8 MiB, and what Nova hands on.
+    /// An uploaded image that instances are made from: 8 MiB, with properties that Nova hands on.
     pub async fn base_image(&self) -> String {
         let record = json!({"disk_format": "raw", "container_format": "bare", "min_ram": 64, "hw_disk_bus": "scsi",
                             "hw_scsi_model": "virtio-scsi", "os_distro": "none", "cache_in_nova": "True"});
@@ -600,7 +601,7 @@ impl Account {
         image
     }
 
-    /// As everybody makes a snapshot of an instance; `more` is laid over it. The image is not deleted with this
+    /// `openstack server image create`; `more` is merged into its arguments. The image is not deleted with this
     /// account.
     pub async fn ask_for_snapshot(&self, id: &str, more: Value) -> String {
         let mut snapshot = json!({"name": format!("test-{}", unique())});

@@ -169,7 +169,7 @@ impl Daemon {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned()
     }
 
-    /// Status and body of a page; `None` while nobody answers.
+    /// Status and body of a page; `None` while the daemon does not answer.
     pub async fn page(&self, path: &str) -> Option<(u16, String)> {
         let client = reqwest::Client::builder().no_proxy().timeout(seconds(70)).build().unwrap();
         let answer = client.get(format!("http://127.0.0.1:{}{path}", self.port)).send().await.ok()?;
@@ -304,7 +304,7 @@ impl Daemon {
         said
     }
 
-    /// Starts a command, whose output nobody reads.
+    /// Starts a command; its output is discarded.
     pub fn spawn_command(&self, arguments: &[&str]) -> Child {
         let mut command = command(&self.dir.join("rbd-offload.conf"));
         command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
@@ -333,7 +333,7 @@ impl Daemon {
         self.await_no_lease(async || disk::leases(&self.namespace).await).await;
     }
 
-    /// The same where daemons were killed: a lease that nobody gave back runs out.
+    /// The same where daemons were killed: their leases are not released, so it waits until they run out.
     pub async fn await_idle_after_kills(&self) {
         self.await_ended().await;
         self.await_no_lease(async || disk::valid_leases(&self.namespace).await).await;

@@ -116,7 +116,7 @@ impl Drop for LabLease {
                 state.users -= 1;
                 return;
             }
-            // nobody comes in until the lab is tidy
+            // no other test begins before the lab is tidy
             state.kind = None;
             state.daemon.take()
         };

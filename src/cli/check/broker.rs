@@ -193,7 +193,7 @@ fn classify(name: String, wanted: &str, depth: &Depth) -> CheckResult {
         (0, 0) => CheckResult::ok(name, format!("{wanted}, empty; no daemon consumes it")),
         (0, _) => CheckResult::fault(
             name,
-            format!("its messages grow: {messages} wait and nobody consumes it"),
+            format!("its messages grow: {messages} wait and no daemon consumes them"),
             "start the daemon (systemctl start rbd-offload), or delete the queue where none is to run any more",
         ),
         _ => CheckResult::ok(name, format!("{wanted}; {messages} messages, {consumers} consumers")),

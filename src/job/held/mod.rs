@@ -1,7 +1,7 @@
 //! A job whose lease this daemon holds: its record, and what the steps need to work on it.
 //!
-//! Nobody else writes the record. Each write names the lease and the version that was read, so that the OSD refuses it
-//! once the lease is lost.
+//! No other daemon writes the record. Each write names the lease and the version that was read, so that the OSD refuses
+//! it once the lease is lost.
 
 mod image;
 

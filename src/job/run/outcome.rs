@@ -150,7 +150,7 @@ impl JobRun {
         RunResult::Abandoned
     }
 
-    /// Gives up ownership in the record, so that nobody fences this daemon for it.
+    /// Gives up ownership in the record, so that no other daemon fences this one for it.
     pub(super) async fn release_ownership(&self, change: impl Fn(&mut Record)) -> StepResult<()> {
         let address = self.job.context.storage.address().await?;
         let own = self.job.context.identity.owner();

@@ -1,5 +1,5 @@
-//! The runner: applies the steps of a job's list in their order, and undoes them in the reverse one. Nothing else
-//! decides what comes next.
+//! The runner: applies the steps of a job's list in their order, and undoes them in the reverse one. It alone decides
+//! which step comes next.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

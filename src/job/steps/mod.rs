@@ -232,7 +232,7 @@ mod tests {
             assert!(!names[release..].iter().any(holds) && !names[..release].iter().any(needs));
         }
     }
-    /// Nobody can undo an active image. What holds its source must stay until it depends on the source no more.
+    /// An active image cannot be undone. The snapshot and the anchor must stay until the image has no parent.
     #[test]
     fn at_once_nothing_is_made_behind_the_active_image_and_the_source_is_held_to_the_end() {
         let position = |name| AT_ONCE.iter().position(|other| *other == name).unwrap();

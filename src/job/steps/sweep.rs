@@ -1,4 +1,4 @@
-//! At once: removes the objects that the fill wrote after the image was deleted. Nobody else would.
+//! At once: removes the objects that the fill wrote after the image was deleted. Neither Glance nor Ceph does.
 
 use async_trait::async_trait;
 

@@ -60,8 +60,8 @@ impl Step for Untag {
     }
 }
 
-/// Glance removes the snapshot of an image, then the image. The second fails while a daemon has the image open to cut
-/// off its parent: the image stays active, and nobody could clone it.
+/// Glance removes the snapshot `snap` of an image, then the image. The second fails while a daemon has the image open
+/// to cut off its parent: the image stays active, and no client could clone it without `snap`.
 async fn restore_snap(job: &HeldJob, image: &ImageSpec) -> StepResult<()> {
     let storage = job.context.storage.as_ref();
     if !lacks_snap(storage, image).await? {

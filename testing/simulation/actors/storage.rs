@@ -17,7 +17,7 @@ use crate::job::simulation::state::at_once::OBJECTS;
 use crate::job::simulation::state::cluster::{FSID, Rbd, missing};
 
 impl Handle {
-    /// The fill: an object a call. Nobody's removal of the image is hindered.
+    /// The fill: an object a call. The image can be removed meanwhile.
     async fn fill_objects(
         &self,
         image: &ImageSpec,

@@ -38,7 +38,7 @@ impl Drop for Call {
             let goes_on = world.dice.chance(odds);
             if goes_on {
                 let name = self.handle.node.name.clone();
-                world.log(|| format!("{name}: a call goes on that nobody waits for"));
+                world.log(|| format!("{name}: a call goes on after its caller was dropped"));
             }
             goes_on
         };

@@ -28,7 +28,7 @@ pub struct Node {
     pub steady: bool,
     /// The daemon that this client of one job belongs to.
     host: Option<Arc<Node>>,
-    /// Calls that have not returned, also those that nobody waits for.
+    /// Calls that have not returned, also those whose caller was dropped.
     pub calls: AtomicUsize,
     /// Clients of jobs that none uses.
     idle: Mutex<Vec<Arc<Node>>>,

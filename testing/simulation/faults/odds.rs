@@ -56,7 +56,7 @@ impl Faults {
     /// How often things go wrong in a world with this trouble.
     pub fn with(dice: &mut Dice, trouble: &[Trouble]) -> Self {
         let faults = Self::of(dice);
-        // what one call does to a daemon is seen where nothing else happens to it
+        // mostly without other faults, so that the effect of the hanging call shows
         let calm = trouble.contains(&Trouble::HangingCalls) && dice.percent(60);
         let lasting = if trouble.contains(&Trouble::LastingCalls) { faults.lasting } else { 0 };
         if calm { Self { lasting, ..Self::default() } } else { Self { lasting, ..faults } }

@@ -9,7 +9,7 @@ pub enum Trouble {
     LastingCalls,
     /// A client dies in the middle of a librbd call that takes several operations.
     HalfDone,
-    /// The monitors refuse to fence anybody for a while.
+    /// The monitors refuse to fence any client for a while.
     RefusedFences,
     /// A job under which its daemon dies, each time at the same call.
     KillingJob,

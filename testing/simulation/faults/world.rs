@@ -31,7 +31,7 @@ pub struct World {
     /// Calls on Ceph whose description has these words fail, or never return.
     pub broken: Option<String>,
     pub stuck: Option<String>,
-    /// Until then the monitors refuse to fence anybody.
+    /// Until then the monitors refuse to fence any client.
     pub fences_refused_until: Option<Instant>,
     pub trouble: Vec<Trouble>,
     /// What kills the daemon that does it: an image's id, and the beginning of the call.

@@ -1,4 +1,4 @@
-//! What a client reads that opened an image at any moment: nobody reads a wrong byte.
+//! A client may open an image at any moment. It never reads a wrong byte.
 
 use crate::ceph::{Features, FillState, ImageSpec};
 use crate::job::record::Record;

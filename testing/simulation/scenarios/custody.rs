@@ -84,7 +84,7 @@ fn a_frozen_reconciler_is_fenced_by_the_job_that_comes_after_it() {
         let (world, image_id) = (world(), Uuid::new_v4());
         let copy = leave_copy(&world, image_id);
         let ((frozen, storage), (other, other_storage)) = (daemon(&world, "frozen"), daemon(&world, "other"));
-        let custody = Custody::take(&frozen, &storage, image_id).await.unwrap().expect("nobody works on it");
+        let custody = Custody::take(&frozen, &storage, image_id).await.unwrap().expect("no daemon works on it");
 
         // a new request meets the placeholder, and waits for the lease
         assert_eq!(other.store.submit(&request(image_id)).await.unwrap(), Submitted::Rerequested);
@@ -144,7 +144,7 @@ fn custody_leaves_no_record_and_no_owner() {
         assert!(!store.ended().await.unwrap().iter().any(|(id, _)| *id == without));
         let record = store.load(ended).await.unwrap().unwrap().record;
         assert_eq!((record.state, record.owner, record.owner_address), (State::Failed, None, None));
-        assert!(world.lock().ceph.blocklist.is_empty(), "nobody was fenced");
+        assert!(world.lock().ceph.blocklist.is_empty(), "no daemon was fenced");
     });
 }
 
@@ -194,7 +194,7 @@ fn a_dead_daemons_entry_expires_and_is_removed() {
         let found_at =
             async |backend, now| daemons::with_backend(objects, one.identity.instance, backend, now).await.unwrap();
         let found = async |backend| found_at(backend, now()).await;
-        assert_eq!(found("ssd").await, None, "nobody has said anything");
+        assert_eq!(found("ssd").await, None, "no daemon has written its backends yet");
         beat(&one, &["ceph", "ssd"]).await;
         beat(&other, &["hdd"]).await;
         assert_eq!((found("ssd").await, found("hdd").await), (None, Some(other.identity.owner())));

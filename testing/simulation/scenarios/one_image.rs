@@ -115,7 +115,7 @@ impl OneImage {
         self.stored().map(|stored| stored.record)
     }
 
-    /// Waits until the job has ended, and everybody has had time to do something more.
+    /// Waits until the job has ended, and until the daemons and services have had time for what they do afterwards.
     pub async fn end(&self) -> Record {
         let until = Instant::now() + Duration::from_secs(3600);
         loop {

@@ -38,7 +38,7 @@ fn plant_leftovers(world: &mut World) {
             copy.metadata.insert(OWNERSHIP_TAG.into(), tag.to_string());
         }
         let disk = world.dice.pick(&disks).clone();
-        // nobody else writes snapshots under such a name without a tag
+        // no other program writes snapshots under such a name without a tag
         if world.dice.percent(70) && !world.cloud.disks.values().any(|d| d.rbd == disk && d.instance) {
             world.ceph.snap(&disk, &name, true, ours);
             if let Some(image) = world.ceph.by_id_mut(&disk) {

@@ -74,7 +74,7 @@ fn a_job_is_left_to_the_daemon_that_has_its_backend() {
             let stage = OneImage::new();
             let mut lacking = config("clone");
             lacking.backends.clear();
-            // nobody asks for it before the daemon that lacks the backend is there
+            // the image has no request tag before the daemon that lacks the backend is there
             let tags = stage.image().image.tags;
             OneImage::change_image(stage.image, |record| record.image.tags.clear())(&mut stage.world.lock());
             let other = if other_lives { Some(stage.daemon("other", "clone")) } else { None };
