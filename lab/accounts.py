@@ -160,7 +160,8 @@ def main():
     make_catalog(keystone, (('glance', 'image', options.glance), ('cinder', 'block-storage', options.cinder + '/v3'),
                             ('cinderv3', 'volumev3', options.cinder + '/v3')))
 
-    cinder = Api('cinder-api', '%s/v3/%s' % (options.cinder, admin_project), token, **{'OpenStack-API-Version': 'volume 3.60'})
+    cinder = Api('cinder-api', '%s/v3/%s' % (options.cinder, admin_project), token,
+                 **{'OpenStack-API-Version': 'volume 3.60'})
     make_volume_types(cinder)
     set_quotas(cinder, (projects['demo'], projects['demo2']))
     await_cinder(cinder)

@@ -1,4 +1,7 @@
-"""fake_neutron.py PORT: the least Neutron that Nova needs for servers without networks: empty lists, no extensions, no limits."""
+"""fake_neutron.py PORT: the least Neutron that Nova needs for servers without networks.
+
+It has empty lists, no extensions and no limits.
+"""
 
 import json
 import sys

@@ -1,19 +1,21 @@
-"""Random chains of images for tests/ceph.rs: chain.py CONF KEYRING, with a request in JSON on each line of the input and an answer
-on each line of the output.
+"""Random chains of images for tests/ceph.rs: chain.py CONF KEYRING.
 
-  {"make": SEED, "name": NAME}             makes a chain of up to three layers; the last is a volume with a protected snapshot `s`
-  {"check": IMAGE, "name": NAME}           compares an image with the snapshot, byte by byte, and looks at its shape
+Each line of the input is a request in JSON, each line of the output its answer.
+
+  {"make": SEED, "name": NAME}      makes a chain of up to three layers; the last is a volume with a protected
+                                    snapshot `s`
+  {"check": IMAGE, "name": NAME}    compares an image with the snapshot, byte by byte, and checks its shape
   {"open": KIND, "image": IMAGE, "name": NAME}
-                                           starts a reader of `images/IMAGE` and its snapshot `snap`: a `download` opens the
-                                           snapshot read-only, a `child` opens a clone of it read-only, a `guest` opens a clone
-                                           and writes into it too. It keeps its image open and compares all that it reads
-  {"hold": VOLUME}                         opens a volume for changes and keeps it open
-  {"release": NAME}                        overwrites the volume everywhere, then removes it
-  {"close": NAME}                          each reader reads every byte once more, then closes; what each of them found
-  {"clean": NAME}                          removes all that has this name
+                                    starts a reader of `images/IMAGE` and its snapshot `snap`: a `download` opens the
+                                    snapshot read-only, a `child` opens a clone of it read-only, a `guest` opens a
+                                    clone and writes into it too. It keeps its image open and compares what it reads
+  {"hold": VOLUME}                  opens a volume for changes and keeps it open
+  {"release": NAME}                 overwrites the whole volume, then removes it
+  {"close": NAME}                   each reader reads every byte once more, then closes; answers what each one found
+  {"clean": NAME}                   removes all images of this name
 
-The same seed makes the same chain. What a snapshot must hold is known from a model in memory, and read through Debian's own librbd
-bindings as well.
+The same seed makes the same chain. A model in memory says what a snapshot must hold; the snapshot is also read through
+Debian's own librbd bindings.
 """
 
 import json
@@ -46,28 +48,30 @@ class Layer:
 
     def __init__(self, random, pool, name, parent=None):
         self.random, self.pool, self.name = random, pool, name
-        self.features = random.choice((LAYERING, LAYERING, LAYERING | LOCK, LAYERING | DEEP, LAYERING | LOCK | MAP, PUBLISHED & ~DEEP,
-                                       PUBLISHED, PUBLISHED))
+        self.features = random.choice((LAYERING, LAYERING, LAYERING | LOCK, LAYERING | DEEP, LAYERING | LOCK | MAP,
+                                       PUBLISHED & ~DEEP, PUBLISHED, PUBLISHED))
         self.order = random.choice((16, 18, 20))
         unit = count = 0
         if parent is not None and random.random() < 0.75:
             self.order = parent.order
             self.striping = parent.striping
         else:
-            self.striping = (1 << random.choice((12, 14, 16)), random.choice((2, 3))) if random.random() < 0.15 else (0, 0)
+            is_striped = random.random() < 0.15
+            self.striping = (1 << random.choice((12, 14, 16)), random.choice((2, 3))) if is_striped else (0, 0)
         unit, count = self.striping
         features = self.features | (STRIPING if count else 0)
         data_pool = 'ecdata' if random.random() < 0.12 else None
-        self.log = ['%s/%s features %d order %d striping %s data pool %s' % (pool, name, features, self.order, self.striping, data_pool)]
+        self.log = ['%s/%s features %d order %d striping %s data pool %s' % (
+            pool, name, features, self.order, self.striping, data_pool)]
         if parent is None:
             size = random.randrange(1, 8 * M) if random.random() < 0.3 else random.randrange(1, 129) * 64 * K
-            rbd.RBD().create(io[pool], name, size, self.order, old_format=False, features=features, stripe_unit=unit, stripe_count=count,
-                             data_pool=data_pool)
+            rbd.RBD().create(io[pool], name, size, self.order, old_format=False, features=features, stripe_unit=unit,
+                             stripe_count=count, data_pool=data_pool)
             self.bytes = bytearray(size)
         else:
             cluster.conf_set('rbd_default_clone_format', str(random.choice((1, 1, 2))))
-            rbd.RBD().clone(io[parent.pool], parent.name, 's', io[pool], name, features=features, order=self.order, stripe_unit=unit,
-                            stripe_count=count, data_pool=data_pool)
+            rbd.RBD().clone(io[parent.pool], parent.name, 's', io[pool], name, features=features, order=self.order,
+                            stripe_unit=unit, stripe_count=count, data_pool=data_pool)
             self.bytes = bytearray(parent.at_snapshot)
         self.snapshots = 0
 
@@ -95,10 +99,11 @@ class Layer:
     def change(self, image):
         """One random change. The model follows."""
         random, size = self.random, len(self.bytes)
-        kind = random.choices(('write', 'fill', 'discard', 'zero', 'halves', 'resize', 'snapshot', 'unsnapshot', 'maps', 'rebuild'),
-                              (28, 5, 24, 8, 6, 12, 6, 4, 9, 4))[0]
+        kinds = ('write', 'fill', 'discard', 'zero', 'halves', 'resize', 'snapshot', 'unsnapshot', 'maps', 'rebuild')
+        kind = random.choices(kinds, (28, 5, 24, 8, 6, 12, 6, 4, 9, 4))[0]
         if kind == 'resize':
-            to = random.choice((random.randrange(1, size + 1), random.randrange(size, size + 2 * M), random.randrange(1, 129) * 64 * K))
+            to = random.choice((random.randrange(1, size + 1), random.randrange(size, size + 2 * M),
+                                random.randrange(1, 129) * 64 * K))
             self.say('resize', size, to)
             image.resize(to)
             del self.bytes[to:]
@@ -236,7 +241,8 @@ def check(check, name, snapshots=()):
         if [snapshot['name'] for snapshot in listed] != list(snapshots):
             wrong.append('its snapshots are %s' % [snapshot['name'] for snapshot in listed])
         prefix = image.stat()['block_name_prefix']
-        maps = ['rbd_object_map.' + image.id()] + ['rbd_object_map.%s.%016x' % (image.id(), snapshot['id']) for snapshot in listed]
+        maps = ['rbd_object_map.' + image.id()]
+        maps += ['rbd_object_map.%s.%016x' % (image.id(), snapshot['id']) for snapshot in listed]
         for object_name in maps:
             for number, state in enumerate(map_states(image, object_name)):
                 try:
@@ -275,7 +281,8 @@ class Reader(threading.Thread):
         else:
             child = '%s-zz%d' % (name, number)
             cluster.conf_set('rbd_default_clone_format', str(self.random.choice((1, 2))))
-            rbd.RBD().clone(io['images'], image, 'snap', io['volumes'], child, features=self.random.choice((PUBLISHED, LAYERING)))
+            rbd.RBD().clone(io['images'], image, 'snap', io['volumes'], child,
+                            features=self.random.choice((PUBLISHED, LAYERING)))
             self.image = rbd.Image(io['volumes'], child, read_only=kind == 'child')
 
     def compare(self, start, length):
@@ -374,7 +381,8 @@ def clean(clean):
 
 for line in sys.stdin:
     request = json.loads(line)
-    functions = {'make': make, 'check': check, 'open': start_reader, 'hold': hold, 'release': release, 'close': close, 'clean': clean}
+    functions = {'make': make, 'check': check, 'open': start_reader, 'hold': hold, 'release': release, 'close': close,
+                 'clean': clean}
     function = next(functions[name] for name in functions if name in request)
     answer = function(**request)
     log = chains[request['name']][1] if request.get('name') in chains else []

@@ -1,7 +1,7 @@
 """Runs the requests of the tests, one JSON line each, in processes of their own.
 
-The bindings of Ceph take longer to load than most requests take. So they are loaded once, and each request runs in a fork of that
-process. The fork makes its own connection: librados has threads, which a fork does not inherit.
+Loading the bindings of Ceph takes longer than most requests. So they are loaded once, and each request runs in a fork
+of that process. The fork makes its own connection: librados has threads, which a fork does not inherit.
 """
 
 import json
@@ -21,8 +21,8 @@ def connect(conf, keyring):
 
 
 def serve(run):
-    """Calls `run` with each request. Answers with a line of two numbers, and as many bytes as the second one says: the exit status
-    (0: success) and what the request wrote. After a failure these bytes are its standard error."""
+    """Calls `run` with each request. Answers with a line of two numbers, the exit status (0: success) and a length, and
+    then with as many bytes: the request's standard output, or its standard error after a failure."""
     for line in sys.stdin.buffer:
         output, errors = os.memfd_create('output'), os.memfd_create('errors')
         child = os.fork()

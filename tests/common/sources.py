@@ -1,5 +1,5 @@
-# What the Python that prepares sources for tests/ceph.rs may use. It follows serve.py. A request is code, and the name that what it
-# makes bears.
+# Functions for the Python code that prepares sources for tests/ceph.rs. It follows serve.py. A request holds code, and
+# the name for the images that the code makes.
 
 import random
 

@@ -65,8 +65,8 @@ def install(conf):
         found = tuple(inspect.signature(stock).parameters)
         if found != SIGNATURE:
             _refused = True
-            LOG.error('rbd-offload: this Nova is not known: %s.Rbd.direct_snapshot takes %s, not %s. It is left as it is, '
-                      'and Nova does its snapshots itself.', MODULE, ', '.join(found), ', '.join(SIGNATURE))
+            LOG.error('rbd-offload: this Nova is not known: %s.Rbd.direct_snapshot takes %s, not %s. It is left as it '
+                      'is, and Nova does its snapshots itself.', MODULE, ', '.join(found), ', '.join(SIGNATURE))
             return
         driver = getattr(sys.modules.get(DRIVER_MODULE), 'LibvirtDriver', None)
         missing = [name for name in DRIVER_METHODS if not callable(getattr(driver, name, None))]
