@@ -144,12 +144,12 @@ class Handover:
     def _make_offer(self):
         """False: another client has begun to write the image, and the native path will say so."""
         try:
-            look = _Observation(self._record.read())
-            if look.status != 'queued':
+            seen = _Observation(self._record.read())
+            if seen.status != 'queued':
                 return False
             # inherited from another image, so no answer to this offer
-            if look.properties:
-                self._record.strip(sorted(look.properties))
+            if seen.properties:
+                self._record.strip(sorted(seen.properties))
             self._record.tag(self._offer)
         except Gone:
             raise
@@ -169,28 +169,28 @@ class Handover:
         offered = changed = waiting = self._clock()
         progress, lost = None, 0
         while True:
-            look = self._poll()
+            seen = self._poll()
             now = self._clock()
-            if look is not None:
-                if look.active:
+            if seen is not None:
+                if seen.active:
                     return ACTIVE
-                if look.declined:
-                    raise Fallback('%s: %s' % (look.says, look.message))
-                if look.status != 'queued':
-                    raise Fallback('another client writes the image: it is %s' % look.status)
-                if look.says is None and now - offered >= self._limits.claim:
+                if seen.declined:
+                    raise Fallback('%s: %s' % (seen.says, seen.message))
+                if seen.status != 'queued':
+                    raise Fallback('another client writes the image: it is %s' % seen.status)
+                if seen.says is None and now - offered >= self._limits.claim:
                     raise Fallback('no daemon took it within %s s' % self._limits.claim)
-                lost = 0 if self._offer in look.tags else lost + 1
+                lost = 0 if self._offer in seen.tags else lost + 1
                 if lost >= MISSING_OFFER_POLLS:
                     raise Fallback('the offer was taken off the image')
-                if look.says == 'publishing' and not lost:
+                if seen.says == 'publishing' and not lost:
                     return PREPARED
-                if look.started:
+                if seen.started:
                     waiting = now
                 elif now - waiting >= self._limits.start:
                     raise Fallback('the copy has not started for %s s' % self._limits.start)
-                if look.progress_key() != progress:
-                    progress, changed = look.progress_key(), now
+                if seen.progress_key() != progress:
+                    progress, changed = seen.progress_key(), now
             if now - changed >= self._limits.stall:
                 raise Fallback('no progress for %s s' % self._limits.stall)
             if now - self._began >= self._limits.total:
@@ -201,17 +201,17 @@ class Handover:
         said = self._clock()
         self._say_go()
         while True:
-            look = self._poll()
+            seen = self._poll()
             now = self._clock()
             late = now - said >= self._limits.commit
-            if look is not None:
-                if look.active:
+            if seen is not None:
+                if seen.active:
                     return
-                if look.declined:
-                    raise Fallback('%s: %s' % (look.says, look.message))
-                if late and not look.glance_works:
+                if seen.declined:
+                    raise Fallback('%s: %s' % (seen.says, seen.message))
+                if late and not seen.glance_works:
                     raise Fallback('no answer for %s s after go' % self._limits.commit)
-                if look.says == 'publishing' and GO not in look.tags:
+                if seen.says == 'publishing' and GO not in seen.tags:
                     # a concurrent change of the record lost it: a daemon that saw it took `publishing` off with it
                     self._say_go()
             if late and now - self._began >= self._limits.total:
@@ -230,7 +230,7 @@ class Handover:
     def _poll(self):
         """None: nothing was seen."""
         try:
-            look = _Observation(self._record.read())
+            seen = _Observation(self._record.read())
         except Gone:
             raise
         except Exception as error:
@@ -238,27 +238,27 @@ class Handover:
             LOG.warning('%s: the image could not be looked at: %s', self._offer, printable(error))
             return None
         self._failures = 0
-        self._tell(look)
-        if look.status in ('deleted', 'pending_delete'):
+        self._tell(seen)
+        if seen.status in ('deleted', 'pending_delete'):
             raise Gone()
-        return look
+        return seen
 
-    def _tell(self, look):
+    def _tell(self, seen):
         """Every tenth of the way is worth a line."""
-        percent = int(look.progress) if look.progress in PERCENTS else 0
-        if look.says in STATES and self._told != (look.says, percent // 10):
-            self._told = (look.says, percent // 10)
-            LOG.info('%s: %s, %s %%', self._offer, look.says, percent)
+        percent = int(seen.progress) if seen.progress in PERCENTS else 0
+        if seen.says in STATES and self._told != (seen.says, percent // 10):
+            self._told = (seen.says, percent // 10)
+            LOG.info('%s: %s, %s %%', self._offer, seen.says, percent)
 
     def _pause(self, elapsed):
         failing = POLL_INTERVAL * 2 ** min(self._failures, 4)
         self._sleep(min(max(POLL_INTERVAL, failing, elapsed / 20), MAX_POLL_INTERVAL))
 
-    def _take_off(self, look):
-        for tag in look.tags:
+    def _take_off(self, seen):
+        for tag in seen.tags:
             self._record.untag(tag)
-        if look.properties:
-            self._record.strip(sorted(look.properties))
+        if seen.properties:
+            self._record.strip(sorted(seen.properties))
 
     def _retract_offer(self):
         """Takes our tags and properties off, and sees that they stay off. True: the image has become active."""
@@ -266,17 +266,17 @@ class Handover:
         while True:
             late = self._clock() - began >= PATIENCE
             try:
-                look = _Observation(self._record.read())
-                if look.active:
+                seen = _Observation(self._record.read())
+                if seen.active:
                     self._remove_late_changes()
                     return True
-                if settled and not look.has_our_tags:
+                if settled and not seen.has_our_tags:
                     return False
                 if late:
                     LOG.warning('%s: these stay on the image: %s', self._offer,
-                                printable(', '.join(look.tags + sorted(look.properties))))
+                                printable(', '.join(seen.tags + sorted(seen.properties))))
                     return False
-                self._take_off(look)
+                self._take_off(seen)
                 settled = True
             except Gone:
                 raise
@@ -290,10 +290,10 @@ class Handover:
         """Takes off what a late change has put on an active image."""
         for _ in range(3):
             try:
-                look = _Observation(self._record.read())
-                if not look.has_our_tags:
+                seen = _Observation(self._record.read())
+                if not seen.has_our_tags:
                     return
-                self._take_off(look)
+                self._take_off(seen)
             except Gone:
                 # it was active; what its owner does then is no failure of ours
                 return

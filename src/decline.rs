@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documentation_names_each() {
+    fn the_documentation_names_each_reason() {
         let text = include_str!("../docs/reference/metrics-and-logs.md");
         for decline in Decline::ALL {
             assert!(text.contains(&format!("| `{}` |", decline.as_str())), "{}", decline.as_str());

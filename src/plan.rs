@@ -42,7 +42,7 @@ const INHERITED_MAX: usize = 128;
 const INHERITED_BYTES_MAX: usize = 256 << 10;
 
 /// After this time a disk that was not found is looked for once more.
-const OPEN_AGAIN: Duration = Duration::from_millis(500);
+const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 
 /// What is asked of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -198,7 +198,7 @@ pub async fn build(
     let mut info = storage.image(&origin, found.snapshot.as_deref()).await;
     if matches!(info, Ok(None)) {
         // librbd says so too where a parent goes while the image is opened: a service may be flattening it
-        tokio::time::sleep(OPEN_AGAIN).await;
+        tokio::time::sleep(REOPEN_PAUSE).await;
         info = storage.image(&origin, found.snapshot.as_deref()).await;
     }
     let info = match info {
@@ -811,7 +811,7 @@ mod tests {
     }
 
     #[test]
-    fn without_its_tag_only_a_retry_goes_on() {
+    fn without_its_tag_an_image_is_planned_only_for_a_retry() {
         let source = Source::Volume(Uuid::new_v4());
         let image = image("queued", &["other"]);
         assert!(read_request(&image, &plan_request(Trigger::Request, Some(source), false)).is_err());

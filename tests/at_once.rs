@@ -38,7 +38,7 @@ async fn is_done(account: &Account, daemon: &Daemon, image: &str, expected: &Dig
     let record = account.image(image).await;
     is_right(&record, expected, min_disk).await;
     assert!(!record["tags"].as_array().unwrap().contains(&json!(COPYING)), "{record:#}");
-    assert!(Disk::of_image(image).facts().await.unwrap().metadata.is_empty(), "our mark is taken off");
+    assert!(Disk::of_image(image).facts().await.unwrap().metadata.is_empty(), "the ownership tag is taken off");
     job
 }
 
@@ -290,7 +290,7 @@ async fn a_volume_that_is_deleted_while_its_image_is_copied_goes_and_the_image_i
 }
 
 /// In a cluster whose clients are all new enough, clones keep the snapshot of their parent alive when it is deleted,
-/// but not its name. And they mark the image that they are made from.
+/// but not its name. A clone also sets a feature bit on the image that it is made from.
 #[tokio::test(flavor = "multi_thread")]
 async fn with_clones_of_format_2_a_source_snapshot_may_be_deleted_and_the_image_cloned_meanwhile() {
     let _lab = lab_lease::alone().await;

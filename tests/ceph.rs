@@ -265,7 +265,7 @@ resize('volumes', v, 13 * M + 512); resize('volumes', v, 36 * M); write('volumes
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn volumes_without_fast_diff() {
+async fn volumes_without_fast_diff_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -340,7 +340,7 @@ create('volumes', v, 13 * M + 1537); write('volumes', v, 12 * M, M + 1537, 1); w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn empty_volumes() {
+async fn volumes_without_data_are_copied_exactly() {
     every_method_is_right("create('volumes', NAME + '-volume', 20 * M)").await;
 }
 
@@ -368,7 +368,7 @@ create('volumes', v, 20 * M, order=20); write('volumes', v, 3 * M + 5, 3 * M, 1)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn large_objects() {
+async fn large_objects_are_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -378,7 +378,7 @@ create('volumes', v, 80 * M, order=25); write('volumes', v, 30 * M, 5 * M, 1); w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_parent_with_other_object_sizes() {
+async fn a_clone_with_another_object_size_than_its_parent_is_copied_exactly() {
     every_method_is_right(
         "
 v = NAME + '-volume'
@@ -2250,8 +2250,8 @@ impl Early {
     async fn publish(client: &Client, source: &ImageSpec, name: &str, features: Features) -> Self {
         let anchor = ImageSpec::named(&source.pool, format!("{name}-zanchor"));
         let image = ImageSpec::named("images", format!("{name}-zimage"));
-        let mark = [(OWNERSHIP_TAG.to_owned(), name.to_owned())];
-        client.make_anchor(source, "s", &anchor, "a", &mark).await.unwrap();
+        let tag = [(OWNERSHIP_TAG.to_owned(), name.to_owned())];
+        client.make_anchor(source, "s", &anchor, "a", &tag).await.unwrap();
         client.clone_image(&anchor, "a", &image, features).await.unwrap();
         client.replace_metadata(&image, &[]).await.unwrap();
         client.create_protected_snapshot(&image, "snap").await.unwrap();
@@ -2716,7 +2716,7 @@ trash('images', NAME + '-zimage')",
     assert!(client.in_trash(&early.id).await.unwrap() && filled.objects > 100, "{filled:?}");
     early.detach(&client).await;
     let now = client.image(&early.id, None).await.unwrap().unwrap();
-    // (a clone of format 2 leaves a mark on its parent)
+    // (a clone of format 2 sets a feature bit on its parent)
     assert_eq!((now.parent, now.flags), (None, 0));
     assert_eq!(now.features.0 & !Features::OPERATIONS.0, Features::PUBLISHED.0);
     assert!(client.in_trash(&early.id).await.unwrap());

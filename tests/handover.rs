@@ -57,13 +57,14 @@ async fn end_of_upload(account: &Account, volume: &Volume, image: &str) -> Value
     account.image(image).await
 }
 
-fn marks(image: &Value) -> Vec<String> {
+/// The daemon's properties on an image record, and its tags.
+fn our_keys(image: &Value) -> Vec<String> {
     let properties = image.as_object().unwrap().keys().filter(|key| key.starts_with("rbd_offload_")).cloned();
     let tags = image["tags"].as_array().unwrap().iter().map(|tag| tag.as_str().unwrap().to_owned());
     properties.chain(tags.filter(|tag| tag.starts_with("rbd-offload"))).collect()
 }
 
-/// One active image with the source's bytes, made by whomever, and nothing beside it.
+/// One active image with the source's bytes, made by the daemon or by Cinder, and no other image.
 async fn is_right(image: &Value, expected: &Digest, volume: &Volume) {
     is_whole(image, expected).await;
     is_tidy(image["id"].as_str().unwrap(), volume).await;
@@ -76,8 +77,8 @@ async fn is_whole(image: &Value, expected: &Digest) {
     let id = image["id"].as_str().unwrap();
     let service = Account::service().await;
     // a status that reached Glance while Cinder took its offer back comes off right after the image is active
-    until("the image bears no word of ours", seconds(60), || async {
-        marks(&service.image(id).await).is_empty().then_some(())
+    until("no tag and no property of ours is left", seconds(60), || async {
+        our_keys(&service.image(id).await).is_empty().then_some(())
     })
     .await;
     let disk = Disk::of_image(id);
@@ -311,7 +312,7 @@ mod slowly {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn the_users_token_expires_meanwhile() {
+    async fn a_handover_survives_the_expiry_of_the_users_token() {
         let (_lab, daemon) = with(Kind::SlowHandOver).await;
         let demo = Account::demo().await;
         let volume = long_volume(&demo, 2).await;
@@ -454,7 +455,7 @@ mod alone {
         let image = end_of_upload(&demo, &volume, &id).await;
         assert!(began.elapsed() > seconds(STALL - 5), "{:?}", began.elapsed());
         took_the_native_path(&volume, "no progress");
-        assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
+        assert_eq!((&image["status"], our_keys(&image)), (&json!("active"), vec![]), "{image:#}");
 
         let late = faster(&setup).start().await;
         await_tidy(&id, &volume.disk).await;
@@ -474,7 +475,7 @@ mod alone {
         daemon.signal("STOP");
         let image = end_of_upload(&demo, &volume, &id).await;
         took_the_native_path(&volume, "no progress");
-        assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
+        assert_eq!((&image["status"], our_keys(&image)), (&json!("active"), vec![]), "{image:#}");
 
         daemon.signal("CONT");
         await_tidy(&id, &volume.disk).await;
@@ -501,7 +502,7 @@ mod alone {
         if job["handover"] == "offered" {
             took_the_native_path(&volume, "after go");
             assert!(began.elapsed() > seconds(DOUBT - 1));
-            assert_eq!((&image["status"], marks(&image)), (&json!("active"), vec![]), "{image:#}");
+            assert_eq!((&image["status"], our_keys(&image)), (&json!("active"), vec![]), "{image:#}");
         }
         await_tidy(&id, &volume.disk).await;
         daemon.await_idle().await;
@@ -558,7 +559,7 @@ mod alone {
         let id = demo.stock_upload(&volume).await;
         until("go", seconds(60), || async {
             let image = demo.image(&id).await;
-            let said = marks(&image).iter().any(|mark| mark == "rbd-offload-handover:go");
+            let said = our_keys(&image).iter().any(|key| key == "rbd-offload-handover:go");
             (said || image["status"] == "active").then_some(())
         })
         .await;
@@ -654,7 +655,7 @@ mod alone {
         let began = Instant::now();
         while began.elapsed() < seconds(STALL + 30) {
             let image = demo.image(&id).await;
-            assert!(!marks(&image).is_empty() && image["status"] == "queued", "Cinder does it itself: {image:#}");
+            assert!(!our_keys(&image).is_empty() && image["status"] == "queued", "Cinder does it itself: {image:#}");
             assert!(matches!(image["rbd_offload_progress"].as_str(), Some("0" | "1" | "2")), "{image:#}");
             says.insert(image["rbd_offload_message"].as_str().unwrap().to_owned());
             pause(seconds(2)).await;
@@ -723,7 +724,8 @@ mod alone {
         let theirs = Account::demo().await;
         let id = theirs.ask_for_upload(&volume, json!({})).await;
         demo.adopt_image(&id);
-        until("the offer", seconds(20), || async { (!marks(&demo.image(&id).await).is_empty()).then_some(()) }).await;
+        until("the offer", seconds(20), || async { (!our_keys(&demo.image(&id).await).is_empty()).then_some(()) })
+            .await;
         theirs.revoke().await;
         lab().service("restart", &["glance"]).await;
         let image = end_of_upload(&demo, &volume, &id).await;
@@ -739,7 +741,7 @@ mod alone {
         assert!(String::from_utf8_lossy(&log).contains(&told), "Cinder's own user was not needed");
     }
 
-    /// Its marks must not be taken for what a tenant asked for, nor the other way round.
+    /// The tags of a hand-over are not requests, and request tags are no offer.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_commit_without_an_offer_does_nothing() {
         let _lab = lab_lease::alone().await;

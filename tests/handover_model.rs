@@ -234,7 +234,7 @@ impl World {
                     }
                 };
             })),
-            // none of our marks may be on the image when it becomes active
+            // no tag and no property of ours may be on the image when it becomes active
             Daemon::MakeReady => worlds.push(self.with(|w| {
                 if w.image.status == Status::Queued {
                     (w.image.offer, w.image.go, w.image.said) = (false, false, Said::Nothing);

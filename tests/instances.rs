@@ -707,7 +707,7 @@ mod handed_over {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn the_users_token_expires_meanwhile() {
+    async fn a_handover_survives_the_expiry_of_the_users_token() {
         let (_lab, demo, instance) = much().await;
         let expected = instance.disk.digest(None).await;
         let daemon = slow().start().await;

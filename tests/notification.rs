@@ -190,8 +190,8 @@ impl Running {
             hold_again: Duration::from_secs(2),
             attempt: Duration::from_secs(30),
             retry: Duration::from_millis(100),
-            look: Duration::from_millis(200),
-            bind: Duration::from_secs(2),
+            poll_interval: Duration::from_millis(200),
+            bind_interval: Duration::from_secs(2),
         });
         let status = listener.status();
         let cancel = CancellationToken::new();
@@ -412,7 +412,7 @@ fn unlimited(config: &Messaging) -> Messaging {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_nobody_consumes_is_bounded_and_expires() {
+async fn a_queue_without_a_consumer_is_bounded_and_expires() {
     with_both_types(|broker, config| async move {
         broker.declare_exchange().await;
         let store = Arc::new(Store::default());
@@ -535,7 +535,7 @@ async fn a_missing_exchange_is_not_created_and_bound_when_it_comes() {
         let running = Running::start(broker.config(), &store);
         let exchange = broker.exchange();
         eventually("the exchange is missed", async || running.status.get().missing_exchanges.contains(&exchange)).await;
-        // every 2 s, not with each look at the queue: each look is an error in the broker's log
+        // every 2 s, not with each poll of the queue: each attempt to bind is an error in the broker's log
         tokio::time::sleep(Duration::from_secs(5)).await;
         let complaints = complaints_about(exchange.clone()).await;
         let most = usize::try_from(begun.elapsed().as_secs() / 2 + 1).unwrap();

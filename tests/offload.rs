@@ -41,7 +41,7 @@ async fn offloads(daemon: &Daemon, account: &Account, volume: &Volume, min_disk:
     is_right(&image, &expected, min_disk).await;
     let job = daemon.await_job(&id, "done").await;
     assert_eq!(job["reason"], Value::Null, "{job:#}");
-    assert_eq!(Disk::of_image(&id).facts().await.unwrap().metadata, BTreeMap::new(), "our mark is taken off");
+    assert_eq!(Disk::of_image(&id).facts().await.unwrap().metadata, BTreeMap::new(), "the ownership tag is taken off");
     assert!(Disk::of_image(&format!("rbd-offload.{id}")).facts().await.is_none());
     source_is_as_before(volume, snapshots).await;
     id
@@ -97,7 +97,7 @@ macro_rules! shapes {
             }
 
             #[tokio::test(flavor = "multi_thread")]
-            async fn an_extended_volume_is_whole() {
+            async fn the_image_of_an_extended_volume_is_whole() {
                 let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let volume = demo.create_volume(json!({})).await;
@@ -124,7 +124,7 @@ macro_rules! shapes {
             }
 
             #[tokio::test(flavor = "multi_thread")]
-            async fn another_backend_and_an_empty_volume() {
+            async fn volumes_of_another_backend_and_empty_volumes_become_images() {
                 let (_lab, daemon) = with(KIND).await;
                 let demo = Account::demo().await;
                 let other = demo.small_volume(json!({"volume_type": "ceph2"}), 8).await;
@@ -398,7 +398,7 @@ mod declined {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn two_tags_are_none_and_other_tags_stay() {
+    async fn two_request_tags_are_declined_and_other_tags_stay() {
         let (_lab, daemon) = with(KIND).await;
         let demo = Account::demo().await;
         let volume = demo.small_volume(json!({}), 1).await;

@@ -545,7 +545,7 @@ async fn a_projects_limit_wins_over_the_registered_one() {
 }
 
 #[tokio::test]
-async fn an_unknown_id_is_nothing() {
+async fn an_unknown_id_is_reported_as_absent() {
     let lab = Lab::new();
     let session = lab.session(Register::Auto);
     let id = "0b9f6d7e-0000-4000-8000-000000000000";

@@ -121,12 +121,12 @@ impl Tenant {
         for request in requests {
             assert_eq!(states.get(&request.id).map(String::as_str), Some("done"), "{}", request.id);
         }
-        // (the mark goes when the image is active)
+        // (the ownership tag is removed when the image is active)
         let images = join_all(requests.iter().map(|request| self.demo.image(&request.id))).await;
         are_right(&images.iter().zip(requests.iter().map(|r| &r.expected)).collect::<Vec<_>>(), 1).await;
         let disks: Vec<_> = requests.iter().map(|request| Disk::of_image(&request.id)).collect();
         for facts in disk::facts(&disks).await.into_iter().flatten() {
-            assert_eq!(facts.metadata, BTreeMap::new(), "our mark is taken off");
+            assert_eq!(facts.metadata, BTreeMap::new(), "the ownership tag is taken off");
         }
         let ids: Vec<_> = requests.iter().map(|request| request.id.clone()).collect();
         self.demo.delete_images(&ids).await;
@@ -255,7 +255,7 @@ async fn two_daemons_share_the_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_runs_goes_on_while_the_broker_is_dead() {
+async fn running_jobs_go_on_while_the_broker_is_dead() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(32).await;
     let (setup, _conf) = slow("copy");
@@ -418,7 +418,7 @@ async fn a_daemon_that_is_frozen_past_its_lease_does_no_harm_when_it_wakes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_broker_delivers_ten_times_is_done_once() {
+async fn a_request_that_is_delivered_ten_times_is_done_once() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let broker = Broker::connect().await;
@@ -621,7 +621,7 @@ async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
     copy.leave(Some(&ids[0])).await;
     published.leave(Some(&declined[0])).await;
     volume.disk.snapshot(&format!("rbd-offload.{}", ids[1])).await;
-    // of our name without our mark, with the mark that a clone inherited, and another writer's
+    // with our name and no ownership tag, with the tag that a clone inherited, and another writer's image
     let stay = [private(&ids[2]), private(&ids[3]), Disk::of_image(&declined[1])];
     stay[0].leave(None).await;
     stay[1].leave(Some(&ids[0])).await;
@@ -728,7 +728,7 @@ async fn sigterm_ends_a_daemon_that_waits_for_a_glance_that_says_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() {
+async fn cancelling_a_job_while_glance_is_silent_fences_no_daemon() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;
     let gate = gate_to_glance().await;
@@ -761,7 +761,7 @@ async fn a_job_that_is_cancelled_while_glance_says_nothing_gets_nobody_fenced() 
 
 /// Two deployments over the same pools: each sees the other's live copy, snapshot and leftovers, and touches none.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_deployment_made_is_left_alone() {
+async fn objects_of_another_deployment_are_left_alone() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(288).await;
     let volume = &tenant.volumes[0].0;

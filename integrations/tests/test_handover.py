@@ -157,7 +157,7 @@ class Waiter(unittest.TestCase):
         self.assertFalse(self.world.run(**limits))
         self.assert_unmarked('queued')
         if at is not None:
-            # its end, plus the looks' distance and the time to settle
+            # its end, plus the poll interval and the time to settle
             self.assertTrue(at <= self.world.now <= at + handover.MAX_POLL_INTERVAL + 2.5, self.world.now)
 
     def assert_unmarked(self, status):
@@ -504,9 +504,9 @@ class Waiter(unittest.TestCase):
         for second in range(100, 600, 100):
             self.world.at(second, lambda: self.world.change(progress=str(self.world.now)))
         self.assert_active()
-        looks = [b - a for a, b in zip(self.world.reads[1:], self.world.reads[2:]) if b < 600]
-        self.assertGreaterEqual(min(looks), handover.POLL_INTERVAL)
-        self.assertLess(len(looks), 200)
+        polls = [b - a for a, b in zip(self.world.reads[1:], self.world.reads[2:]) if b < 600]
+        self.assertGreaterEqual(min(polls), handover.POLL_INTERVAL)
+        self.assertLess(len(polls), 200)
 
     def test_a_service_that_was_frozen_believes_what_it_sees_then(self):
         self.world.copies()

@@ -56,7 +56,7 @@ const SPARSE_MAX_BYTES: u64 = 128 << 10;
 const PAGE: u64 = 4096;
 
 /// Objects of a flattened image that are made sparse at a time.
-const PUNCHES: usize = 8;
+const SPARSIFY_CONCURRENCY: usize = 8;
 
 /// A way to go wrong, for tests of what comes after a fill.
 #[doc(hidden)]
@@ -429,7 +429,7 @@ pub(super) fn flatten(
 fn sparsify_flattened(image: &Image, objects: &[u64], inquiry: Inquiry<'_>) -> Result<()> {
     let (data, destination) = (open_to_fill(image)?, DataObjects::of(image, None)?);
     let mut copier = Copier::new(&data, &destination, inquiry);
-    sparsify_if_worthwhile(&mut copier, objects, PUNCHES)
+    sparsify_if_worthwhile(&mut copier, objects, SPARSIFY_CONCURRENCY)
 }
 
 /// Whether the OSDs cannot tell the holes of any of the image's parents.
@@ -506,7 +506,7 @@ pub(super) struct Copier<'a> {
     completed: Receiver<(u64, Work, c_int)>,
     in_flight: usize,
     pub moved: Moved,
-    look: Option<PeriodicCheck<'a>>,
+    periodic: Option<PeriodicCheck<'a>>,
     /// The destination's pool is erasure-coded and makes no holes in objects. A hole takes its space there, whichever
     /// method writes the object.
     keeps_no_holes: bool,
@@ -516,19 +516,19 @@ pub(super) struct Copier<'a> {
 struct PeriodicCheck<'a> {
     every: Duration,
     last: Instant,
-    look: &'a dyn Fn() -> Result<()>,
+    check: &'a dyn Fn() -> Result<()>,
 }
 
 impl<'a> Copier<'a> {
     pub fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
         let (done, completed) = mpsc::channel();
         let moved = Moved::default();
-        Self { data, objects, inquiry, done, completed, in_flight: 0, moved, look: None, keeps_no_holes: false }
+        Self { data, objects, inquiry, done, completed, in_flight: 0, moved, periodic: None, keeps_no_holes: false }
     }
 
-    /// Has `look` called so often, between two copies; its error ends the copying.
-    pub fn check_every(&mut self, every: Duration, look: &'a dyn Fn() -> Result<()>) {
-        self.look = Some(PeriodicCheck { every, last: Instant::now(), look });
+    /// Calls `check` so often, between two copies; its error ends the copying.
+    pub fn check_every(&mut self, every: Duration, check: &'a dyn Fn() -> Result<()>) {
+        self.periodic = Some(PeriodicCheck { every, last: Instant::now(), check });
     }
 
     /// Waits until fewer than `concurrency` objects are in flight and the rate allows another one.
@@ -537,10 +537,10 @@ impl<'a> Copier<'a> {
             if self.inquiry.cancel.is_cancelled() {
                 return Err(cancelled(self.inquiry.operation));
             }
-            if let Some(PeriodicCheck { last, look, .. }) =
-                self.look.as_mut().filter(|look| look.last.elapsed() >= look.every)
+            if let Some(PeriodicCheck { last, check, .. }) =
+                self.periodic.as_mut().filter(|periodic| periodic.last.elapsed() >= periodic.every)
             {
-                look()?;
+                check()?;
                 *last = Instant::now();
             }
             if self.in_flight >= concurrency.max(1) {
@@ -680,7 +680,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_does_not_fall_into_step() {
+    fn a_sample_does_not_alias_with_periodic_data() {
         let objects: Vec<u64> = (0..4096).collect();
         let sample: Vec<u64> = stratified_sample(&objects, 32).collect();
         assert_eq!((sample.len(), stratified_sample(&objects, 32).collect::<Vec<_>>()), (32, sample.clone()));

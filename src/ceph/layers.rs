@@ -801,7 +801,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_is_what_the_others_leave() {
+    fn ranges_are_subtracted() {
         assert_eq!(without(std::slice::from_ref(&(0..10)), &[2..4, 6..8]), [0..2, 4..6, 8..10]);
         assert_eq!(without(&[0..4, 6..10], std::slice::from_ref(&(0..20))), []);
         assert_eq!(without(&[0..4, 6..8], &[]), [0..4, 6..8]);
@@ -876,7 +876,7 @@ mod tests {
         }
 
         #[test]
-        fn every_byte_is_where_it_belongs(a in extents(), b in extents()) {
+        fn unions_and_differences_hold_the_right_bytes(a in extents(), b in extents()) {
             let rest = without(&union(a.clone()), &union(b.clone()));
             let joined = union(a.clone());
             for byte in 0..80u64 {

@@ -30,7 +30,7 @@ use super::pace::{OBJECT, QUESTION};
 use super::rbd::{self, Access, Image, find_in_trash};
 use super::{Error, ErrorKind, Features, FillState, ImageKey, ImageSpec, Moved, Progress, Result, TransferLimits};
 
-/// How often a fill looks whether the image and its parents are still what they were.
+/// How often a fill checks that the image and its parents are unchanged.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Times that a fill begins again in one call because the image's parents changed: a source that is deleted changes
@@ -146,7 +146,7 @@ fn fill_from_parents(
     // nothing any more, or what was written since. So what was listed, and the versions that were seen, count only if
     // the snapshots are still there afterwards. After that no other version is copied: an object that was written
     // since ends the copying with a conflict.
-    let look = || {
+    let check_unchanged = || {
         let now = Image::open_existing(cluster, spec, Access::ReadOnly)?;
         check_rule(&now, now.parent()?.is_some(), operation)?;
         if Chain::of(cluster, &now, 0)? == chain {
@@ -157,8 +157,8 @@ fn fill_from_parents(
     let first = state.next_object;
     let (before, already) = (*moved, state.copied);
     let mut copier = Copier::new(&data, &objects, inquiry);
-    copier.check_every(CHECK_INTERVAL, &look);
-    let copied = copy_all(&mut copier, &scan, first, concurrency, None, look, |next, copied| {
+    copier.check_every(CHECK_INTERVAL, &check_unchanged);
+    let copied = copy_all(&mut copier, &scan, first, concurrency, None, check_unchanged, |next, copied| {
         *state = FillState { next_object: next, copied: already + copied.objects };
         saved.send_replace(*state);
     });

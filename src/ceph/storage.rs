@@ -21,7 +21,7 @@ use super::{
 };
 
 /// How long a call on a busy image is repeated before it fails: a watch that was just given up ends within that.
-const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How often a fill tells its caller how far it got.
@@ -748,7 +748,7 @@ fn is_own_leftover(cluster: &Arc<Cluster>, in_trash: &ImageSpec, name: &str) -> 
 
 /// Repeats what finds an image busy, for a short time.
 fn retry_while_busy<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + BUSY_PATIENCE;
+    let until = Instant::now() + BUSY_TIMEOUT;
     loop {
         match work() {
             Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => std::thread::sleep(BUSY_INTERVAL),
@@ -788,7 +788,7 @@ fn snapshots(
     for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
         pace.wait(OBJECT, &operation, (&Progress::default(), stop))?;
         page.looked_at += 1;
-        match look_at_header(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
+        match read_header_tags(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
             Ok(()) => {}
             Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::PermissionDenied) => return Err(error),
             // one image keeps no other from being looked at
@@ -799,7 +799,7 @@ fn snapshots(
 }
 
 /// Adds to the page what one image's header tells.
-fn look_at_header(
+fn read_header_tags(
     cluster: &Arc<Cluster>,
     io: &IoCtx,
     (spec, id): (&ImageSpec, &str),
@@ -845,7 +845,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn contains_finds_a_part() {
+    fn contains_finds_a_substring() {
         assert!(contains(b"\x08\0\0\0rbd-offload.1\0", b"rbd-offload."));
         assert!(!contains(b"rbd-offloa", b"rbd-offload."));
         assert!(contains(b"", b""));

@@ -20,7 +20,7 @@ use crate::job::signal::Signal;
 use crate::job::store::{Error, Store, Stored};
 
 /// Records that are read at a time.
-const AT_A_TIME: usize = 32;
+const MAX_CONCURRENT_READS: usize = 32;
 
 /// Interval between two refreshes.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -171,8 +171,8 @@ async fn render(store: &Store, args: &Args) -> Result<String, Failure> {
     if entries.is_empty() {
         return Ok(if all { "no jobs\n" } else { "no jobs; --all shows those that ended\n" }.to_owned());
     }
-    let look = TableStyle { now: Timestamp::now(), width: output::width(), colours: output::colours() };
-    Ok(table(&entries, &args.format, look))
+    let style = TableStyle { now: Timestamp::now(), width: output::width(), colours: output::colours() };
+    Ok(table(&entries, &args.format, style))
 }
 
 /// The jobs, the oldest first; what cannot be read comes last.
@@ -184,7 +184,7 @@ async fn read(store: &Store, all: bool) -> Result<Vec<Entry>, Failure> {
     }
     let mut entries: Vec<Entry> = stream::iter(ids)
         .map(|id| load(store, id))
-        .buffer_unordered(AT_A_TIME)
+        .buffer_unordered(MAX_CONCURRENT_READS)
         .try_filter_map(async |entry| Ok(entry.filter(|entry| all || entry.is_live())))
         .try_collect()
         .await?;
@@ -246,9 +246,9 @@ impl Entry {
         }
     }
 
-    fn cell(&self, column: Column, look: &TableStyle) -> Cell {
+    fn cell(&self, column: Column, style: &TableStyle) -> Cell {
         let text = match self {
-            Self::Job(stored) => field(stored, column, look),
+            Self::Job(stored) => field(stored, column, style),
             Self::Unreadable { image_id, reason } => match column {
                 Column::Image => Some(image_id.to_string()),
                 Column::State => Some(UNREADABLE.to_owned()),
@@ -256,7 +256,7 @@ impl Entry {
                 _ => None,
             },
         };
-        let colour = if look.colours && column == Column::State { self.colour() } else { None };
+        let colour = if style.colours && column == Column::State { self.colour() } else { None };
         Cell { text: text.unwrap_or_else(|| "-".to_owned()), colour }
     }
 }
@@ -268,9 +268,9 @@ struct TableStyle {
     colours: bool,
 }
 
-fn field(stored: &Stored, column: Column, look: &TableStyle) -> Option<String> {
+fn field(stored: &Stored, column: Column, style: &TableStyle) -> Option<String> {
     let record = &stored.record;
-    let is_whole = look.width.is_none();
+    let is_whole = style.width.is_none();
     match column {
         Column::Image => Some(record.image_id.to_string()),
         Column::State => Some(record.state.to_string()),
@@ -284,8 +284,8 @@ fn field(stored: &Stored, column: Column, look: &TableStyle) -> Option<String> {
             false => output::cut(&output::line(project), 9),
         }),
         Column::Method => record.method.map(|method| method.as_str().to_owned()),
-        Column::Age => Some(output::age(record.created_at, look.now)),
-        Column::Updated => Some(output::age(record.updated_at, look.now)),
+        Column::Age => Some(output::age(record.created_at, style.now)),
+        Column::Updated => Some(output::age(record.updated_at, style.now)),
         Column::Trigger => Some(record.trigger.as_str().to_owned()),
         Column::Attempts => Some(record.attempts.to_string()),
         Column::Size => (record.bytes_total > 0).then(|| output::bytes(record.bytes_total)),
@@ -308,22 +308,22 @@ fn reason(stored: &Stored) -> String {
 }
 
 /// `format` empty: the default columns, without the optional ones that do not fit.
-fn table(entries: &[Entry], format: &[Column], look: TableStyle) -> String {
+fn table(entries: &[Entry], format: &[Column], style: TableStyle) -> String {
     let mut columns = if format.is_empty() { Column::DEFAULT.to_vec() } else { format.to_vec() };
     let mut optional = if format.is_empty() { &Column::OPTIONAL[..] } else { &[] };
     loop {
         let headings: Vec<&str> = columns.iter().map(|column| column.heading()).collect();
-        let row = |entry: &Entry| columns.iter().map(|column| entry.cell(*column, &look)).collect::<Vec<_>>();
+        let row = |entry: &Entry| columns.iter().map(|column| entry.cell(*column, &style)).collect::<Vec<_>>();
         let rows: Vec<Vec<Cell>> = entries.iter().map(row).collect();
         let widths = output::widths(&headings, &rows);
         let last = widths.last().map_or(0, |last| (*last).min(output::LAST_COLUMN));
-        let fits = look.width.is_none_or(|width| output::indent(&widths) + last <= width);
+        let fits = style.width.is_none_or(|width| output::indent(&widths) + last <= width);
         match optional.split_first() {
             Some((unimportant, rest)) if !fits => {
                 columns.retain(|column| column != unimportant);
                 optional = rest;
             }
-            _ => return output::table(&headings, &rows, look.width),
+            _ => return output::table(&headings, &rows, style.width),
         }
     }
 }
@@ -362,8 +362,8 @@ mod tests {
             Entry::Job(Box::new(stored(job()))),
             Entry::Unreadable { image_id: id, reason: "the record was written by a newer version".into() },
         ];
-        let look = |width| TableStyle { now, width, colours: false };
-        let whole = table(&entries, &[], look(None));
+        let style = |width| TableStyle { now, width, colours: false };
+        let whole = table(&entries, &[], style(None));
         let lines: Vec<&str> = whole.lines().collect();
         assert_eq!(
             lines[0].split_whitespace().collect::<Vec<_>>(),
@@ -377,7 +377,7 @@ mod tests {
             assert!(lines[1].contains(part), "{whole}");
         }
         assert!(lines[2].contains("unreadable") && lines[2].ends_with("by a newer version"), "{whole}");
-        let narrow = table(&entries, &[], look(Some(160)));
+        let narrow = table(&entries, &[], style(Some(160)));
         assert!(narrow.contains("volume 11111111  01234567…"), "{narrow}");
         assert!(!narrow.contains('\x1b'), "{narrow}");
     }

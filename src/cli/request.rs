@@ -123,7 +123,7 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
     let id = image.id.clone();
     let begun = Instant::now();
     let mut shown = Display::new();
-    let (mut silent, mut failed_looks) = (true, 0);
+    let (mut silent, mut failed_polls) = (true, 0);
     let mut seen = RequestProgress::of(&image);
     loop {
         match seen.outcome(&id) {
@@ -156,10 +156,10 @@ async fn wait(tenant: &Tenant, image: Image, within: Duration, detached: bool) -
         sleep(POLL_INTERVAL.min(left)).await;
         match tenant.image(&id).await {
             Ok(found) => {
-                failed_looks = 0;
+                failed_polls = 0;
                 seen = found.as_ref().map_or_else(RequestProgress::gone, RequestProgress::of);
             }
-            Err(error) if error.is_transient() && failed_looks < MAX_FAILED_POLLS => failed_looks += 1,
+            Err(error) if error.is_transient() && failed_polls < MAX_FAILED_POLLS => failed_polls += 1,
             Err(error) => {
                 shown.clear();
                 return Err(error.into());

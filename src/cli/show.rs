@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_person_reads_what_there_is() {
+    fn the_text_shows_the_fields_that_have_a_value() {
         let mut stored = Stored { record: job(), signals: Signals::default(), version: Version(1) };
         stored.record.not_before = Some(Timestamp::from_second(1_000_150).unwrap());
         let text = describe(&stored, Timestamp::from_second(1_000_030).unwrap());

@@ -271,7 +271,7 @@ fn an_error_names_file_section_key_value_and_what_is_allowed() {
 }
 
 #[test]
-fn everything_wrong_is_told_at_once() {
+fn all_mistakes_are_reported_at_once() {
     let told = wrong(
         "[DEFAULT]\nlog_level = loud\n[ofload]\nx = 1\n[offload]\nmax_jobs = 0\nretrys = 3\nmax_jobs = 2\n\
          what is this\n[metrics]\nlisten = here\n[nova]\nimage_name = disk\n[backend:]\n[keystone]\nusername = x\n",
@@ -465,7 +465,7 @@ fn there_is_exactly_one_way_to_log_in() {
 }
 
 #[test]
-fn what_is_not_a_configuration_is_refused() {
+fn files_that_are_no_configuration_are_refused() {
     let folder = Folder::new(&[("main.conf", LEAST)]);
     fs::write(folder.path("conf.d/a.conf"), b"[offload]\nmax_jobs = 3\nmethod = \xff\n").unwrap();
     assert_eq!(folder.wrong(&[]), ["conf.d/a.conf: not UTF-8 text (line 3)"]);
@@ -558,7 +558,7 @@ fn the_environment_reaches_every_backend_of_the_files() {
 }
 
 #[test]
-fn a_variable_that_means_nothing_is_told() {
+fn a_variable_for_an_unknown_key_is_reported() {
     let folder = Folder::new(&[("main.conf", LEAST)]);
     let told = folder.wrong(&[
         ("RBD_OFFLOAD_OFFLOAD_MAX_JOBS", "1"),
@@ -576,7 +576,7 @@ fn a_variable_that_means_nothing_is_told() {
 
 #[cfg(unix)]
 #[test]
-fn a_variable_that_is_not_text_is_told() {
+fn a_variable_that_is_not_text_is_reported() {
     use std::os::unix::ffi::OsStringExt as _;
     let folder = Folder::new(&[("main.conf", LEAST)]);
     let environment = [("RBD_OFFLOAD_JOBS__POOL".into(), OsString::from_vec(vec![0xff]))];
@@ -626,7 +626,7 @@ fn a_credential_is_the_value_of_the_key_that_it_is_named_after() {
 }
 
 #[test]
-fn a_credential_that_means_nothing_is_told_and_its_text_is_not() {
+fn an_unknown_credential_is_reported_without_its_text() {
     let folder = with_credentials(&[
         ("keystone.password", b"hunter2\nhunter2"),
         ("keystone.pasword", b"hunter2"),

@@ -1,6 +1,6 @@
 //! Removal of what jobs left behind: one task per Glance image, each in [custody](Custody).
 //!
-//! A removal may take long (a large image), or hang. It only occupies one of the [`AT_A_TIME`] places: the reconciler's
+//! A removal may take long (a large image), or hang. It only occupies one of [`MAX_REMOVALS`] places: the reconciler's
 //! round goes on, and a later round collects the result.
 
 use std::collections::HashSet;
@@ -23,7 +23,7 @@ use crate::publish::tag::{OwnershipTag, tag_of};
 use crate::request::{self, Source};
 
 /// Glance images whose leftovers are removed at a time.
-const AT_A_TIME: usize = 4;
+const MAX_REMOVALS: usize = 4;
 
 /// How long a round waits for the removals that it began.
 const WAIT: Duration = Duration::from_secs(10);
@@ -130,7 +130,7 @@ impl Removals {
         until: Instant,
         removed: &mut Removed,
     ) -> bool {
-        while self.running.len() >= AT_A_TIME {
+        while self.running.len() >= MAX_REMOVALS {
             match timeout_at(until, self.tasks.join_next()).await {
                 Ok(Some(ended)) => self.note(ended, removed),
                 Ok(None) | Err(_) => return false,

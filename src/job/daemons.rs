@@ -120,7 +120,7 @@ pub async fn remove_dead(objects: &dyn Objects, now: Timestamp) -> Result<usize>
             continue;
         }
         let object = object_of(instance);
-        // the version from before the look: a heartbeat in between changes it
+        // the version from before the check: a heartbeat in between changes it
         let stored = objects.read(&object).await?;
         if objects.is_locked(&object, LOCK).await? {
             continue;

@@ -56,7 +56,7 @@ const OTHER_BACKEND_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long other daemons leave a job whose grace is over to the daemon whose clock measured it. Another daemon would
 /// have to start the grace again.
-const GRACE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
+const GRACE_OWNER_PRIORITY: SignedDuration = SignedDuration::from_secs(30);
 
 /// How long a daemon that stops tries to tell the others.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
@@ -381,7 +381,7 @@ impl Engine {
             })
             .filter(|(_, summary)| {
                 let is_others = summary.grace_by.is_some_and(|by| by != self.context.identity.instance);
-                let patience = if is_others { GRACE_PATIENCE } else { SignedDuration::ZERO };
+                let patience = if is_others { GRACE_OWNER_PRIORITY } else { SignedDuration::ZERO };
                 is_due(
                     summary.not_before.and_then(|time| time.checked_add(patience).ok()),
                     now,
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_a_service_takes_no_place_and_is_bounded() {
+    fn jobs_that_wait_for_a_service_take_no_slot_and_are_bounded() {
         let load = |jobs, copying| Load { jobs, copying, ..Load::default() };
         assert!(load(7, 3).has_room(4));
         assert!(!load(4, 4).has_room(4));

@@ -147,7 +147,7 @@ impl Intake {
             if is_sent { vec![Signal::NeedsRepair] } else { vec![] }
         };
         if self.store.signal(image_id, choose).await?.is_some() && is_sent {
-            self.store.ask_for_look(image_id).await?;
+            self.store.request_recheck(image_id).await?;
         }
         Ok(())
     }

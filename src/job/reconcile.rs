@@ -107,7 +107,7 @@ impl Part {
             Self::Expire => "expire old records",
             Self::Index => "find records that are in no index",
             Self::Requests => "find requests",
-            Self::Ended => "look through ended jobs",
+            Self::Ended => "check ended jobs",
             Self::Images => "remove images that jobs left",
             Self::Snapshots => "remove snapshots that jobs left",
         }
@@ -138,15 +138,15 @@ impl HeaderSweep {
     }
 }
 
-/// What a look at the record of an ended job found.
-struct LookFound {
+/// What the record of an ended job says.
+struct EndedFindings {
     made_image: bool,
     /// Whether each round reads it.
     again: bool,
 }
 
-/// The latest look at an ended job.
-struct EndedLook {
+/// The latest check of an ended job.
+struct EndedCheck {
     /// Of which end: a job that was begun again ends once more.
     ended_at: Option<Timestamp>,
     made_image: bool,
@@ -168,8 +168,8 @@ pub struct Reconciler {
     unindexed: Option<Vec<Uuid>>,
     /// Where the list of queued images goes on.
     requests: ListCursor,
-    /// Ended jobs that were looked at, and the last one of them.
-    ended: HashMap<Uuid, EndedLook>,
+    /// Ended jobs that were checked, and the last one of them.
+    ended: HashMap<Uuid, EndedCheck>,
     ended_after: Option<Uuid>,
     sweep: Option<HeaderSweep>,
     turn: Turn,
@@ -331,7 +331,7 @@ impl Reconciler {
                     Part::Expire => self.expire(report, until).await,
                     Part::Index => self.index_missing(report).await,
                     Part::Requests => self.find_requests(report, until).await,
-                    Part::Ended => self.look_through_ended(report, until).await,
+                    Part::Ended => self.check_ended_jobs(report, until).await,
                     Part::Images => self.remove_images(report, until).await,
                     Part::Snapshots => self.remove_snapshots(report, until).await,
                 }
@@ -464,13 +464,13 @@ impl Reconciler {
 
     /// Goes through the ended jobs. Indexes those that were begun again, repairs image records, and notes which jobs
     /// ended without an image.
-    async fn look_through_ended(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
+    async fn check_ended_jobs(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
         let ended: BTreeMap<_, _> = self.context().store.ended().await?.into_iter().collect();
         self.ended.retain(|id, look| ended.get(id) == Some(&look.ended_at));
-        let asked_for = self.context().store.asked_looks().await?;
+        let asked_for = self.context().store.requested_rechecks().await?;
         for gone in asked_for.iter().filter(|id| !ended.contains_key(id)) {
-            self.context().store.forget_look(*gone).await?;
+            self.context().store.remove_recheck(*gone).await?;
         }
         // those behind the last one of the round before come first: a few that are slow do not keep the others waiting
         let after = self.ended_after.take();
@@ -480,7 +480,7 @@ impl Reconciler {
         for (image_id, ended_at) in order {
             let now = Instant::now();
             let is_asked_for = asked_for.contains(&image_id);
-            if !is_asked_for && self.ended.get(&image_id).is_some_and(|look| look.next > now) {
+            if !is_asked_for && self.ended.get(&image_id).is_some_and(|check| check.next > now) {
                 continue;
             }
             if now >= until {
@@ -489,23 +489,23 @@ impl Reconciler {
             }
             self.ended_after = Some(image_id);
             if is_asked_for {
-                // before the look: one that is asked for meanwhile is not lost
-                self.context().store.forget_look(image_id).await?;
+                // before the record is read: a request that comes meanwhile is not lost
+                self.context().store.remove_recheck(image_id).await?;
             }
             match self.check_ended(image_id, &own, report).await {
-                Ok(Some(LookFound { made_image, again })) => {
+                Ok(Some(EndedFindings { made_image, again })) => {
                     let pause = if again { Duration::ZERO } else { pause_after(ended_at, self.context().clock.now()) };
                     let next = now + pause;
-                    let others_image = self.ended.remove(&image_id).and_then(|look| look.others_image);
-                    self.ended.insert(image_id, EndedLook { ended_at, made_image, others_image, next });
+                    let others_image = self.ended.remove(&image_id).and_then(|check| check.others_image);
+                    self.ended.insert(image_id, EndedCheck { ended_at, made_image, others_image, next });
                 }
                 Ok(None) => drop(self.ended.remove(&image_id)),
                 Err(error) => {
                     self.is_complete = false;
-                    if let Some(look) = self.ended.get_mut(&image_id) {
-                        look.next = now;
+                    if let Some(check) = self.ended.get_mut(&image_id) {
+                        check.next = now;
                     }
-                    tracing::warn!(%image_id, %error, "an ended job was not looked at; the next round tries again");
+                    tracing::warn!(%image_id, %error, "an ended job could not be checked; the next round tries again");
                 }
             }
         }
@@ -513,7 +513,12 @@ impl Reconciler {
     }
 
     /// `None`: there is no ended job that can be read.
-    async fn check_ended(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) -> Result<Option<LookFound>> {
+    async fn check_ended(
+        &mut self,
+        image_id: Uuid,
+        own: &str,
+        report: &mut RoundReport,
+    ) -> Result<Option<EndedFindings>> {
         let stored = match self.context().store.load(image_id).await {
             Ok(Some(stored)) => stored,
             Ok(None) | Err(Error::Unreadable { .. }) => return Ok(None),
@@ -542,7 +547,7 @@ impl Reconciler {
                 custody.release(false).await;
             }
         }
-        Ok(Some(LookFound { made_image: record.state == State::Done, again }))
+        Ok(Some(EndedFindings { made_image: record.state == State::Done, again }))
     }
 
     /// Repairs the image record of an ended job. A daemon that was frozen, or another client's upload, can restore what
@@ -560,12 +565,12 @@ impl Reconciler {
                 }
                 if record.trigger == Trigger::Request
                     && record.state != State::Done
-                    && let Some(marked) = image_status::mark_empty_upload(&image)
+                    && let Some(tagged) = image_status::tag_empty_upload(&image)
                 {
                     tracing::info!(%image_id, tag = request::EMPTY_UPLOAD_TAG,
                         "an empty upload made the image active; a tag in place of its request says so");
                     changes.retain(|change| !matches!(change, openstack::ImageChange::Tags(_)));
-                    changes.push(marked);
+                    changes.push(tagged);
                 }
                 changes
             }
@@ -679,7 +684,7 @@ impl Reconciler {
         self.remove_orphans(found, report, half).await?;
         let mut found = Vec::new();
         for (image_id, image) in published {
-            let is_candidate = |look: &EndedLook| !look.made_image && look.others_image.as_ref() != Some(&image);
+            let is_candidate = |check: &EndedCheck| !check.made_image && check.others_image.as_ref() != Some(&image);
             if !self.ended.get(&image_id).is_some_and(is_candidate) {
                 continue;
             }
@@ -690,8 +695,8 @@ impl Reconciler {
             match self.tagged_as_ours(image_id, LeftoverKind::Published, image.clone()).await? {
                 Some(Some(leftover)) => found.push(leftover),
                 Some(None) => {
-                    if let Some(look) = self.ended.get_mut(&image_id) {
-                        look.others_image = Some(image);
+                    if let Some(check) = self.ended.get_mut(&image_id) {
+                        check.others_image = Some(image);
                     }
                 }
                 None => {}
@@ -907,8 +912,8 @@ impl Reconciler {
                 break;
             }
             // the next round sees whether this daemon is still in the record
-            if let Some(look) = self.ended.get_mut(&image_id) {
-                look.next = Instant::now();
+            if let Some(check) = self.ended.get_mut(&image_id) {
+                check.next = Instant::now();
             }
             self.took_custody = true;
             begun.push(image_id);

@@ -568,7 +568,7 @@ impl Record {
     }
 
     /// Whether no attempt before this one, of this job or of one before it, can have posted a location.
-    pub fn is_first_try(&self) -> bool {
+    pub fn is_first_attempt(&self) -> bool {
         self.registration == Registration::Unposted && self.attempts == 0 && self.takeovers == 0 && !self.restarted
     }
 
@@ -597,7 +597,7 @@ impl Record {
     }
 
     /// Gives publishing at once up. What was made for it is undone as what any broken-off attempt made.
-    pub fn turn_to_when_copied(&mut self, reason: &str) {
+    pub fn switch_to_when_copied(&mut self, reason: &str) {
         self.at_once_refused = Some(reason.to_owned());
         self.sealed = false;
     }

@@ -21,8 +21,8 @@ use crate::request::{Source, Trigger};
 const LIVE: &str = "index.live";
 const ENDED: &str = "index.ended";
 
-/// Lists the ended jobs that the reconciler is to look at in its next round.
-const LOOK: &str = "index.look";
+/// Lists the ended jobs whose record the reconciler reads in its next round.
+const RECHECK: &str = "index.recheck";
 
 /// Entries read from an index with one operation.
 const PAGE: usize = 1000;
@@ -60,7 +60,7 @@ impl Stored {
         self.record.state.is_ended() && !self.signals.has(Signal::Rerequested) && !self.signals.has(Signal::Retry)
     }
 
-    /// Whether a daemon is to look at the job now, also if it waits for its next attempt.
+    /// Whether a daemon is to take the job up now, also if it waits for its next attempt.
     pub fn is_urgent(&self) -> bool {
         [Signal::Cancel, Signal::RecheckImage, Signal::Retry].into_iter().any(|signal| self.signals.has(signal))
     }
@@ -328,18 +328,18 @@ impl Store {
             .collect())
     }
 
-    /// Asks the reconciler to look at an ended job in its next round. Without that it looks at old jobs rarely.
-    pub async fn ask_for_look(&self, image_id: Uuid) -> Result<()> {
-        Ok(self.objects.set_omap(LOOK, &[(image_id.to_string(), Vec::new())]).await?)
+    /// Asks the reconciler to read the record of an ended job in its next round. Without that it reads old ones rarely.
+    pub async fn request_recheck(&self, image_id: Uuid) -> Result<()> {
+        Ok(self.objects.set_omap(RECHECK, &[(image_id.to_string(), Vec::new())]).await?)
     }
 
-    /// The jobs that [`ask_for_look`](Self::ask_for_look) was called for.
-    pub async fn asked_looks(&self) -> Result<BTreeSet<Uuid>> {
-        Ok(self.entries(LOOK).await?.into_keys().collect())
+    /// The jobs that [`request_recheck`](Self::request_recheck) was called for.
+    pub async fn requested_rechecks(&self) -> Result<BTreeSet<Uuid>> {
+        Ok(self.entries(RECHECK).await?.into_keys().collect())
     }
 
-    pub async fn forget_look(&self, image_id: Uuid) -> Result<()> {
-        Ok(self.objects.remove_omap(LOOK, &[image_id.to_string()]).await?)
+    pub async fn remove_recheck(&self, image_id: Uuid) -> Result<()> {
+        Ok(self.objects.remove_omap(RECHECK, &[image_id.to_string()]).await?)
     }
 
     /// Whether both indexes are there.
@@ -469,7 +469,7 @@ fn encode(record: &Record) -> Result<Vec<u8>> {
 /// What became of `cancel`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelled {
-    /// A daemon ends it at its next look.
+    /// A daemon ends it when it next polls the jobs.
     Signalled,
     /// Its image is active, and depends on its source until the job has ended.
     Active,

@@ -96,7 +96,7 @@ impl Turn {
     pub async fn wait(&mut self, objects: &dyn Objects, object: &str, config: &watch::Receiver<Arc<Config>>) {
         loop {
             let interval = config.borrow().offload.reconcile_interval;
-            let left = self.patience(interval).saturating_sub(self.since.elapsed());
+            let left = self.next_round_after(interval).saturating_sub(self.since.elapsed());
             if left.is_zero() {
                 return;
             }
@@ -118,7 +118,7 @@ impl Turn {
     }
 
     /// How long after the latest try this daemon does a round.
-    fn patience(&self, interval: Duration) -> Duration {
+    fn next_round_after(&self, interval: Duration) -> Duration {
         match self.tried {
             Tried::Done | Tried::Failed => interval,
             Tried::Locked => interval / 4,

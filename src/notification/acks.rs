@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn never_past_one_that_is_held() {
+    fn an_ack_never_passes_a_delivery_that_is_held() {
         let mut acks = Acks::default();
         acks.done(1);
         acks.hold(2);

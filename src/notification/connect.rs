@@ -71,7 +71,7 @@ pub async fn connect(
                 uri.scheme = AMQPScheme::AMQP;
                 let plain = uri.connect_async(&runtime).await?;
                 if let AsyncTcpStream::Plain(stream) = &plain {
-                    notice_a_lost_host(&SockRef::from(stream.get_ref()))?;
+                    set_keepalive(&SockRef::from(stream.get_ref()))?;
                 }
                 let host = uri.authority.host.as_str();
                 let secure = async {
@@ -90,7 +90,7 @@ pub async fn connect(
     }))
 }
 
-fn notice_a_lost_host(socket: &SockRef<'_>) -> io::Result<()> {
+fn set_keepalive(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_user_timeout(Some(GONE_TIMEOUT))
 }

@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_with_a_request_tag() {
+    fn a_request_tag_on_a_queued_image_is_an_event() {
         let tag = format!("rbd-offload:volume:{OTHER}");
         for event_type in ["image.create", "image.update"] {
             let image = |status: &str, tags: Value| json!({"id": IMAGE, "status": status, "owner": "p", "tags": tags, "properties": {"a": 1}});
@@ -486,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn payloads_of_another_shape() {
+    fn payloads_of_another_shape_are_rejected_or_ignored() {
         for payload in [json!("Failed to upload"), json!([]), json!(1), json!(null)] {
             assert_eq!(read("image.update", payload.clone()), Err(EnvelopeError::PayloadNotObject));
             assert_eq!(read("image.upload", payload), Ok(Notification::Irrelevant(EventType::Other)));

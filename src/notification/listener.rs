@@ -75,7 +75,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A message of the same kind is logged again after this long.
-const LOG_AGAIN: Duration = Duration::from_secs(600);
+const LOG_INTERVAL: Duration = Duration::from_secs(600);
 /// Acknowledgements are batched for up to this long.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 /// What stands for the memory of the bindings among the names of exchanges that were warned of.
@@ -100,11 +100,11 @@ pub struct Timeouts {
     pub attempt: Duration,
     /// Pause before the listener calls the sink again. It doubles up to eight times.
     pub retry: Duration,
-    /// Between two looks at the queue.
-    pub look: Duration,
-    /// Between two bindings of all exchanges, the missing ones included. The broker logs an error for each look at one
+    /// Between two polls of the queue.
+    pub poll_interval: Duration,
+    /// Between two bindings of all exchanges, the missing ones included. The broker logs an error for each exchange
     /// that does not exist.
-    pub bind: Duration,
+    pub bind_interval: Duration,
 }
 
 impl Default for Timeouts {
@@ -114,8 +114,8 @@ impl Default for Timeouts {
             hold_again: Duration::from_secs(240),
             attempt: Duration::from_secs(30),
             retry: Duration::from_secs(1),
-            look: Duration::from_secs(5),
-            bind: Duration::from_secs(60),
+            poll_interval: Duration::from_secs(5),
+            bind_interval: Duration::from_secs(60),
         }
     }
 }
@@ -399,17 +399,17 @@ impl Listener {
         Ok(refusal)
     }
 
-    /// Waits until another number of consumers reads the old queue, for `Timeouts::bind` at most: the broker logs an
-    /// error for each declaration that it refuses, and none for a look.
+    /// Waits until the old queue has another number of consumers, for `bind_interval` at most: the broker logs an
+    /// error for each declaration that it refuses, and none for a poll.
     async fn stand_by(
         &self,
         connection: &Connection,
         channel: &mut Channel,
         consumers: u32,
     ) -> Result<(), SessionError> {
-        let until = Instant::now() + self.timeouts.bind;
+        let until = Instant::now() + self.timeouts.bind_interval;
         while Instant::now() < until {
-            sleep(self.timeouts.look).await;
+            sleep(self.timeouts.poll_interval).await;
             if !channel.status().connected() {
                 *channel = call("open a channel", connection.create_channel()).await?;
             }
@@ -671,9 +671,9 @@ async fn maintain_bindings(
                     return ended;
                 }
             }
-            bind_at = Instant::now() + listener.timeouts.bind;
+            bind_at = Instant::now() + listener.timeouts.bind_interval;
         }
-        sleep(listener.timeouts.look).await;
+        sleep(listener.timeouts.poll_interval).await;
         let channel = match reuse_or_open(scratch.take(), connection).await {
             Ok(channel) => channel,
             Err(ended) => return ended,
@@ -1018,7 +1018,7 @@ impl LogThrottle {
             self.0.clear();
         }
         match self.0.get_mut(what) {
-            Some((since, kept)) if since.elapsed() < LOG_AGAIN => {
+            Some((since, kept)) if since.elapsed() < LOG_INTERVAL => {
                 *kept += 1;
                 None
             }

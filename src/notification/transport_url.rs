@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn tls_and_query() {
+    fn tls_and_heartbeat_are_read_from_the_query() {
         let url = parse(
             "rabbit://u:p@h/?ssl=1&ssl_ca_file=/etc/ca%20.pem&heartbeat_timeout_threshold=60&rabbit_quorum_queue=true&hunter2=x",
         );
@@ -430,7 +430,7 @@ mod tests {
         }
 
         #[test]
-        fn what_oslo_writes_comes_back(
+        fn urls_that_oslo_writes_are_read_back(
             hosts in prop::collection::vec(("[a-z][a-z0-9-]{0,9}", 1u16.., "\\PC{1,10}", "\\PC{0,10}"), 1..4),
             vhost in "\\PC{1,10}",
         ) {

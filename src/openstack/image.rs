@@ -646,7 +646,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_become_operations() {
+    fn image_changes_become_json_patch_operations() {
         let set = ImageChange::Set { property: "a/b~c".into(), value: "x".into() };
         assert_eq!(operation(&set).unwrap(), json!({"op": "add", "path": "/a~1b~0c", "value": "x"}));
         let replace = ImageChange::Replace { property: "p".into(), value: "y".into() };
@@ -657,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attribute_is_no_property() {
+    fn a_base_attribute_cannot_be_set_as_a_property() {
         for name in ["owner", "visibility", "id", "locations", "os_glance_import_task", ""] {
             let change = ImageChange::Set { property: name.into(), value: "x".into() };
             assert!(operation(&change).is_err(), "{name}");

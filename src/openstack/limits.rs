@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_mebibytes() {
+    fn a_limit_in_mebibytes_becomes_bytes() {
         assert_eq!(bytes(1000), Some(1_048_576_000));
         assert_eq!(bytes(0), Some(0));
         assert_eq!(bytes(-1), None);

@@ -346,7 +346,7 @@ impl Server {
     }
 
     /// Nova does not know how the instance is, since the cell that it is in does not answer.
-    pub fn is_out_of_reach(&self) -> bool {
+    pub fn is_in_unreachable_cell(&self) -> bool {
         self.status == "UNKNOWN"
     }
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::error::Result;
 
 /// How long an answer is used.
-const USED_FOR: Duration = Duration::from_secs(60);
+const MAX_AGE: Duration = Duration::from_secs(60);
 
 /// The last answer, and when it came.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ impl<T: Clone> Recent<T> {
     /// The answer of the last minute, or else the one that `ask` gets. Callers at the same time may each ask.
     pub async fn or(&self, ask: impl Future<Output = Result<T>>) -> Result<T> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some((_, answer)) = kept.filter(|(at, _)| at.elapsed() < USED_FOR) {
+        if let Some((_, answer)) = kept.filter(|(at, _)| at.elapsed() < MAX_AGE) {
             return Ok(answer);
         }
         let answer = ask.await?;
@@ -44,7 +44,7 @@ mod tests {
         let failed = recent.or(async { Err(Error::new("ask", ErrorKind::Unavailable, "away")) }).await;
         assert!(failed.is_err());
         assert_eq!(recent.or(async { Ok(1) }).await.unwrap(), 1);
-        tokio::time::advance(USED_FOR - Duration::from_secs(1)).await;
+        tokio::time::advance(MAX_AGE - Duration::from_secs(1)).await;
         assert_eq!(recent.or(async { Ok(2) }).await.unwrap(), 1);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(recent.or(async { Ok(3) }).await.unwrap(), 3);

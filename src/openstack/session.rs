@@ -651,14 +651,14 @@ impl HttpClient {
         }
         match answer.status {
             StatusCode::UNAUTHORIZED => Err(answer.error()),
-            StatusCode::NOT_FOUND => self.believe_absence(answer, request.service, &login),
+            StatusCode::NOT_FOUND => self.confirm_absence(answer, request.service, &login),
             _ => Ok(answer),
         }
     }
 
     /// Whether a 404 says that there is no such thing. What was made for an image that is gone is removed, so the
     /// answer must be the service's own, and the login must be one from which the service hides nothing.
-    fn believe_absence(&self, answer: Response, service: Service, login: &AuthToken) -> Result<Response> {
+    fn confirm_absence(&self, answer: Response, service: Service, login: &AuthToken) -> Result<Response> {
         if service == Service::Identity {
             return Ok(answer);
         }
@@ -1008,7 +1008,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_comes_out_of_any_endpoint() {
+    fn the_service_root_is_found_in_any_endpoint() {
         for (url, version, root) in [
             ("http://k:5000", "v3", "http://k:5000/v3/"),
             ("http://k:5000/v3", "v3", "http://k:5000/v3/"),
@@ -1125,7 +1125,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_cannot_climb() {
+    fn an_id_cannot_leave_its_path_segment() {
         let mut url = Url::parse("http://g/v2/").unwrap();
         for bad in ["", ".", ".."] {
             assert!(append(&mut url, &["images", bad]).is_err(), "{bad:?}");
@@ -1136,7 +1136,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_id_stays_one_segment(id in ".{1,60}") {
+        fn any_id_stays_one_path_segment(id in ".{1,60}") {
             let mut url = Url::parse("http://g/v2/").unwrap();
             if append(&mut url, &["images", &id]).is_ok() {
                 prop_assert_eq!(url.path_segments().unwrap().count(), 3);

@@ -137,7 +137,7 @@ pub fn is_empty_upload(image: &Image) -> bool {
 
 /// Says on an image that was uploaded empty that its request will not be done: by a tag in place of the request's,
 /// since what is made from an active image inherits its properties, and never its tags.
-pub fn mark_empty_upload(image: &Image) -> Option<ImageChange> {
+pub fn tag_empty_upload(image: &Image) -> Option<ImageChange> {
     if !is_empty_upload(image) || request::parse_request_tags(&image.tags) == TagRequest::Absent {
         return None;
     }
@@ -178,7 +178,7 @@ pub fn is_raw_and_bare(image: &Image) -> bool {
 }
 
 /// Whether the record shows a job that has not ended.
-pub fn shows_work(image: &Image) -> bool {
+pub fn shows_running_job(image: &Image) -> bool {
     let running = [Status::Accepted, Status::Copying, Status::Publishing];
     image.properties.get(STATUS).is_some_and(|status| running.iter().any(|running| running.as_str() == status))
 }
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_replaced_and_what_is_equal_is_left() {
+    fn a_changed_property_is_replaced_and_an_equal_one_is_not_sent() {
         let changes = show(&image(), Status::Copying, 40, "m");
         assert_eq!(
             changes,
@@ -221,15 +221,15 @@ mod tests {
     #[test]
     fn an_empty_upload_is_told_by_a_tag_and_by_no_property() {
         let empty = Image { status: "active".into(), size: Some(0), ..image() };
-        let marked = ImageChange::Tags(vec!["blue".into(), request::EMPTY_UPLOAD_TAG.into()]);
-        assert_eq!(mark_empty_upload(&empty), Some(marked));
+        let tagged = ImageChange::Tags(vec!["blue".into(), request::EMPTY_UPLOAD_TAG.into()]);
+        assert_eq!(tag_empty_upload(&empty), Some(tagged));
         assert!(finished(&empty, None).iter().all(|change| matches!(change, ImageChange::Remove { .. })));
         let told = Image { tags: vec![request::EMPTY_UPLOAD_TAG.into()], ..empty.clone() };
-        assert_eq!(mark_empty_upload(&told), None);
+        assert_eq!(tag_empty_upload(&told), None);
         // what is uploaded, and what still is to be, is not ours to judge
         for (status, size) in [("active", Some(1)), ("active", None), ("queued", Some(0)), ("saving", Some(0))] {
             let other = Image { status: status.into(), size, ..empty.clone() };
-            assert_eq!(mark_empty_upload(&other), None, "{status} {size:?}");
+            assert_eq!(tag_empty_upload(&other), None, "{status} {size:?}");
         }
     }
 

@@ -548,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_arrives_as_it_was_sent() {
+    fn a_journal_record_arrives_as_it_was_sent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
         let journal = UnixDatagram::bind(&path).unwrap();

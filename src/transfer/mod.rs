@@ -130,7 +130,7 @@ fn clone_unsupported_reason(source: &ImageInfo) -> Option<String> {
 
 /// Clones the anchor, or the source where there is none, with these features. The clone has the ownership tag and no
 /// other metadata.
-pub async fn clone_marked(storage: &dyn Storage, request: &TransferRequest, features: Features) -> ceph::Result<()> {
+pub async fn clone_tagged(storage: &dyn Storage, request: &TransferRequest, features: Features) -> ceph::Result<()> {
     let (parent, snapshot) =
         request.anchor.as_ref().map_or((&request.source, &request.snapshot), |(image, snapshot)| (image, snapshot));
     storage.clone_image(parent, snapshot, &request.destination, features).await?;

@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{Transfer, TransferRequest, clone_marked, clone_unsupported_reason};
+use super::{Transfer, TransferRequest, clone_tagged, clone_unsupported_reason};
 use crate::ceph::{self, ErrorKind, Features, ImageInfo, Moved, Progress, Storage};
 
 pub struct ServerCopy;
@@ -25,7 +25,7 @@ impl Transfer for ServerCopy {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
-        clone_marked(storage, request, Features::PUBLISHED).await?;
+        clone_tagged(storage, request, Features::PUBLISHED).await?;
         let fill = storage
             .fill(&request.source, &request.snapshot, &request.destination, &request.limits, progress, cancel)
             .await;

@@ -232,7 +232,7 @@ def check(check, name, snapshots=()):
             wrong.append('it has a parent')
         except rbd.ImageNotFound:
             pass
-        # (a clone of format 2 leaves a mark on its parent)
+        # (a clone of format 2 sets a feature bit on its parent)
         if image.features() & ~(STRIPING | OPERATIONS) != PUBLISHED:
             wrong.append('features %d' % image.features())
         if image.flags():

@@ -63,12 +63,12 @@ def make_snapshot(pool, image, snapshot):
         disk.protect_snap(snapshot)
 
 
-def leave(pool, image, key, mark):
-    """An image that a daemon could have left, with this metadata if there is a mark."""
+def leave(pool, image, key, tag):
+    """An image that a daemon could have left, with this ownership tag if there is one."""
     create(pool, image, 8 * MIB)
-    if mark is not None:
+    if tag is not None:
         with rbd.Image(open_pool(pool), image) as disk:
-            disk.metadata_set(key, mark)
+            disk.metadata_set(key, tag)
 
 
 def leave_snapshot(pool, image, snapshot, tag):

@@ -114,9 +114,9 @@ impl Disk {
         ask::<()>("make_snapshot", self.arguments(json!({"snapshot": snapshot}))).await;
     }
 
-    /// An image as a daemon could have left it: with our mark for the image of this id, or without one.
-    pub async fn leave(&self, mark: Option<&str>) {
-        ask::<()>("leave", self.arguments(json!({"key": OWNERSHIP_TAG, "mark": mark}))).await;
+    /// An image as a daemon could have left it, with this ownership tag or without one.
+    pub async fn leave(&self, tag: Option<&str>) {
+        ask::<()>("leave", self.arguments(json!({"key": OWNERSHIP_TAG, "tag": tag}))).await;
     }
 
     /// A snapshot as a daemon could have left it, with an ownership tag.

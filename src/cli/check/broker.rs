@@ -15,7 +15,7 @@ use crate::notification::connect::{self, WRONG_NAME_REMEDY};
 use crate::notification::queue::{self as own_queue, Depth};
 use crate::notification::{Host, Permissions, TransportUrl, is_hard_error, is_soft_error};
 
-/// Between two looks at a queue that a daemon consumes.
+/// Between two polls of a queue that a daemon consumes.
 const GROWTH: Duration = Duration::from_secs(1);
 
 /// Messages that a daemon which keeps up never leaves waiting.
@@ -124,7 +124,7 @@ fn refused(name: &str, config: &Messaging, url: &TransportUrl, host: &Host, erro
 async fn check_queue(connection: &Connection, config: &Config) -> CheckResult {
     let name = queue_name(config);
     let row =
-        within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async || match look_at_queue(
+        within(&name, "see `rabbitmqctl list_queues name state`: its node may be down", async || match compare_queue(
             connection, config,
         )
         .await
@@ -152,7 +152,7 @@ fn denied(name: &str, config: &Config, error: &lapin::Error) -> CheckResult {
     )
 }
 
-async fn look_at_queue(connection: &Connection, config: &Config) -> lapin::Result<CheckResult> {
+async fn compare_queue(connection: &Connection, config: &Config) -> lapin::Result<CheckResult> {
     let (name, queue) = (queue_name(config), &config.messaging.queue);
     let Some(depth) = depth(connection, queue).await? else {
         return Ok(CheckResult::ok(name, "not there yet; the daemon makes it when it first starts"));
@@ -263,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_queue_grows_when_nobody_consumes_it() {
+    fn a_queue_without_a_consumer_is_a_fault_once_messages_wait() {
         let classify = |messages, consumers| classify("q".into(), "quorum", &Depth { messages, consumers });
         assert_eq!(classify(0, 0).verdict, Verdict::Ok);
         assert_eq!(classify(5, 1).verdict, Verdict::Ok);

@@ -360,7 +360,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_osd_counts() {
+    fn the_release_is_that_of_the_oldest_osd() {
         let judge = |versions: &[&str]| judge_release("r", versions.iter().map(ToString::to_string).collect());
         assert_eq!(judge(&["18.2.4", "16.2.15"]).verdict, Verdict::Ok);
         let row = judge(&["16.2.15", "9.2.1"]);

@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_may_differ_a_little() {
+    fn a_small_clock_skew_is_no_fault() {
         assert_eq!(judge_clock("c", SignedDuration::from_secs(-30)).verdict, Verdict::Ok);
         assert_eq!(
             judge_clock("c", SignedDuration::from_secs(-95)).detail,
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn the_way_of_registering_is_told() {
+    fn the_way_to_register_a_location_is_reported() {
         assert_eq!(judge_location_api("l", Register::Auto, true).verdict, Verdict::Ok);
         assert_eq!(judge_location_api("l", Register::Auto, false).verdict, Verdict::Warning);
         assert_eq!(judge_location_api("l", Register::LocationsApi, false).verdict, Verdict::Fault);

@@ -1,4 +1,4 @@
-//! `check --probe`: a tiny image from end to end, for each way in which jobs of the backends publish: from each
+//! `check --probe`: a tiny image from end to end, for each route in which jobs of the backends publish: from each
 //! backend's pool to its destination pool, at once or when copied.
 //!
 //! The image belongs to the daemon's own project. It is removed however the probe ends.
@@ -26,7 +26,7 @@ const WRITTEN: usize = 64 << 10;
 /// Snapshot of the source that the image is made from.
 const SNAPSHOT: &str = "check";
 
-/// For one way from end to end, and for removing what it made.
+/// For one route from end to end, and for removing what it made.
 const LIMIT: Duration = Duration::from_secs(90);
 
 /// How long Glance's own work on the image is waited for before the image is deleted.
@@ -34,25 +34,25 @@ const TASKS_WITHIN: Duration = Duration::from_secs(30);
 
 const INTERRUPTED: &str = "interrupted";
 
-/// Between two looks at the image record.
+/// Between two polls of the image record.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// One way in which jobs publish.
+/// One route in which jobs publish.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Way<'a> {
+struct PublishRoute<'a> {
     source_pool: &'a str,
     dest_pool: &'a str,
     at_once: bool,
 }
 
-impl Way<'_> {
+impl PublishRoute<'_> {
     fn name(&self) -> String {
         let publish = if self.at_once { "at once" } else { "when copied" };
         format!("probe {} to {}, {publish}", self.source_pool, self.dest_pool)
     }
 }
 
-/// Why a way does not lead to an image.
+/// Why a route does not lead to an image.
 enum Failed {
     Ceph(ceph::Error),
     Glance(openstack::Error),
@@ -86,7 +86,7 @@ impl From<openstack::Error> for Failed {
 }
 
 pub struct ProbeFindings {
-    /// One for each way.
+    /// One for each route.
     pub rows: Vec<CheckResult>,
     /// A call of Ceph was given up and still runs on a thread of its own.
     pub stuck: bool,
@@ -94,7 +94,7 @@ pub struct ProbeFindings {
 
 /// `is_ready`: Keystone and Ceph take our login. Ends soon after `interrupted` fires.
 pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationToken) -> ProbeFindings {
-    let ways = ways(config);
+    let routes = routes(config);
     let connected = match is_ready {
         true => connect(config).await,
         false => Err("no login at Keystone, or no connection to Ceph".to_owned()),
@@ -102,37 +102,38 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
     let (session, client) = match connected {
         Ok(connected) => connected,
         Err(reason) => {
-            let rows = ways.iter().map(|way| CheckResult::skipped(way.name(), &*reason)).collect();
+            let rows = routes.iter().map(|route| CheckResult::skipped(route.name(), &*reason)).collect();
             return ProbeFindings { rows, stuck: false };
         }
     };
     let mut rows = Vec::new();
-    for way in &ways {
+    for route in &routes {
         rows.push(match interrupted.is_cancelled() {
-            true => CheckResult::skipped(way.name(), INTERRUPTED),
-            false => probe(&session, &client, way, interrupted).await,
+            true => CheckResult::skipped(route.name(), INTERRUPTED),
+            false => probe(&session, &client, route, interrupted).await,
         });
     }
     ProbeFindings { rows, stuck: client.is_busy() }
 }
 
 /// Where images are published at once they may also be published when copied, when something is against it.
-fn ways(config: &Config) -> BTreeSet<Way<'_>> {
-    let mut ways = BTreeSet::new();
+fn routes(config: &Config) -> BTreeSet<PublishRoute<'_>> {
+    let mut routes = BTreeSet::new();
     for backend in config.backends.values() {
-        let copied = Way { source_pool: &backend.pool, dest_pool: &backend.dest_pool, at_once: false };
+        let copied = PublishRoute { source_pool: &backend.pool, dest_pool: &backend.dest_pool, at_once: false };
         if backend.publish.unwrap_or(config.offload.publish) == PublishChoice::AtOnce {
-            ways.insert(Way { at_once: true, ..copied.clone() });
+            routes.insert(PublishRoute { at_once: true, ..copied.clone() });
         }
-        ways.insert(copied);
+        routes.insert(copied);
     }
-    ways
+    routes
 }
 
 /// Without the probe: what Glance must be able to read so that images can be published at once. Only an image shows
 /// whether it can.
-pub fn untried(config: &Config) -> Vec<CheckResult> {
-    let pools: BTreeSet<&str> = ways(config).into_iter().filter(|way| way.at_once).map(|way| way.source_pool).collect();
+pub fn unprobed(config: &Config) -> Vec<CheckResult> {
+    let pools: BTreeSet<&str> =
+        routes(config).into_iter().filter(|route| route.at_once).map(|route| route.source_pool).collect();
     let row = |pool: &&str| {
         let detail = format!("whether Glance can read {pool} is not tried; if it cannot, jobs publish when copied");
         let remedy = format!(
@@ -149,20 +150,25 @@ async fn connect(config: &Config) -> Result<(Session, Client), String> {
     Ok((session, client))
 }
 
-/// Goes one way, and removes what was made on it however it ended.
-async fn probe(session: &Session, client: &Client, way: &Way<'_>, interrupted: &CancellationToken) -> CheckResult {
-    let name = way.name();
-    let source = ImageSpec::named(way.source_pool, format!("rbd-offload.probe-{}", Uuid::new_v4()));
+/// Goes one route, and removes what was made on it however it ended.
+async fn probe(
+    session: &Session,
+    client: &Client,
+    route: &PublishRoute<'_>,
+    interrupted: &CancellationToken,
+) -> CheckResult {
+    let name = route.name();
+    let source = ImageSpec::named(route.source_pool, format!("rbd-offload.probe-{}", Uuid::new_v4()));
     let id = match session.create_probe_image().await {
         Ok(id) => id,
         Err(error) => {
             return CheckResult::fault(name, error.to_string(), "let the daemon's user create images in Glance");
         }
     };
-    let image = ImageSpec::named(way.dest_pool, id.clone());
+    let image = ImageSpec::named(route.dest_pool, id.clone());
     let begun = Instant::now();
     let made = tokio::select! {
-        made = timeout(LIMIT, publish_and_read(session, client, way, &source, &id)) => {
+        made = timeout(LIMIT, publish_and_read(session, client, route, &source, &id)) => {
             made.unwrap_or_else(|_| Err(Failed::Other(not_within(LIMIT))))
         }
         () = interrupted.cancelled() => Err(Failed::Interrupted),
@@ -176,7 +182,7 @@ async fn probe(session: &Session, client: &Client, way: &Way<'_>, interrupted: &
                 begun.elapsed().as_secs_f64()
             ),
         ),
-        Err(failed) => judge(&name, way, failed),
+        Err(failed) => judge(&name, route, failed),
     };
     let removed = timeout(LIMIT, remove(session, client, &source, &image, &id)).await;
     match removed.unwrap_or_else(|_| Err(Failed::Other(not_within(LIMIT)))) {
@@ -200,16 +206,16 @@ fn not_within(limit: Duration) -> String {
 async fn publish_and_read(
     session: &Session,
     client: &Client,
-    way: &Way<'_>,
+    route: &PublishRoute<'_>,
     source: &ImageSpec,
     id: &str,
 ) -> Result<Duration, Failed> {
     let mut data: Vec<u8> = Uuid::new_v4().as_bytes().iter().copied().cycle().take(WRITTEN).collect();
     client.create_probe_image(source, SNAPSHOT, SIZE, data.clone()).await?;
-    let image = ImageSpec::named(way.dest_pool, id);
+    let image = ImageSpec::named(route.dest_pool, id);
     let begun = Instant::now();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
-    let fault = if way.at_once {
+    let fault = if route.at_once {
         client.clone_image(source, SNAPSHOT, &image, Features::WITHOUT_MAPS).await?;
         publish::seal_clone(client, &image).await?
     } else {
@@ -221,7 +227,7 @@ async fn publish_and_read(
     if let Some(fault) = fault {
         return Err(Failed::Other(format!("{image} cannot be published: {fault}")));
     }
-    let url = publish::location(&client.fsid().await?, way.dest_pool, id);
+    let url = publish::location(&client.fsid().await?, route.dest_pool, id);
     let added = session.add_location(id, &url, None).await.map_err(|error| match error.kind() {
         // an older Glance opens the image before it answers
         ErrorKind::Refused => Failed::Refused(error.to_string()),
@@ -252,12 +258,12 @@ async fn publish_and_read(
     }
 }
 
-fn judge(name: &str, way: &Way<'_>, failed: Failed) -> CheckResult {
+fn judge(name: &str, route: &PublishRoute<'_>, failed: Failed) -> CheckResult {
     match failed {
-        Failed::Refused(reason) if way.at_once => CheckResult::warning(
+        Failed::Refused(reason) if route.at_once => CheckResult::warning(
             name,
             format!("{reason}; images from this pool are published when copied"),
-            format!("give Glance's Ceph user `profile rbd-read-only pool={}` beside what it has", way.source_pool),
+            format!("give Glance's Ceph user `profile rbd-read-only pool={}` beside what it has", route.source_pool),
         ),
         Failed::Refused(reason) => {
             CheckResult::fault(name, reason, "see Glance's log, and what its Ceph user may do in the destination pool")

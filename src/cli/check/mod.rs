@@ -30,7 +30,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// How long `check` repeats a call that fails with a transient fault: about what a service's worker takes to start on
 /// a busy host.
-const PATIENCE: Duration = Duration::from_secs(8);
+const RETRY_TIMEOUT: Duration = Duration::from_secs(8);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -65,7 +65,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
         rows.extend(probed.rows);
         stuck |= probed.stuck;
     } else {
-        rows.extend(end_to_end::untried(&config));
+        rows.extend(end_to_end::unprobed(&config));
     }
     listener.abort();
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
@@ -143,10 +143,9 @@ fn stores(config: &Config, stores: Option<&[crate::openstack::GlanceStore]>, fsi
     }
 }
 
-/// One check. It repeats a call with a transient fault for [`PATIENCE`], and the row says so: a service that has just
-/// started, or a busy one, is not what an operator looks for here. A check without an answer within [`LIMIT`] is tried
-/// once more: the services remember a token that they have validated, so a slow first answer is followed by a quick
-/// one.
+/// One check. It repeats a call with a transient fault for [`RETRY_TIMEOUT`], and the row says so: a service that has
+/// just started, or that is busy for a moment, is no fault. A check without an answer within [`LIMIT`] is tried once
+/// more: the services remember a token that they have validated, so a slow first answer is followed by a quick one.
 async fn within(name: &str, remedy: &str, check: impl AsyncFnMut() -> CheckResult) -> CheckResult {
     attempts(name, remedy, 2, check).await
 }
@@ -167,7 +166,7 @@ async fn attempts(
     let mut attempts = 1;
     let mut row = loop {
         match timeout(LIMIT, check()).await {
-            Ok(row) if !row.transient || begun.elapsed() + PAUSE > PATIENCE => break row,
+            Ok(row) if !row.transient || begun.elapsed() + PAUSE > RETRY_TIMEOUT => break row,
             Ok(_) => {}
             Err(_) => {
                 silences = silences.saturating_sub(1);
@@ -210,7 +209,7 @@ mod tests {
         let begun = Instant::now();
         let row = within("Cinder", "", async || CheckResult::fault("Cinder", "503", "wait").transient_if(true)).await;
         assert_eq!(row.verdict, Verdict::Fault);
-        assert!(row.detail.starts_with("503; attempt ") && begun.elapsed() <= PATIENCE, "{row:?}");
+        assert!(row.detail.starts_with("503; attempt ") && begun.elapsed() <= RETRY_TIMEOUT, "{row:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_certain_fault_is_told_at_once() {
+    async fn a_permanent_fault_is_not_retried() {
         let begun = Instant::now();
         let mut attempts = 0;
         let row = within("Keystone", "", async || {

@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_stands_there_with_its_default_and_what_it_is_for() {
+    fn the_page_has_every_key_with_its_default_and_description() {
         let page = plain();
         let mut lines = page.lines();
         let mut section = "";

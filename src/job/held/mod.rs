@@ -256,14 +256,14 @@ impl HeldJob {
     }
 
     /// Attempts in which another service may take its time: more than the job itself has.
-    pub fn patience(&self) -> u32 {
+    pub fn service_attempts(&self) -> u32 {
         self.context.config.borrow().offload.retries.saturating_add(SERVICE_PAUSES)
     }
 
     /// Attempts, with pauses of at most [`BACKOFF_MAX`] between them, in which a Glance task has ended, also one that
     /// hashes the image.
-    pub fn glance_patience(&self, record: &Record) -> u32 {
+    pub fn glance_attempts(&self, record: &Record) -> u32 {
         let hashes = record.bytes_total / HASHED_PER_SECOND / BACKOFF_MAX.as_secs();
-        self.patience().saturating_add(u32::try_from(hashes).unwrap_or(u32::MAX))
+        self.service_attempts().saturating_add(u32::try_from(hashes).unwrap_or(u32::MAX))
     }
 }

@@ -4,7 +4,7 @@
 use jiff::SignedDuration;
 use tokio_util::sync::CancellationToken;
 
-use super::{Begins, JobRun, StepError, StepResult};
+use super::{JobRun, StepError, StepResult, TakeOverPurpose};
 use crate::job::record::{HandoverState, State};
 use crate::openstack::Image;
 use crate::publish::image_status::Status;
@@ -90,7 +90,7 @@ impl JobRun {
             }
         }
         // so that the next owner knows of this one, if it ends half way
-        self.take_over(Begins::Report).await?;
+        self.take_over(TakeOverPurpose::Report).await?;
         // it may have been taken back meanwhile
         let image = self.job.read_image().await?;
         let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);

@@ -51,7 +51,7 @@ impl JobRun {
             Err(StepError::WhenCopied(reason)) => {
                 // places among the jobs of the pool are taken again
                 drop(attempt);
-                self.turn_to_when_copied(&reason).await?
+                self.switch_to_when_copied(&reason).await?
             }
             applied => applied,
         };
@@ -81,11 +81,11 @@ impl JobRun {
 
     /// The image cannot be published at once: does the job again, and publishes when copied. The inner result is of
     /// the steps.
-    async fn turn_to_when_copied(&self, reason: &str) -> StepResult<StepResult<()>> {
+    async fn switch_to_when_copied(&self, reason: &str) -> StepResult<StepResult<()>> {
         tracing::warn!(image_id = %self.job.id, job_stage = "publish", reason,
             "the image is not published at once, but when it is copied");
         // stored first: another daemon that takes over does not try again
-        self.job.update(|record| record.turn_to_when_copied(reason)).await?;
+        self.job.update(|record| record.switch_to_when_copied(reason)).await?;
         // a copy is to be made: it takes a place again
         self.job.waits.store(false, Ordering::SeqCst);
         let config = self.job.context.config.borrow().clone();
@@ -240,7 +240,7 @@ impl JobRun {
     /// Restarts an ended job if the image record has a request again, or if the operator retries it. A notification
     /// about it may be late, so the record decides. Returns whether the job was restarted.
     async fn restart_if_rerequested(&self) -> StepResult<bool> {
-        const WISHES: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
+        const RESTART_SIGNALS: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
         let seen = self.job.signals().await;
         let image = match self.job.context.cloud.image(&self.job.id.to_string()).await {
             Ok(image) => image.filter(|image| image.status == "queued"),
@@ -270,7 +270,7 @@ impl JobRun {
                     if let (Some(source), false) = (asked, retried) {
                         record.source = source;
                     }
-                    signals.seen_in(&seen, &WISHES)
+                    signals.seen_in(&seen, &RESTART_SIGNALS)
                 })
                 .await?;
             if self.job.record().await.state.is_ended() {
@@ -284,7 +284,7 @@ impl JobRun {
             .update_with_signals(|record, signals| {
                 record.owner = None;
                 record.owner_address = None;
-                signals.seen_in(&seen, &WISHES)
+                signals.seen_in(&seen, &RESTART_SIGNALS)
             })
             .await?;
         self.job.index().await?;

@@ -4,9 +4,9 @@
 //! seconds apart), in vain while our snapshot is on the disk, and then goes on without a word: the disk of a deleted
 //! instance stays behind, and a rebuilt instance boots its old disk as the new image. So the copy ends as soon as Nova
 //! begins, and the snapshot goes before the minute is over. A removal that our snapshot hinders takes Nova that minute,
-//! so none begins and ends between two looks. Volumes need no such care: Cinder moves theirs to the trash.
+//! so none begins and ends between two polls. Volumes need no such care: Cinder moves theirs to the trash.
 //!
-//! The time that there is, in seconds: 3 until the next look, 10 at most for Nova's answer, and what is left for ending
+//! The time budget, in seconds: 3 until the next poll, 10 at most for Nova's answer, and the rest for ending
 //! the transfer and for removing the unfinished copy, which goes before the anchor and the snapshot.
 
 use std::time::Duration;
@@ -68,7 +68,7 @@ impl JobRun {
     async fn change_of(&self, instance: &Source) -> Result<Option<DiskChange>, String> {
         let id = instance.id().to_string();
         match timeout(ANSWER_WITHIN, self.job.context.cloud.server(&id)).await {
-            Ok(Ok(Some(server))) if server.is_out_of_reach() => Err("its cell does not answer".into()),
+            Ok(Ok(Some(server))) if server.is_in_unreachable_cell() => Err("its cell does not answer".into()),
             Ok(Ok(Some(server))) => Ok(server.disk_change()),
             Ok(Ok(None)) => Ok(Some(DiskChange::Deleted)),
             Ok(Err(error)) => Err(error.to_string()),

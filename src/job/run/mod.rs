@@ -67,7 +67,7 @@ pub enum RunResult {
 
 /// What a daemon becomes the owner for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Begins {
+enum TakeOverPurpose {
     Attempt,
     /// Only the requester is told that the job waits.
     Report,
@@ -137,7 +137,7 @@ impl JobRun {
     pub async fn run(mut self, drain: CancellationToken) -> RunResult {
         let client = match self.take_client(&drain).await {
             Ok(client) => client,
-            Err(stop) => return self.not_begun(stop).await,
+            Err(stop) => return self.handle_failed_take_over(stop).await,
         };
         let ended = {
             let work = self.work(&drain, client.as_ref());
@@ -259,7 +259,7 @@ impl JobRun {
     async fn release_given_up(&self, reason: Option<String>, ending: Option<Outcome>) -> StepResult<()> {
         let record = self.job.record().await;
         let spent = match &reason {
-            Some(reason) => self.spent_retries(reason).await,
+            Some(reason) => self.failure_after_last_retry(reason).await,
             None => None,
         };
         let ending = ending.or(spent).filter(|_| !record.state.is_ended() && record.phase() < Phase::Detach);
@@ -285,9 +285,9 @@ impl JobRun {
     }
 
     async fn work(&self, drain: &CancellationToken, client: &dyn Lent) -> Result<RunResult, GivenUp> {
-        match self.take_over(Begins::Attempt).await {
+        match self.take_over(TakeOverPurpose::Attempt).await {
             Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
-            Err(stop) => return Ok(self.not_begun(stop).await),
+            Err(stop) => return Ok(self.handle_failed_take_over(stop).await),
         }
         if let Some(ending) = self.exceeds_takeover_limit().await {
             return Ok(self.handle_stop(StepError::End(ending)).await);
@@ -340,7 +340,7 @@ impl JobRun {
 
     /// Leaves a job that this daemon is not the owner of yet. The previous owner may still be at work: nothing may be
     /// made or removed, and its address must stay.
-    async fn not_begun(&self, stop: StepError) -> RunResult {
+    async fn handle_failed_take_over(&self, stop: StepError) -> RunResult {
         match stop {
             StepError::Retry(reason) | StepError::End(Outcome { reason, .. }) => {
                 let outcome = self.schedule_retry(&reason, CountsAttempt::No).await;
@@ -379,7 +379,7 @@ impl JobRun {
     }
 
     /// Fences the owner that did not release the job, and becomes the owner.
-    async fn take_over(&self, begins: Begins) -> StepResult<()> {
+    async fn take_over(&self, purpose: TakeOverPurpose) -> StepResult<()> {
         let address = self.job.context.storage.address().await?;
         let taken = fence_owner(self.job.context.storage.as_ref(), &self.job.record().await, &address).await?;
         let owner = self.job.context.identity.owner();
@@ -396,7 +396,7 @@ impl JobRun {
                 // the fence keeps the previous owner out of Ceph, not out of Glance
                 record.needs_repair |= taken || signals.has(Signal::NeedsRepair);
                 let mut consumed = vec![Signal::NeedsRepair];
-                if begins == Begins::Attempt {
+                if purpose == TakeOverPurpose::Attempt {
                     record.not_before = None;
                     // the attempt reads the image first of all
                     consumed.push(Signal::RecheckImage);

@@ -123,7 +123,7 @@ impl JobRun {
     }
 
     async fn retry_or_fail(&self, reason: &str) -> RunResult {
-        match self.spent_retries(reason).await {
+        match self.failure_after_last_retry(reason).await {
             Some(outcome) => self.abort_job(outcome).await,
             None => self.schedule_retry(reason, CountsAttempt::Yes).await,
         }
@@ -173,7 +173,7 @@ impl JobRun {
     }
 
     /// The end of a job that has no retry left.
-    pub(super) async fn spent_retries(&self, reason: &str) -> Option<Outcome> {
+    pub(super) async fn failure_after_last_retry(&self, reason: &str) -> Option<Outcome> {
         let record = self.job.record().await;
         let attempts = record.attempts.saturating_add(1);
         // nothing undoes an active image

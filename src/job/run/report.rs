@@ -32,7 +32,7 @@ impl JobRun {
                     return self.signal_rerequested().await;
                 }
                 // only a notification spoke of a request: the daemon writes nothing on a record that has none
-                TagRequest::Absent if !record.retried && !image_status::shows_work(&image) => return Ok(()),
+                TagRequest::Absent if !record.retried && !image_status::shows_running_job(&image) => return Ok(()),
                 _ => {}
             }
         }

@@ -120,7 +120,7 @@ impl JobRun {
     /// The copy is complete. Reads what has become of the image meanwhile.
     async fn begin_publishing(&self, attempt: &mut Attempt) -> StepResult<()> {
         // from here on the watcher leaves the image record alone, and nothing more is copied into the pool
-        let known = self.shown.lock().await.take().filter(|image| !image_status::shows_work(image));
+        let known = self.shown.lock().await.take().filter(|image| !image_status::shows_running_job(image));
         if let Some(copying) = attempt.copying.take() {
             drop(copying.slot);
         }
@@ -132,7 +132,7 @@ impl JobRun {
         // What the plan read a moment ago will do: Glance's answer to the change of the record is judged again, before
         // the location is posted. Published at once, that change replaces the tags.
         let is_recent = attempt.began.elapsed() < image_status::SHOWN_AFTER && record.publish == Publish::WhenCopied;
-        let image = match known.filter(|_| is_recent && record.is_first_try() && record.handover.is_none()) {
+        let image = match known.filter(|_| is_recent && record.is_first_attempt() && record.handover.is_none()) {
             Some(image) => image,
             None => self.job.read_image().await?,
         };

@@ -15,7 +15,7 @@ use crate::openstack::Image;
 use crate::publish::image_status::{self, Status};
 use crate::telemetry::unix_time;
 
-/// How often the watcher looks at the record and shows progress.
+/// How often the watcher polls the job's record and shows progress.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How often the tenant's record is read or changed while the copy runs.
@@ -31,9 +31,9 @@ const COPYING: &str = "the disk is being copied inside the storage cluster";
 
 /// What the watcher has seen and shown.
 struct PollState {
-    /// When it last looked at the tenant's record, and how long after that it looks again.
-    looked: Instant,
-    look_again: Duration,
+    /// When it last read the image record, and how long after that it reads it again.
+    image_read_at: Instant,
+    read_image_after: Duration,
     /// When it last changed the record, and the job's steps by then.
     shown: Instant,
     steps: u64,
@@ -72,16 +72,17 @@ impl JobRun {
     }
 
     async fn poll_loop(&self) -> StepError {
-        let (looked, shown) = (Instant::now(), Instant::now());
+        let (image_read_at, shown) = (Instant::now(), Instant::now());
         let message = COPYING.to_owned();
-        let mut seen = PollState { looked, look_again: image_status::SHOWN_AFTER, shown, steps: 0, message };
+        let mut seen =
+            PollState { image_read_at, read_image_after: image_status::SHOWN_AFTER, shown, steps: 0, message };
         loop {
             sleep(WATCH_INTERVAL.min(self.job.lease.renewal_interval())).await;
             match self.poll_once(&mut seen).await {
                 Ok(()) => {}
                 // a transient error is no reason for the watcher to stop a transfer that goes well
                 Err(StepError::Retry(reason)) => {
-                    tracing::debug!(image_id = %self.job.id, reason, "the watcher could not look")
+                    tracing::debug!(image_id = %self.job.id, reason, "a poll of the watcher failed")
                 }
                 Err(stop) => return stop,
             }
@@ -112,10 +113,10 @@ impl JobRun {
             return Ok(());
         }
         let percent = self.note_progress().await?;
-        if seen.looked.elapsed() < seen.look_again {
+        if seen.image_read_at.elapsed() < seen.read_image_after {
             return Ok(());
         }
-        (seen.looked, seen.look_again) = (Instant::now(), TENANT_INTERVAL);
+        (seen.image_read_at, seen.read_image_after) = (Instant::now(), TENANT_INTERVAL);
         let steps = self.job.progress.steps();
         if steps != seen.steps && seen.shown.elapsed() >= HEARTBEAT_INTERVAL && self.has_waiting_service().await {
             seen.message = format!("{COPYING}; {}", self.heartbeat_text());
@@ -149,7 +150,7 @@ impl JobRun {
     /// now: since it was read for the plan, a client may have begun an upload, or a service may have taken its offer
     /// back, and an image that another writer makes must not get properties of ours.
     async fn show_status(&self, image: Image, status: Status, percent: u8, message: &str) -> StepResult<Image> {
-        let image = if image_status::shows_work(&image) {
+        let image = if image_status::shows_running_job(&image) {
             image
         } else {
             let now = self.job.read_image().await?;
@@ -172,10 +173,10 @@ impl JobRun {
             self.job.update_with_signals(|_, now| now.seen_in(signals, &[Signal::RecheckImage])).await?;
         }
         // what is left of a deleted image is being removed already
-        if self.is_deletion_noted().await || !told && seen.looked.elapsed() < DELETION_INTERVAL {
+        if self.is_deletion_noted().await || !told && seen.image_read_at.elapsed() < DELETION_INTERVAL {
             return Ok(());
         }
-        seen.looked = Instant::now();
+        seen.image_read_at = Instant::now();
         self.note_deletion().await?;
         if self.is_deletion_noted().await { Err(StepError::Later(Duration::ZERO)) } else { Ok(()) }
     }
@@ -208,7 +209,7 @@ impl JobRun {
     pub(super) async fn show(&self, image: Image, status: Status, message: &str) -> StepResult<()> {
         self.job.check_cancelled()?;
         let mut shown = self.shown.lock().await;
-        let is_awaited = image_status::shows_work(&image) || self.job.record().await.handover.is_some();
+        let is_awaited = image_status::shows_running_job(&image) || self.job.record().await.handover.is_some();
         let image = if is_awaited { self.show_status(image, status, 0, message).await? } else { image };
         if image.status != "queued" {
             return other_writer();
@@ -223,7 +224,9 @@ impl JobRun {
         if self.job.record().await.handover.is_some() {
             return;
         }
-        let Some(image) = self.shown.lock().await.take_if(|image| image_status::shows_work(image)) else { return };
+        let Some(image) = self.shown.lock().await.take_if(|image| image_status::shows_running_job(image)) else {
+            return;
+        };
         if let Err(stop) = self.job.patch_status(image, status, 95, message).await {
             tracing::debug!(image_id = %self.job.id, ?stop, "the status was not shown");
         }

@@ -41,7 +41,7 @@ impl Step for CloneStep {
         job.will_make(Artifact::Copy).await?;
         let request = copying.request(job.tag().await);
         // a client that opens the image before its objects are there must find no object map
-        match transfer::clone_marked(storage, &request, Features::WITHOUT_MAPS).await {
+        match transfer::clone_tagged(storage, &request, Features::WITHOUT_MAPS).await {
             Ok(()) => {}
             Err(error) if transfer::is_for_another_method(&error) => {
                 return Err(StepError::WhenCopied(format!("the source cannot be cloned: {error}")));

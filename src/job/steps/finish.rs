@@ -84,7 +84,7 @@ impl Step for Finish {
         become_active(job).await?;
         // the task that hashes the image makes it active again at its end
         let now = job.read_image().await?;
-        if now.status != "deactivated" || (has_running_task(&now) && record.attempts < job.glance_patience(record)) {
+        if now.status != "deactivated" || (has_running_task(&now) && record.attempts < job.glance_attempts(record)) {
             return Err(StepError::Retry("the image is deactivated; Glance still works on it".into()));
         }
         Ok(())

@@ -19,7 +19,7 @@ use crate::request;
 /// How long the client service may take to commit. It polls the image record every 0.5 to 5 s.
 const COMMIT_WITHIN: Duration = Duration::from_secs(120);
 
-/// Pause between looks at the image record.
+/// Pause between polls of the image record.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the image record says while the daemon waits for the service.

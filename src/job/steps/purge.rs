@@ -13,7 +13,7 @@ use crate::ceph::{Changed, ImageSpec};
 use crate::openstack::VolumeDeletion;
 use crate::request::Source;
 
-/// How long Cinder usually takes to delete a volume once its disk is in the trash, and the pause between looks.
+/// How long Cinder usually takes to delete a volume once its disk is in the trash, and the pause between polls.
 const DELETED_WITHIN: Duration = Duration::from_secs(5);
 const DELETING_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -51,7 +51,7 @@ impl Step for Purge {
                 VolumeDeletion::Done => break,
                 // between the move to the trash and the end of the volume
                 VolumeDeletion::UnderWay if started.elapsed() < DELETED_WITHIN => sleep(DELETING_INTERVAL).await,
-                VolumeDeletion::UnderWay if record.attempts < job.patience() => {
+                VolumeDeletion::UnderWay if record.attempts < job.service_attempts() => {
                     return Err(StepError::Retry(format!("Cinder is still deleting volume {id}")));
                 }
                 VolumeDeletion::UnderWay | VolumeDeletion::No => {

@@ -63,7 +63,7 @@ impl CopySource {
         before: &Readable,
         result: &ceph::Result<T>,
     ) -> ceph::Result<bool> {
-        if result.as_ref().is_err_and(|e| !may_come_of_a_cut_chain(e)) {
+        if result.as_ref().is_err_and(|e| !may_follow_from_a_changed_chain(e)) {
             return Ok(true);
         }
         let is_unchanged = self.readable(storage).await? == *before;
@@ -76,7 +76,7 @@ impl CopySource {
 }
 
 /// Whether an error may come from a parent that was removed, and not from this client.
-fn may_come_of_a_cut_chain(error: &ceph::Error) -> bool {
+fn may_follow_from_a_changed_chain(error: &ceph::Error) -> bool {
     !matches!(
         error.kind(),
         ErrorKind::Cancelled | ErrorKind::Fenced | ErrorKind::NotLocked | ErrorKind::Exists | ErrorKind::NoSpace

@@ -71,7 +71,7 @@ impl Step for Register {
     /// become active without data.
     async fn undo(&self, job: &HeldJob, record: &Record, image: Option<&Image>) -> StepResult<()> {
         let is_posted = record.state == State::Publishing && record.registration >= Registration::Posted;
-        if is_posted && record.attempts < job.glance_patience(record) && image.is_some_and(has_running_task) {
+        if is_posted && record.attempts < job.glance_attempts(record) && image.is_some_and(has_running_task) {
             return Err(StepError::Retry("Glance still works on the image".into()));
         }
         Ok(())
@@ -85,7 +85,7 @@ async fn tasks(job: &HeldJob) -> StepResult<Vec<openstack::ImageTask>> {
 /// The image's tasks before the location is posted. A job that tries for the first time has posted none that failed, so
 /// only the one that runs counts, which the image record names.
 async fn tasks_before(job: &HeldJob, image: &Image, record: &Record) -> StepResult<Vec<String>> {
-    if record.is_first_try() {
+    if record.is_first_attempt() {
         return Ok(running_task(image).into_iter().cloned().collect());
     }
     Ok(tasks(job).await?.into_iter().map(|task| task.id).collect())

@@ -112,7 +112,7 @@ impl Region {
             let mut world = self.world.lock();
             world.log(|| format!("the service does {id} itself"));
             if let Some(record) = world.cloud.images.get_mut(id) {
-                take_marks_off(record);
+                take_tags_off(record);
             }
         }
         sleep(Duration::from_secs(1)).await;
@@ -125,7 +125,7 @@ impl Region {
     }
 }
 
-fn take_marks_off(record: &mut ImageRecord) {
+fn take_tags_off(record: &mut ImageRecord) {
     record.image.properties.retain(|name, _| !name.starts_with("rbd_offload_"));
     record.image.tags.retain(|tag| !tag.starts_with(request::HANDOVER_PREFIX));
 }

@@ -527,7 +527,7 @@ impl Storage for Handle {
             || format!("set metadata {image} {key}={value}"),
             |world| {
                 let id = world.ceph.find_id("set metadata of", image)?;
-                promises::must_be_ours(world, "marking", &id);
+                promises::must_be_ours(world, "setting metadata", &id);
                 if let Some(found) = world.ceph.by_id_mut(&id) {
                     found.metadata.insert(key.into(), value.into());
                 }
@@ -563,7 +563,7 @@ impl Storage for Handle {
             || format!("remove metadata {image} {key}"),
             |world| {
                 let Some(id) = world.ceph.find(image).map(|i| i.id.clone()) else { return Ok(Changed::No) };
-                promises::must_be_ours(world, "unmarking", &id);
+                promises::must_be_ours(world, "removing metadata", &id);
                 Ok(world.ceph.remove_metadata(&id, key))
             },
         )

@@ -138,7 +138,7 @@ fn image(world: &World, id: &str, record: &ImageRecord, job: Option<&Record>) ->
                 broken.push(format!("active image {id} has the features {:#x}", rbd.features));
             }
             if rbd.metadata.contains_key(OWNERSHIP_TAG) && rbd.ours {
-                broken.push(format!("active image {id} bears our mark"));
+                broken.push(format!("active image {id} has the ownership tag"));
             }
             if record.active_by_location {
                 if let Some(property) = image.properties.keys().find(ours) {

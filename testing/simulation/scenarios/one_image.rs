@@ -91,7 +91,7 @@ impl OneImage {
         world.ceph.by_id(rbd).unwrap().content
     }
 
-    /// Content and mark of the RBD image under the image's id.
+    /// Content of the RBD image under the image's id, and whether it has the ownership tag.
     pub fn published(&self) -> Option<(u64, bool)> {
         let world = self.world.lock();
         world.ceph.named("images", &self.image.to_string()).map(|i| (i.content, i.metadata.contains_key(OWNERSHIP_TAG)))
@@ -141,7 +141,7 @@ impl OneImage {
             let location = format!("rbd://{FSID}/images/{name}/snap");
             let serves = world.cloud.images.get(&name).is_some_and(|record| record.locations.contains(&location));
             assert!(serves, "left behind: {}/{name}", image.pool);
-            assert!(!image.metadata.contains_key(OWNERSHIP_TAG), "{name} bears our mark");
+            assert!(!image.metadata.contains_key(OWNERSHIP_TAG), "{name} has the ownership tag");
         }
         let snapshots = world.ceph.images.iter().filter(|image| !image.ours).flat_map(|image| &image.snaps);
         assert_eq!(snapshots.filter(|snap| snap.ours).count(), 0, "a snapshot is left");
