@@ -353,11 +353,12 @@ fn method(text: &mut String) {
         "## How it is measured\n\n\
          - CPU: `utime + stime` of `/proc/PID/stat`, children included, from the request until the image is active. Glance hashes a \
          registered image afterwards (`do_secure_hash`): that is not in the table, and nothing is measured while it does.\n\
-         - Network: the kernel's counters of each TCP socket of the process (`bytes_received`, `bytes_acked`), of living sockets by `ss`, of \
-         those closed meanwhile by the kernel's announcement of their end. All of it counts, the AMQP, HTTP and RADOS of the control path too.\n\
+         - Network: the kernel's counters of each TCP socket of the process (`bytes_received`, `bytes_acked`). `ss` reads \
+         those of open sockets; the kernel announces those of a socket that closes. AMQP, HTTP and RADOS of the control \
+         path count too.\n\
          - Active: Glance's own notification. Polling would cost CPU.\n\
-         - Stored: what the pool's `bytes_used` grew by. Memory: `VmHWM`, reset before each run; *its own*: what no other process shares (`Private_*`), which \
-         leaves out librados and librbd where other programs of the host use them.\n\
+         - Stored: what the pool's `bytes_used` grew by. Memory: `VmHWM`, reset before each run; *its own*: \
+         memory that no other process shares (`Private_*`), without librados and librbd if other programs use them.\n\
          - `rbd cp` of a clone's snapshot is not a correct copy (it loses what only the parent has); its time is shown all the same.\n",
     );
 }
