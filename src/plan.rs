@@ -250,8 +250,8 @@ pub async fn build(
     })
 }
 
-/// Reads the source again once its snapshot exists: owner, status and place must be those of the plan. Another user
-/// may own the source since, and what the snapshot holds is theirs then.
+/// Reads the source again once its snapshot exists: owner, status and place must be those of the plan. Another project
+/// may own the source by now, and the data in the snapshot with it.
 ///
 /// # Errors
 /// [`PlanError::Declined`] where the plan would be declined now.
@@ -687,8 +687,7 @@ fn in_mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// The properties that the image gets from its source. `protected`: what the names start with of those that it does
-/// not.
+/// The properties that the image gets from its source. Names that start with one of `protected` are left out.
 ///
 /// # Errors
 /// [`PlanError::Declined`] where they are more than an image takes.
@@ -703,8 +702,9 @@ pub fn inherit(
     Ok(properties)
 }
 
-/// What Cinder's own upload would hand on of the volume's image metadata; what the record has already stays. Names that
-/// start with one of `protected` are left out: the daemon may write what Glance forbids the tenant.
+/// The part of the volume's image metadata that Cinder's own upload would copy to the image. Properties that the record
+/// has already stay. Names that start with one of `protected` are left out: the daemon may write properties that Glance
+/// forbids the tenant.
 fn inherited(metadata: &BTreeMap<String, String>, image: &Image, protected: &[String]) -> BTreeMap<String, String> {
     metadata
         .iter()
@@ -716,7 +716,7 @@ fn inherited(metadata: &BTreeMap<String, String>, image: &Image, protected: &[St
         .collect()
 }
 
-/// An image record may be of several MB, and the job's record holds what is inherited.
+/// An image record may be of several MB, and the job's record holds the inherited properties.
 fn check_inherited(properties: &BTreeMap<String, String>, source: Source) -> Result<()> {
     let bytes = serde_json::to_string(properties).map_or(usize::MAX, |text| text.len());
     if properties.len() <= INHERITED_MAX && bytes <= INHERITED_BYTES_MAX {

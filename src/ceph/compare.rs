@@ -1,10 +1,10 @@
-//! Comparing a snapshot with a copy of it, both read through librbd: the proof that does not trust how the copy was
-//! made.
+//! Compares a snapshot with a copy of it, both read through librbd. The check does not rely on the code that made the
+//! copy.
 //!
-//! A sample does not go by the list of objects that the copy went by, which may be what is wrong. It is drawn from the
-//! whole image, holes and the parents' share included. More is drawn where librbd's own enumeration, layer by layer,
-//! shows data, where the copy has data and the source shows none, and around the places where a mistake is likely:
-//! borders of objects, ends of overlaps.
+//! A sample does not use the list of objects that the copy used, since that list may be wrong. It is drawn from the
+//! whole image, holes and the parents' share included. More blocks are drawn where librbd's own enumeration, layer by
+//! layer, shows data, where the copy has data and the source shows none, and where a mistake is likely: at borders of
+//! objects and ends of overlaps.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -1,5 +1,5 @@
-// RADOS copy_from for fill.rs: an OSD reads an object from another OSD, of whatever pool, and writes it as its own; and
-// what is needed beside it to keep holes.
+// RADOS copy_from for fill.rs: an OSD reads an object from another OSD, of any pool, and writes it as its own. Beside
+// it, the calls that keep holes.
 //
 // librados offers it in C++ only. No exception leaves this file.
 

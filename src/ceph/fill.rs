@@ -58,7 +58,7 @@ const PAGE: u64 = 4096;
 /// Objects of a flattened image that are made sparse at a time.
 const SPARSIFY_CONCURRENCY: usize = 8;
 
-/// A way to go wrong, for tests of what comes after a fill.
+/// A fault of the fill, for tests of the steps after it.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FillFault {
@@ -131,7 +131,7 @@ pub(super) fn fill(
     if moved.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
         return moved;
     }
-    // Also where it broke off: the clone is right as it is, and the flatten may go on from there.
+    // After an error too: the clone is right as it is, and the flatten may go on from there.
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     if !to.features()?.has(Features::MAPS) {
         make_maps(&to, layout.count(size), inquiry)?;
@@ -152,8 +152,8 @@ fn can_be_copied(object: u64, layer: &Layer) -> bool {
 /// Which version of an object is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Versions {
-    /// The one that the OSD has at the snapshot when it copies. Once the snapshot is removed, that is what was written
-    /// since.
+    /// The version that the OSD has at the snapshot when it copies. After the snapshot is removed, that is data that
+    /// was written later.
     Any,
     /// The version that the scan saw. No other version is ever copied.
     Seen,
@@ -194,11 +194,11 @@ impl<'a> ObjectScan<'a> {
         Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, versions, inquiry })
     }
 
-    /// What is to be copied of a stretch of whole sets of objects.
+    /// The objects to copy in a stretch of whole sets of objects.
     fn plan(&self, stretch: &Range<u64>) -> Result<Vec<ObjectCopy>> {
         let Self { layout, inquiry, .. } = *self;
         let bytes = layout.bytes_of_sets(stretch);
-        // Objects that a nearer layer holds, in whole or in part: what the layers below have there is hidden.
+        // Objects that a nearer layer holds, in whole or in part. They hide the objects of the layers below.
         let mut decided = vec![false; usize::try_from(stretch.end - stretch.start).unwrap_or_default()];
         let mut decide = |object: u64| {
             let place =
@@ -248,9 +248,9 @@ impl<'a> ObjectScan<'a> {
     }
 }
 
-/// Copies what the scan finds from the object `first` on, a stretch at a time, and makes the holes that could not be
-/// foreseen. `before_copying` is called when it is known what is to be copied of a stretch, and none of it is; `done`
-/// when all objects before this one are there, with what was moved so far.
+/// Copies the objects that the scan finds from the object `first` on, a stretch at a time, and makes the holes that
+/// were not known before. Calls `before_copying` after it has listed the objects of a stretch, and before it copies the
+/// first one. Calls `done` after a stretch, with the number of the next object and the bytes moved so far.
 pub(super) fn copy_all(
     copier: &mut Copier<'_>,
     scan: &ObjectScan<'_>,
@@ -263,7 +263,8 @@ pub(super) fn copy_all(
     let ObjectScan { layout, count, .. } = *scan;
     let (progress, mut number) = (copier.inquiry.progress, 0);
     let mut next = layout.start_of_set(first.min(count));
-    // What is not listed yet counts as far as it is known. So the total shrinks, and what is done never does.
+    // Objects that are not listed yet count with their upper bound. So the total may shrink, but the progress never
+    // does.
     let mut unlisted = scan.upper_bound(next..count);
     let mut planned = 0;
     progress.set_total(unlisted * layout.object_size);
@@ -303,8 +304,8 @@ pub(super) fn copy_all(
     Ok(())
 }
 
-/// Makes the object maps of the image, which has so many objects, and of its snapshots from the objects that there are.
-/// librbd asks for each object at its own pace; what comes after it makes up for that.
+/// Rebuilds the object maps of the image, which has so many objects, and of its snapshots. librbd asks the OSDs for
+/// each object at its own pace; the rate limiter delays later questions instead.
 fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
     image.set_features(Features::MAPS, true)?;
     inquiry.rate.charge(objects as f64 * QUESTION);
@@ -407,7 +408,7 @@ pub(super) fn flatten(
     if image.parent()?.is_none() {
         return Ok(Moved::default());
     }
-    // librbd does not tell what it moves: the objects that a parent holds and the clone does not.
+    // librbd does not report how much it moves: it moves the objects that a parent holds and the clone does not.
     let operation = format!("flatten {spec}");
     let inquiry = Inquiry { operation: &operation, rate, progress, cancel };
     let unknown_holes = has_unknown_holes(cluster, &image, inquiry)?;
@@ -424,8 +425,8 @@ pub(super) fn flatten(
     Ok(Moved { bytes, through_host: 2 * bytes, objects: bytes.div_ceil(object_size.max(1)) })
 }
 
-/// Makes holes again in what a flatten copied into these objects. It keeps those that it is told of; an erasure-coded
-/// pool tells none.
+/// Makes holes again in the objects that a flatten copied. The flatten keeps the holes that the pool reports; an
+/// erasure-coded pool reports none.
 fn sparsify_flattened(image: &Image, objects: &[u64], inquiry: Inquiry<'_>) -> Result<()> {
     let (data, destination) = (open_to_fill(image)?, DataObjects::of(image, None)?);
     let mut copier = Copier::new(&data, &destination, inquiry);

@@ -368,7 +368,7 @@ impl Listing<'_> {
         object < self.count && self.map.as_ref().is_none_or(|map| map.exists(object))
     }
 
-    /// Where in the image those lie that hold any of these bytes, and what else is in them.
+    /// The extents of the image that are in the objects that hold any of these bytes.
     pub fn extents_near(&self, bytes: &Extent, inquiry: Inquiry<'_>) -> Result<Vec<Extent>> {
         let layout = self.objects.layout;
         let mut extents = Vec::new();
@@ -469,7 +469,7 @@ impl Layer {
         Ok(Self { objects, size, end: end.min(size), migrating, image, snap_id })
     }
 
-    /// Which objects the layer itself holds of what the chain reads from it.
+    /// The objects that the layer itself holds, among those that the chain reads from it.
     pub fn listing(&self) -> Result<Listing<'_>> {
         self.objects.listing(&self.image, self.end)
     }
@@ -524,8 +524,8 @@ pub(super) fn sources(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Layer
     Ok(layers)
 }
 
-/// What a chain of images is made of. It may change under an open image, which does not see it: a parent is flattened,
-/// migrated or removed, and what was read since then may be wrong.
+/// The links of a chain of images. The chain may change while an image is open, which does not see it: a parent is
+/// flattened, migrated or removed, and later reads may be wrong.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Chain(Vec<(i64, String, u64, bool)>);
 
@@ -570,7 +570,7 @@ pub(super) fn data_extents(
     match try_data_extents(cluster, image, snap_id, size, inquiry) {
         Err(e) if matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced) => Err(e),
         Err(e) => {
-            tracing::warn!("reading all of {}: its data cannot be told from holes: {e}", image.spec());
+            tracing::warn!("reading all of {}, since its holes are not known: {e}", image.spec());
             Ok(clip(std::iter::once(0..size).collect(), size))
         }
         extents => extents,
@@ -605,7 +605,7 @@ fn shared_extents(cluster: &Arc<Cluster>, image: &Image, inquiry: Inquiry<'_>) -
     Ok(union(extents))
 }
 
-/// What a flatten of an image has to copy: what a parent holds and the image itself does not.
+/// The objects that a flatten of an image has to copy: a parent holds them and the image itself does not.
 #[derive(Debug, Default)]
 pub(super) struct Missing {
     pub bytes: u64,

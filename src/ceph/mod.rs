@@ -352,10 +352,9 @@ pub trait Storage: Send + Sync + 'static {
         features: Features,
     ) -> Result<()>;
 
-    /// Clones `source@snapshot` to `anchor`, replaces its metadata, and gives it a protected snapshot to clone from. An
-    /// anchor is flattened by others while clones of it are read, so it has no object map: every reader asks the
-    /// cluster for each of its objects. Otherwise as [`clone_image`](Self::clone_image); what it made stays when it
-    /// fails.
+    /// Clones `source@snapshot` to `anchor`, replaces its metadata, and gives it a protected snapshot to clone from.
+    /// Cinder may flatten an anchor while clones of it are read, so it has no object map: every reader asks the cluster
+    /// for each of its objects. Otherwise as [`clone_image`](Self::clone_image). After an error the anchor stays.
     async fn make_anchor(
         &self,
         source: &ImageSpec,
@@ -376,10 +375,11 @@ pub trait Storage: Send + Sync + 'static {
     /// [`ErrorKind::Exists`] when the name is taken.
     async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
 
-    /// Copies into the clone what it shares with its parent, and cuts the parent off. Nothing to do without a parent.
+    /// Copies into the clone the data that it shares with its parent, and cuts the parent off. Does nothing without a
+    /// parent.
     /// [`ErrorKind::Cancelled`] soon after `cancel` fires: librbd's flatten is stopped, or its call is left to end in
     /// the background, and the image is then busy for a moment.
-    /// `limits` hold for the questions about what is to be moved; librbd moves it at its own pace.
+    /// `limits` apply to the questions about objects. librbd moves the data at its own pace.
     async fn flatten(
         &self,
         image: &ImageSpec,
@@ -552,7 +552,7 @@ pub trait Storage: Send + Sync + 'static {
     async fn reconnect(&self) -> Result<Changed>;
 }
 
-/// Clients for jobs, one each: what hangs or is fenced is one job's client, and no other job's.
+/// Clients for jobs, one each. A client that hangs or is fenced stops one job alone.
 #[async_trait]
 pub trait StoragePool: Send + Sync + 'static {
     /// A client for the job of this image that no other job uses until it is returned to the pool.

@@ -9,10 +9,10 @@
 //! So such an image has no map while it has a parent, and gets one when it has none ([`check_rule`]):
 //! [`fill_published`] copies, [`detach`] cuts the parent off, and only then makes the maps.
 //!
-//! The same clients ask the parents for what is a hole in the image, also after the parents have become something else:
-//! a read at a snapshot that was removed returns what was written since, and where an object of the source is gone that
-//! hid data of its own parent, that data shows. So [`detach`] makes an object without bytes of each hole for which
-//! clients would ask the parents. For most holes they do not: the parents' own object maps tell that there is nothing.
+//! The same clients ask the parents for each hole of the image, also after the parents have changed. A read at a
+//! removed snapshot returns data that was written later. If an object of the source is gone that hid data of its own
+//! parent, the read returns that data. So [`detach`] makes an empty object for each hole for which clients would ask
+//! the parents. For most holes they do not ask: the parents' own object maps show that there is no object.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -142,9 +142,9 @@ fn fill_from_parents(
     let (data, objects) = (open_to_fill(&to)?, DataObjects::of(&to, None)?);
     drop(to);
 
-    // An object that no nearer layer is seen to hold is taken from the next one. A snapshot that is removed shows
-    // nothing any more, or what was written since. So what was listed, and the versions that were seen, count only if
-    // the snapshots are still there afterwards. After that no other version is copied: an object that was written
+    // The scan takes an object from the next layer if no nearer layer is seen to hold it. A removed snapshot shows no
+    // objects any more, or data that was written later. So the list of objects, and their versions, count only if the
+    // snapshots are still there after the scan. From then on no other version is copied: an object that was written
     // since ends the copying with a conflict.
     let check_unchanged = || {
         let now = Image::open_existing(cluster, spec, Access::ReadOnly)?;
@@ -163,7 +163,7 @@ fn fill_from_parents(
         saved.send_replace(*state);
     });
     let now = copier.moved;
-    // waits for what is in flight
+    // waits for the copies in flight
     drop(copier);
     *moved = Moved { bytes: before.bytes + now.bytes, objects: before.objects + now.objects, ..before };
     copied
@@ -183,7 +183,7 @@ pub(super) fn detach(
     let has_object_map = image.features()?.has(Features::OBJECT_MAP);
     let inquiry = Inquiry { operation: &operation, rate, progress: &progress.steps_only(), cancel };
     let mut moved = Moved::default();
-    // Where the flatten was done by an earlier call, it is not known any more what the parents held.
+    // If an earlier call did the flatten, the parents' objects are not known any more.
     let mut hidden = ObjectSet::all_of(count);
     if has_parent(&image)? {
         check_rule(&image, true, &operation)?;
@@ -193,7 +193,7 @@ pub(super) fn detach(
             hidden = asked_for(cluster, &image, inquiry).map_err(|e| unless_gone(cluster, &spec, e))?;
         }
         drop(image);
-        // librbd asks for each object at its own pace; what comes after it makes up for that
+        // librbd asks for each object at its own pace; the rate limiter delays later questions instead
         rate.charge(count as f64 * QUESTION);
         let flattened = flatten(cluster, &spec, rate, (progress, cancel));
         moved = flattened.map_err(|e| unless_gone(cluster, &spec, e))?;

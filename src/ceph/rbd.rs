@@ -508,8 +508,8 @@ impl Image {
         self.check("write", r.clamp(c_int::MIN as isize, c_int::MAX as isize) as c_int).map(drop)
     }
 
-    /// The extents below `end` whose objects exist in this image itself, at what is set; its parents' are not among
-    /// them.
+    /// The extents below `end` whose objects exist in this image itself, at the snapshot that is set. Objects of its
+    /// parents are not among them.
     pub fn own_extents(&self, end: u64) -> Result<Vec<Extent>> {
         extern "C" fn add(offset: u64, length: usize, exists: c_int, argument: *mut c_void) -> c_int {
             if exists != 0 {
@@ -541,7 +541,7 @@ impl Image {
         self.check(if on { "enable features of" } else { "disable features of" }, r).map(drop)
     }
 
-    /// Switches on what a published image has and this one lacks, and switches off what it has beside that.
+    /// Enables the features of a published image, and disables all others.
     pub fn set_published_features(&self) -> Result<()> {
         let layout = Features::STRIPINGV2.0 | Features::DATA_POOL.0 | Features::OPERATIONS.0;
         let features = self.features()?;

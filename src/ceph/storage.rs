@@ -447,7 +447,7 @@ impl Storage for Client {
 }
 
 impl Client {
-    /// [`Storage::fill`], which goes wrong on purpose: for tests of what comes after it.
+    /// [`Storage::fill`] with a planted fault, for tests of the steps after it.
     #[doc(hidden)]
     #[allow(clippy::too_many_arguments)]
     pub async fn fill_with_fault(
@@ -798,7 +798,7 @@ fn snapshots(
     Ok(page)
 }
 
-/// Adds to the page what one image's header tells.
+/// Adds the tags and owners in one image's header to the page.
 fn read_header_tags(
     cluster: &Arc<Cluster>,
     io: &IoCtx,

@@ -85,7 +85,7 @@ async fn find(tenant: &Tenant, source: Source) -> Result<Found, Failure> {
     })
 }
 
-/// What of a source the rules look at.
+/// The properties of a source that the rules check.
 struct Disk<'a> {
     status: &'a str,
     /// Bytes; `None` where the API does not tell.

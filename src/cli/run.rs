@@ -148,7 +148,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let failure = tokio::select! {
         ended = serve_signals(&mut signals, path, &log, (&publish_config, &rates), &systemd, &mut working) => {
             if ended {
-                return Err(Failure::new(Failure::SOFTWARE, "the engine ended by itself"));
+                return Err(Failure::new(Failure::SOFTWARE, "the engine ended unexpectedly"));
             }
             None
         }

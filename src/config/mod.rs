@@ -40,13 +40,12 @@ pub type TransportUrlCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
 
 impl Config {
     /// Reads `path`, then `conf.d/*.conf` beside it in lexical order, then `$CREDENTIALS_DIRECTORY/<section>.<key>`,
-    /// then the environment (`RBD_OFFLOAD_<SECTION>__<KEY>`); what comes later wins. Everything wrong is in the one
-    /// error.
+    /// then the environment (`RBD_OFFLOAD_<SECTION>__<KEY>`). A later value wins. The error lists all mistakes.
     pub fn load(path: &Path) -> Result<Config, Error> {
         Self::load_with(path, &|_| Ok(()))
     }
 
-    /// As [`Config::load`], and asks `transport_url` what it thinks of that url.
+    /// As [`Config::load`], and checks the URL of the broker with `transport_url`.
     pub fn load_with(path: &Path, transport_url: TransportUrlCheck<'_>) -> Result<Config, Error> {
         Self::load_from(path, std::env::vars_os(), transport_url)
     }

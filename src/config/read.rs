@@ -4,7 +4,7 @@
 //!   behind a value and no continued lines.
 //! - A value is taken as it is, without the blanks around it and, as in oslo.config, without a pair of quotes around
 //!   all of it. Nothing in it is an escape.
-//! - An empty value takes back what an earlier file says: the default holds.
+//! - An empty value resets a key that an earlier file sets: the default applies.
 //! - `RBD_OFFLOAD_<SECTION>__<KEY>` in any case. For `[backend:NAME]` the section is `BACKEND_` and NAME with every
 //!   character but letters and digits as `_` (`RBD_OFFLOAD_BACKEND_CEPH_SSD__POOL` for `[backend:ceph-ssd]`), which
 //!   works for backends that a file describes, or `BACKEND:` and NAME as it is, where the environment can hold that.
@@ -114,7 +114,7 @@ impl RawConfig {
         self.sections.keys().filter_map(|section| section.strip_prefix(BACKEND_PREFIX))
     }
 
-    /// Lays a file over what is there.
+    /// Sets the keys of a file, over earlier values.
     pub fn add_file(&mut self, file: &File, report: &mut Report) {
         let at = |line| Origin::File { path: file.path.clone(), line };
         if file.bytes.len() > MAX_BYTES {
@@ -169,7 +169,7 @@ impl RawConfig {
         }
     }
 
-    /// Lays `RBD_OFFLOAD_<SECTION>__<KEY>` over what is there. Other variables are not ours.
+    /// Sets the keys of the variables `RBD_OFFLOAD_<SECTION>__<KEY>`, over earlier values. Ignores all other variables.
     pub fn add_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>, report: &mut Report) {
         let mut ours: Vec<(String, OsString)> = variables
             .into_iter()

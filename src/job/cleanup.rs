@@ -281,7 +281,7 @@ impl Cleaner {
     }
 
     /// Removes the snapshot, then the disk of a volume that Cinder has deleted, then the snapshot's tag. The tag goes
-    /// last, so that a later sweep finds what was not done.
+    /// last, so that a later sweep finds an unfinished removal.
     async fn remove_snapshot(&self, leftover: &Leftover) -> Result<bool, CallError> {
         let Leftover { image_id, image, tag, .. } = leftover;
         let storage = self.storage.as_ref();

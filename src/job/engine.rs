@@ -363,7 +363,7 @@ impl Engine {
         metrics::gauge!("rbd_offload_oldest_detaching_seconds").set(age.max(0.0));
     }
 
-    /// The jobs that may be started by what the index says, as soon as there is room.
+    /// The jobs that the index shows as due. They start as soon as there is room.
     fn due(&self, live: Vec<(Uuid, Summary)>) -> Vec<(Uuid, Summary)> {
         let now = self.context.clock.now();
         let running = lock(&self.running);

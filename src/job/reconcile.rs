@@ -182,7 +182,7 @@ pub struct Reconciler {
     unreadable: BTreeSet<String>,
 }
 
-/// How long an ended job is not looked at again: what another writer brings back on the image record comes soon, or
+/// How long an ended job is not checked again: late changes of another writer on the image record come soon, or
 /// after a hash that takes hours. It is a tenth of the time since the job's end.
 fn pause_after(ended_at: Option<Timestamp>, now: Timestamp) -> Duration {
     ended_at
@@ -643,7 +643,7 @@ impl Reconciler {
             }
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
                 if self.unusable.insert(pool.to_owned()) {
-                    tracing::info!(pool, %error, "this pool is not swept for what jobs left");
+                    tracing::info!(pool, %error, "this pool is not searched for leftovers of jobs");
                 }
                 None
             }
@@ -741,7 +741,7 @@ impl Reconciler {
             Ok(tag) => Ok(Some(tag)),
             Err(error) if error.kind() == ErrorKind::Fenced => Err(error.into()),
             Err(error) => {
-                tracing::warn!(%image, %error, "an image was not looked at; the next round tries again");
+                tracing::warn!(%image, %error, "an image could not be checked; the next round tries again");
                 Ok(None)
             }
         }
@@ -771,7 +771,7 @@ impl Reconciler {
                 return Ok(());
             };
             for error in page.failed {
-                tracing::warn!(pool, %error, "an image was not looked at; the next sweep tries again");
+                tracing::warn!(pool, %error, "an image could not be checked; the next sweep tries again");
             }
             let mut found = Vec::new();
             for (image, snapshot) in page.found {
@@ -786,7 +786,7 @@ impl Reconciler {
                     Err(error) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
                     Err(error) => {
                         tracing::warn!(%image, snapshot, %error,
-                            "a snapshot was not looked at; the next sweep tries again");
+                            "a snapshot could not be checked; the next sweep tries again");
                     }
                 }
             }

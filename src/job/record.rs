@@ -288,7 +288,7 @@ pub struct Record {
     pub ended_at: Option<Timestamp>,
     /// The daemon that works on it: `host:pid:instance`.
     pub owner: Option<String>,
-    /// Why it was declined, failed or was cancelled; while it waits, what the last attempt met.
+    /// Why it was declined, failed or was cancelled. While it waits: the error of the last attempt.
     pub reason: Option<String>,
     #[serde(default)]
     pub stages: Vec<Stage>,
@@ -608,7 +608,7 @@ impl Record {
         (self.takeovers, self.takeover_progress) = (0, 0);
     }
 
-    /// At once: Glance has the location, and may make the image active: what is published stays.
+    /// At once: Glance has the location, and may make the image active, so the published image stays.
     pub fn keep_published(&mut self) {
         self.sealed = true;
         self.registration = self.registration.max(Registration::Posted);

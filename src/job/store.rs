@@ -212,12 +212,12 @@ impl Store {
             .signal(image_id, |stored| {
                 let record = &stored.record;
                 let signals = if new.trigger != Trigger::Request {
-                    // a service hands an image over once; what comes later is an echo
+                    // a service hands an image over once; later notifications repeat that
                     vec![]
                 } else if record.state.is_ended() || record.outcome.is_some() {
                     vec![Signal::Rerequested]
                 } else if record.trigger == Trigger::Request && record.source != new.source {
-                    // another request than the one that runs: that ends, and the record is looked at again
+                    // another request than the running one: that one ends, and the record is read again
                     vec![Signal::Rerequested, Signal::RecheckImage]
                 } else {
                     vec![]
@@ -228,7 +228,7 @@ impl Store {
             .await?;
         let Some(stored) = found else { return Ok(None) };
         if stored.record.placeholder && new.trigger != Trigger::Request {
-            // what a service offers is stored once the reconciler is through, in a moment
+            // the offer is stored when the reconciler has removed the placeholder, in a moment
             return Err(Error::Contended(image_id));
         }
         // also when nothing was sent: the daemon that wrote the record may have died before the index said so
@@ -238,9 +238,8 @@ impl Store {
         Ok(Some(submitted))
     }
 
-    /// Sends a job the signals that `choose` names for what it reads, and returns what is stored then. Without a
-    /// signal nothing is written. A signal takes effect when the holder of the lease reads it. `None`: there is no such
-    /// job.
+    /// Sends a job the signals that `choose` names for its record, and returns the stored job. Without a signal it
+    /// writes nothing. A signal takes effect when the holder of the lease reads it. `None`: there is no such job.
     pub async fn signal(&self, image_id: Uuid, choose: impl FnMut(&Stored) -> Vec<Signal>) -> Result<Option<Stored>> {
         self.signal_instead(image_id, &[], choose).await
     }

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 /// Bytes of a body, as it comes and inflated. Nova's largest notifications are below 100 KiB.
 pub const MAX_BODY: usize = 16 * 1024 * 1024;
 
-/// Why a message cannot be read. Says nothing of what is in it: bodies can hold live tokens.
+/// Why a message cannot be read. Holds no part of the message: bodies can hold live tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, thiserror::Error)]
 pub enum EnvelopeError {
     #[error("the body is larger than 16 MiB")]
@@ -88,7 +88,7 @@ pub fn inflate<'a>(body: &'a [u8], compression: Option<&str>) -> Result<Cow<'a, 
     }
 }
 
-/// Stops one byte past the limit: what a bomb would inflate to is never held.
+/// Stops one byte past the limit, so that a compression bomb is never inflated in memory.
 fn drain<'a>(reader: impl Read) -> Result<Cow<'a, [u8]>, EnvelopeError> {
     let mut text = Vec::new();
     reader.take(MAX_BODY as u64 + 1).read_to_end(&mut text).map_err(|_| EnvelopeError::BadCompression)?;

@@ -39,7 +39,7 @@ pub enum Event {
     LegacyInstanceSnapshot { instance_id: Uuid },
 }
 
-/// The types of [`Event`], and one for all others: what a metric's label may be.
+/// The types of [`Event`], and one for all others: the values of a metric's label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EventType {
     ImageCreate,
@@ -230,7 +230,7 @@ fn text_of(value: Option<&RawValue>) -> Option<String> {
     serde_json::from_str(value?.get()).ok()
 }
 
-/// Only what ids are made of, so that a forged one cannot write to the log.
+/// Allows only the characters of ids, so that a forged id cannot write to the log.
 fn message_id(value: Option<&RawValue>) -> Option<String> {
     text_of(value).filter(|id| id.len() <= 64 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'))
 }

@@ -55,7 +55,7 @@ use super::transport_url::{self, FileError, Host, TransportUrl};
 use super::{is_hard_error, is_soft_error};
 use crate::config::Messaging;
 
-/// The pause after all hosts failed, and what it grows by each time up to the last: oslo.messaging's own figures.
+/// The pause after all hosts failed, its growth each time, and its maximum: oslo.messaging's own figures.
 const RECONNECT_FIRST: Duration = Duration::from_secs(1);
 const RECONNECT_STEP: Duration = Duration::from_secs(2);
 const RECONNECT_LAST: Duration = Duration::from_secs(30);
@@ -68,7 +68,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 const RPC_TIMEOUT: Duration = Duration::from_secs(30);
 /// For a call to what remembers the bindings.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Holds the lock for replacing the queue at most this long: twice the time for what is done under it.
+/// Holds the lock for replacing the queue at most this long: twice the time of the calls under it.
 const REPLACE_LOCK: Duration = Duration::from_secs(60);
 /// For calls of the sink that still run when the session ends.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -166,7 +166,7 @@ enum SessionError {
     #[error("the old queue is empty, and is replaced")]
     Emptied,
     #[error(
-        "not allowed to {what}: give the user what it needs ({}) with `{command}` ({error})",
+        "not allowed to {what}: give the user the permissions ({}) with `{command}` ({error})",
         Permissions::REPLACES
     )]
     Denied { what: &'static str, command: String, error: lapin::Error },
@@ -201,8 +201,7 @@ impl Listener {
         self
     }
 
-    /// Where it is remembered what the queue is bound to. Without one, a binding that the configuration no longer names
-    /// stays.
+    /// The store of the queue's bindings. Without one, a binding that the configuration no longer names stays.
     pub fn bindings(mut self, bindings: Arc<dyn Bindings>) -> Listener {
         self.bindings = bindings;
         self
@@ -212,8 +211,8 @@ impl Listener {
         self.status.clone()
     }
 
-    /// Consumes until cancelled, whatever the broker does. On the way out it stops consuming, waits for the sink (10 s
-    /// at most), and closes the connection; what was not stored goes back to the queue.
+    /// Consumes until cancelled, and reconnects after each failure of the broker. Once cancelled, it stops consuming,
+    /// waits for the sink (10 s at most), and closes the connection. Events that were not stored go back to the queue.
     pub async fn run(self, sink: impl Sink, cancel: CancellationToken) {
         for note in &self.url.notes {
             warn!("transport_url: {note}");
@@ -614,7 +613,7 @@ impl Supervisor<'_> {
     }
 }
 
-/// Removes the bindings that the configuration no longer names. The next connection retries what fails.
+/// Removes the bindings that the configuration no longer names. The next connection retries failed removals.
 ///
 /// Once a connection, not again and again: a controller whose configuration was not changed yet binds them again, and
 /// removes them itself when it is restarted with the new one.

@@ -17,7 +17,7 @@ pub struct Permissions {
 
 impl Permissions {
     /// What an operator has to know before running the command.
-    pub const REPLACES: &str = "it replaces what the user has: only for a user of rbd-offload's own";
+    pub const REPLACES: &str = "the command replaces the user's permissions: only for a user of rbd-offload's own";
 
     pub fn of(config: &Messaging) -> Self {
         let queue = format!("^{}$", escape(&config.queue));

@@ -1,4 +1,4 @@
-//! Errors of OpenStack's services: what was asked, what came back. Bodies are shortened and hold no token.
+//! Errors of OpenStack's services, with the call and the answer. Bodies are shortened and hold no token.
 
 use std::fmt;
 
@@ -37,7 +37,7 @@ pub enum ErrorKind {
     Unavailable,
     /// An answer that is not what the API promises.
     Protocol,
-    /// An answer that is longer than what is read.
+    /// An answer that is longer than the limit.
     TooLarge,
     /// The catalog has no such service.
     NoService,

@@ -519,7 +519,7 @@ impl HttpClient {
             let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             let error = Error::from_status(CALL, status, self.redact(message, None).as_bytes());
             match error.kind() {
-                // Keystone misses something in what it was sent
+                // the login lacks a field that Keystone needs
                 ErrorKind::Refused if status == StatusCode::BAD_REQUEST => error.with_kind(ErrorKind::Misconfigured),
                 // Keystone itself answers a login with no other refusal: a proxy in front of it answered
                 ErrorKind::Refused => error.with_kind(ErrorKind::Unavailable),
@@ -656,8 +656,8 @@ impl HttpClient {
         }
     }
 
-    /// Whether a 404 says that there is no such thing. What was made for an image that is gone is removed, so the
-    /// answer must be the service's own, and the login must be one from which the service hides nothing.
+    /// Accepts a 404 only as proof that the object does not exist. The daemon removes the objects of an image that is
+    /// gone, so the answer must be the service's own, and the service must hide no object from the login.
     fn confirm_absence(&self, answer: Response, service: Service, login: &AuthToken) -> Result<Response> {
         if service == Service::Identity {
             return Ok(answer);
@@ -665,7 +665,7 @@ impl HttpClient {
         let why = if !answer.has_request_id {
             "this answer has no request id: it is that of a proxy in front of the service"
         } else if self.as_admin && !login.roles.iter().any(|role| role.eq_ignore_ascii_case("admin")) {
-            "the login has no role admin, so the service hides what is other projects'"
+            "the login has no role admin, so the service hides objects of other projects"
         } else {
             return Ok(answer);
         };

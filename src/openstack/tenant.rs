@@ -49,7 +49,7 @@ impl UsageAnswer {
     }
 }
 
-/// The cloud as the person sees it who runs the command.
+/// The cloud with the credentials of the user who runs the command.
 #[derive(Debug)]
 pub struct Tenant {
     wire: HttpClient,

@@ -82,7 +82,7 @@ fn without_tags(image: &Image, unwanted: impl Fn(&str) -> bool) -> Option<ImageC
 }
 
 /// Makes the record ready for the location: formats (Glance removes the RBD image when they are unset), the smallest
-/// disk (GiB) and memory (MiB), what the source hands on, and nothing of ours. `copying`: the image is active before
+/// disk (GiB) and memory (MiB), the properties of the source, and none of ours. `copying`: the image is active before
 /// its copy is complete, and a tag says so.
 pub fn prepare(
     image: &Image,

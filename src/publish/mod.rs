@@ -25,14 +25,14 @@ const HASH_CHUNK: usize = 16 << 20;
 /// Bytes read for the inspection of the header.
 const HEADER_BYTES: usize = 64 << 10;
 
-/// Which container format the copy's header is of; `None` for what is published as raw.
+/// The container format of the copy's header. `None`: the copy is published as raw.
 pub async fn inspect(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Option<&'static str>> {
     let header = storage.read(copy, 0, HEADER_BYTES).await?;
     Ok(header::container_format(&header))
 }
 
 /// Gives the copy the snapshot that consumers clone from, if head and snapshot are as a published image must be. A
-/// missing or invalid object map is rebuilt once. `Some`: what is wrong all the same; the copy must not be published.
+/// missing or invalid object map is rebuilt once. `Some`: the fault that remains; the copy must not be published.
 pub async fn create_snap(
     storage: &dyn Storage,
     copy: &ImageSpec,
@@ -47,7 +47,7 @@ pub async fn create_snap(
 }
 
 /// Gives a clone that is published at once the snapshot that consumers clone from. It must have no object map: a client
-/// that opens it while objects are still to come would take those that the map lacks for holes. `Some`: what is wrong.
+/// that opens it before the copy is complete would take objects that the map lacks for holes. `Some`: the fault.
 pub async fn seal_clone(storage: &dyn Storage, copy: &ImageSpec) -> ceph::Result<Option<String>> {
     let Some(info) = storage.image(copy, None).await? else { return Ok(Some("it is gone".into())) };
     if info.features.0 & Features::MAPS.0 != 0 {
@@ -98,8 +98,8 @@ async fn repaired_shape(
     }
 }
 
-/// In what an image, at its head or a snapshot, differs from what a published one must be: no parent, the five features
-/// and those of its layout, an object map that is valid.
+/// The first difference of an image, at its head or a snapshot, from the published shape: no parent, the five features
+/// and those of its layout, a valid object map.
 fn shape_fault(info: &ImageInfo) -> Option<String> {
     if let Some(parent) = &info.parent {
         return Some(format!("it still has the parent {}/{}@{}", parent.pool, parent.image, parent.snapshot));
@@ -185,7 +185,7 @@ pub async fn rename_to_final(
     if is_tagged(storage, &target, own).await? { Ok(RenameOutcome::Renamed) } else { Ok(RenameOutcome::Taken) }
 }
 
-/// Removes the published image if it bears the tag `own`; what is another's stays.
+/// Removes the published image if it has the tag `own`. Another writer's image stays.
 pub async fn unpublish(storage: &dyn Storage, pool: &str, own: &OwnershipTag) -> ceph::Result<()> {
     let published = ImageSpec::named(pool, own.image_id.to_string());
     if is_tagged(storage, &published, own).await? {

@@ -1,4 +1,4 @@
-//! This program's own source, for tests that hold a table against what it is about.
+//! This program's own source, for tests that compare a table with the code.
 
 use std::path::{Path, PathBuf};
 

@@ -142,7 +142,7 @@ fn denied(name: &str, config: &Config, error: &lapin::Error) -> CheckResult {
         format!("not allowed: {error}"),
         match TransportUrl::parse(config.messaging.transport_url.expose_secret()) {
             Ok(url) => format!(
-                "give the user what it needs ({}): {}",
+                "give the user these permissions ({}): {}",
                 Permissions::REPLACES,
                 Permissions::of(&config.messaging)
                     .command(url.hosts.first().map_or("USER", |host| &host.user), &url.vhost)

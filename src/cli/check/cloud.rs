@@ -254,7 +254,7 @@ async fn status(session: &Session) -> CheckResult {
     .await
 }
 
-/// A row only where Glance did not answer; what it says is judged with Ceph's fsid.
+/// The stores of Glance, which are compared with Ceph's fsid later. A row only if Glance did not answer.
 async fn stores(session: &Session) -> (Option<CheckResult>, Option<Vec<openstack::GlanceStore>>) {
     const NAME: &str = "Glance stores asked";
     let mut stores = None;
@@ -282,7 +282,7 @@ async fn backends(config: &Config, session: &Session) -> CheckResult {
     const NAME: &str = "Cinder backends";
     within(NAME, "see whether cinder-api runs, and its log", async || {
         match tokio::try_join!(session.volume_backends(), session.other_backends()) {
-            // what is not on Ceph is not our business
+            // backends that are not on Ceph need no section
             Ok((mut hosts, others)) => {
                 hosts.retain(|host| !others.contains(host));
                 judge_backends(NAME, config, &hosts)

@@ -263,19 +263,21 @@ fn judge(name: &str, route: &PublishRoute<'_>, failed: Failed) -> CheckResult {
         Failed::Refused(reason) if route.at_once => CheckResult::warning(
             name,
             format!("{reason}; images from this pool are published when copied"),
-            format!("give Glance's Ceph user `profile rbd-read-only pool={}` beside what it has", route.source_pool),
+            format!("add `profile rbd-read-only pool={}` to the capabilities of Glance's Ceph user", route.source_pool),
         ),
-        Failed::Refused(reason) => {
-            CheckResult::fault(name, reason, "see Glance's log, and what its Ceph user may do in the destination pool")
-        }
+        Failed::Refused(reason) => CheckResult::fault(
+            name,
+            reason,
+            "see Glance's log, and the capabilities of its Ceph user for the destination pool",
+        ),
         Failed::Interrupted => CheckResult::skipped(name, INTERRUPTED),
         Failed::Ceph(error) => CheckResult::fault(name, error.to_string(), "see the rows of the Ceph pools above"),
         failed => CheckResult::fault(name, failed.to_string(), "see Glance's log"),
     }
 }
 
-/// Removes the image with its record, and the source. Glance is let end what it does with the image: a delete during
-/// its hash breaks that off, and Glance may answer with an error.
+/// Removes the image with its record, and the source. It first waits for Glance's task on the image: a delete during
+/// the hash breaks the hash off, and Glance may answer with an error.
 async fn remove(
     session: &Session,
     client: &Client,

@@ -88,7 +88,7 @@ async fn listen(interrupted: CancellationToken) {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
-    output::eprint_line("rbd-offload: interrupted; ends when what it made is removed");
+    output::eprint_line("rbd-offload: interrupted; ends when its test objects are removed");
     interrupted.cancel();
 }
 

@@ -177,7 +177,7 @@ impl HeldJob {
         }
     }
 
-    /// Writes down what is about to be made, so that whatever dies the job is known to be its owner.
+    /// Records an object before it is made, so that the job is known as its owner after a crash at any point.
     pub async fn will_make(&self, artifact: Artifact) -> StepResult<()> {
         if self.record().await.has(artifact) {
             return Ok(());

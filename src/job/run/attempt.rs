@@ -60,13 +60,13 @@ impl JobRun {
         Ok(State::Done)
     }
 
-    /// Undoes what an attempt before this one made, and plans the job again.
+    /// Undoes the steps of an earlier attempt, and plans the job again.
     async fn start_over(&self, config: Arc<Config>) -> StepResult<Attempt> {
         let record = self.job.record().await;
         if record.publish == Publish::AtOnce && record.has(Artifact::Published) {
             let image = self.job.read_image().await?;
             if image.status != "queued" || has_running_task(&image) {
-                // Glance makes it active all the same, or has: what is published stays
+                // Glance makes the image active all the same, or has done so: the published image stays
                 self.job.update(Record::keep_published).await?;
                 return Err(StepError::Retry("Glance still works on the image".into()));
             }

@@ -76,8 +76,8 @@ impl JobRun {
         self.job.update(|record| record.outcome = Some(Outcome::new(State::Cancelled, reason))).await
     }
 
-    /// Leaves the job for a while, whatever was in its way. Where it was that the image is gone, what is left is
-    /// removed at once.
+    /// Leaves the job for a while after an error. If the error came from the deletion of the image, the cleanup begins
+    /// at once.
     pub(super) async fn retry_detaching(&self, reason: &str) -> RunResult {
         let was_noted = self.is_deletion_noted().await;
         if !was_noted && self.note_deletion().await.is_ok() && self.is_deletion_noted().await {

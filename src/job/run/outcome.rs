@@ -259,7 +259,7 @@ impl JobRun {
             Err(PlanError::Gone) => (None, false),
             // its owner made it so. Glance knows no location of this job, so nothing of it can be active
             Err(PlanError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge && is_unposted => {
-                tracing::warn!(image_id = %self.job.id, %error, "the image is not told how its job ended");
+                tracing::warn!(image_id = %self.job.id, %error, "the outcome of the job is not written to the image record");
                 self.job.update(|record| record.needs_repair = true).await?;
                 (None, true)
             }
@@ -277,7 +277,7 @@ impl JobRun {
         self.undo(image.as_ref(), |step| step.makes().is_none()).await?;
         self.job.before_visible_step().await?;
         if self.is_beyond_cleanup().await {
-            tracing::error!(image_id = %self.job.id, "daemons died while they removed what this job made; it stays");
+            tracing::error!(image_id = %self.job.id, "daemons died while they removed the objects of this job; the objects stay");
         } else {
             self.undo_steps().await?;
             self.apply_at_end().await?;
@@ -303,7 +303,7 @@ impl JobRun {
         Ok(outcome.state)
     }
 
-    /// Whether as many daemons died removing what the job made as had died making it.
+    /// Whether as many daemons died in the cleanup of the job as had died in its steps.
     async fn is_beyond_cleanup(&self) -> bool {
         let limit = self.job.context.config.borrow().offload.max_takeovers;
         self.job.record().await.is_beyond_cleanup(limit)

@@ -117,7 +117,7 @@ impl JobRun {
         shown
     }
 
-    /// The copy is complete. Reads what has become of the image meanwhile.
+    /// The copy is complete. Reads the image record again, which may have changed meanwhile.
     async fn begin_publishing(&self, attempt: &mut Attempt) -> StepResult<()> {
         // from here on the watcher leaves the image record alone, and nothing more is copied into the pool
         let known = self.shown.lock().await.take().filter(|image| !image_status::shows_running_job(image));
@@ -129,8 +129,8 @@ impl JobRun {
             return Err(StepError::Abandon("its record names no destination pool".into()));
         }
         let is_posted = record.registration >= Registration::Posted;
-        // What the plan read a moment ago will do: Glance's answer to the change of the record is judged again, before
-        // the location is posted. Published at once, that change replaces the tags.
+        // The record that the plan read a moment ago suffices: Glance's answer to the change of the record is checked
+        // again, before the location is posted. Published at once, that change replaces the tags.
         let is_recent = attempt.began.elapsed() < image_status::SHOWN_AFTER && record.publish == Publish::WhenCopied;
         let image = match known.filter(|_| is_recent && record.is_first_attempt() && record.handover.is_none()) {
             Some(image) => image,
@@ -148,7 +148,7 @@ impl JobRun {
         Ok(())
     }
 
-    /// Makes way for the next method. Without one, the job fails with what the last one met.
+    /// Undoes this method's steps and takes the next method. Without one, the job fails with the last method's error.
     async fn take_next_method(
         &self,
         attempt: &mut Attempt,

@@ -1,4 +1,5 @@
-//! What an attempt knows beside the record. It is lost when the daemon dies: the record then has what is needed.
+//! The state of an attempt that is not in the record. It is lost when the daemon dies; the next owner needs the record
+//! alone.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -71,7 +72,7 @@ impl Attempt {
         self.image.as_ref().ok_or_else(|| StepError::Abandon("a step was run without the image record".into()))
     }
 
-    /// Whether the image is active already, by what an attempt before this one did.
+    /// Whether an earlier attempt has made the image active.
     pub fn is_active(&self) -> bool {
         self.image.as_ref().is_some_and(|image| matches!(image.status.as_str(), "active" | "deactivated"))
     }

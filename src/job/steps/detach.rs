@@ -62,17 +62,17 @@ impl Step for Detach {
     }
 }
 
-/// What the image reads from before its parent is cut off.
+/// The parents that the image reads from before they are cut off.
 ///
-/// librbd knows the parents of an image from when it opened the image. Where a snapshot among them is removed during
-/// the flatten, it may read what was written since.
+/// librbd reads the parents of an image when it opens the image. If a snapshot among them is removed during the
+/// flatten, librbd may read data that was written later.
 struct Dependence {
     source: Option<CopySource>,
     before: Option<Readable>,
 }
 
 impl Dependence {
-    /// An earlier attempt may have cut the parent off already: then it is not known what that one read from.
+    /// An earlier attempt may have cut the parent off already. Its parents are then not known.
     async fn of(job: &HeldJob, record: &Record, image: &ImageSpec) -> StepResult<Self> {
         let (storage, source) = (job.context.storage.as_ref(), source(record));
         let has_parent = storage.image(image, None).await?.is_some_and(|info| info.parent.is_some());

@@ -56,7 +56,7 @@ impl CopySource {
         Ok(Readable { source, snapshot, chain })
     }
 
-    /// Whether what was read, and ended with `result`, can be relied on: nothing of `before` was cut off meanwhile.
+    /// Whether a read that ended with `result` can be relied on: no link of the chain was cut off during it.
     pub async fn is_unchanged<T>(
         &self,
         storage: &dyn Storage,

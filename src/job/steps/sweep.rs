@@ -33,7 +33,7 @@ impl Step for Sweep {
         let swept = storage.sweep_objects(&image, objects, data_pool, &limits, &job.progress, &job.cancel).await?;
         if swept > 0 {
             tracing::info!(image_id = %job.id, job_stage = "sweep", objects = swept,
-                "removed what was copied into an image that was deleted meanwhile");
+                "removed the objects of an image that was deleted during its copy");
         }
         Ok(())
     }

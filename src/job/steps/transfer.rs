@@ -78,7 +78,8 @@ impl Step for Transfer {
     }
 }
 
-/// Runs one method, and again where something that it read from was cut off meanwhile: what was read then is suspect.
+/// Runs one method, and runs it again if a parent of the source was cut off meanwhile, since it may have read wrong
+/// data.
 async fn run(job: &HeldJob, method: Method, copying: &Copying) -> ceph::Result<Moved> {
     let (storage, from, copy) = (job.context.storage.as_ref(), &copying.source, &copying.copy);
     for _ in 0..CHAIN_TRIES {
