@@ -2239,6 +2239,69 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     assert_ne!(pool.take(Uuid::new_v4()).await.unwrap().storage().address().await.unwrap(), addresses[0]);
 }
 
+/// A pool whose placement groups take no operation hangs each job that uses it. Jobs in other pools go on, jobs there
+/// fail at once, and go on when the pool answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
+    // the lab has three OSDs
+    const HANGS: [&str; 2] = ["min_size", "4"];
+    const JOBS: usize = 12;
+    let lab = Lab::new();
+    let pools = Pools::new(&lab, &["sick"]);
+    let sick = pools.names[0].clone();
+    let set = |[key, value]: [&str; 2]| lab.command("ceph", &["osd", "pool", "set", &sick, key, value]);
+    let options = ClientOptions { keyring: Some(lab.keyring()), ..ClientOptions::new(lab.conf(), "admin") };
+    let control = Client::open(options).await.unwrap();
+    lab.python(&format!("create('{sick}', NAME, 8*M); create('volumes', NAME, 8*M)"));
+    let (there, elsewhere) = (ImageSpec::named(&sick, &lab.name), ImageSpec::named("volumes", &lab.name));
+    let clients = ClientPool::new(control.clone(), control.clone());
+    lab.command("ceph", &["osd", "pool", "set", &sick, "size", "4"]);
+    set(HANGS);
+    let since = Instant::now();
+    while lab.command("ceph", &["pg", "ls-by-pool", &sick]).contains("active") {
+        assert!(since.elapsed() < Duration::from_secs(60), "the pool still takes operations");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let patience = Duration::from_secs(4);
+
+    let (mut hung, mut refused) = (Vec::new(), 0);
+    for _ in 0..JOBS {
+        let lent = clients.take(Uuid::new_v4()).await.unwrap();
+        let (storage, image) = (lent.storage(), there.clone());
+        let mut call = tokio::spawn(async move { storage.image(&image, None).await.map(|found| found.is_some()) });
+        match tokio::time::timeout(patience, &mut call).await {
+            Ok(ended) => {
+                let error = ended.unwrap().unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+                assert!(error.to_string().contains(&sick), "{error}");
+                refused += 1;
+                lent.return_to_pool();
+            }
+            Err(_) => {
+                lent.give_up().await.unwrap();
+                hung.push(call);
+            }
+        }
+        let well = clients.take(Uuid::new_v4()).await.unwrap();
+        assert!(well.storage().image(&elsewhere, None).await.unwrap().is_some(), "the pool of others answers");
+        well.return_to_pool();
+    }
+    assert_eq!((hung.len(), refused), (4, JOBS - 4));
+
+    set(["min_size", "1"]);
+    lab.command("ceph", &["osd", "pool", "set", &sick, "size", "1", "--yes-i-really-mean-it"]);
+    for call in hung {
+        let ended = tokio::time::timeout(Duration::from_secs(60), call).await.expect("the call returns");
+        assert_eq!(ended.unwrap().unwrap_err().kind(), ErrorKind::Fenced);
+    }
+    let lent = clients.take(Uuid::new_v4()).await.unwrap();
+    let since = Instant::now();
+    while let Err(error) = lent.storage().image(&there, None).await {
+        assert!(error.kind() == ErrorKind::TimedOut && since.elapsed() < Duration::from_secs(30), "{error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 /// An image that is published at once: a clone of an anchor of the source's `s`, with the snapshot `snap`.
 struct Early {
     anchor: ImageSpec,

@@ -6,7 +6,7 @@
 //! runs under them must be given up first; a silent new connection would let such work through to the images again.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::ptr;
@@ -23,6 +23,7 @@ use ceph::rados::{
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::hung::HungClients;
 use super::keyring::{self, UserKey};
 use super::{Changed, Error, ErrorKind, Progress, Result, sys};
 
@@ -114,6 +115,8 @@ impl ClientOptions {
 
 struct Shared {
     options: ClientOptions,
+    /// Closes pools to this client. `None`: all stay open to it.
+    hung: Option<Arc<HungClients>>,
     current: Mutex<Arc<Cluster>>,
     reconnecting: tokio::sync::Mutex<()>,
     /// Addresses that this client has fenced, and when.
@@ -129,17 +132,23 @@ impl Client {
         Self::open(ClientOptions::new(conf, user)).await
     }
 
-    /// A connection of its own to the same cluster, with the same options.
-    pub(super) async fn another(&self) -> Result<Self> {
-        Self::open(self.shared.options.clone()).await
+    /// A connection of its own to the same cluster, with the same options. Pools in which too many of the `hung`
+    /// clients hang are closed to it.
+    pub(super) async fn another(&self, hung: Arc<HungClients>) -> Result<Self> {
+        Self::open_guarded(self.shared.options.clone(), Some(hung)).await
     }
 
     /// [`connect`](Self::connect), with all options.
     pub async fn open(options: ClientOptions) -> Result<Self> {
-        let cluster = connect_blocking(options.clone()).await?;
+        Self::open_guarded(options, None).await
+    }
+
+    async fn open_guarded(options: ClientOptions, hung: Option<Arc<HungClients>>) -> Result<Self> {
+        let cluster = connect_blocking(options.clone(), hung.clone()).await?;
         Ok(Self {
             shared: Arc::new(Shared {
                 options,
+                hung,
                 current: Mutex::new(cluster),
                 reconnecting: tokio::sync::Mutex::new(()),
                 fenced: Mutex::new(HashMap::new()),
@@ -181,7 +190,7 @@ impl Client {
         if !self.is_fenced() {
             return Ok(Changed::No);
         }
-        let cluster = connect_blocking(self.shared.options.clone()).await?;
+        let cluster = connect_blocking(self.shared.options.clone(), self.shared.hung.clone()).await?;
         // The old handle is shut down when the last call over it has ended.
         *lock(&self.shared.current) = cluster;
         Ok(Changed::Yes)
@@ -316,9 +325,9 @@ impl Client {
     }
 }
 
-async fn connect_blocking(options: ClientOptions) -> Result<Arc<Cluster>> {
+async fn connect_blocking(options: ClientOptions, hung: Option<Arc<HungClients>>) -> Result<Arc<Cluster>> {
     let operation = format!("connect to Ceph as client.{} with {}", options.user, options.conf.display());
-    let task = tokio::task::spawn_blocking(move || Cluster::connect(&options));
+    let task = tokio::task::spawn_blocking(move || Cluster::connect(&options, hung));
     match task.await {
         Ok(result) => result.map(Arc::new),
         Err(lost) => Err(Error::new(operation, ErrorKind::Other, lost.to_string())),
@@ -359,6 +368,9 @@ pub(super) struct Cluster {
     fenced: AtomicBool,
     /// A pool that was used, to ask an OSD whether we are fenced.
     pool: Mutex<Option<String>>,
+    /// By its id, how many [`IoCtx`] have a pool open.
+    open_pools: Mutex<BTreeMap<i64, usize>>,
+    hung: Option<Arc<HungClients>>,
 }
 
 // SAFETY: librados handles may be used from any thread, and from several at once.
@@ -367,7 +379,7 @@ unsafe impl Send for Cluster {}
 unsafe impl Sync for Cluster {}
 
 impl Cluster {
-    fn connect(options: &ClientOptions) -> Result<Self> {
+    fn connect(options: &ClientOptions, hung: Option<Arc<HungClients>>) -> Result<Self> {
         let ClientOptions { conf, user, keyring, limit, .. } = options;
         let operation = format!("connect to Ceph as client.{user} with {}", conf.display());
         if let Err(e) = std::fs::File::open(conf) {
@@ -384,7 +396,8 @@ impl Cluster {
         // SAFETY: writes the new handle to `raw`.
         check(&operation, unsafe { rados_create(&mut raw, id.as_ptr()) })?;
         // From here on the handle is shut down on every way out.
-        let cluster = Self { raw, fenced: AtomicBool::new(false), pool: Mutex::new(None) };
+        let cluster =
+            Self { raw, fenced: AtomicBool::new(false), pool: Mutex::default(), open_pools: Mutex::default(), hung };
         // SAFETY: the handle is open, the path ends in NUL.
         let r = unsafe { rados_conf_read_file(raw, path.as_ptr()) };
         if r < 0 {
@@ -455,6 +468,31 @@ impl Cluster {
 
     pub fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::Acquire)
+    }
+
+    /// The ids of the pools that are open now: the calls that run use some of them.
+    pub fn open_pools(&self) -> BTreeSet<i64> {
+        lock(&self.open_pools).keys().copied().collect()
+    }
+
+    /// Counts a pool as open, unless calls hang there.
+    fn count_open(&self, pool: i64, operation: &str) -> Result<()> {
+        let mut open = lock(&self.open_pools);
+        if let Some(hung) = &self.hung {
+            hung.allow(&open.keys().copied().chain([pool]).collect(), operation)?;
+        }
+        *open.entry(pool).or_default() += 1;
+        Ok(())
+    }
+
+    fn count_closed(&self, pool: i64) {
+        let mut open = lock(&self.open_pools);
+        if let Some(count) = open.get_mut(&pool) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&pool);
+            }
+        }
     }
 
     /// Runs `work`, and remembers when its failure shows that this client was fenced. librbd hides that behind other
@@ -577,6 +615,7 @@ impl Drop for Cluster {
 pub(super) struct IoCtx {
     raw: rados_ioctx_t,
     cluster: Arc<Cluster>,
+    pool_id: i64,
 }
 
 // SAFETY: an ioctx may be used from any thread. It is not Sync here: its last version belongs to one user at a time.
@@ -595,28 +634,37 @@ impl IoCtx {
             return Err(Error::new(operation, ErrorKind::NotFound, format!("no such pool; pools here: {pools}")));
         }
         check(&operation, r)?;
-        let mut last = lock(&cluster.pool);
-        if last.is_none() {
-            *last = Some(pool.to_owned());
-        }
-        drop(last);
-        Ok(Self::refusing_when_full(raw, cluster))
+        let io = Self::opened(raw, cluster, &operation)?;
+        lock(&cluster.pool).get_or_insert_with(|| pool.to_owned());
+        Ok(io)
     }
 
     /// A pool without space refuses what would need some, instead of making it wait until there is some again. What
     /// frees space goes through.
-    fn refusing_when_full(raw: rados_ioctx_t, cluster: &Arc<Cluster>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::TimedOut`] where the calls of too many clients hang (see [`HungClients`]).
+    fn opened(raw: rados_ioctx_t, cluster: &Arc<Cluster>, operation: &str) -> Result<Self> {
         // SAFETY: the ioctx was opened a moment ago, and is not in use yet.
         unsafe { sys::rados_set_pool_full_try(raw) };
-        Self { raw, cluster: cluster.clone() }
+        // SAFETY: as above.
+        let pool_id = unsafe { rados_ioctx_get_id(raw) };
+        if let Err(error) = cluster.count_open(pool_id, operation) {
+            // SAFETY: opened by us, and not used again.
+            unsafe { rados_ioctx_destroy(raw) };
+            return Err(error);
+        }
+        Ok(Self { raw, cluster: cluster.clone(), pool_id })
     }
 
     pub fn open_id(cluster: &Arc<Cluster>, pool: i64) -> Result<Self> {
         let mut raw: rados_ioctx_t = ptr::null_mut();
         // SAFETY: a connected handle; writes the new ioctx to `raw`.
         let r = unsafe { rados_ioctx_create2(cluster.raw, pool, &mut raw) };
-        check(format!("open pool {pool}"), r)?;
-        Ok(Self::refusing_when_full(raw, cluster))
+        let operation = format!("open pool {pool}");
+        check(&operation, r)?;
+        Self::opened(raw, cluster, &operation)
     }
 
     pub fn with_namespace(self, namespace: &str) -> Result<Self> {
@@ -647,8 +695,7 @@ impl IoCtx {
     }
 
     pub fn pool_id(&self) -> i64 {
-        // SAFETY: the ioctx is open.
-        unsafe { rados_ioctx_get_id(self.raw) }
+        self.pool_id
     }
 }
 
@@ -656,6 +703,7 @@ impl Drop for IoCtx {
     fn drop(&mut self) {
         // SAFETY: opened by us, and not used again; the cluster handle is still held.
         unsafe { rados_ioctx_destroy(self.raw) };
+        self.cluster.count_closed(self.pool_id);
     }
 }
 

@@ -9,6 +9,7 @@ mod compare;
 mod copy;
 mod error;
 mod fill;
+mod hung;
 mod keyring;
 mod layers;
 mod objects;
@@ -559,7 +560,8 @@ pub trait StoragePool: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::TimedOut`] while too many calls have not returned, of this job's former clients or of all.
+    /// [`ErrorKind::TimedOut`] while too many clients that were given up have calls that have not returned: of this
+    /// job, or of all. The client answers the same for a pool in which too many hang.
     async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).

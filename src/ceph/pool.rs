@@ -1,21 +1,23 @@
 //! Clients for jobs, one each: [`StoragePool`] over connections of their own.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::cluster::{Client, lock};
+use super::hung::HungClients;
 use super::{Changed, Error, ErrorKind, Lent, Result, Storage, StoragePool};
 
 /// Clients that are kept connected while no job uses them.
 const IDLE_MAX: usize = 8;
 
-/// Clients that were given up and have calls that did not return. While there are so many, no job gets another one.
-const GIVEN_UP_MAX: usize = 8;
+/// Clients that were given up and have calls that did not return. While there are so many, none is connected: each has
+/// threads and buffers. [`HungClients`] closes a sick pool long before.
+const GIVEN_UP_MAX: usize = 64;
 
-/// The same of one job: what hangs in its pool keeps it from the clients of jobs in healthy pools.
+/// The same of one job: an image that does not answer does not close its pool to the other jobs.
 const GIVEN_UP_MAX_OF_JOB: usize = 2;
 
 /// Connects a client when a job wants one and none is idle.
@@ -32,14 +34,18 @@ struct Shared {
     idle: Mutex<Vec<Client>>,
     /// By the image of the job.
     given_up: Mutex<HashMap<Uuid, usize>>,
+    /// The same clients, by their pools.
+    hung: Arc<HungClients>,
 }
 
 impl Shared {
-    fn count_given_up(&self, image_id: Uuid) {
+    fn count_given_up(&self, image_id: Uuid, pools: &BTreeSet<i64>) {
         *lock(&self.given_up).entry(image_id).or_default() += 1;
+        self.hung.add(pools.clone());
     }
 
-    fn forget_given_up(&self, image_id: Uuid) {
+    fn forget_given_up(&self, image_id: Uuid, pools: &BTreeSet<i64>) {
+        self.hung.remove(pools);
         let mut given_up = lock(&self.given_up);
         if let Some(count) = given_up.get_mut(&image_id) {
             *count -= 1;
@@ -61,10 +67,8 @@ impl ClientPool {
 impl StoragePool for ClientPool {
     async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>> {
         let refused = |detail| Err(Error::new("connect a client for a job", ErrorKind::TimedOut, detail));
-        let (of_job, of_all) = {
-            let given_up = lock(&self.shared.given_up);
-            (given_up.get(&image_id).copied().unwrap_or_default(), given_up.values().sum::<usize>())
-        };
+        let of_job = lock(&self.shared.given_up).get(&image_id).copied().unwrap_or_default();
+        let of_all = self.shared.hung.len();
         if of_job >= GIVEN_UP_MAX_OF_JOB {
             return refused(format!("calls of {of_job} clients of this job that were given up have not returned"));
         }
@@ -74,7 +78,7 @@ impl StoragePool for ClientPool {
             None if of_all >= GIVEN_UP_MAX => {
                 return refused(format!("calls of {of_all} clients that were given up have not returned"));
             }
-            None => self.control.another().await?,
+            None => self.control.another(Arc::clone(&self.shared.hung)).await?,
         };
         let (control, shared) = (self.control.clone(), Arc::clone(&self.shared));
         Ok(Box::new(LentClient { image_id, client, control, shared }))
@@ -122,11 +126,12 @@ impl Lent for LentClient {
     async fn give_up(self: Box<Self>) -> Result<()> {
         let address = self.client.own_address()?;
         // counted until its last call has returned
-        self.shared.count_given_up(self.image_id);
+        let pools = self.client.cluster().open_pools();
+        self.shared.count_given_up(self.image_id, &pools);
         let (image_id, client, shared) = (self.image_id, self.client.clone(), Arc::clone(&self.shared));
         tokio::spawn(async move {
             client.quiet().await;
-            shared.forget_given_up(image_id);
+            shared.forget_given_up(image_id, &pools);
         });
         self.control.fence_address(&address).await.map(drop)
     }
