@@ -548,6 +548,10 @@ fn check_names_each_missing_capability() {
         ),
     ] {
         caps(mon, &osd);
+        if mon == "allow r" {
+            let ran = setup.run(&["run"]);
+            assert!(ran.code == Some(77) && ran.err.contains(&format!("{entity} must not fence")), "{ran:?}");
+        }
         let checked = check(&setup);
         let found = checked.faults();
         assert_eq!(found.len(), faults.len(), "{}", checked.text);

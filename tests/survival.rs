@@ -621,6 +621,9 @@ async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
     copy.leave(Some(&ids[0])).await;
     published.leave(Some(&declined[0])).await;
     volume.disk.snapshot(&format!("rbd-offload.{}", ids[1])).await;
+    let instance = Disk::new("vms", format!("{}_disk", uuid::Uuid::new_v4()));
+    instance.create(MIB).await;
+    instance.snapshot(&format!("rbd-offload.{}", ids[2])).await;
     // with our name and no ownership tag, with the tag that a clone inherited, and another writer's image
     let stay = [private(&ids[2]), private(&ids[3]), Disk::of_image(&declined[1])];
     stay[0].leave(None).await;
@@ -629,8 +632,10 @@ async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
 
     until("the leftovers are gone", seconds(60), || async {
         let gone = disk::facts(&[copy.clone(), published.clone()]).await.iter().all(Option::is_none);
-        let snapshots = volume.disk.facts().await.unwrap().snapshots;
-        (gone && !snapshots.contains_key(&format!("rbd-offload.{}", ids[1]))).then_some(())
+        let sources = disk::facts(&[volume.disk.clone(), instance.clone()]).await;
+        let snapshots: Vec<_> = sources.iter().flatten().flat_map(|facts| facts.snapshots.keys()).collect();
+        let left = ids.iter().any(|id| snapshots.contains(&&format!("rbd-offload.{id}")));
+        (gone && !left).then_some(())
     })
     .await;
     assert_eq!(daemon.job(&live[0].id).await.unwrap()["state"], "copying", "it was there all the time");
@@ -638,7 +643,7 @@ async fn leftovers_with_our_tag_are_removed_and_everything_else_stays() {
     tenant.demo.await_image(&live[0].id, "active").await;
     pause(seconds(10).saturating_sub(begun.elapsed())).await;
     assert!(disk::facts(&stay).await.iter().all(Option::is_some), "what is not ours was touched");
-    for disk in &stay {
+    for disk in stay.iter().chain([&instance]) {
         disk.remove().await;
     }
     tenant.gets(&daemon, &live).await;
