@@ -38,13 +38,15 @@ pub enum Decline {
     Properties,
     /// The copy begins like a file of a container format.
     ContainerHeader,
+    /// Another deployment has the disk, and does the request or has declined it.
+    Elsewhere,
     /// Decided by another version of this program.
     #[serde(other)]
     Other,
 }
 
 impl Decline {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Request,
         Self::OtherWriter,
         Self::EmptyUpload,
@@ -61,6 +63,7 @@ impl Decline {
         Self::Quota,
         Self::Properties,
         Self::ContainerHeader,
+        Self::Elsewhere,
         Self::Other,
     ];
 
@@ -83,6 +86,7 @@ impl Decline {
             Self::Quota => "quota",
             Self::Properties => "properties",
             Self::ContainerHeader => "container_header",
+            Self::Elsewhere => "elsewhere",
             Self::Other => "other",
         }
     }

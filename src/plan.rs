@@ -182,7 +182,12 @@ pub async fn build(
     check_record(&image)?;
     let Some(owner) = image.owner.clone() else { return declined(Decline::NoSource, "the image has no owner") };
     if request.offered && read_offer(&image)?.fsid.to_string() != storage.fsid().await?.to_ascii_lowercase() {
-        return declined(Decline::OtherCluster, "the disk is in another Ceph cluster than this service");
+        // the deployment of that cluster hears of the offer too
+        let why = match config.offload.decline_after.is_zero() {
+            true => Decline::OtherCluster,
+            false => Decline::Elsewhere,
+        };
+        return declined(why, "the disk is in another Ceph cluster than this service");
     }
 
     let find = async {

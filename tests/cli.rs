@@ -622,6 +622,11 @@ fn check_sees_a_queue_of_other_arguments_and_one_that_grows() {
     checked.fault(&name, "queue_expires = 7d", "start the daemon: it takes the messages that wait");
     checked.fault(&name, "inequivalent arg", "delete_queue");
     block_on(declare("", 0));
+    let shared =
+        setup.with(&format!("queue = {queue}"), "queue = rbd-offload\n[offload]\ndecline_after = 5s\n[messaging]");
+    let checked = check(&shared);
+    let (verdict, _, remedy) = checked.row("RabbitMQ queue rbd-offload");
+    assert!(verdict == "warning" && remedy.contains("a [messaging] queue of its own"), "{}", checked.text);
 }
 
 #[test]

@@ -848,11 +848,54 @@ async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
     whole.stop();
     let requests = tenant.request(1).await;
     lacking.await_log(&[backend, &requests[0].id], seconds(60)).await;
-    let job = lacking.job(&requests[0].id).await.unwrap();
-    assert_eq!((&job["state"], &job["owner"]), (&json!("accepted"), &json!(null)), "{job:#}");
+    until("the job has no owner", seconds(20), || async {
+        let job = lacking.job(&requests[0].id).await.unwrap();
+        (job["state"] == "accepted" && job["owner"].is_null()).then_some(())
+    })
+    .await;
     let whole = setup.start().await;
     tenant.gets(&whole, &requests).await;
     assert!(whole.log().contains("the job ended") && !lacking.log().contains("the job ended"));
+}
+
+/// Two Ceph clusters under one Glance, each with a deployment. The lab has one cluster: a deployment without the
+/// backend of a volume does not find its disk, as in another cluster.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_left_to_the_deployment_that_has_its_disk() {
+    let _lab = lab_lease::alone().await;
+    let tenant = Tenant::with_long_volume(288).await;
+    // the copy would take 288 s
+    let east = telling("copy").set("offload", "bandwidth_limit", "1MiB").set("offload", "verify", "none");
+    let east = east.set("offload", "decline_after", "6s").start().await;
+    let west = telling("copy").without("backend:ceph").set("offload", "decline_after", "20s").start().await;
+    let elsewhere = |job: &serde_json::Value| {
+        job["reason"].as_str().unwrap_or_default().starts_with("left to another deployment: ")
+    };
+
+    let requests = tenant.request(1).await;
+    let id = &requests[0].id;
+    east.await_job(id, "copying").await;
+    let job = west.await_job(id, "declined").await;
+    assert!(elsewhere(&job), "{job:#}");
+    // the reconciler of the west meets the request again, and leaves it alone
+    pause(seconds(12)).await;
+    assert_eq!(west.job(id).await.unwrap()["request_id"], job["request_id"], "it was begun again");
+    let image = tenant.demo.image(id).await;
+    assert_eq!((&image["status"], &image["rbd_offload_status"]), (&json!("queued"), &json!("copying")), "{image:#}");
+    assert!(image["tags"].to_string().contains("rbd-offload:volume:"), "{image:#}");
+    east.copy_at_full_speed().await;
+    tenant.demo.await_image(id, "active").await;
+
+    // neither has this one
+    let missing = tenant.demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], json!({})).await;
+    tenant.demo.await_declined(&missing).await;
+    let declined = east.await_job(&missing, "declined").await;
+    let left = west.await_job(&missing, "declined").await;
+    assert!(!elsewhere(&declined) && elsewhere(&left), "{declined:#} {left:#}");
+    let image = tenant.demo.image(&missing).await;
+    assert_eq!((&image["rbd_offload_message"], &image["tags"]), (&declined["reason"], &json!([])), "{image:#}");
+    tenant.demo.delete_images(&[missing]).await;
+    tenant.gets(&east, &requests).await;
 }
 
 /// A request is found also when the list of queued images is too large for one answer.

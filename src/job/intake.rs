@@ -143,7 +143,7 @@ impl Intake {
         let mut is_sent = false;
         let choose = |stored: &Stored| {
             let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
-            is_sent = stored.record.state.is_ended() && !known;
+            is_sent = stored.record.state.is_ended() && !known && !stored.record.is_elsewhere();
             if is_sent { vec![Signal::NeedsRepair] } else { vec![] }
         };
         if self.store.signal(image_id, choose).await?.is_some() && is_sent {

@@ -533,7 +533,7 @@ impl Reconciler {
         }
         let mut again = record.deactivated;
         let is_own = record.owner_address.as_deref() == Some(own);
-        if !is_own && (record.needs_repair || stored.signals.has(Signal::NeedsRepair)) {
+        if !is_own && !record.is_elsewhere() && (record.needs_repair || stored.signals.has(Signal::NeedsRepair)) {
             match self.repair(image_id, record, report).await {
                 Err(CallError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => {
                     tracing::debug!(%image_id, %error, "the image record is not repaired");

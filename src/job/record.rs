@@ -164,6 +164,11 @@ impl Outcome {
     pub fn declined(why: Decline, reason: impl Into<String>) -> Self {
         Self { decline: Some(why), ..Self::new(State::Declined, reason) }
     }
+
+    /// Another deployment deals with the request, which cannot be done here for this reason.
+    pub fn elsewhere(reason: &str) -> Self {
+        Self::declined(Decline::Elsewhere, format!("left to another deployment: {reason}"))
+    }
 }
 
 /// How long a stage of the latest attempt took.
@@ -647,6 +652,11 @@ impl Record {
     /// The end without an image that a job which has not ended is to come to.
     pub fn pending_outcome(&self) -> Option<&Outcome> {
         self.outcome.as_ref().filter(|_| !self.state.is_ended() && self.state != State::Detaching)
+    }
+
+    /// Whether the job was left to another deployment: nothing of it is on the image record.
+    pub fn is_elsewhere(&self) -> bool {
+        self.outcome.as_ref().is_some_and(|outcome| outcome.decline == Some(Decline::Elsewhere))
     }
 
     /// Whether the job ended by a dry run of this source.

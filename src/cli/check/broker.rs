@@ -129,6 +129,7 @@ async fn check_queue(connection: &Connection, config: &Config) -> CheckResult {
         )
         .await
         {
+            Ok(row) if row.verdict == Verdict::Ok => shared_by_deployments(config).unwrap_or(row),
             Ok(row) => row,
             Err(error) if is_soft_error(&error, AMQPSoftError::ACCESSREFUSED) => denied(&name, config, &error),
             Err(error) => CheckResult::fault(&name, error.to_string(), "see the broker's log").transient_if(true),
@@ -185,6 +186,19 @@ async fn compare_queue(connection: &Connection, config: &Config) -> lapin::Resul
         }
     }
     Ok(classify(name, wanted, &depth))
+}
+
+/// A queue that several deployments consume: each takes notifications that are for another one.
+fn shared_by_deployments(config: &Config) -> Option<CheckResult> {
+    let is_default = config.messaging.queue == "rbd-offload";
+    (is_default && !config.offload.decline_after.is_zero()).then(|| {
+        CheckResult::warning(
+            queue_name(config),
+            "other deployments may consume this queue too, and then a request waits for a reconciler \
+             ([offload] decline_after says that there are others)",
+            "give each deployment a [messaging] queue of its own, such as rbd-offload-<name of the Ceph cluster>",
+        )
+    })
 }
 
 fn classify(name: String, wanted: &str, depth: &Depth) -> CheckResult {

@@ -68,7 +68,10 @@ impl JobRun {
 
     async fn report_queued(&self, waited_for: bool) -> StepResult<()> {
         let record = self.job.record().await;
-        let dry_run = self.job.context.config.borrow().offload.dry_run;
+        let (dry_run, wait) = {
+            let offload = &self.job.context.config.borrow().offload;
+            (offload.dry_run, offload.decline_after)
+        };
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
@@ -78,12 +81,19 @@ impl JobRun {
         // another daemon may have told just now
         let silent = || self.job.context.clock.now().duration_since(record.updated_at).abs() >= HEARTBEAT_MIN_AGE;
         let tells = !record.acknowledged || (waited_for && silent());
-        if dry_run || !waits || record.outcome.is_some() || !tells {
+        // another deployment may have the disk
+        let is_elsewhere = !wait.is_zero() && record.dest_pool.is_none();
+        if dry_run || (is_elsewhere && !waited_for) || !waits || record.outcome.is_some() || !tells {
             return Ok(());
         }
-        let offered = |image: &Image| request::parse_offer_tag(&image.tags).is_some();
+        let fsid = self.job.context.storage.fsid().await?.to_ascii_lowercase();
+        let offer = |image: &Image| request::parse_offer_tag(&image.tags);
+        let offered = |image: &Image| offer(image).is_some();
         if waited_for {
             let image = self.job.read_image().await?;
+            if is_elsewhere && offer(&image).is_some_and(|offer| offer.fsid.to_string() != fsid) {
+                return Ok(());
+            }
             if image.status == "queued" && !offered(&image) {
                 // the service announces its work before it offers it
                 return Ok(());

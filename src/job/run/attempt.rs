@@ -19,6 +19,7 @@ use crate::job::signal::{Signal, Signals};
 use crate::job::steps::{self, Attempt, CopySource, Copying};
 use crate::openstack::{self, Image};
 use crate::plan::{self, Plan, PlanRequest};
+use crate::publish::image_status;
 use crate::request::{self, Source, TagRequest, Trigger};
 use crate::transfer::{self, Method};
 
@@ -253,6 +254,8 @@ impl JobRun {
             return Ok(false);
         }
         let record = self.job.record().await;
+        // another deployment works on it, and writes the status
+        let image = image.filter(|image| !(record.is_elsewhere() && image_status::shows_running_job(image)));
         let asked = match image.map(|image| request::parse_request_tags(&image.tags)) {
             None | Some(TagRequest::Absent) => None,
             Some(TagRequest::Source(source)) => Some(Some(source)),

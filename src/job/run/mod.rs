@@ -6,6 +6,7 @@
 mod acknowledge;
 mod attempt;
 mod detaching;
+mod elsewhere;
 mod instance_watch;
 mod outcome;
 mod report;

@@ -217,6 +217,10 @@ impl JobRun {
 
     /// Ends the job without an image. May be repeated from any point.
     async fn abort_job(&self, outcome: Outcome) -> RunResult {
+        let outcome = match self.leave_to_others(outcome).await {
+            Ok(outcome) => outcome,
+            Err(left) => return left,
+        };
         self.job.set_uncancellable();
         match self.undo_and_report(outcome).await {
             Ok(state) => RunResult::Ended(state),
@@ -289,6 +293,7 @@ impl JobRun {
         };
         let mut outcome = outcome;
         match image {
+            Some(_) if outcome.decline == Some(Decline::Elsewhere) => {}
             Some(image) if image.status == "queued" => self.report_outcome(image, &outcome).await?,
             // another writer's; while it uploads, Glance would bring back what is taken off
             Some(image) => {
