@@ -227,7 +227,7 @@ impl Client {
     }
 
     /// Like [`run`](Self::run), for work that shows its progress and can be stopped: by `cancel`, or by dropping the
-    /// future. Work that does not stop within a few seconds of `cancel` is left to end while nobody waits.
+    /// future. Work that does not stop within a few seconds of `cancel` ends on its own thread; no call waits for it.
     pub(super) async fn run_long<T, F>(
         &self,
         operation: impl Into<String>,
@@ -606,7 +606,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // SAFETY: nobody holds the handle any more, and every ioctx held this type, so all of them are destroyed.
+        // SAFETY: no owner of the handle is left. Every ioctx was one, so all of them are destroyed.
         unsafe { rados_shutdown(self.raw) };
     }
 }
@@ -788,7 +788,7 @@ mod tests {
     }
 
     #[test]
-    fn names_end_at_the_empty_one() {
+    fn the_empty_name_ends_a_list_of_names() {
         assert_eq!(split_names(b"images\0volumes\0\0rest"), ["images", "volumes"]);
         assert!(split_names(b"\0").is_empty());
         assert_eq!(until_nul(b"abc\0def"), "abc");

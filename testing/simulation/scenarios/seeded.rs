@@ -82,7 +82,7 @@ fn images_of(dice: &mut Dice, world: &mut World) -> Vec<Uuid> {
             rbd.features &= !1;
         }
         if dice.percent(20) {
-            // the volume was made from an image whose mark it inherited
+            // the volume was made from an image whose ownership tag it inherited
             rbd.metadata.insert(OWNERSHIP_TAG.into(), dice.uuid().to_string());
         }
         let rbd = rbd.id.clone();
