@@ -2225,7 +2225,7 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     while !hung.is_busy() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    hung.give_up().await.unwrap();
+    hung.give_up(&[]).await.unwrap();
     assert_eq!(running.await.unwrap(), ErrorKind::Fenced);
     assert_eq!(storage.create_snapshot(&image, "s").await.unwrap_err().kind(), ErrorKind::Fenced);
     // the others go on, and the next job gets another client
@@ -2264,6 +2264,15 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
     }
     let patience = Duration::from_secs(4);
 
+    // a job that ended while a call of it hung
+    let ended = clients.take(Uuid::new_v4()).await.unwrap();
+    let (storage, image, began) = (ended.storage(), there.clone(), Instant::now());
+    let left = tokio::spawn(async move { storage.image(&image, None).await });
+    while !ended.is_busy() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    ended.return_to_pool();
+
     let (mut hung, mut refused) = (Vec::new(), 0);
     for _ in 0..JOBS {
         let lent = clients.take(Uuid::new_v4()).await.unwrap();
@@ -2272,13 +2281,13 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
         match tokio::time::timeout(patience, &mut call).await {
             Ok(ended) => {
                 let error = ended.unwrap().unwrap_err();
-                assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+                assert_eq!(error.kind(), ErrorKind::PoolClosed, "{error}");
                 assert!(error.to_string().contains(&sick), "{error}");
                 refused += 1;
                 lent.return_to_pool();
             }
             Err(_) => {
-                lent.give_up().await.unwrap();
+                lent.give_up(&[]).await.unwrap();
                 hung.push(call);
             }
         }
@@ -2288,8 +2297,11 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
     }
     assert_eq!((hung.len(), refused), (4, JOBS - 4));
 
+    tokio::time::sleep(Duration::from_secs(24).saturating_sub(began.elapsed())).await;
     set(["min_size", "1"]);
     lab.command("ceph", &["osd", "pool", "set", &sick, "size", "1", "--yes-i-really-mean-it"]);
+    let error = tokio::time::timeout(Duration::from_secs(60), left).await.expect("the call returns").unwrap();
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Fenced, "it may do nothing after its job");
     for call in hung {
         let ended = tokio::time::timeout(Duration::from_secs(60), call).await.expect("the call returns");
         assert_eq!(ended.unwrap().unwrap_err().kind(), ErrorKind::Fenced);
@@ -2297,7 +2309,7 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
     let lent = clients.take(Uuid::new_v4()).await.unwrap();
     let since = Instant::now();
     while let Err(error) = lent.storage().image(&there, None).await {
-        assert!(error.kind() == ErrorKind::TimedOut && since.elapsed() < Duration::from_secs(30), "{error}");
+        assert!(error.kind() == ErrorKind::PoolClosed && since.elapsed() < Duration::from_secs(30), "{error}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

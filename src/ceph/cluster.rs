@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use ceph::rados::{
     rados_buffer_free, rados_cluster_fsid, rados_conf_get, rados_conf_read_file, rados_conf_set, rados_connect,
     rados_create, rados_ioctx_create, rados_ioctx_create2, rados_ioctx_destroy, rados_ioctx_get_id,
-    rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list, rados_pool_reverse_lookup,
-    rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
+    rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list, rados_pool_lookup,
+    rados_pool_reverse_lookup, rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
 };
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -544,6 +544,14 @@ impl Cluster {
         }
     }
 
+    /// By the map of pools that this client has: no OSD is asked. `None` for a pool that is not there.
+    pub fn pool_id(&self, pool: &str) -> Option<i64> {
+        let name = CString::new(pool).ok()?;
+        // SAFETY: a connected handle, the name ends in NUL.
+        let id = unsafe { rados_pool_lookup(self.raw, name.as_ptr()) };
+        (id >= 0).then_some(id)
+    }
+
     pub fn pool_name(&self, id: i64) -> Result<String> {
         let mut buffer = vec![0u8; 1024];
         // SAFETY: writes at most the buffer's length.
@@ -644,7 +652,7 @@ impl IoCtx {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::TimedOut`] where the calls of too many clients hang (see [`HungClients`]).
+    /// [`ErrorKind::PoolClosed`] where the calls of too many jobs hang (see [`HungClients`]).
     fn opened(raw: rados_ioctx_t, cluster: &Arc<Cluster>, operation: &str) -> Result<Self> {
         // SAFETY: the ioctx was opened a moment ago, and is not in use yet.
         unsafe { sys::rados_set_pool_full_try(raw) };

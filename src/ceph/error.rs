@@ -42,6 +42,8 @@ pub enum ErrorKind {
     /// The object is larger than what is read or written.
     TooLarge,
     TimedOut,
+    /// The pool is closed to this client, because the calls of other clients hang there.
+    PoolClosed,
     Other,
 }
 

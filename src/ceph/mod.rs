@@ -561,7 +561,8 @@ pub trait StoragePool: Send + Sync + 'static {
     /// # Errors
     ///
     /// [`ErrorKind::TimedOut`] while too many clients that were given up have calls that have not returned: of this
-    /// job, or of all. The client answers the same for a pool in which too many hang.
+    /// job, or of all. For a pool in which too many hang, the client
+    /// answers [`ErrorKind::PoolClosed`].
     async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).
@@ -585,8 +586,9 @@ pub trait Lent: Send + Sync {
     /// Another job may use it. Only when no record names it as an owner any more.
     fn return_to_pool(self: Box<Self>);
 
-    /// Fences this client, by another one: its calls that have not returned can do nothing any more.
-    async fn give_up(self: Box<Self>) -> Result<()>;
+    /// Fences this client, by another one: its calls that have not returned can do nothing any more. `pools` are those
+    /// that its job uses.
+    async fn give_up(self: Box<Self>, pools: &[String]) -> Result<()>;
 }
 
 /// A version of an object, as RADOS counts them.

@@ -1,13 +1,13 @@
 //! Clients for jobs, one each: [`StoragePool`] over connections of their own.
 
-use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::cluster::{Client, lock};
-use super::hung::HungClients;
+use super::hung::{HungClient, HungClients};
 use super::{Changed, Error, ErrorKind, Lent, Result, Storage, StoragePool};
 
 /// Clients that are kept connected while no job uses them.
@@ -19,6 +19,9 @@ const GIVEN_UP_MAX: usize = 64;
 
 /// The same of one job: an image that does not answer does not close its pool to the other jobs.
 const GIVEN_UP_MAX_OF_JOB: usize = 2;
+
+/// How long the calls of a client may still run after its job has ended.
+const CALLS_RETURN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Connects a client when a job wants one and none is idle.
 pub struct ClientPool {
@@ -32,28 +35,7 @@ pub struct ClientPool {
 #[derive(Default)]
 struct Shared {
     idle: Mutex<Vec<Client>>,
-    /// By the image of the job.
-    given_up: Mutex<HashMap<Uuid, usize>>,
-    /// The same clients, by their pools.
     hung: Arc<HungClients>,
-}
-
-impl Shared {
-    fn count_given_up(&self, image_id: Uuid, pools: &BTreeSet<i64>) {
-        *lock(&self.given_up).entry(image_id).or_default() += 1;
-        self.hung.add(pools.clone());
-    }
-
-    fn forget_given_up(&self, image_id: Uuid, pools: &BTreeSet<i64>) {
-        self.hung.remove(pools);
-        let mut given_up = lock(&self.given_up);
-        if let Some(count) = given_up.get_mut(&image_id) {
-            *count -= 1;
-            if *count == 0 {
-                given_up.remove(&image_id);
-            }
-        }
-    }
 }
 
 impl ClientPool {
@@ -67,8 +49,7 @@ impl ClientPool {
 impl StoragePool for ClientPool {
     async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>> {
         let refused = |detail| Err(Error::new("connect a client for a job", ErrorKind::TimedOut, detail));
-        let of_job = lock(&self.shared.given_up).get(&image_id).copied().unwrap_or_default();
-        let of_all = self.shared.hung.len();
+        let (of_job, of_all) = (self.shared.hung.of_job(image_id), self.shared.hung.len());
         if of_job >= GIVEN_UP_MAX_OF_JOB {
             return refused(format!("calls of {of_job} clients of this job that were given up have not returned"));
         }
@@ -117,22 +98,49 @@ impl Lent for LentClient {
     }
 
     fn return_to_pool(self: Box<Self>) {
+        if self.client.is_busy() {
+            // an image that such a call has open cannot be deleted
+            tokio::spawn(fence_unless_quiet(self.client, self.control, self.image_id));
+            return;
+        }
+        let open = self.client.cluster().open_pools();
+        if !open.is_empty() {
+            tracing::error!(image_id = %self.image_id, pools = ?open, "the job's Ceph client still has pools open; closed");
+            return;
+        }
         let mut idle = lock(&self.shared.idle);
-        if idle.len() < IDLE_MAX && !self.client.is_busy() && !self.client.is_fenced() {
+        if idle.len() < IDLE_MAX && !self.client.is_fenced() {
             idle.push(self.client.clone());
         }
     }
 
-    async fn give_up(self: Box<Self>) -> Result<()> {
+    async fn give_up(self: Box<Self>, pools: &[String]) -> Result<()> {
         let address = self.client.own_address()?;
+        let mut ids = self.client.cluster().open_pools();
+        ids.extend(pools.iter().filter_map(|pool| self.client.cluster().pool_id(pool)));
         // counted until its last call has returned
-        let pools = self.client.cluster().open_pools();
-        self.shared.count_given_up(self.image_id, &pools);
-        let (image_id, client, shared) = (self.image_id, self.client.clone(), Arc::clone(&self.shared));
+        let hung = HungClient { image_id: self.image_id, pools: ids };
+        self.shared.hung.add(hung.clone());
+        let (client, shared) = (self.client.clone(), Arc::clone(&self.shared));
         tokio::spawn(async move {
             client.quiet().await;
-            shared.forget_given_up(image_id, &pools);
+            shared.hung.remove(&hung);
         });
         self.control.fence_address(&address).await.map(drop)
+    }
+}
+
+/// Fences a client whose job has ended, if its calls do not return.
+async fn fence_unless_quiet(client: Client, control: Client, image_id: Uuid) {
+    if tokio::time::timeout(CALLS_RETURN_WITHIN, client.quiet()).await.is_ok() {
+        return;
+    }
+    tracing::error!(%image_id, "a call of the job's Ceph client has not returned after the job ended; fencing it");
+    let fenced = match client.own_address() {
+        Ok(address) => control.fence_address(&address).await.map(drop),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = fenced {
+        tracing::error!(%image_id, %error, "the job's Ceph client was not fenced");
     }
 }

@@ -31,6 +31,8 @@ pub(super) enum StepError {
         backend: String,
         reason: String,
     },
+    /// Calls of other jobs hang in a pool that this job needs.
+    PoolClosed(String),
     /// Stopped from outside; the watcher knows why.
     Interrupted,
     LeaseLost,
@@ -75,6 +77,7 @@ impl From<ceph::Error> for StepError {
         match error.kind() {
             ErrorKind::NotLocked | ErrorKind::Fenced => Self::LeaseLost,
             ErrorKind::Cancelled => Self::Interrupted,
+            ErrorKind::PoolClosed => Self::PoolClosed(error.to_string()),
             ErrorKind::NoSpace
             | ErrorKind::PermissionDenied
             | ErrorKind::Unsupported

@@ -241,10 +241,13 @@ impl JobRun {
             GivenUp::Ended(_) => (None, None),
         };
         // the renewal has stopped: the rest must be done before the lease runs out
+        let record = self.job.record().await;
+        let pools: Vec<String> =
+            record.source_image.map(|source| source.pool).into_iter().chain(record.dest_pool).collect();
         let fenced = self.job.lease.renew(self.job.context.store.objects().as_ref()).await.is_ok()
             && (!client.is_busy()
                 || matches!(
-                    tokio::time::timeout(self.job.lease.renewal_interval(), client.give_up()).await,
+                    tokio::time::timeout(self.job.lease.renewal_interval(), client.give_up(&pools)).await,
                     Ok(Ok(()))
                 ));
         let outcome = if fenced && self.release_given_up(reason, ending).await.is_ok() {

@@ -11,7 +11,7 @@ use super::{JobRun, RunResult, StepError, StepResult};
 use crate::decline::Decline;
 use crate::job::backoff::{holds_instance, pause_of};
 use crate::job::daemons;
-use crate::job::record::{Outcome, Phase, Publication, Publish, Record, Registration, State};
+use crate::job::record::{Outcome, Phase, Publication, Publish, Record, Registration, Reporting, State};
 use crate::job::signal::Signal;
 use crate::job::steps::{self, Attempt, Step, StepName};
 use crate::openstack::{self, Image};
@@ -22,6 +22,9 @@ use crate::transfer::Method;
 /// Why a request is declined if an empty upload made its image active.
 const EMPTY_UPLOAD: &str = "the image is active and empty: a client uploaded nothing to it (`openstack image create` \
     uploads its standard input). Delete it, and ask with `rbd-offload request`";
+
+/// How long a job waits for a pool in which the calls of other jobs hang.
+const CLOSED_POOL_PAUSE: SignedDuration = SignedDuration::from_secs(30);
 
 /// Whether an attempt counts for the limit of retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +113,7 @@ impl JobRun {
                 tracing::warn!(image_id = %self.job.id, "the lease was lost; another daemon goes on with the job");
                 RunResult::Abandoned
             }
+            StepError::PoolClosed(reason) => self.wait_for_pool(&reason).await,
             // the runner takes the next one, or says what was wrong with the last
             StepError::NextMethod(_) => self.schedule_retry("no method was left", CountsAttempt::Yes).await,
             // the same, where it was met a second time
@@ -143,6 +147,21 @@ impl JobRun {
             Ok(None) => self.abort_job(Outcome::declined(Decline::NoBackend, reason)).await,
             Err(error) => self.retry_or_fail(&error.to_string()).await,
         }
+    }
+
+    /// Leaves the job until the pool may answer again. The attempt does not count: nothing is wrong with the job.
+    async fn wait_for_pool(&self, reason: &str) -> RunResult {
+        let not_before = self.job.context.clock.now().checked_add(CLOSED_POOL_PAUSE).ok();
+        tracing::warn!(image_id = %self.job.id, reason, "job waits for a pool that does not answer");
+        let left = self
+            .release_ownership(|record| {
+                if !record.state.is_ended() {
+                    record.reason = Some(reason.to_owned());
+                }
+                record.not_before = not_before;
+            })
+            .await;
+        left.map_or(RunResult::Abandoned, |()| RunResult::Waiting(CLOSED_POOL_PAUSE.unsigned_abs()))
     }
 
     fn abandon(&self, reason: &str) -> RunResult {
@@ -235,6 +254,7 @@ impl JobRun {
                 StepError::Interrupted
                 | StepError::Drained
                 | StepError::NoRoom { .. }
+                | StepError::PoolClosed(_)
                 | StepError::OtherBackend { .. }
                 | StepError::WhenCopied(_)
                 | StepError::NextMethod(_),
@@ -244,8 +264,11 @@ impl JobRun {
 
     async fn undo_and_report(&self, outcome: Outcome) -> StepResult<State> {
         let stored = self.job.record().await.outcome;
-        let outcome = stored.clone().unwrap_or(outcome);
-        if stored.is_none() {
+        let is_elsewhere = outcome.decline == Some(Decline::Elsewhere);
+        // another deployment took the request after an outcome was stored that nobody was told of
+        let replaces = |stored: &Outcome| is_elsewhere && stored.report == Reporting::Due;
+        let outcome = stored.clone().filter(|stored| !replaces(stored)).unwrap_or(outcome);
+        if stored.as_ref() != Some(&outcome) {
             self.job
                 .update(|record| {
                     record.outcome = Some(outcome.clone());

@@ -51,7 +51,7 @@ impl Lent for LentHandle {
         self.handle.node.give_back();
     }
 
-    async fn give_up(self: Box<Self>) -> Result<()> {
+    async fn give_up(self: Box<Self>, _pools: &[String]) -> Result<()> {
         self.control.fence(&self.handle.node.address()).await.map(drop)
     }
 }
