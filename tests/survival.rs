@@ -864,37 +864,66 @@ async fn a_job_is_left_to_the_daemon_that_has_its_backend() {
 async fn a_request_is_left_to_the_deployment_that_has_its_disk() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_long_volume(288).await;
-    // the copy would take 288 s
+    // the copy would take 288 s, and the second request waits for its turn
     let east = telling("copy").set("offload", "bandwidth_limit", "1MiB").set("offload", "verify", "none");
-    let east = east.set("offload", "decline_after", "6s").start().await;
-    let west = telling("copy").without("backend:ceph").set("offload", "decline_after", "20s").start().await;
+    let east = east.set("offload", "max_jobs", "1").set("offload", "decline_after", "6s").without("backend:ceph2");
+    let east = east.start().await;
+    let west = telling("clone").without("backend:ceph").set("offload", "decline_after", "20s").start().await;
     let elsewhere = |job: &serde_json::Value| {
         job["reason"].as_str().unwrap_or_default().starts_with("left to another deployment: ")
     };
 
-    let requests = tenant.request(1).await;
-    let id = &requests[0].id;
-    east.await_job(id, "copying").await;
-    let job = west.await_job(id, "declined").await;
-    assert!(elsewhere(&job), "{job:#}");
-    // the reconciler of the west meets the request again, and leaves it alone
+    let mut requests = tenant.request(2).await;
+    let ids = [requests[0].id.clone(), requests[1].id.clone()];
+    let mut left = Vec::new();
+    for id in &ids {
+        let job = west.await_job(id, "declined").await;
+        assert!(elsewhere(&job), "{job:#}");
+        left.push(job["request_id"].clone());
+    }
+    // the reconciler of the west meets the requests again, and leaves them alone
     pause(seconds(12)).await;
-    assert_eq!(west.job(id).await.unwrap()["request_id"], job["request_id"], "it was begun again");
-    let image = tenant.demo.image(id).await;
-    assert_eq!((&image["status"], &image["rbd_offload_status"]), (&json!("queued"), &json!("copying")), "{image:#}");
-    assert!(image["tags"].to_string().contains("rbd-offload:volume:"), "{image:#}");
+    let mut shown = Vec::new();
+    for (id, request_id) in ids.iter().zip(&left) {
+        assert_eq!(west.job(id).await.unwrap()["request_id"], *request_id, "it was begun again");
+        let image = tenant.demo.image(id).await;
+        assert!(image["status"] == "queued" && image["tags"].to_string().contains("rbd-offload:volume:"), "{image:#}");
+        shown.push(image["rbd_offload_status"].as_str().unwrap_or_default().to_owned());
+    }
+    shown.sort();
+    assert_eq!(shown, ["accepted", "copying"]);
+
+    // the one that waits is asked to become an image of a disk that the west has
+    let is_waiting = east.job(&ids[0]).await.unwrap()["state"] == "accepted";
+    let waiting = usize::from(!is_waiting);
+    let other = tenant.demo.create_volume(json!({"volume_type": "ceph2"})).await;
+    other.disk.resize(16 * MIB).await;
+    other.disk.write(1, &[(0, 2 * MIB), (15 * MIB, MIB)]).await;
+    let expected = other.disk.digest(None).await;
+    let tags = json!([{"op": "replace", "path": "/tags", "value": [volume_tag(&other.id)]}]);
+    assert_eq!(tenant.demo.patch_image(&ids[waiting], tags).await.0, 200);
+    tenant.demo.await_image(&ids[waiting], "active").await;
+    assert_eq!(Disk::of_image(&ids[waiting]).digest(Some("snap")).await, expected);
     east.copy_at_full_speed().await;
-    tenant.demo.await_image(id, "active").await;
+    tenant.demo.await_image(&ids[1 - waiting], "active").await;
+    east.await_idle().await;
+    assert!(!tenant.demo.image(&ids[waiting]).await.to_string().contains("rbd_offload_"), "a status was left");
+    tenant.demo.delete_images(&[ids[waiting].clone()]).await;
+    tenant.demo.delete_volume(&other).await;
+    requests.remove(waiting);
 
     // neither has this one
-    let missing = tenant.demo.create_image(&[volume_tag(&uuid::Uuid::new_v4().to_string())], json!({})).await;
+    let third = tenant.demo.create_volume(json!({"volume_type": "ceph-offload"})).await;
+    let missing = tenant.demo.create_image(&[volume_tag(&third.id)], json!({})).await;
     tenant.demo.await_declined(&missing).await;
     let declined = east.await_job(&missing, "declined").await;
     let left = west.await_job(&missing, "declined").await;
-    assert!(!elsewhere(&declined) && elsewhere(&left), "{declined:#} {left:#}");
+    assert!(declined["reason"].as_str().unwrap().contains("ceph-offload"), "{declined:#}");
+    assert_eq!(left["reason"], "the image has no request tag any more", "one of them declines it");
     let image = tenant.demo.image(&missing).await;
     assert_eq!((&image["rbd_offload_message"], &image["tags"]), (&declined["reason"], &json!([])), "{image:#}");
     tenant.demo.delete_images(&[missing]).await;
+    tenant.demo.delete_volume(&third).await;
     tenant.gets(&east, &requests).await;
 }
 

@@ -243,9 +243,9 @@ section! {
         /// Attempts after the first when a service or Ceph is away; the pause between them grows.
         retries: u32 = "5", Whole { min: 0, max: 100 };
         /// How long a request is left to other deployments if its disk is not found here: several of them, one for each
-        /// Ceph cluster, may share a Glance. A request that none of them takes is declined then. 0s: this is the only
-        /// deployment.
-        decline_after: Duration = "0s", Span { min: 0, max: 60 };
+        /// Ceph cluster, may share a Glance. One of them declines a request that none has taken by then. Where there
+        /// are several, 5m is a good value on all. 0s: this is the only deployment.
+        decline_after: Duration = "0s", Span { min: 0, max: DAY };
         /// The hash that is registered with the image. sha512 reads every byte of it through this host.
         hash: Hash = "none", OneOf(Hash::NAMES);
         /// How much of an image is read again and compared with its source before it is published.

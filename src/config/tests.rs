@@ -368,7 +368,7 @@ fn limits_hold_at_both_ends() {
         ("offload", "max_jobs_per_project", ["0", "256"], ["-1", "257"]),
         ("offload", "max_takeovers", ["0", "100"], ["-1", "101"]),
         ("offload", "hang_limit", ["1m", "1d"], ["59s", "25h"]),
-        ("offload", "decline_after", ["0s", "1m"], ["61s", "-1s"]),
+        ("offload", "decline_after", ["0s", "1d"], ["25h", "-1s"]),
         ("offload", "concurrency", ["1", "256"], ["0", "257"]),
         ("offload", "retries", ["0", "100"], ["+1", "101"]),
         ("offload", "reconcile_interval", ["1s", "1d"], ["999ms", "25h"]),

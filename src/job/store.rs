@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -26,6 +26,9 @@ const RECHECK: &str = "index.recheck";
 
 /// Entries read from an index with one operation.
 const PAGE: usize = 1000;
+
+/// How long a job that was left to another deployment is not begun again for a request that it knows.
+const ELSEWHERE_PAUSE: SignedDuration = SignedDuration::from_secs(60);
 
 /// How often a signal is tried when others write the same object; each try means that one of them got through.
 const SIGNAL_TRIES: usize = 32;
@@ -204,6 +207,12 @@ impl Store {
         }
     }
 
+    /// Whether another deployment has had the same request until a moment ago: each status that it writes comes here.
+    fn is_left_alone(&self, record: &Record, new: &NewJob) -> bool {
+        let since = self.clock.now().duration_since(record.updated_at).abs();
+        record.state.is_ended() && record.is_elsewhere() && record.source == new.source && since < ELSEWHERE_PAUSE
+    }
+
     /// A request for an image that has a job. `None` when it has none.
     async fn resubmit(&self, new: &NewJob) -> Result<Option<Submitted>> {
         let image_id = new.image_id;
@@ -213,6 +222,8 @@ impl Store {
                 let record = &stored.record;
                 let signals = if new.trigger != Trigger::Request {
                     // a service hands an image over once; later notifications repeat that
+                    vec![]
+                } else if self.is_left_alone(record, new) {
                     vec![]
                 } else if record.state.is_ended() || record.outcome.is_some() {
                     vec![Signal::Rerequested]

@@ -26,6 +26,15 @@ pub enum Acknowledged {
     NotYet,
 }
 
+/// Whether it is for this deployment to report a queued job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// Reported, or there is nothing to say yet.
+    Given,
+    /// The disk is in the cluster of another deployment.
+    Elsewhere,
+}
+
 impl JobRun {
     /// Reports a queued job, and releases it.
     pub async fn acknowledge(mut self, drain: CancellationToken) -> Acknowledged {
@@ -50,28 +59,30 @@ impl JobRun {
             told = self.report_queued(waited_for) => told,
             stop = stopped => Err(stop),
         };
+        let is_elsewhere = matches!(told, Ok(Answer::Elsewhere));
+        let is_tried_again = waited_for || (told.is_err() && self.shares_requests().await);
         if let Err(stop) = told {
             tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
             // a lease that is released with an owner in the record would get that owner fenced
             if self.release_ownership(|_| {}).await.is_err() {
-                return if waited_for { Acknowledged::NotYet } else { Acknowledged::Requester };
+                return if is_tried_again { Acknowledged::NotYet } else { Acknowledged::Requester };
             }
         }
         self.job.release_lease().await;
         client.return_to_pool();
         match waited_for {
+            false if is_tried_again => Acknowledged::NotYet,
             false => Acknowledged::Requester,
+            true if is_elsewhere => Acknowledged::Requester,
             true if self.job.record().await.acknowledged => Acknowledged::Service,
             true => Acknowledged::NotYet,
         }
     }
 
-    async fn report_queued(&self, waited_for: bool) -> StepResult<()> {
+    async fn report_queued(&self, waited_for: bool) -> StepResult<Answer> {
         let record = self.job.record().await;
-        let (dry_run, wait) = {
-            let offload = &self.job.context.config.borrow().offload;
-            (offload.dry_run, offload.decline_after)
-        };
+        let config = self.job.context.config.borrow().clone();
+        let dry_run = config.offload.dry_run;
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
@@ -81,22 +92,27 @@ impl JobRun {
         // another daemon may have told just now
         let silent = || self.job.context.clock.now().duration_since(record.updated_at).abs() >= HEARTBEAT_MIN_AGE;
         let tells = !record.acknowledged || (waited_for && silent());
-        // another deployment may have the disk
-        let is_elsewhere = !wait.is_zero() && record.dest_pool.is_none();
-        if dry_run || (is_elsewhere && !waited_for) || !waits || record.outcome.is_some() || !tells {
-            return Ok(());
+        if dry_run || !waits || record.outcome.is_some() || !tells {
+            return Ok(Answer::Given);
         }
-        let fsid = self.job.context.storage.fsid().await?.to_ascii_lowercase();
-        let offer = |image: &Image| request::parse_offer_tag(&image.tags);
-        let offered = |image: &Image| offer(image).is_some();
+        let offered = |image: &Image| request::parse_offer_tag(&image.tags).is_some();
+        let mut dest_pool = record.dest_pool.clone();
+        if self.shares_requests().await {
+            // only the deployment that has the disk writes a status
+            match self.plan(&config).await {
+                Ok(plan) => dest_pool = Some(plan.dest_pool),
+                Err(StepError::End(_) | StepError::OtherBackend { .. }) => return Ok(Answer::Given),
+                Err(stop) => return Err(stop),
+            }
+        }
         if waited_for {
             let image = self.job.read_image().await?;
-            if is_elsewhere && offer(&image).is_some_and(|offer| offer.fsid.to_string() != fsid) {
-                return Ok(());
+            if self.is_offered_elsewhere(&image).await? {
+                return Ok(Answer::Elsewhere);
             }
             if image.status == "queued" && !offered(&image) {
                 // the service announces its work before it offers it
-                return Ok(());
+                return Ok(Answer::Given);
             }
         }
         // so that the next owner knows of this one, if it ends half way
@@ -112,7 +128,12 @@ impl JobRun {
             };
             self.job.patch_status(image, Status::Accepted, 0, &message).await?;
         }
-        self.release_ownership(|record| record.acknowledged = true).await
+        self.release_ownership(|record| {
+            record.acknowledged = true;
+            record.dest_pool.clone_from(&dest_pool);
+        })
+        .await?;
+        Ok(Answer::Given)
     }
 
     /// Whether a client service waits that has not committed. Without heartbeats it falls back to its native path.

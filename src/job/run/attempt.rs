@@ -215,7 +215,7 @@ impl JobRun {
         Ok(attempt)
     }
 
-    async fn plan(&self, config: &Config) -> StepResult<Plan> {
+    pub(super) async fn plan(&self, config: &Config) -> StepResult<Plan> {
         let record = self.job.record().await;
         let offered = record.handover == Some(HandoverState::Offered);
         let (image_id, trigger, source, retried) = (self.job.id, record.trigger, record.source, record.retried);
@@ -229,7 +229,10 @@ impl JobRun {
             // also where the plan then refuses it: `retry` goes by the latest request, not by one before
             self.job
                 .update(|record| {
-                    record.source = Some(source);
+                    if record.source.replace(source).is_some() {
+                        // another deployment may have this one's disk
+                        (record.dest_pool, record.acknowledged) = (None, false);
+                    }
                     record.mismatched.clear();
                 })
                 .await?;
@@ -254,8 +257,13 @@ impl JobRun {
             return Ok(false);
         }
         let record = self.job.record().await;
-        // another deployment works on it, and writes the status
-        let image = image.filter(|image| !(record.is_elsewhere() && image_status::shows_running_job(image)));
+        let is_elsewhere = |image: &Image| {
+            let is_same = request::parse_request_tags(&image.tags)
+                == record.source.map_or(TagRequest::Absent, TagRequest::Source);
+            // another deployment works on it, and writes the status
+            record.is_elsewhere() && is_same && image_status::shows_running_job(image)
+        };
+        let image = image.filter(|image| !is_elsewhere(image));
         let asked = match image.map(|image| request::parse_request_tags(&image.tags)) {
             None | Some(TagRequest::Absent) => None,
             Some(TagRequest::Source(source)) => Some(Some(source)),

@@ -26,13 +26,18 @@ impl JobRun {
         let cancelled =
             self.job.context.store.load(self.job.id).await?.is_some_and(|now| now.signals.has(Signal::Cancel));
         if record.trigger == Trigger::Request && !cancelled {
+            let is_running = image_status::shows_running_job(&image);
+            if is_running && !record.is_reported() && self.shares_requests().await {
+                // another deployment has taken the request meanwhile
+                return Ok(());
+            }
             match request::parse_request_tags(&image.tags) {
                 // a new request for another source, which this outcome does not concern
                 TagRequest::Source(source) if Some(source) != record.source => {
                     return self.signal_rerequested().await;
                 }
                 // only a notification spoke of a request: the daemon writes nothing on a record that has none
-                TagRequest::Absent if !record.retried && !image_status::shows_running_job(&image) => return Ok(()),
+                TagRequest::Absent if !record.retried && !is_running => return Ok(()),
                 _ => {}
             }
         }
