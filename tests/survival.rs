@@ -873,8 +873,8 @@ async fn a_request_is_left_to_the_deployment_that_has_its_disk() {
         job["reason"].as_str().unwrap_or_default().starts_with("left to another deployment: ")
     };
 
-    let mut requests = tenant.request(2).await;
-    let ids = [requests[0].id.clone(), requests[1].id.clone()];
+    let mut requests = tenant.request(3).await;
+    let ids: Vec<String> = requests.iter().map(|request| request.id.clone()).collect();
     let mut left = Vec::new();
     for id in &ids {
         let job = west.await_job(id, "declined").await;
@@ -891,26 +891,36 @@ async fn a_request_is_left_to_the_deployment_that_has_its_disk() {
         shown.push(image["rbd_offload_status"].as_str().unwrap_or_default().to_owned());
     }
     shown.sort();
-    assert_eq!(shown, ["accepted", "copying"]);
+    assert_eq!(shown, ["accepted", "accepted", "copying"]);
 
     // the one that waits is asked to become an image of a disk that the west has
-    let is_waiting = east.job(&ids[0]).await.unwrap()["state"] == "accepted";
-    let waiting = usize::from(!is_waiting);
+    let mut waiting = Vec::new();
+    for (at, id) in ids.iter().enumerate() {
+        if east.job(id).await.unwrap()["state"] == "accepted" {
+            waiting.push(at);
+        }
+    }
+    let (waiting, mistaken) = (waiting[0], waiting[1]);
     let other = tenant.demo.create_volume(json!({"volume_type": "ceph2"})).await;
     other.disk.resize(16 * MIB).await;
     other.disk.write(1, &[(0, 2 * MIB), (15 * MIB, MIB)]).await;
     let expected = other.disk.digest(None).await;
     let tags = json!([{"op": "replace", "path": "/tags", "value": [volume_tag(&other.id)]}]);
     assert_eq!(tenant.demo.patch_image(&ids[waiting], tags).await.0, 200);
+    // and another one of a volume that there is not
+    let tags = volume_tag(&uuid::Uuid::new_v4().to_string());
+    let tags = json!([{"op": "replace", "path": "/tags", "value": [tags]}]);
+    assert_eq!(tenant.demo.patch_image(&ids[mistaken], tags).await.0, 200);
+    tenant.demo.await_declined(&ids[mistaken]).await;
     tenant.demo.await_image(&ids[waiting], "active").await;
     assert_eq!(Disk::of_image(&ids[waiting]).digest(Some("snap")).await, expected);
     east.copy_at_full_speed().await;
-    tenant.demo.await_image(&ids[1 - waiting], "active").await;
+    tenant.demo.await_image(&ids[3 - waiting - mistaken], "active").await;
     east.await_idle().await;
     assert!(!tenant.demo.image(&ids[waiting]).await.to_string().contains("rbd_offload_"), "a status was left");
-    tenant.demo.delete_images(&[ids[waiting].clone()]).await;
+    tenant.demo.delete_images(&[ids[waiting].clone(), ids[mistaken].clone()]).await;
     tenant.demo.delete_volume(&other).await;
-    requests.remove(waiting);
+    requests.retain(|request| request.id == ids[3 - waiting - mistaken]);
 
     // neither has this one
     let third = tenant.demo.create_volume(json!({"volume_type": "ceph-offload"})).await;

@@ -561,8 +561,7 @@ pub trait StoragePool: Send + Sync + 'static {
     /// # Errors
     ///
     /// [`ErrorKind::TimedOut`] while too many clients that were given up have calls that have not returned: of this
-    /// job, or of all. For a pool in which too many hang, the client
-    /// answers [`ErrorKind::PoolClosed`].
+    /// job, or of all. For a pool in which too many hang, the client answers [`ErrorKind::PoolClosed`].
     async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).

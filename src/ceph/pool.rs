@@ -105,7 +105,7 @@ impl Lent for LentClient {
         }
         let open = self.client.cluster().open_pools();
         if !open.is_empty() {
-            tracing::error!(image_id = %self.image_id, pools = ?open, "the job's Ceph client still has pools open; closed");
+            tracing::error!(image_id = %self.image_id, pools = ?open, "the job's Ceph client has pools open after its job: it is not used again");
             return;
         }
         let mut idle = lock(&self.shared.idle);

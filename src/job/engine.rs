@@ -547,7 +547,8 @@ impl Engine {
             let work = async move {
                 match job.acknowledge(drain).await {
                     Acknowledged::Requester => drop(lock(&engine.acknowledged).insert(image_id, None)),
-                    Acknowledged::Service => {}
+                    // again after the interval that was set above
+                    Acknowledged::Service | Acknowledged::Later => {}
                     Acknowledged::NotYet => {
                         lock(&engine.acknowledged).remove(&image_id);
                         engine.defer(image_id, POLL_INTERVAL);

@@ -207,7 +207,8 @@ impl Store {
         }
     }
 
-    /// Whether another deployment has had the same request until a moment ago: each status that it writes comes here.
+    /// Whether this request was left to another deployment less than a minute ago. Each status that the other one
+    /// writes arrives here as a notification of the same request.
     fn is_left_alone(&self, record: &Record, new: &NewJob) -> bool {
         let since = self.clock.now().duration_since(record.updated_at).abs();
         record.state.is_ended() && record.is_elsewhere() && record.source == new.source && since < ELSEWHERE_PAUSE

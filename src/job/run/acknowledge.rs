@@ -1,6 +1,8 @@
 //! Reports a job that waits for its turn: once to the requester, and periodically to a client service while this
 //! daemon makes progress.
 
+use std::time::Duration;
+
 use jiff::SignedDuration;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +17,9 @@ const QUEUED_MESSAGE: &str = "the request waits for its turn";
 /// Minimum age of a queued job's last update before another heartbeat, so that only one of several daemons sends it.
 const HEARTBEAT_MIN_AGE: SignedDuration = SignedDuration::from_secs(20);
 
+/// How long the plan may take for which a request is acknowledged where several deployments share requests.
+const PLAN_LIMIT: Duration = Duration::from_secs(20);
+
 /// Who knows that a job waits for its turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acknowledged {
@@ -24,6 +29,19 @@ pub enum Acknowledged {
     Service,
     /// Not the client service: it could not be told yet.
     NotYet,
+    /// Not the requester: it is told when the plan can be made.
+    Later,
+}
+
+impl Acknowledged {
+    /// What follows from an acknowledgement that failed. `is_shared`: other deployments must learn of the job.
+    fn failed(waited_for: bool, is_shared: bool) -> Self {
+        match (waited_for, is_shared) {
+            (true, _) => Self::NotYet,
+            (false, true) => Self::Later,
+            (false, false) => Self::Requester,
+        }
+    }
 }
 
 /// Whether it is for this deployment to report a queued job.
@@ -44,7 +62,7 @@ impl JobRun {
             Err(stop) => {
                 tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
                 self.job.release_lease().await;
-                return if waited_for { Acknowledged::NotYet } else { Acknowledged::Requester };
+                return Acknowledged::failed(waited_for, self.shares_requests().await);
             }
         };
         let stopped = async {
@@ -60,18 +78,18 @@ impl JobRun {
             stop = stopped => Err(stop),
         };
         let is_elsewhere = matches!(told, Ok(Answer::Elsewhere));
-        let is_tried_again = waited_for || (told.is_err() && self.shares_requests().await);
+        let is_tried_again = told.is_err() && self.shares_requests().await;
         if let Err(stop) = told {
             tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
             // a lease that is released with an owner in the record would get that owner fenced
             if self.release_ownership(|_| {}).await.is_err() {
-                return if is_tried_again { Acknowledged::NotYet } else { Acknowledged::Requester };
+                return Acknowledged::failed(waited_for, is_tried_again);
             }
         }
         self.job.release_lease().await;
         client.return_to_pool();
         match waited_for {
-            false if is_tried_again => Acknowledged::NotYet,
+            false if is_tried_again => Acknowledged::Later,
             false => Acknowledged::Requester,
             true if is_elsewhere => Acknowledged::Requester,
             true if self.job.record().await.acknowledged => Acknowledged::Service,
@@ -80,8 +98,16 @@ impl JobRun {
     }
 
     async fn report_queued(&self, waited_for: bool) -> StepResult<Answer> {
-        let record = self.job.record().await;
         let config = self.job.context.config.borrow().clone();
+        let mut record = self.job.record().await;
+        if record.state.is_ended() && !config.offload.dry_run && !config.offload.decline_after.is_zero() {
+            // a new request of an ended job: without a status another deployment would decline it
+            self.take_over(TakeOverPurpose::Report).await?;
+            if self.restart_if_rerequested().await? {
+                self.release_ownership(|_| {}).await?;
+                record = self.job.record().await;
+            }
+        }
         let dry_run = config.offload.dry_run;
         let waits = match record.state {
             State::Accepted => true,
@@ -99,7 +125,8 @@ impl JobRun {
         let mut dest_pool = record.dest_pool.clone();
         if self.shares_requests().await {
             // only the deployment that has the disk writes a status
-            match self.plan(&config).await {
+            let planned = tokio::time::timeout(PLAN_LIMIT, self.plan(&config)).await;
+            match planned.unwrap_or_else(|_| Err(StepError::Retry("the plan took too long".into()))) {
                 Ok(plan) => dest_pool = Some(plan.dest_pool),
                 Err(StepError::End(_) | StepError::OtherBackend { .. }) => return Ok(Answer::Given),
                 Err(stop) => return Err(stop),
@@ -117,6 +144,10 @@ impl JobRun {
         }
         // so that the next owner knows of this one, if it ends half way
         self.take_over(TakeOverPurpose::Report).await?;
+        if dest_pool != record.dest_pool {
+            // before the status: this deployment must know it for its own
+            self.job.update(|record| record.dest_pool.clone_from(&dest_pool)).await?;
+        }
         // it may have been taken back meanwhile
         let image = self.job.read_image().await?;
         let asks = !matches!(request::parse_request_tags(&image.tags), TagRequest::Absent);
@@ -128,11 +159,7 @@ impl JobRun {
             };
             self.job.patch_status(image, Status::Accepted, 0, &message).await?;
         }
-        self.release_ownership(|record| {
-            record.acknowledged = true;
-            record.dest_pool.clone_from(&dest_pool);
-        })
-        .await?;
+        self.release_ownership(|record| record.acknowledged = true).await?;
         Ok(Answer::Given)
     }
 

@@ -226,10 +226,11 @@ impl JobRun {
         let image = self.job.read_image().await?;
         let source = plan::read_request(&image, &request)?;
         if record.source != Some(source) {
+            let is_shared = !config.offload.decline_after.is_zero();
             // also where the plan then refuses it: `retry` goes by the latest request, not by one before
             self.job
                 .update(|record| {
-                    if record.source.replace(source).is_some() {
+                    if record.source.replace(source).is_some() && is_shared {
                         // another deployment may have this one's disk
                         (record.dest_pool, record.acknowledged) = (None, false);
                     }
@@ -243,7 +244,7 @@ impl JobRun {
 
     /// Restarts an ended job if the image record has a request again, or if the operator retries it. A notification
     /// about it may be late, so the record decides. Returns whether the job was restarted.
-    async fn restart_if_rerequested(&self) -> StepResult<bool> {
+    pub(super) async fn restart_if_rerequested(&self) -> StepResult<bool> {
         const RESTART_SIGNALS: [Signal; 2] = [Signal::Rerequested, Signal::Retry];
         let seen = self.job.signals().await;
         let image = match self.job.context.cloud.image(&self.job.id.to_string()).await {

@@ -1,10 +1,11 @@
 //! Requests for other deployments: where several of them, one for each Ceph cluster, share a Glance, each hears of
 //! every request, and only one has the disk.
 //!
-//! A deployment that has not found the disk writes nothing on the image record. It waits for `[offload] decline_after`
-//! and looks once more: a status shows that another deployment has taken the request, a missing request tag that
-//! another one has declined it. Otherwise it declines the request itself. Each deployment waits a little longer or
-//! shorter than the others, so that one of them is the first.
+//! A deployment that has not found the disk writes nothing on the image record. It plans the job again once a minute
+//! until `[offload] decline_after` is over, and looks at the record then. A status shows that another deployment has
+//! taken the request. A missing request tag shows that another one has declined it. If neither is so, the deployment
+//! declines the request itself. Each deployment waits a little longer or shorter than the others, so that one of them
+//! is the first.
 
 use std::time::Duration;
 
@@ -35,6 +36,10 @@ impl JobRun {
             return Ok(outcome);
         }
         let record = self.job.record().await;
+        if record.is_reported() {
+            // the requester may have been told
+            return Ok(outcome);
+        }
         let context = &self.job.context;
         let wait = context.config.borrow().offload.decline_after;
         let now = context.clock.now();
@@ -66,6 +71,18 @@ impl JobRun {
             Err(PlanError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => Ok(outcome),
             Err(error) => Err(self.schedule_retry(&error.to_string(), CountsAttempt::No).await),
         }
+    }
+
+    /// Whether another deployment has taken the request meanwhile. `image` was read last.
+    pub(super) async fn is_taken_by_another(&self, image: &Image, outcome: &Outcome) -> bool {
+        // no deployment works on a request that cannot be read, or for a source that the project does not own: the
+        // status is one that this deployment has left
+        let holds_everywhere = matches!(outcome.decline, Some(Decline::NoSource | Decline::Request));
+        image_status::shows_running_job(image)
+            && outcome.state != State::Cancelled
+            && !holds_everywhere
+            && !self.job.record().await.is_reported()
+            && self.shares_requests().await
     }
 
     /// Whether a service offers the image to the deployment of another cluster.

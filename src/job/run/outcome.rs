@@ -151,6 +151,7 @@ impl JobRun {
 
     /// Leaves the job until the pool may answer again. The attempt does not count: nothing is wrong with the job.
     async fn wait_for_pool(&self, reason: &str) -> RunResult {
+        self.try_release_instance().await;
         let not_before = self.job.context.clock.now().checked_add(CLOSED_POOL_PAUSE).ok();
         tracing::warn!(image_id = %self.job.id, reason, "job waits for a pool that does not answer");
         let left = self
@@ -247,14 +248,13 @@ impl JobRun {
             Err(StepError::Abandon(reason)) => self.abandon(&reason),
             // the image is active all the same, and depends on its source
             Err(StepError::Later(after)) => self.continue_later(after).await,
-            Err(StepError::Retry(reason) | StepError::End(Outcome { reason, .. })) => {
+            Err(StepError::Retry(reason) | StepError::PoolClosed(reason) | StepError::End(Outcome { reason, .. })) => {
                 self.schedule_retry(&reason, CountsAttempt::No).await
             }
             Err(
                 StepError::Interrupted
                 | StepError::Drained
                 | StepError::NoRoom { .. }
-                | StepError::PoolClosed(_)
                 | StepError::OtherBackend { .. }
                 | StepError::WhenCopied(_)
                 | StepError::NextMethod(_),
@@ -317,6 +317,10 @@ impl JobRun {
         let mut outcome = outcome;
         match image {
             Some(_) if outcome.decline == Some(Decline::Elsewhere) => {}
+            Some(image) if self.is_taken_by_another(&image, &outcome).await => {
+                outcome = Outcome::elsewhere(&outcome.reason);
+                self.job.update(|record| record.outcome = Some(outcome.clone())).await?;
+            }
             Some(image) if image.status == "queued" => self.report_outcome(image, &outcome).await?,
             // another writer's; while it uploads, Glance would bring back what is taken off
             Some(image) => {

@@ -27,10 +27,6 @@ impl JobRun {
             self.job.context.store.load(self.job.id).await?.is_some_and(|now| now.signals.has(Signal::Cancel));
         if record.trigger == Trigger::Request && !cancelled {
             let is_running = image_status::shows_running_job(&image);
-            if is_running && !record.is_reported() && self.shares_requests().await {
-                // another deployment has taken the request meanwhile
-                return Ok(());
-            }
             match request::parse_request_tags(&image.tags) {
                 // a new request for another source, which this outcome does not concern
                 TagRequest::Source(source) if Some(source) != record.source => {

@@ -81,7 +81,7 @@ impl JobRun {
             match self.poll_once(&mut seen).await {
                 Ok(()) => {}
                 // a transient error is no reason for the watcher to stop a transfer that goes well
-                Err(StepError::Retry(reason)) => {
+                Err(StepError::Retry(reason) | StepError::PoolClosed(reason)) => {
                     tracing::debug!(image_id = %self.job.id, reason, "a poll of the watcher failed")
                 }
                 Err(stop) => return stop,
