@@ -83,6 +83,20 @@ struct LentClient {
     shared: Arc<Shared>,
 }
 
+impl LentClient {
+    /// Gives up a client whose job has ended, if its calls do not return.
+    async fn give_up_unless_quiet(self: Box<Self>) {
+        if tokio::time::timeout(CALLS_RETURN_WITHIN, self.client.quiet()).await.is_ok() {
+            return;
+        }
+        let image_id = self.image_id;
+        tracing::error!(%image_id, "a call of the job's Ceph client has not returned after the job ended; fencing it");
+        if let Err(error) = self.give_up(&[]).await {
+            tracing::error!(%image_id, %error, "the job's Ceph client was not fenced");
+        }
+    }
+}
+
 #[async_trait]
 impl Lent for LentClient {
     fn storage(&self) -> Arc<dyn Storage> {
@@ -100,12 +114,13 @@ impl Lent for LentClient {
     fn return_to_pool(self: Box<Self>) {
         if self.client.is_busy() {
             // an image that such a call has open cannot be deleted
-            tokio::spawn(fence_unless_quiet(self.client, self.control, self.image_id));
+            tokio::spawn(self.give_up_unless_quiet());
             return;
         }
         let open = self.client.cluster().open_pools();
         if !open.is_empty() {
-            tracing::error!(image_id = %self.image_id, pools = ?open, "the job's Ceph client has pools open after its job: it is not used again");
+            tracing::error!(image_id = %self.image_id, pools = ?open,
+                "the job's Ceph client has pools open after its job: it is not used again");
             return;
         }
         let mut idle = lock(&self.shared.idle);
@@ -127,20 +142,5 @@ impl Lent for LentClient {
             shared.hung.remove(&hung);
         });
         self.control.fence_address(&address).await.map(drop)
-    }
-}
-
-/// Fences a client whose job has ended, if its calls do not return.
-async fn fence_unless_quiet(client: Client, control: Client, image_id: Uuid) {
-    if tokio::time::timeout(CALLS_RETURN_WITHIN, client.quiet()).await.is_ok() {
-        return;
-    }
-    tracing::error!(%image_id, "a call of the job's Ceph client has not returned after the job ended; fencing it");
-    let fenced = match client.own_address() {
-        Ok(address) => control.fence_address(&address).await.map(drop),
-        Err(error) => Err(error),
-    };
-    if let Err(error) = fenced {
-        tracing::error!(%image_id, %error, "the job's Ceph client was not fenced");
     }
 }
