@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ceph::rados::rados_remove;
 
@@ -35,6 +36,12 @@ pub enum Probed {
 /// Images whose data is looked for, of a pool.
 const IMAGES_MAX: usize = 32;
 
+/// How the names of the images begin that are made to probe a pool.
+const PREFIX: &str = "rbd-offload.check-";
+
+/// A probe whose images are older was killed. Clocks of hosts differ by less.
+const LEFT_AFTER: Duration = Duration::from_secs(3600);
+
 impl Client {
     /// Makes an image of `size` bytes that begins with `data`, and its protected snapshot. What was made before an
     /// error stays.
@@ -53,7 +60,7 @@ impl Client {
 
     /// Whether this client can do in a pool what it must be able to: make images with their data in `data_pool`
     /// (`None`: where the configuration of the client and the pool say), snapshot, clone, rename and remove them. The
-    /// first thing that fails ends it.
+    /// first thing that fails ends it. Images that a killed probe left an hour ago are removed.
     pub async fn probe_pool(&self, pool: &str, data_pool: Option<&str>) -> Result<Probed> {
         let (pool, data_pool) = (pool.to_owned(), data_pool.map(str::to_owned));
         self.run(format!("check pool {pool}"), move |cluster| {
@@ -100,6 +107,21 @@ impl Client {
     }
 }
 
+/// `rbd-offload.check-<seconds since 1970>-<uuid>`
+fn new_name() -> String {
+    format!("{PREFIX}{}-{}", now().as_secs(), uuid::Uuid::new_v4())
+}
+
+/// Whether an image was made by a probe that has ended long ago.
+fn is_left(name: &str) -> bool {
+    let made = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse().ok());
+    made.is_some_and(|made| now().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
+}
+
+fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
 /// Whether images can have their data in a pool, and this client can write it.
 fn probe_data_pool(cluster: &Arc<Cluster>, pool: &str) -> std::result::Result<(), Finding> {
     let finding = |what: &'static str| move |error| Finding { what, pool: pool.to_owned(), error };
@@ -107,7 +129,7 @@ fn probe_data_pool(cluster: &Arc<Cluster>, pool: &str) -> std::result::Result<()
     let io = IoCtx::open(cluster, pool).map_err(finding("open the data pool"))?;
     io.must_hold_data(operation).map_err(finding("keep the data of images"))?;
     let try_it = || {
-        let object = c_string(operation, &format!("rbd-offload.check-{}", uuid::Uuid::new_v4()))?;
+        let object = c_string(operation, &new_name())?;
         create_empty(&io, &object, operation)?;
         // SAFETY: the ioctx is open, the name ends in NUL.
         check(operation, unsafe { rados_remove(io.raw(), object.as_ptr()) })
@@ -131,8 +153,8 @@ fn try_images(
     data_pool: Option<&str>,
 ) -> std::result::Result<String, (&'static str, Error)> {
     let io = IoCtx::open(cluster, pool).map_err(|e| ("open the pool", e))?;
-    rbd::list(&io, &format!("list the images of {pool}")).map_err(|e| ("list images", e))?;
-    let name = format!("rbd-offload.check-{}", uuid::Uuid::new_v4());
+    let images = rbd::list(&io, &format!("list the images of {pool}")).map_err(|e| ("list images", e))?;
+    let name = new_name();
     let (clone_name, renamed_name) = (format!("{name}-clone"), format!("{name}-renamed"));
     let [spec, clone, renamed] = [&name, &clone_name, &renamed_name].map(|name| ImageSpec::named(pool, name));
     let created = rbd::create_default(&io, &spec, 1 << 20, data_pool).map_err(|e| ("create an image", e));
@@ -161,5 +183,13 @@ fn try_images(
         Ok(place)
     });
     let removed = remove_image(cluster, &spec).map_err(|e| ("remove an image", e));
-    result.and_then(|place| removed.map(|_| place))
+    let place = result.and_then(|place| removed.map(|_| place))?;
+    let mut left: Vec<String> = images.into_iter().map(|image| image.name).filter(|name| is_left(name)).collect();
+    // the clone of an image has the longer name
+    left.sort_by_key(|name| std::cmp::Reverse(name.len()));
+    for name in left {
+        // what cannot be removed now says nothing about the pool: another check may be removing it
+        let _ = remove_image(cluster, &ImageSpec::named(pool, name));
+    }
+    Ok(place)
 }

@@ -28,6 +28,8 @@ pub struct CephFindings {
     pub jobs_cloud: Option<Option<CloudId>>,
     /// A call was given up and still runs on a thread of its own.
     pub stuck: bool,
+    /// What made the calls. `None` without a connection.
+    pub client: Option<Client>,
 }
 
 fn is_stuck(row: &CheckResult) -> bool {
@@ -70,6 +72,7 @@ pub async fn check(config: &Config) -> CephFindings {
             fsid: None,
             jobs_cloud: None,
             stuck,
+            client: None,
         };
     };
     let probes = join_all(pools.iter().map(|pool| capabilities(config, &client, pool)));
@@ -89,7 +92,7 @@ pub async fn check(config: &Config) -> CephFindings {
         Ok(objects) => tokio::time::timeout(super::LIMIT, deployment::cloud(&objects)).await.ok().and_then(Result::ok),
         Err(_) => None,
     };
-    CephFindings { rows, fsid, jobs_cloud, stuck }
+    CephFindings { rows, fsid, jobs_cloud, stuck, client: Some(client) }
 }
 
 async fn connect(config: &Config) -> Result<(Client, String), Error> {

@@ -90,6 +90,8 @@ pub struct ProbeFindings {
     pub rows: Vec<CheckResult>,
     /// A call of Ceph was given up and still runs on a thread of its own.
     pub stuck: bool,
+    /// What made the calls. `None` without a connection.
+    pub client: Option<Client>,
 }
 
 /// `is_ready`: Keystone and Ceph take our login. Ends soon after `interrupted` fires.
@@ -103,7 +105,7 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
         Ok(connected) => connected,
         Err(reason) => {
             let rows = routes.iter().map(|route| CheckResult::skipped(route.name(), &*reason)).collect();
-            return ProbeFindings { rows, stuck: false };
+            return ProbeFindings { rows, stuck: false, client: None };
         }
     };
     let mut rows = Vec::new();
@@ -113,7 +115,7 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
             false => probe(&session, &client, route, interrupted).await,
         });
     }
-    ProbeFindings { rows, stuck: client.is_busy() }
+    ProbeFindings { rows, stuck: client.is_busy(), client: Some(client) }
 }
 
 /// Where images are published at once they may also be published when copied, when something is against it.

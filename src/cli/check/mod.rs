@@ -14,12 +14,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::setup::{SHUTDOWN_TIMEOUT, load, store_problems};
+use super::setup::{load, store_problems};
 use super::{Failure, output};
+use crate::ceph::Client;
 use crate::config::Config;
 use crate::job::deployment::remedy;
 use crate::openstack::CloudId;
@@ -33,6 +35,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 const RETRY_TIMEOUT: Duration = Duration::from_secs(8);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long calls may still run that were given up, before `check` ends without what they would have removed.
+const CALLS_RETURN_WITHIN: Duration = Duration::from_secs(60);
 
 const NO_ANSWER: &str = "no answer within";
 
@@ -59,11 +64,13 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
     rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
     let mut stuck = ceph.stuck;
+    let mut clients = Vec::from_iter(ceph.client);
     if args.probe {
         let is_ready = cloud.cloud.is_some() && ceph.fsid.is_some();
         let probed = end_to_end::check(&config, is_ready, &interrupted).await;
         rows.extend(probed.rows);
         stuck |= probed.stuck;
+        clients.extend(probed.client);
     } else {
         rows.extend(end_to_end::unprobed(&config));
     }
@@ -71,25 +78,44 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
     output::print(&text)?;
     if stuck {
-        // what still runs removes what it made, if Ceph answers it after all
-        tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
+        await_calls(&clients).await;
         crate::ceph::exit_now(1);
     }
     Ok(if rows.iter().all(CheckResult::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Waits for calls that were given up: they remove what they made, if Ceph answers them after all.
+async fn await_calls(clients: &[Client]) {
+    if clients.iter().any(Client::is_busy) {
+        let within = CALLS_RETURN_WITHIN.as_secs();
+        output::eprint_line(&format!("check waits up to {within} s for Ceph, to remove its test images"));
+    }
+    let are_back = tokio::select! {
+        waited = timeout(CALLS_RETURN_WITHIN, join_all(clients.iter().map(Client::quiet))) => waited.is_ok(),
+        () = signalled() => false,
+    };
+    if !are_back {
+        output::eprint_line("test images may be left; a check that runs an hour from now, or later, removes them");
+    }
+}
+
 /// Fires at the first SIGINT or SIGTERM. What `check` made is removed before it ends.
 async fn listen(interrupted: CancellationToken) {
+    signalled().await;
+    output::eprint_line("interrupted; ends when its test objects are removed");
+    interrupted.cancel();
+}
+
+/// Returns at the next SIGINT or SIGTERM.
+async fn signalled() {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
-        return;
+        return std::future::pending().await;
     };
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
-    output::eprint_line("rbd-offload: interrupted; ends when its test objects are removed");
-    interrupted.cancel();
 }
 
 fn configuration(path: &Path, config: &Config) -> CheckResult {
