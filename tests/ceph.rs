@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rbd_offload::ceph::{
-    Changed, Client, ClientOptions, ClientPool, Compare, ErrorKind, Features, FillFault, FillState, ImageKey,
-    ImageSpec, LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, StoragePool, TransferLimits, Version,
+    CephJobClients, Changed, Client, ClientOptions, Compare, ErrorKind, Features, FillFault, FillState, ImageKey,
+    ImageSpec, JobClients, LockKey, Locked, Moved, Objects, Probed, Progress, Rates, Storage, TransferLimits, Version,
 };
 use rbd_offload::job::bindings::RememberedBindings;
 use rbd_offload::notification::{Binding, Bindings};
@@ -1492,6 +1492,29 @@ async fn a_failed_connection_says_what_to_fix() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn images_of_a_killed_probe_are_removed_an_hour_later() {
+    let lab = Lab::new();
+    let client = lab.client().await;
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let name = |seconds: u64| format!("rbd-offload.check-{seconds}-{}", Uuid::new_v4());
+    let (old, young, foreign) = (name(now - 3700), name(now - 3500), format!("rbd-offload.check-{}", lab.name));
+    // (another test probes pools beside this one, but not this pool)
+    for image in [&old, &young, &foreign].map(|name| ImageSpec::named("vms", name)) {
+        client.create_probe_image(&image, "check", 1 << 20, b"data".to_vec()).await.unwrap();
+    }
+    let clone = format!("{old}-renamed");
+    let (parent, child) = (format!("vms/{old}@check"), format!("vms/{clone}"));
+    lab.command("rbd", &["clone", "--rbd-default-clone-format", "1", &parent, &child]);
+    assert!(matches!(client.probe_pool("vms", None).await.unwrap(), Probed::All { .. }));
+    let left = client.images("vms", "rbd-offload.check-").await.unwrap();
+    for image in [&young, &foreign] {
+        client.remove_image(&ImageSpec::named("vms", image)).await.unwrap();
+    }
+    assert!(!left.contains(&old) && !left.contains(&clone), "{left:?}");
+    assert!(left.contains(&young) && left.contains(&foreign), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn missing_capabilities_are_found() {
     let lab = Lab::new();
     let client = lab.client().await;
@@ -2202,8 +2225,8 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     })
     .await
     .unwrap();
-    let pool = ClientPool::new(control.clone(), records.clone());
-    let (hung, well) = (pool.take(Uuid::new_v4()).await.unwrap(), pool.take(Uuid::new_v4()).await.unwrap());
+    let clients = CephJobClients::new(control.clone(), records.clone());
+    let (hung, well) = (clients.connect(Uuid::new_v4()).await.unwrap(), clients.connect(Uuid::new_v4()).await.unwrap());
     let (storage, other) = (hung.storage(), well.storage());
     let addresses =
         [storage.address().await.unwrap(), other.address().await.unwrap(), control.address().await.unwrap()];
@@ -2232,11 +2255,11 @@ async fn a_jobs_client_that_is_given_up_is_fenced_alone() {
     other.create_snapshot(&image, "s").await.unwrap();
     control.remove_snapshot(&image, "s").await.unwrap();
     records.objects("images", &lab.name).unwrap().omap("none", "", 1).await.unwrap();
-    assert!(!pool.is_fenced());
-    well.return_to_pool();
-    let next = pool.take(Uuid::new_v4()).await.unwrap();
-    assert_eq!(next.storage().address().await.unwrap(), addresses[1], "an idle client is used again");
-    assert_ne!(pool.take(Uuid::new_v4()).await.unwrap().storage().address().await.unwrap(), addresses[0]);
+    assert!(!clients.is_fenced());
+    drop(well);
+    // librbd could have left something open in a client that was used before
+    let next = clients.connect(Uuid::new_v4()).await.unwrap().storage().address().await.unwrap();
+    assert!(!addresses.contains(&next), "{next} in {addresses:?}");
 }
 
 /// A pool whose placement groups take no operation hangs each job that uses it. Jobs in other pools go on, jobs there
@@ -2254,7 +2277,7 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
     let control = Client::open(options).await.unwrap();
     lab.python(&format!("create('{sick}', NAME, 8*M); create('volumes', NAME, 8*M)"));
     let (there, elsewhere) = (ImageSpec::named(&sick, &lab.name), ImageSpec::named("volumes", &lab.name));
-    let clients = ClientPool::new(control.clone(), control.clone());
+    let clients = CephJobClients::new(control.clone(), control.clone());
     lab.command("ceph", &["osd", "pool", "set", &sick, "size", "4"]);
     set(HANGS);
     let since = Instant::now();
@@ -2265,18 +2288,18 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
     let patience = Duration::from_secs(4);
 
     // a job that ended while a call of it hung
-    let ended = clients.take(Uuid::new_v4()).await.unwrap();
+    let ended = clients.connect(Uuid::new_v4()).await.unwrap();
     let (storage, image, began) = (ended.storage(), there.clone(), Instant::now());
     let left = tokio::spawn(async move { storage.image(&image, None).await });
     while !ended.is_busy() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    ended.return_to_pool();
+    drop(ended);
 
     let (mut hung, mut refused) = (Vec::new(), 0);
     for _ in 0..JOBS {
-        let lent = clients.take(Uuid::new_v4()).await.unwrap();
-        let (storage, image) = (lent.storage(), there.clone());
+        let client = clients.connect(Uuid::new_v4()).await.unwrap();
+        let (storage, image) = (client.storage(), there.clone());
         let mut call = tokio::spawn(async move { storage.image(&image, None).await.map(|found| found.is_some()) });
         match tokio::time::timeout(patience, &mut call).await {
             Ok(ended) => {
@@ -2284,16 +2307,14 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
                 assert_eq!(error.kind(), ErrorKind::PoolClosed, "{error}");
                 assert!(error.to_string().contains(&sick), "{error}");
                 refused += 1;
-                lent.return_to_pool();
             }
             Err(_) => {
-                lent.give_up(&[]).await.unwrap();
+                client.give_up(&[]).await.unwrap();
                 hung.push(call);
             }
         }
-        let well = clients.take(Uuid::new_v4()).await.unwrap();
+        let well = clients.connect(Uuid::new_v4()).await.unwrap();
         assert!(well.storage().image(&elsewhere, None).await.unwrap().is_some(), "the pool of others answers");
-        well.return_to_pool();
     }
     assert_eq!((hung.len(), refused), (4, JOBS - 4));
 
@@ -2306,9 +2327,9 @@ async fn a_pool_that_hangs_takes_no_client_from_the_jobs_of_other_pools() {
         let ended = tokio::time::timeout(Duration::from_secs(60), call).await.expect("the call returns");
         assert_eq!(ended.unwrap().unwrap_err().kind(), ErrorKind::Fenced);
     }
-    let lent = clients.take(Uuid::new_v4()).await.unwrap();
+    let client = clients.connect(Uuid::new_v4()).await.unwrap();
     let since = Instant::now();
-    while let Err(error) = lent.storage().image(&there, None).await {
+    while let Err(error) = client.storage().image(&there, None).await {
         assert!(error.kind() == ErrorKind::PoolClosed && since.elapsed() < Duration::from_secs(30), "{error}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

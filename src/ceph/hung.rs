@@ -13,9 +13,9 @@ const HUNG_MAX_OF_POOLS: usize = 4;
 
 /// Clients that were given up and have calls that have not returned.
 ///
-/// A call that hangs in one pool keeps its client for as long as that pool is sick. The pool of a job without a plan is
-/// not known when the job takes a client, so the limit is kept where a pool is opened: the job in the sick pool fails
-/// at once, and its client goes to the next job.
+/// A call that hangs in one pool keeps its client for as long as that pool is sick. The pools of a job without a plan
+/// are not known when its client connects. So the limit is kept where a pool is opened: a job in the sick pool fails at
+/// once.
 #[derive(Default)]
 pub(super) struct HungClients {
     clients: Mutex<Vec<HungClient>>,
@@ -27,6 +27,7 @@ pub(super) struct HungClient {
     /// The image of its job.
     pub image_id: Uuid,
     /// Ids of the pools that it had open, and of those that its job uses: librbd opens the pools of parents itself.
+    /// Empty: these are not known, and the client closes no pool.
     pub pools: BTreeSet<i64>,
 }
 
@@ -67,8 +68,7 @@ impl HungClients {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::PoolClosed`] while clients of [`HUNG_MAX_OF_POOLS`] jobs hang that had no pools open but some of
-    /// these.
+    /// [`ErrorKind::PoolClosed`] while clients of [`HUNG_MAX_OF_POOLS`] jobs hang whose open pools are all among these.
     pub fn allow(&self, pools: &BTreeSet<i64>, operation: &str) -> Result<()> {
         let hung = jobs_within(&lock(&self.clients), pools);
         if hung < HUNG_MAX_OF_POOLS {
@@ -81,10 +81,10 @@ impl HungClients {
     }
 }
 
-/// How many jobs have clients that hang with no pools open but some of these. Two clients of one job may have met the
+/// How many jobs have clients that hang and whose pools are all among these. Two clients of one job may have met the
 /// same object.
 fn jobs_within(clients: &[HungClient], pools: &BTreeSet<i64>) -> usize {
-    let within = clients.iter().filter(|client| client.pools.is_subset(pools));
+    let within = clients.iter().filter(|client| !client.pools.is_empty() && client.pools.is_subset(pools));
     within.map(|client| client.image_id).collect::<BTreeSet<_>>().len()
 }
 
@@ -135,8 +135,9 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_hang_with_no_pool_open_close_all() {
+    fn clients_whose_pools_are_not_known_close_none() {
         let (hung, _) = of_jobs(4, &[]);
-        assert!(!allows(&hung, &[IMAGES]));
+        assert!(allows(&hung, &[IMAGES]) && allows(&hung, &[VOLUMES, IMAGES]));
+        assert_eq!(hung.len(), 4);
     }
 }

@@ -10,11 +10,11 @@ mod copy;
 mod error;
 mod fill;
 mod hung;
+mod job_clients;
 mod keyring;
 mod layers;
 mod objects;
 mod pace;
-mod pool;
 mod probe;
 mod published;
 mod rbd;
@@ -35,9 +35,9 @@ pub use cluster::{Client, ClientOptions, OTHER_KEY, exit_now, host_name, make_un
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fill::FillFault;
+pub use job_clients::CephJobClients;
 pub use objects::{MAX_KEYS, MAX_OBJECT, Namespace};
 pub use pace::{RateLimiter, Rates};
-pub use pool::ClientPool;
 pub use probe::{Finding, Probed};
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
@@ -553,16 +553,16 @@ pub trait Storage: Send + Sync + 'static {
     async fn reconnect(&self) -> Result<Changed>;
 }
 
-/// Clients for jobs, one each. A client that hangs or is fenced stops one job alone.
+/// Clients for jobs, one for each run of a job. A client that hangs or is fenced stops one job alone.
 #[async_trait]
-pub trait StoragePool: Send + Sync + 'static {
-    /// A client for the job of this image that no other job uses until it is returned to the pool.
+pub trait JobClients: Send + Sync + 'static {
+    /// Connects a client for the job of this image. No other job uses it.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::TimedOut`] while too many clients that were given up have calls that have not returned: of this
     /// job, or of all. For a pool in which too many hang, the client answers [`ErrorKind::PoolClosed`].
-    async fn take(&self, image_id: Uuid) -> Result<Box<dyn Lent>>;
+    async fn connect(&self, image_id: Uuid) -> Result<Box<dyn JobClient>>;
 
     /// Whether one of the clients that all jobs share was fenced: see [`reconnect`](Self::reconnect).
     fn is_fenced(&self) -> bool;
@@ -571,9 +571,10 @@ pub trait StoragePool: Send + Sync + 'static {
     async fn reconnect(&self) -> Result<Changed>;
 }
 
-/// A client of a [`StoragePool`]. One that is dropped is used no more, and closes when its last call has returned.
+/// A client of one run of a job. A dropped client closes when its last call has returned. If that takes too long, it is
+/// fenced.
 #[async_trait]
-pub trait Lent: Send + Sync {
+pub trait JobClient: Send + Sync {
     fn storage(&self) -> Arc<dyn Storage>;
 
     /// Whether a call has not returned yet, also one that the daemon no longer waits for.
@@ -582,12 +583,9 @@ pub trait Lent: Send + Sync {
     /// Whether this client was found to be fenced.
     fn is_fenced(&self) -> bool;
 
-    /// Another job may use it. Only when no record names it as an owner any more.
-    fn return_to_pool(self: Box<Self>);
-
     /// Fences this client, by another one: its calls that have not returned can do nothing any more. `pools` are those
-    /// that its job uses.
-    async fn give_up(self: Box<Self>, pools: &[String]) -> Result<()>;
+    /// that its job uses. The client must not be used after that.
+    async fn give_up(&self, pools: &[String]) -> Result<()>;
 }
 
 /// A version of an object, as RADOS counts them.

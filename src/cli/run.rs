@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use super::setup::{client_options, load, store_problems};
-use crate::ceph::{Client, ClientOptions, ClientPool, ErrorKind, Objects, Rates, Storage};
+use crate::ceph::{CephJobClients, Client, ClientOptions, ErrorKind, Objects, Rates, Storage};
 use crate::config::Config;
 use crate::job::bindings::RememberedBindings;
 use crate::job::clock::Clock;
@@ -69,7 +69,7 @@ pub async fn run(path: &Path) -> Result<ExitCode, Failure> {
     let limit = (config.jobs.lease / 2).clamp(STORE_LIMIT_MIN, STORE_LIMIT_MAX);
     let records = Client::open(ClientOptions { limit: Some(limit), ..client_options(&config) }).await?;
     let objects = Arc::new(records.objects(&config.jobs.pool, &config.jobs.namespace)?);
-    let clients = Arc::new(ClientPool::new(client.clone(), records));
+    let clients = Arc::new(CephJobClients::new(client.clone(), records));
     if !client.may_fence().await? {
         let text = format!(
             "client.{} must not fence (osd blocklist add), and no job is taken over without that: give it mon 'profile rbd'",

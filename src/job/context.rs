@@ -9,7 +9,7 @@ use super::clock::Clock;
 use super::lease::Identity;
 use super::refusals::Refusals;
 use super::store::Store;
-use crate::ceph::{Rates, Storage, StoragePool};
+use crate::ceph::{JobClients, Rates, Storage};
 use crate::config::Config;
 use crate::openstack::Cloud;
 
@@ -18,7 +18,7 @@ pub struct Context {
     /// The Ceph client: shared by all, or the job's own one while a job runs.
     pub storage: Arc<dyn Storage>,
     /// Where jobs get a client of their own.
-    pub clients: Arc<dyn StoragePool>,
+    pub clients: Arc<dyn JobClients>,
     pub cloud: Arc<dyn Cloud>,
     pub store: Store,
     pub config: watch::Receiver<Arc<Config>>,

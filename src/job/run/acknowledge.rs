@@ -7,7 +7,8 @@ use jiff::SignedDuration;
 use tokio_util::sync::CancellationToken;
 
 use super::{JobRun, StepError, StepResult, TakeOverPurpose};
-use crate::job::record::{HandoverState, State};
+use crate::config::Config;
+use crate::job::record::{HandoverState, Record, State};
 use crate::openstack::Image;
 use crate::publish::image_status::Status;
 use crate::request::{self, TagRequest};
@@ -53,11 +54,20 @@ enum Answer {
     Elsewhere,
 }
 
+/// Whether an ended job may have a new request: without a status on it another deployment would decline it.
+fn may_be_requested_again(config: &Config, record: &Record) -> bool {
+    record.state.is_ended() && !config.offload.dry_run && !config.offload.decline_after.is_zero()
+}
+
 impl JobRun {
     /// Reports a queued job, and releases it.
     pub async fn acknowledge(mut self, drain: CancellationToken) -> Acknowledged {
         let waited_for = self.has_waiting_service().await;
-        let client = match self.take_client(&drain).await {
+        if !self.may_report(waited_for).await {
+            self.job.release_lease().await;
+            return self.acknowledged(waited_for).await;
+        }
+        let client = match self.connect_client(&drain).await {
             Ok(client) => client,
             Err(stop) => {
                 tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
@@ -65,6 +75,14 @@ impl JobRun {
                 return Acknowledged::failed(waited_for, self.shares_requests().await);
             }
         };
+        let acknowledged = self.acknowledge_as_owner(waited_for, &drain).await;
+        // the client is last: its drop closes the connection on another thread
+        drop(self);
+        drop(client);
+        acknowledged
+    }
+
+    async fn acknowledge_as_owner(&self, waited_for: bool, drain: &CancellationToken) -> Acknowledged {
         let stopped = async {
             tokio::select! {
                 biased;
@@ -87,28 +105,31 @@ impl JobRun {
             }
         }
         self.job.release_lease().await;
-        client.return_to_pool();
         match waited_for {
             false if is_tried_again => Acknowledged::Later,
-            false => Acknowledged::Requester,
             true if is_elsewhere => Acknowledged::Requester,
+            _ => self.acknowledged(waited_for).await,
+        }
+    }
+
+    /// Who knows of the job now.
+    async fn acknowledged(&self, waited_for: bool) -> Acknowledged {
+        match waited_for {
+            false => Acknowledged::Requester,
             true if self.job.record().await.acknowledged => Acknowledged::Service,
             true => Acknowledged::NotYet,
         }
     }
 
-    async fn report_queued(&self, waited_for: bool) -> StepResult<Answer> {
+    /// Whether there may be something to report: a client is connected only for that.
+    async fn may_report(&self, waited_for: bool) -> bool {
         let config = self.job.context.config.borrow().clone();
-        let mut record = self.job.record().await;
-        if record.state.is_ended() && !config.offload.dry_run && !config.offload.decline_after.is_zero() {
-            // a new request of an ended job: without a status another deployment would decline it
-            self.take_over(TakeOverPurpose::Report).await?;
-            if self.restart_if_rerequested().await? {
-                self.release_ownership(|_| {}).await?;
-                record = self.job.record().await;
-            }
-        }
-        let dry_run = config.offload.dry_run;
+        let record = self.job.record().await;
+        may_be_requested_again(&config, &record) || self.is_unreported(&config, &record, waited_for)
+    }
+
+    /// Whether the job waits in the queue, and neither tenant nor service was told.
+    fn is_unreported(&self, config: &Config, record: &Record, waited_for: bool) -> bool {
         let waits = match record.state {
             State::Accepted => true,
             // an attempt before this one ended half way
@@ -118,7 +139,20 @@ impl JobRun {
         // another daemon may have told just now
         let silent = || self.job.context.clock.now().duration_since(record.updated_at).abs() >= HEARTBEAT_MIN_AGE;
         let tells = !record.acknowledged || (waited_for && silent());
-        if dry_run || !waits || record.outcome.is_some() || !tells {
+        !config.offload.dry_run && waits && record.outcome.is_none() && tells
+    }
+
+    async fn report_queued(&self, waited_for: bool) -> StepResult<Answer> {
+        let config = self.job.context.config.borrow().clone();
+        let mut record = self.job.record().await;
+        if may_be_requested_again(&config, &record) {
+            self.take_over(TakeOverPurpose::Report).await?;
+            if self.restart_if_rerequested().await? {
+                self.release_ownership(|_| {}).await?;
+                record = self.job.record().await;
+            }
+        }
+        if !self.is_unreported(&config, &record, waited_for) {
             return Ok(Answer::Given);
         }
         let offered = |image: &Image| request::parse_offer_tag(&image.tags).is_some();

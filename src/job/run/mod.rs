@@ -1,7 +1,7 @@
 //! One job under its lease: from wherever it stands to its end, or to the pause before its next attempt.
 //!
-//! While an attempt runs, a watcher beside it keeps the lease, shows the progress and hears of a cancellation. The job
-//! has a Ceph client of its own: a call that never returns is left with that client, which is fenced.
+//! While an attempt runs, a watcher beside it keeps the lease, shows the progress and hears of a cancellation. Each
+//! run connects a Ceph client of its own: a call that never returns is left with that client, which is fenced.
 
 mod acknowledge;
 mod attempt;
@@ -32,7 +32,7 @@ use super::record::{Outcome, Phase, State};
 use super::signal::Signal;
 use super::slots::PoolSlots;
 use super::store::Stored;
-use crate::ceph::{self, Lent, Progress};
+use crate::ceph::{self, JobClient, Progress};
 use crate::openstack::Image;
 use crate::telemetry::unix_time;
 
@@ -136,7 +136,7 @@ impl JobRun {
     ///
     /// The lease is renewed until the work has really ended, so that a call that takes long gets no daemon fenced.
     pub async fn run(mut self, drain: CancellationToken) -> RunResult {
-        let client = match self.take_client(&drain).await {
+        let client = match self.connect_client(&drain).await {
             Ok(client) => client,
             Err(stop) => return self.handle_failed_take_over(stop).await,
         };
@@ -161,28 +161,27 @@ impl JobRun {
             metrics::counter!("rbd_offload_fenced_total").increment(1);
             tracing::warn!(image_id = %self.job.id, "another daemon took the job over and fenced its Ceph client");
         }
-        match ended {
-            // the record may name it still, and then its next owner fences it
-            Ok(RunResult::Abandoned) => RunResult::Abandoned,
-            Ok(outcome) => {
-                client.return_to_pool();
-                outcome
-            }
-            Err(why) => self.give_up(client, why).await,
-        }
+        let result = match ended {
+            Ok(outcome) => outcome,
+            Err(why) => self.give_up(client.as_ref(), why).await,
+        };
+        // the client is last: its drop closes the connection on another thread
+        drop(self);
+        drop(client);
+        result
     }
 
-    /// Takes a client for this job, and makes it the one that the job's steps use.
-    async fn take_client(&mut self, drain: &CancellationToken) -> StepResult<Box<dyn Lent>> {
+    /// Connects a client for this run, and makes it the one that the job's steps use.
+    async fn connect_client(&mut self, drain: &CancellationToken) -> StepResult<Box<dyn JobClient>> {
         let (clients, image_id) = (Arc::clone(&self.job.context.clients), self.job.id);
-        let take = async {
-            let client = clients.take(image_id).await?;
+        let connect = async {
+            let client = clients.connect(image_id).await?;
             let address = client.storage().address().await?;
             Ok::<_, ceph::Error>((client, address))
         };
         let (client, address) = tokio::select! {
             biased;
-            taken = take => taken?,
+            connected = connect => connected?,
             stop = self.keep_lease() => return Err(stop),
             () = drain.cancelled() => return Err(StepError::Drained),
         };
@@ -225,7 +224,7 @@ impl JobRun {
     }
 
     /// Leaves the job, whose work was dropped. Calls on Ceph that have not returned go on until their client is fenced.
-    async fn give_up(&self, client: Box<dyn Lent>, why: GivenUp) -> RunResult {
+    async fn give_up(&self, client: &dyn JobClient, why: GivenUp) -> RunResult {
         metrics::counter!("rbd_offload_jobs_given_up_total").increment(1);
         tracing::error!(image_id = %self.job.id, ?why, "job given up: one of its Ceph calls did not return");
         let (reason, ending) = match why {
@@ -288,7 +287,7 @@ impl JobRun {
         self.job.index().await
     }
 
-    async fn work(&self, drain: &CancellationToken, client: &dyn Lent) -> Result<RunResult, GivenUp> {
+    async fn work(&self, drain: &CancellationToken, client: &dyn JobClient) -> Result<RunResult, GivenUp> {
         match self.take_over(TakeOverPurpose::Attempt).await {
             Ok(()) => metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time()),
             Err(stop) => return Ok(self.handle_failed_take_over(stop).await),
@@ -331,7 +330,7 @@ impl JobRun {
 
     /// Waits for all calls on Ceph, for at most [`CALL_GRACE`]. Returns whether they have returned: one that still runs
     /// could interfere with the cleanup.
-    async fn calls_returned(&self, client: &dyn Lent) -> bool {
+    async fn calls_returned(&self, client: &dyn JobClient) -> bool {
         let until = Instant::now() + CALL_GRACE;
         while client.is_busy() {
             if Instant::now() >= until {
@@ -352,6 +351,10 @@ impl JobRun {
                     self.job.release_lease().await;
                 }
                 outcome
+            }
+            StepError::Drained => {
+                self.job.release_lease().await;
+                RunResult::Released
             }
             stop => self.handle_stop(stop).await,
         }

@@ -30,8 +30,6 @@ pub struct Node {
     host: Option<Arc<Node>>,
     /// Calls that have not returned, also those whose caller was dropped.
     pub calls: AtomicUsize,
-    /// Clients of jobs that none uses.
-    idle: Mutex<Vec<Arc<Node>>>,
 }
 
 impl Node {
@@ -49,34 +47,22 @@ impl Node {
             steady,
             host: None,
             calls: AtomicUsize::new(0),
-            idle: Mutex::default(),
         })
     }
 
     /// A client for one job: with an address of its own, it lives and dies with its daemon.
     pub fn of_job(host: &Arc<Self>) -> Arc<Self> {
-        let idle = host.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        idle.unwrap_or_else(|| {
-            let number = host.world.lock().ceph.next();
-            let address = format!("{}:0/{number}", host.name);
-            Arc::new(Self {
-                name: host.name.clone(),
-                world: host.world.clone(),
-                body: Mutex::new(Body { address, fenced: false, frozen_until: None, dead: false, cut_until: None }),
-                died: host.died.clone(),
-                steady: host.steady,
-                host: Some(Arc::clone(host)),
-                calls: AtomicUsize::new(0),
-                idle: Mutex::default(),
-            })
+        let number = host.world.lock().ceph.next();
+        let address = format!("{}:0/{number}", host.name);
+        Arc::new(Self {
+            name: host.name.clone(),
+            world: host.world.clone(),
+            body: Mutex::new(Body { address, fenced: false, frozen_until: None, dead: false, cut_until: None }),
+            died: host.died.clone(),
+            steady: host.steady,
+            host: Some(Arc::clone(host)),
+            calls: AtomicUsize::new(0),
         })
-    }
-
-    /// A job is over, and another may use its client.
-    pub fn give_back(self: Arc<Self>) {
-        if let Some(host) = self.host.clone().filter(|_| !self.is_fenced()) {
-            host.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self);
-        }
     }
 
     pub fn is_fenced(&self) -> bool {

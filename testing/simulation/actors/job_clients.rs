@@ -1,4 +1,4 @@
-//! The clients of a daemon, one for each job.
+//! The clients of a daemon, one for each run of a job.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -6,16 +6,16 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::ceph::{Changed, Lent, Result, Storage, StoragePool};
+use crate::ceph::{Changed, JobClient, JobClients, Result, Storage};
 use crate::job::simulation::faults::gate::Handle;
 use crate::job::simulation::faults::lasting::Lasting;
 use crate::job::simulation::faults::node::Node;
 
 #[async_trait]
-impl StoragePool for Handle {
-    async fn take(&self, _image_id: Uuid) -> Result<Box<dyn Lent>> {
+impl JobClients for Handle {
+    async fn connect(&self, _image_id: Uuid) -> Result<Box<dyn JobClient>> {
         self.node.pass().await;
-        Ok(Box::new(LentHandle { handle: Handle { node: Node::of_job(&self.node) }, control: self.clone() }))
+        Ok(Box::new(HandleOfJob { handle: Handle { node: Node::of_job(&self.node) }, control: self.clone() }))
     }
 
     fn is_fenced(&self) -> bool {
@@ -28,13 +28,13 @@ impl StoragePool for Handle {
 }
 
 /// A client that one job uses.
-struct LentHandle {
+struct HandleOfJob {
     handle: Handle,
     control: Handle,
 }
 
 #[async_trait]
-impl Lent for LentHandle {
+impl JobClient for HandleOfJob {
     fn storage(&self) -> Arc<dyn Storage> {
         Arc::new(Lasting(self.handle.clone()))
     }
@@ -47,11 +47,7 @@ impl Lent for LentHandle {
         self.handle.node.is_fenced()
     }
 
-    fn return_to_pool(self: Box<Self>) {
-        self.handle.node.give_back();
-    }
-
-    async fn give_up(self: Box<Self>, _pools: &[String]) -> Result<()> {
+    async fn give_up(&self, _pools: &[String]) -> Result<()> {
         self.control.fence(&self.handle.node.address()).await.map(drop)
     }
 }
