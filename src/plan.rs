@@ -224,7 +224,12 @@ pub async fn build(
         return declined(Decline::OtherCluster, not_primary(source));
     }
     check_cap(config.glance.image_size_cap, info.size)?;
-    check_destination(&stores?, &storage.fsid().await?, &found.dest_pool)?;
+    let (stores, fsid) = (stores?, storage.fsid().await?);
+    let dest_pool = match &found.store {
+        Some(store) => pool_of_store(config, &stores, &fsid, store)?,
+        None => found.dest_pool,
+    };
+    check_destination(&stores, &fsid, &dest_pool)?;
     check_limit(cloud, limit?, &owner, info.size).await?;
 
     // a service that hands over has made the record as it wants it
@@ -248,7 +253,7 @@ pub async fn build(
         origin_id: info.id.clone(),
         snapshot: found.snapshot,
         info,
-        dest_pool: found.dest_pool,
+        dest_pool,
         method: found.method,
         publish: found.publish,
         anchor: found.anchor,
@@ -312,7 +317,10 @@ struct SourceDisk {
     pool: String,
     image: String,
     snapshot: Option<String>,
+    /// Where the image goes, unless `store` says otherwise.
     dest_pool: String,
+    /// The Glance store that the volume's type asks for.
+    store: Option<String>,
     method: MethodChoice,
     publish: PublishChoice,
     anchor: bool,
@@ -336,9 +344,18 @@ async fn resolve_volume(
     // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
     let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
     // first, since a daemon without the backend does not know whether it allows volumes in use
-    let found = locate(config, &volume, Source::Volume(id), None)?;
+    let mut found = locate(config, &volume, Source::Volume(id), None)?;
     check_volume(&volume, trigger, allows_in_use(config, &volume), with_key, id)?;
+    found.store = store_of(cloud, &volume).await?;
     Ok(found)
+}
+
+/// The Glance store that Cinder's upload of the volume would go to, where its type names one.
+async fn store_of(cloud: &dyn Cloud, volume: &Volume) -> Result<Option<String>> {
+    match &volume.volume_type {
+        Some(name) => Ok(cloud.store_of_volume_type(name).await?),
+        None => Ok(None),
+    }
 }
 
 /// Whether the volume may be the source while it is attached: by its backend's section, else by `[offload]`.
@@ -381,6 +398,7 @@ async fn resolve_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: U
     let mut found = locate(config, &volume, Source::Snapshot(id), Some(format!("snapshot-{id}")))?;
     // the volume may have been extended since
     found.min_disk = snapshot.size;
+    found.store = store_of(cloud, &volume).await?;
     Ok(found)
 }
 
@@ -420,6 +438,7 @@ async fn resolve_instance(
         image: config.nova.image_name.replace("{id}", &id.to_string()),
         snapshot: None,
         dest_pool: config.glance.pool.clone(),
+        store: None,
         method: config.offload.method,
         publish: config.offload.publish,
         // Nova flattens nothing when it removes a disk, and a job ends when its instance goes
@@ -626,6 +645,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         image: backend.image_name.replace("{id}", &disk_id.to_string()),
         snapshot,
         dest_pool: backend.dest_pool.clone(),
+        store: None,
         method: backend.method.unwrap_or(config.offload.method),
         publish: backend.publish.unwrap_or(config.offload.publish),
         anchor: backend.anchor,
@@ -650,6 +670,22 @@ fn check_destination(stores: &[GlanceStore], fsid: &str, pool: &str) -> Result<(
         return Ok(());
     }
     declined(Decline::OtherCluster, "Glance has no store in the pool and Ceph cluster that the disk's copy would go to")
+}
+
+/// The pool of the Glance store that the volume's type asks for. Only pools of the configuration are used: the daemon's
+/// Ceph user has rights there, and the reconciler removes what is left there.
+fn pool_of_store(config: &Config, stores: &[GlanceStore], fsid: &str, id: &str) -> Result<String> {
+    let store = stores.iter().find(|store| store.id == id && store.may_be_in(fsid));
+    let pool = store.and_then(|store| store.pool.as_ref()).filter(|pool| {
+        config.glance.pool == **pool || config.backends.values().any(|backend| backend.dest_pool == **pool)
+    });
+    match pool {
+        Some(pool) => Ok(pool.clone()),
+        None => declined(
+            Decline::Unsupported,
+            format!("the volume's type asks for the Glance store \"{id}\", into which this service makes no images"),
+        ),
+    }
 }
 
 /// Glance's limit for one image, where the configuration names it: an upload would be held to it. 0: none is known.
@@ -760,6 +796,32 @@ mod tests {
         assert!(check_cap(1 << 30, 1 << 30).is_ok());
         let declined = check_cap(1 << 30, (1 << 30) + 1).unwrap_err().to_string();
         assert!(declined.contains("1025 MiB") && declined.contains("1024 MiB (image_size_cap)"), "{declined}");
+    }
+
+    #[test]
+    fn the_store_of_a_volume_type_is_one_whose_pool_is_configured() {
+        let text = "[messaging]\ntransport_url = rabbit://h/\n[keystone]\nauth_url = http://k:5000/v3\nusername = u\n\
+                    password = p\nproject_name = s\n[glance]\npool = images\n[backend:a]\ndest_pool = fast\n";
+        let config = Config::parse("test".as_ref(), text).unwrap();
+        let store = |id: &str, pool: Option<&str>, fsid: &str| GlanceStore {
+            id: id.into(),
+            kind: "rbd".into(),
+            pool: pool.map(str::to_owned),
+            fsid: Some(fsid.into()),
+            default: false,
+        };
+        let stores = [
+            store("default", Some("images"), "f"),
+            store("quick", Some("fast"), "f"),
+            store("other", Some("unknown"), "f"),
+            store("far", Some("images"), "g"),
+            store("file", None, "f"),
+        ];
+        let pool = |id: &str| pool_of_store(&config, &stores, "f", id);
+        assert_eq!((pool("default").unwrap().as_str(), pool("quick").unwrap().as_str()), ("images", "fast"));
+        for id in ["other", "far", "file", "none"] {
+            assert!(matches!(pool(id), Err(PlanError::Declined(Decline::Unsupported, _))), "{id}");
+        }
     }
 
     #[test]

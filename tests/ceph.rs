@@ -500,7 +500,20 @@ write('volumes', v, 5 * M + 1, 2 * M, 2); discard('volumes', v, 9 * M + 4096, 2 
 /// A writer was killed while it held the volume's exclusive lock. Its host is gone, so the lock is never released.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_writers_lock_does_not_block_the_daemon() {
+    takes_a_dead_writers_lock("").await;
+}
+
+/// librbd then gives `osd blocklist add` one argument more, which the monitors compare with our capabilities too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_writers_lock_is_taken_where_the_operator_lets_blocklist_entries_expire() {
+    takes_a_dead_writers_lock("[client]\nrbd_blocklist_expire_seconds = 20\n").await;
+}
+
+async fn takes_a_dead_writers_lock(options: &str) {
     let lab = Lab::new();
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("ceph.conf");
+    std::fs::write(&conf, format!("{}\n{options}", std::fs::read_to_string(lab.conf()).unwrap())).unwrap();
     lab.python("create('volumes', NAME + '-volume', 16 * M)");
     let code = "
 image = rbd.Image(io('volumes'), NAME + '-volume')
@@ -519,7 +532,7 @@ sys.stdin.read()";
     writer.wait().unwrap();
     assert_eq!(line, "written\n");
 
-    let (client, source) = (lab.client().await, lab.volume());
+    let (client, source) = (Client::connect(&conf, "rbd-offload").await.unwrap(), lab.volume());
     let began = Instant::now();
     assert_eq!(client.create_snapshot(&source, "s").await.unwrap(), Changed::Yes);
     eprintln!("snapshot after {:.1?}", began.elapsed());

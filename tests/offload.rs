@@ -322,6 +322,22 @@ mod declined {
         offloads(&daemon, &demo, &volume, 1).await;
     }
 
+    /// As stock Cinder's upload: the volume's type names the store. The lab's `file` is none of Ceph's.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_whose_type_asks_for_another_glance_store() {
+        let (_lab, daemon) = with(KIND).await;
+        let (demo, service) = (Account::demo().await, Account::service().await);
+        let of = async |store: &str| {
+            let name = service.volume_type_of_store(store).await;
+            demo.small_volume(json!({"volume_type": name}), 1).await
+        };
+        let (ceph, file) = (of("ceph").await, of("file").await);
+        let sentence = declined_sentence(&demo, volume_tag(&file.id)).await;
+        assert!(sentence.contains("Glance store \"file\""), "{sentence}");
+        source_is_as_before(&file, 0).await;
+        offloads(&daemon, &demo, &ceph, 1).await;
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_record_that_is_not_raw_and_bare_or_wants_a_signature_checked() {
         let (_lab, _daemon) = with(KIND).await;

@@ -204,6 +204,9 @@ pub struct Volume {
     /// `failed-over` when its disk is the replica in another storage cluster.
     #[serde(default)]
     pub replication_status: Option<String>,
+    /// The name of its type.
+    #[serde(default)]
+    pub volume_type: Option<String>,
     /// As the API gives it, Glance's own attributes (`min_disk`, `image_id`, `size`, …) included.
     #[serde(default, rename = "volume_image_metadata", deserialize_with = "volume::image_metadata")]
     pub image_metadata: BTreeMap<String, String>,
@@ -394,6 +397,10 @@ pub trait Cloud: Send + Sync + 'static {
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>>;
 
+    /// The id of the Glance store that Cinder uploads volumes of this type to, as it was within the last minute.
+    /// `None`: the default store.
+    async fn store_of_volume_type(&self, name: &str) -> Result<Option<String>>;
+
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>>;
 
     async fn server(&self, id: &str) -> Result<Option<Server>>;
@@ -454,6 +461,11 @@ impl Cloud for Session {
 
     async fn volume(&self, id: &str) -> Result<Option<Volume>> {
         volume::get(&self.wire, id).await
+    }
+
+    async fn store_of_volume_type(&self, name: &str) -> Result<Option<String>> {
+        let stores = self.volume_type_stores.or(volume::list_type_stores(&self.wire)).await?;
+        Ok(stores.get(name).cloned())
     }
 
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {

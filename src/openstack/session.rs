@@ -6,7 +6,7 @@
 //! lasts until a service answers 401: then one new login is made, all callers share its outcome, and the request is
 //! repeated once.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -62,11 +62,12 @@ pub struct Session {
     pub(super) wire: HttpClient,
     pub(super) register: Register,
     pub(super) stores: Recent<Vec<GlanceStore>>,
+    pub(super) volume_type_stores: Recent<BTreeMap<String, String>>,
 }
 
 impl Session {
     pub(super) fn new(wire: HttpClient, register: Register) -> Self {
-        Self { wire, register, stores: Recent::default() }
+        Self { wire, register, stores: Recent::default(), volume_type_stores: Recent::default() }
     }
 
     /// Reads `cafile` and checks the URLs; the login is made by the first call, or by [`Session::login`], so that a

@@ -6,10 +6,16 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny};
 use serde_json::Value;
 
-use super::error::Result;
+use super::error::{Error, ErrorKind, Result};
 use super::json;
 use super::session::{HttpClient, Request, Service, Session};
 use super::{Volume, VolumeSnapshot};
+
+/// The key in the extra specs of a volume type that names the Glance store for uploads.
+const STORE_OF_TYPE: &str = "image_service:store_id";
+
+/// Pages of volume types that are read; a page has 1,000 unless Cinder is configured for fewer.
+const TYPE_PAGES_MAX: usize = 20;
 
 impl Session {
     /// Whether Cinder answers us.
@@ -45,6 +51,47 @@ pub(super) async fn get_snapshot(wire: &HttpClient, id: &str) -> Result<Option<V
     let path = ["snapshots", id];
     let answer = wire.send(Request::get(Service::BlockStorage, format!("get snapshot {id}"), &path)).await?;
     Ok(answer.read_if_found::<SnapshotAnswer>()?.map(|answer| answer.snapshot))
+}
+
+/// The volume types whose uploads do not go to Glance's default store: their names, and the ids of the stores.
+pub(super) async fn list_type_stores(wire: &HttpClient) -> Result<BTreeMap<String, String>> {
+    let mut stores = BTreeMap::new();
+    let mut marker = None;
+    for _ in 0..TYPE_PAGES_MAX {
+        // those of single projects too
+        let mut query = vec![("is_public", "None".to_owned())];
+        query.extend(marker.map(|marker| ("marker", marker)));
+        let request = Request::get(Service::BlockStorage, "list volume types", &["types"]).query(query);
+        let page = wire.send(request).await?.read::<VolumeTypes>()?;
+        marker = page.volume_types.last().map(|last| last.id.clone()).filter(|_| !page.volume_type_links.is_empty());
+        stores.extend(page.volume_types.into_iter().filter_map(store_of_type));
+        if marker.is_none() {
+            return Ok(stores);
+        }
+    }
+    Err(Error::new("list volume types", ErrorKind::Unavailable, format!("more than {TYPE_PAGES_MAX} pages")))
+}
+
+fn store_of_type(mut volume_type: VolumeType) -> Option<(String, String)> {
+    let store = volume_type.extra_specs.remove(STORE_OF_TYPE)?;
+    Some((volume_type.name, store))
+}
+
+#[derive(Deserialize)]
+struct VolumeTypes {
+    volume_types: Vec<VolumeType>,
+    /// Where the next page is.
+    #[serde(default)]
+    volume_type_links: Vec<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct VolumeType {
+    id: String,
+    name: String,
+    /// Cinder shows them to administrators only.
+    #[serde(default, deserialize_with = "json::texts")]
+    extra_specs: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -157,6 +204,21 @@ mod tests {
             { "name": "n@older#older" },
         ] });
         assert_eq!(others(json::read("list pools", &body).unwrap()), ["n@lvm"]);
+    }
+
+    #[test]
+    fn a_volume_type_tells_the_store_of_its_uploads() {
+        let body = json!({"volume_types": [
+            {"id": "1", "name": "plain", "extra_specs": {"volume_backend_name": "ceph"}},
+            {"id": "2", "name": "fast", "extra_specs": {"image_service:store_id": "fast", "size": 5}},
+            {"id": "3", "name": "hidden"},
+        ]});
+        let answer: VolumeTypes = json::read("list volume types", &body).unwrap();
+        assert!(answer.volume_type_links.is_empty());
+        let stores: Vec<_> = answer.volume_types.into_iter().filter_map(store_of_type).collect();
+        assert_eq!(stores, [("fast".to_owned(), "fast".to_owned())]);
+        let more = json!({"volume_types": [], "volume_type_links": [{"rel": "next", "href": "http://c/types"}]});
+        assert_eq!(json::read::<VolumeTypes, _>("list volume types", &more).unwrap().volume_type_links.len(), 1);
     }
 
     #[test]

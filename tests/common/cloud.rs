@@ -351,6 +351,16 @@ impl Account {
 
     // ---- volumes ----
 
+    /// A volume type whose uploads go to that Glance store. It stays, and is there the next time.
+    pub async fn volume_type_of_store(&self, store: &str) -> String {
+        let name = format!("ceph-to-{store}");
+        let specs = json!({"volume_backend_name": "ceph", "image_service:store_id": store});
+        let body = json!({"volume_type": {"name": name, "extra_specs": specs}});
+        let (status, made) = self.call(Method::POST, &self.cinder("types"), Some(body)).await;
+        assert!(status == 200 || status == 409, "{status}: {made}");
+        name
+    }
+
     pub async fn create_volume(&self, more: Value) -> Volume {
         let mut body = json!({"size": 1, "name": format!("test-{}", unique()), "volume_type": "ceph"});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

@@ -447,6 +447,10 @@ impl Cloud for Lasting {
         self.0.volume(id).await
     }
 
+    async fn store_of_volume_type(&self, name: &str) -> openstack::Result<Option<String>> {
+        self.0.store_of_volume_type(name).await
+    }
+
     async fn snapshot(&self, id: &str) -> openstack::Result<Option<VolumeSnapshot>> {
         self.0.snapshot(id).await
     }

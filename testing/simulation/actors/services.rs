@@ -161,6 +161,10 @@ impl Cloud for Handle {
         self.service(false, Kind::Read, || format!("cinder volume {id}"), |world| Ok(world.cloud.volume(id))).await
     }
 
+    async fn store_of_volume_type(&self, _name: &str) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {
         self.service(
             false,

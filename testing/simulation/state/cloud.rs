@@ -60,6 +60,7 @@ pub fn volume_on(backend: &str, id: &str, project: &str) -> Volume {
         host: Some(format!("node@{backend}#{backend}")),
         name_id: None,
         replication_status: None,
+        volume_type: None,
         encrypted: false,
         image_metadata: [("hw_disk_bus".to_owned(), "scsi".to_owned())].into(),
     }
