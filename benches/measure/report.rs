@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
 
+use crate::transfers::METHODS;
+
 const MIB: f64 = (1 << 20) as f64;
 
 fn number(value: &Value) -> f64 {
@@ -165,7 +167,7 @@ fn transfers(text: &mut String, part: &Value, limits: &Value) {
         "## One volume becomes an image\n\n`rados bench` writes {:.0} MiB/s into the pool and reads {:.0} MiB/s (objects of 4 MiB, 16 in \
          flight). A copy has to do both: {:.0} MiB/s are the limit that the last column is a share of. *To active*: from the POST of the record (for stock: of `os-volume_upload_image`) until \
          Glance says `active`. *Network*: through the sockets of what moves the data, which is the daemon, or cinder-volume and glance-api. \
-         *Memory*: peak of the same.\n",
+         *Memory*: peak of the same. Of `at-once`, *transfer* is the fill behind the active image.\n",
         number(&limits["write"]) / MIB,
         number(&limits["read"]) / MIB,
         limit / MIB
@@ -176,7 +178,7 @@ fn transfers(text: &mut String, part: &Value, limits: &Value) {
         let cpu = |m: &Value, names: &[&str]| names.iter().filter_map(|name| m["cpu"][*name].as_f64()).sum::<f64>();
         let services = ["cinder-volume", "glance", "other OpenStack"];
         let mut rows = Vec::new();
-        for name in ["stock", "copy", "clone", "server-copy"] {
+        for name in METHODS.split(',').filter(|name| shape["methods"][*name].is_object()) {
             let m = &shape["methods"][name];
             let ratio = |key: &str, unit: f64| beside(number(&m[key]) / unit, number(&stock[key]) / unit);
             let reached = number(&shape["data"]) / number(&m["transfer"]) / limit;
