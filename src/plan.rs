@@ -225,8 +225,13 @@ pub async fn build(
     }
     check_cap(config.glance.image_size_cap, info.size)?;
     let (stores, fsid) = (stores?, storage.fsid().await?);
-    let dest_pool = match &found.store {
-        Some(store) => pool_of_store(config, &stores, &fsid, store)?,
+    // a Glance without several stores has none to choose from
+    let store = match &found.volume_type {
+        Some(name) if !stores.is_empty() => cloud.store_of_volume_type(name).await?,
+        _ => None,
+    };
+    let dest_pool = match store {
+        Some(store) => pool_of_store(config, &stores, &fsid, &store)?,
         None => found.dest_pool,
     };
     check_destination(&stores, &fsid, &dest_pool)?;
@@ -317,10 +322,9 @@ struct SourceDisk {
     pool: String,
     image: String,
     snapshot: Option<String>,
-    /// Where the image goes, unless `store` says otherwise.
+    /// Where the image goes, unless the volume's type names a Glance store.
     dest_pool: String,
-    /// The Glance store that the volume's type asks for.
-    store: Option<String>,
+    volume_type: Option<String>,
     method: MethodChoice,
     publish: PublishChoice,
     anchor: bool,
@@ -344,18 +348,9 @@ async fn resolve_volume(
     // Cinder has cloned the key for this image, and the copied bytes are encrypted as they are
     let with_key = trigger == Trigger::VolumeUpload && image.properties.contains_key(ENCRYPTION_KEY);
     // first, since a daemon without the backend does not know whether it allows volumes in use
-    let mut found = locate(config, &volume, Source::Volume(id), None)?;
+    let found = locate(config, &volume, Source::Volume(id), None)?;
     check_volume(&volume, trigger, allows_in_use(config, &volume), with_key, id)?;
-    found.store = store_of(cloud, &volume).await?;
     Ok(found)
-}
-
-/// The Glance store that Cinder's upload of the volume would go to, where its type names one.
-async fn store_of(cloud: &dyn Cloud, volume: &Volume) -> Result<Option<String>> {
-    match &volume.volume_type {
-        Some(name) => Ok(cloud.store_of_volume_type(name).await?),
-        None => Ok(None),
-    }
 }
 
 /// Whether the volume may be the source while it is attached: by its backend's section, else by `[offload]`.
@@ -398,7 +393,6 @@ async fn resolve_snapshot(cloud: &dyn Cloud, config: &Config, owner: &str, id: U
     let mut found = locate(config, &volume, Source::Snapshot(id), Some(format!("snapshot-{id}")))?;
     // the volume may have been extended since
     found.min_disk = snapshot.size;
-    found.store = store_of(cloud, &volume).await?;
     Ok(found)
 }
 
@@ -438,7 +432,7 @@ async fn resolve_instance(
         image: config.nova.image_name.replace("{id}", &id.to_string()),
         snapshot: None,
         dest_pool: config.glance.pool.clone(),
-        store: None,
+        volume_type: None,
         method: config.offload.method,
         publish: config.offload.publish,
         // Nova flattens nothing when it removes a disk, and a job ends when its instance goes
@@ -645,7 +639,7 @@ fn locate(config: &Config, volume: &Volume, source: Source, snapshot: Option<Str
         image: backend.image_name.replace("{id}", &disk_id.to_string()),
         snapshot,
         dest_pool: backend.dest_pool.clone(),
-        store: None,
+        volume_type: volume.volume_type.clone(),
         method: backend.method.unwrap_or(config.offload.method),
         publish: backend.publish.unwrap_or(config.offload.publish),
         anchor: backend.anchor,
@@ -673,8 +667,14 @@ fn check_destination(stores: &[GlanceStore], fsid: &str, pool: &str) -> Result<(
 }
 
 /// The pool of the Glance store that the volume's type asks for. Only pools of the configuration are used: the daemon's
-/// Ceph user has rights there, and the reconciler removes what is left there.
+/// Ceph user should have rights there, and the reconciler sweeps them.
 fn pool_of_store(config: &Config, stores: &[GlanceStore], fsid: &str, id: &str) -> Result<String> {
+    if stores.iter().all(|store| store.pool.is_none()) {
+        return declined(
+            Decline::Unsupported,
+            format!("the volume's type asks for the Glance store \"{id}\", and Glance does not tell its pool"),
+        );
+    }
     let store = stores.iter().find(|store| store.id == id && store.may_be_in(fsid));
     let pool = store.and_then(|store| store.pool.as_ref()).filter(|pool| {
         config.glance.pool == **pool || config.backends.values().any(|backend| backend.dest_pool == **pool)
@@ -822,6 +822,8 @@ mod tests {
         for id in ["other", "far", "file", "none"] {
             assert!(matches!(pool(id), Err(PlanError::Declined(Decline::Unsupported, _))), "{id}");
         }
+        let silent = pool_of_store(&config, &[store("default", None, "f")], "f", "default").unwrap_err().to_string();
+        assert!(silent.contains("does not tell its pool"), "{silent}");
     }
 
     #[test]

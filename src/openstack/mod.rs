@@ -398,7 +398,7 @@ pub trait Cloud: Send + Sync + 'static {
     async fn volume(&self, id: &str) -> Result<Option<Volume>>;
 
     /// The id of the Glance store that Cinder uploads volumes of this type to, as it was within the last minute.
-    /// `None`: the default store.
+    /// `None`: the type names none.
     async fn store_of_volume_type(&self, name: &str) -> Result<Option<String>>;
 
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>>;
@@ -465,7 +465,12 @@ impl Cloud for Session {
 
     async fn store_of_volume_type(&self, name: &str) -> Result<Option<String>> {
         let stores = self.volume_type_stores.or(volume::list_type_stores(&self.wire)).await?;
-        Ok(stores.get(name).cloned())
+        if let Some(store) = stores.get(name) {
+            return Ok(store.clone());
+        }
+        // the type is new, or has another name now
+        let stores = self.volume_type_stores.renew(volume::list_type_stores(&self.wire)).await?;
+        Ok(stores.get(name).cloned().flatten())
     }
 
     async fn snapshot(&self, id: &str) -> Result<Option<VolumeSnapshot>> {

@@ -27,6 +27,11 @@ impl<T: Clone> Recent<T> {
         if let Some((_, answer)) = kept.filter(|(at, _)| at.elapsed() < MAX_AGE) {
             return Ok(answer);
         }
+        self.renew(ask).await
+    }
+
+    /// The answer that `ask` gets now.
+    pub async fn renew(&self, ask: impl Future<Output = Result<T>>) -> Result<T> {
         let answer = ask.await?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), answer.clone()));
         Ok(answer)

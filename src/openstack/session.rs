@@ -62,7 +62,7 @@ pub struct Session {
     pub(super) wire: HttpClient,
     pub(super) register: Register,
     pub(super) stores: Recent<Vec<GlanceStore>>,
-    pub(super) volume_type_stores: Recent<BTreeMap<String, String>>,
+    pub(super) volume_type_stores: Recent<BTreeMap<String, Option<String>>>,
 }
 
 impl Session {

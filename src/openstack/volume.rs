@@ -15,7 +15,7 @@ use super::{Volume, VolumeSnapshot};
 const STORE_OF_TYPE: &str = "image_service:store_id";
 
 /// Pages of volume types that are read; a page has 1,000 unless Cinder is configured for fewer.
-const TYPE_PAGES_MAX: usize = 20;
+const TYPE_PAGES_MAX: usize = 200;
 
 impl Session {
     /// Whether Cinder answers us.
@@ -23,6 +23,11 @@ impl Session {
         let request =
             Request::get(Service::BlockStorage, "list one volume", &["volumes"]).query(vec![("limit", "1".to_owned())]);
         self.wire.send(request).await?.read::<Volumes>().map(drop)
+    }
+
+    /// Whether Cinder shows us the volume types.
+    pub async fn probe_volume_types(&self) -> Result<()> {
+        list_type_stores(&self.wire).await.map(drop)
     }
 
     /// Hosts of cinder-volume as `node@backend`, those that are down or disabled too. Needs the role `admin`.
@@ -53,8 +58,8 @@ pub(super) async fn get_snapshot(wire: &HttpClient, id: &str) -> Result<Option<V
     Ok(answer.read_if_found::<SnapshotAnswer>()?.map(|answer| answer.snapshot))
 }
 
-/// The volume types whose uploads do not go to Glance's default store: their names, and the ids of the stores.
-pub(super) async fn list_type_stores(wire: &HttpClient) -> Result<BTreeMap<String, String>> {
+/// The Glance store that each volume type names for uploads, by its name and by its id: a volume may have either.
+pub(super) async fn list_type_stores(wire: &HttpClient) -> Result<BTreeMap<String, Option<String>>> {
     let mut stores = BTreeMap::new();
     let mut marker = None;
     for _ in 0..TYPE_PAGES_MAX {
@@ -64,7 +69,7 @@ pub(super) async fn list_type_stores(wire: &HttpClient) -> Result<BTreeMap<Strin
         let request = Request::get(Service::BlockStorage, "list volume types", &["types"]).query(query);
         let page = wire.send(request).await?.read::<VolumeTypes>()?;
         marker = page.volume_types.last().map(|last| last.id.clone()).filter(|_| !page.volume_type_links.is_empty());
-        stores.extend(page.volume_types.into_iter().filter_map(store_of_type));
+        stores.extend(page.volume_types.into_iter().flat_map(stores_of_type));
         if marker.is_none() {
             return Ok(stores);
         }
@@ -72,9 +77,9 @@ pub(super) async fn list_type_stores(wire: &HttpClient) -> Result<BTreeMap<Strin
     Err(Error::new("list volume types", ErrorKind::Unavailable, format!("more than {TYPE_PAGES_MAX} pages")))
 }
 
-fn store_of_type(mut volume_type: VolumeType) -> Option<(String, String)> {
-    let store = volume_type.extra_specs.remove(STORE_OF_TYPE)?;
-    Some((volume_type.name, store))
+fn stores_of_type(mut volume_type: VolumeType) -> [(String, Option<String>); 2] {
+    let store = volume_type.extra_specs.remove(STORE_OF_TYPE);
+    [(volume_type.name, store.clone()), (volume_type.id, store)]
 }
 
 #[derive(Deserialize)]
@@ -89,7 +94,7 @@ struct VolumeTypes {
 struct VolumeType {
     id: String,
     name: String,
-    /// Cinder shows them to administrators only.
+    /// Cinder shows the key that is read here to administrators only.
     #[serde(default, deserialize_with = "json::texts")]
     extra_specs: BTreeMap<String, String>,
 }
@@ -210,13 +215,16 @@ mod tests {
     fn a_volume_type_tells_the_store_of_its_uploads() {
         let body = json!({"volume_types": [
             {"id": "1", "name": "plain", "extra_specs": {"volume_backend_name": "ceph"}},
-            {"id": "2", "name": "fast", "extra_specs": {"image_service:store_id": "fast", "size": 5}},
+            {"id": "2", "name": "quick", "extra_specs": {"image_service:store_id": "fast", "size": 5}},
             {"id": "3", "name": "hidden"},
         ]});
         let answer: VolumeTypes = json::read("list volume types", &body).unwrap();
         assert!(answer.volume_type_links.is_empty());
-        let stores: Vec<_> = answer.volume_types.into_iter().filter_map(store_of_type).collect();
-        assert_eq!(stores, [("fast".to_owned(), "fast".to_owned())]);
+        let stores: BTreeMap<_, _> = answer.volume_types.into_iter().flat_map(stores_of_type).collect();
+        assert_eq!(stores.len(), 6);
+        for (name, store) in [("plain", None), ("hidden", None), ("quick", Some("fast")), ("2", Some("fast"))] {
+            assert_eq!(stores[name].as_deref(), store, "{name}");
+        }
         let more = json!({"volume_types": [], "volume_type_links": [{"rel": "next", "href": "http://c/types"}]});
         assert_eq!(json::read::<VolumeTypes, _>("list volume types", &more).unwrap().volume_type_links.len(), 1);
     }
