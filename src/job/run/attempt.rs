@@ -124,7 +124,7 @@ impl JobRun {
             "[offload] hash = sha512 takes the whole copy before the image is active".to_owned()
         } else if !record.mismatched.is_empty() {
             "an earlier copy differed from its source".to_owned()
-        } else if self.job.context.refusals.has(pool) {
+        } else if self.job.context.refusals.has(pool, &plan.dest_pool) {
             format!(
                 "Glance refused an image from pool {pool} in the last hour: its Ceph user may lack the \
                      capability profile rbd-read-only pool={pool}"

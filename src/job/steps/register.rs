@@ -189,9 +189,9 @@ async fn refused_at_once<T>(job: &HeldJob, reason: &str) -> StepResult<T> {
     let image = job.read_image().await?;
     // the tenant's own change of the format is refused too, and says nothing about the pool
     let is_unchanged = image_status::is_raw_and_bare(&image);
-    if let Some(source) = record.source_image.as_ref().filter(|_| is_unchanged) {
+    if let (Some(source), Some(dest_pool), true) = (&record.source_image, &record.dest_pool, is_unchanged) {
         let pool = &source.pool;
-        job.context.refusals.note(pool);
+        job.context.refusals.note(pool, dest_pool);
         tracing::error!(image_id = %job.id, job_stage = "register", reason,
             capability = format!("profile rbd-read-only pool={pool}"),
             "Glance refused an image that was to be published at once: does its Ceph user lack a capability?");
