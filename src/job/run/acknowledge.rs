@@ -72,7 +72,7 @@ impl JobRun {
             Err(stop) => {
                 tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
                 self.job.release_lease().await;
-                return Acknowledged::failed(waited_for, self.shares_requests().await);
+                return Acknowledged::failed(waited_for, self.others_wait_for_report().await);
             }
         };
         let acknowledged = self.acknowledge_as_owner(waited_for, &drain).await;
@@ -96,7 +96,7 @@ impl JobRun {
             stop = stopped => Err(stop),
         };
         let is_elsewhere = matches!(told, Ok(Answer::Elsewhere));
-        let is_tried_again = told.is_err() && self.shares_requests().await;
+        let is_tried_again = told.is_err() && self.others_wait_for_report().await;
         if let Err(stop) = told {
             tracing::debug!(image_id = %self.job.id, ?stop, "the request was not acknowledged; its run does that");
             // a lease that is released with an owner in the record would get that owner fenced
@@ -119,6 +119,12 @@ impl JobRun {
             true if self.job.record().await.acknowledged => Acknowledged::Service,
             true => Acknowledged::NotYet,
         }
+    }
+
+    /// Whether another deployment may decline the request as long as this one has not reported it.
+    async fn others_wait_for_report(&self) -> bool {
+        let config = self.job.context.config.borrow().clone();
+        self.shares_requests().await || may_be_requested_again(&config, &self.job.record().await)
     }
 
     /// Whether there may be something to report: a client is connected only for that.
