@@ -46,8 +46,8 @@ const OPTIONS: &[(&str, &str)] = &[
     ("rbd_parent_cache_enabled", "false"),
     // A writer whose lock is taken away is fenced before a snapshot is made.
     ("rbd_blocklist_on_break_lock", "true"),
-    // The monitors' default. Any other value ends the fence with EINVAL (seen with Ceph 16). A volume whose writer has
-    // died then takes no snapshot.
+    // As long as the monitors say. With any other value the fence ends with EINVAL (seen with Ceph 16), and a volume
+    // whose writer has died takes no snapshot.
     ("rbd_blocklist_expire_seconds", "0"),
     // Destinations are striped like their source, not like the operator's default.
     ("rbd_default_stripe_unit", "0"),

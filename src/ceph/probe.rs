@@ -42,6 +42,9 @@ const PREFIX: &str = "rbd-offload.check-";
 /// A probe whose images are older was killed. Clocks of hosts differ by less.
 const LEFT_AFTER: Duration = Duration::from_secs(3600);
 
+/// A smaller number in a name is the beginning of a UUID.
+const SECONDS_MIN: u64 = 1_000_000_000;
+
 impl Client {
     /// Makes an image of `size` bytes that begins with `data`, and its protected snapshot. What was made before an
     /// error stays.
@@ -115,7 +118,7 @@ fn new_name() -> String {
 /// Whether an image was made by a probe that has ended long ago.
 fn is_left(name: &str) -> bool {
     let made = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse().ok());
-    made.is_some_and(|made| now().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
+    made.is_some_and(|made| made >= SECONDS_MIN && now().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
 }
 
 fn now() -> Duration {

@@ -123,7 +123,7 @@ fn pools(config: &Config) -> BTreeSet<&str> {
 /// the configuration does not name, `rbd_default_data_pool` for one.
 fn caps(config: &Config, also: Option<&str>) -> String {
     let mut pools = pools(config);
-    pools.extend([config.jobs.pool.as_str(), config.nova.pool.as_str()]);
+    pools.extend([&config.jobs.pool, &config.nova.pool, &config.glance.pool].map(String::as_str));
     pools.extend(config.glance.data_pool.as_deref().into_iter().chain(also));
     let osd: Vec<String> = pools.iter().map(|pool| format!("profile rbd pool={pool}")).collect();
     format!("ceph auth caps client.{} mon 'profile rbd' mgr 'profile rbd' osd '{}'", config.ceph.user, osd.join(", "))

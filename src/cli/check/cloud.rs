@@ -271,9 +271,11 @@ async fn stores(session: &Session) -> (Option<CheckResult>, Option<Vec<openstack
 
 async fn cinder(session: &Session) -> CheckResult {
     const NAME: &str = "Cinder";
-    within(NAME, "see whether cinder-api runs, and its log", async || match session.probe_volume().await {
-        Ok(()) => CheckResult::ok(NAME, "answers"),
-        Err(error) => failed(NAME, "Cinder", &error),
+    within(NAME, "see whether cinder-api runs, and its log", async || {
+        match tokio::try_join!(session.probe_volume(), session.probe_volume_types()) {
+            Ok(_) => CheckResult::ok(NAME, "answers"),
+            Err(error) => failed(NAME, "Cinder", &error),
+        }
     })
     .await
 }

@@ -95,7 +95,9 @@ async fn await_calls(clients: &[Client]) {
         () = signalled() => false,
     };
     if !are_back {
-        output::eprint_line("test images may be left; a check that runs an hour from now, or later, removes them");
+        output::eprint_line(
+            "images rbd-offload.check-… may be left; a check that runs an hour from now, or later, removes them",
+        );
     }
 }
 
