@@ -56,7 +56,7 @@ class RBDOffloadDriver(rbd.RBDDriver):
     def _is_offered(volume, image_meta):
         if (image_meta.get('disk_format'), image_meta.get('container_format')) != ('raw', 'bare'):
             return False
-        # the volume's type asks for one of several Glance stores; the daemon has one
+        # the volume's type asks for a Glance store, which may not be in Ceph: Cinder uploads it itself
         return not (volume.volume_type and 'image_service:store_id' in (volume.volume_type.extra_specs or {}))
 
     def _hand_over(self, context, volume, image):
