@@ -235,7 +235,8 @@ pub async fn build(
         None => found.dest_pool,
     };
     check_destination(&stores, &fsid, &dest_pool)?;
-    check_limit(cloud, limit?, &owner, info.size).await?;
+    let quota = Some(config.glance.user_storage_quota).filter(|quota| *quota > 0);
+    check_limits(cloud, [(TOTAL_LIMIT, limit?), ("user_storage_quota", quota)], &owner, info.size).await?;
 
     // a service that hands over has made the record as it wants it
     let (min_disk, min_ram, properties) = match request.trigger {
@@ -688,6 +689,9 @@ fn pool_of_store(config: &Config, stores: &[GlanceStore], fsid: &str, id: &str) 
     }
 }
 
+/// Keystone's limit for all images of a project.
+pub const TOTAL_LIMIT: &str = "image_size_total";
+
 /// Glance's limit for one image, where the configuration names it: an upload would be held to it. 0: none is known.
 fn check_cap(cap: u64, bytes: u64) -> Result<()> {
     if cap == 0 || bytes <= cap {
@@ -699,22 +703,26 @@ fn check_cap(cap: u64, bytes: u64) -> Result<()> {
     )
 }
 
-/// The project's limit for all its images, where the cloud has one: an upload would be held to it.
-async fn check_limit(cloud: &dyn Cloud, limit: Option<u64>, project_id: &str, bytes: u64) -> Result<()> {
-    let Some(limit) = limit else { return Ok(()) };
-    check_usage(cloud.image_usage(project_id).await?, limit, bytes)
+/// The limits for all images of the project, by their names, where the cloud has them: an upload would be held to them.
+async fn check_limits(cloud: &dyn Cloud, limits: [(&str, Option<u64>); 2], project_id: &str, bytes: u64) -> Result<()> {
+    if limits.iter().all(|(_, limit)| limit.is_none()) {
+        return Ok(());
+    }
+    let used = cloud.image_usage(project_id).await?;
+    let mut known = limits.into_iter().filter_map(|(name, limit)| Some((name, limit?)));
+    known.try_for_each(|limit| check_usage(used, limit, bytes))
 }
 
-/// Whether `bytes` more than `used` are within the limit.
+/// Whether `bytes` more than `used` are within the limit, which is given with its name.
 ///
 /// # Errors
 /// [`PlanError::Declined`] where they are not.
-pub fn check_usage(used: u64, limit: u64, bytes: u64) -> Result<()> {
+pub fn check_usage(used: u64, (name, limit): (&str, u64), bytes: u64) -> Result<()> {
     if used.saturating_add(bytes) > limit {
         return declined(
             Decline::Quota,
             format!(
-                "the image of {} would break the project's limit image_size_total: {} of {} are used",
+                "the image of {} would break the project's limit {name}: {} of {} are used",
                 in_mib(bytes),
                 in_mib(used),
                 in_mib(limit)

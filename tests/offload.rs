@@ -281,9 +281,13 @@ mod declined {
         source_is_as_before(&mirror, 0).await;
 
         drop(daemon);
-        let _daemon = Setup::default().set("glance", "image_size_cap", "32MiB").start().await;
-        let sentence = declined_sentence(&demo, volume_tag(&limited.id)).await;
-        assert!(sentence.contains("image_size_cap"), "{sentence}");
+        // limits of Glance that its API does not tell
+        for (key, limit) in [("image_size_cap", "32MiB"), ("user_storage_quota", "1MiB")] {
+            let daemon = Setup::default().set("glance", key, limit).start().await;
+            let sentence = declined_sentence(&demo, volume_tag(&limited.id)).await;
+            assert!(sentence.contains(key), "{sentence}");
+            drop(daemon);
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]

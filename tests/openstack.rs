@@ -129,6 +129,7 @@ fn glance(register: Register) -> Glance {
         register,
         data_pool: None,
         image_size_cap: 0,
+        user_storage_quota: 0,
         protected_properties: Vec::new(),
     }
 }

@@ -205,7 +205,7 @@ fn limit(usage: Option<ImageSizeUsage>, size: Option<u64>) -> CheckResult {
         return CheckResult::skipped(NAME, why);
     };
     let seen = format!("{} of {} are used", output::bytes(usage.used), output::bytes(usage.limit));
-    row(NAME, &seen, plan::check_usage(usage.used, usage.limit, size))
+    row(NAME, &seen, plan::check_usage(usage.used, (plan::TOTAL_LIMIT, usage.limit), size))
 }
 
 fn row(check: &str, seen: &str, judged: Result<(), PlanError>) -> CheckResult {

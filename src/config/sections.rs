@@ -181,6 +181,9 @@ section! {
         /// Glance's limit for the size of one image (image_size_cap in glance-api.conf), which its API does not tell.
         /// What would be larger is declined before it is copied. 0: not known.
         image_size_cap: u64 = "0", Size;
+        /// Glance's limit for all images of one project (user_storage_quota in glance-api.conf), which its API does not
+        /// tell. What would break it is declined before it is copied. 0: not known.
+        user_storage_quota: u64 = "0", Size;
         /// Prefixes of property names that an image never inherits from its source. List here the names that Glance's
         /// property protections keep from tenants: the daemon may write them. Encryption and signature properties are
         /// never inherited.

@@ -109,6 +109,7 @@ fn the_least_configuration_gets_every_default() {
             register: Register::Auto,
             data_pool: None,
             image_size_cap: 0,
+            user_storage_quota: 0,
             protected_properties: protected.map(str::to_owned).into(),
         }
     );
@@ -373,6 +374,7 @@ fn limits_hold_at_both_ends() {
         ("offload", "retries", ["0", "100"], ["+1", "101"]),
         ("offload", "reconcile_interval", ["1s", "1d"], ["999ms", "25h"]),
         ("glance", "image_size_cap", ["0", "1024GiB"], ["1 TiB", "-1"]),
+        ("glance", "user_storage_quota", ["0", "1024GiB"], ["1 TiB", "-1"]),
         ("offload", "bandwidth_limit", ["0", "16777215GiB"], ["1 GiB", "17179869184GiB"]),
         ("offload", "objects_per_second", ["0", "1000000"], ["0.5", "1000001"]),
         ("messaging", "prefetch", ["1", "65535"], ["0", "65536"]),
