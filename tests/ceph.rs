@@ -497,6 +497,45 @@ write('volumes', v, 5 * M + 1, 2 * M, 2); discard('volumes', v, 9 * M + 4096, 2 
     }
 }
 
+/// A process that has written into a new volume, and has it open.
+fn writer_of_a_volume(lab: &Lab) -> std::process::Child {
+    lab.python("create('volumes', NAME + '-volume', 16 * M)");
+    let code = "
+image = rbd.Image(io('volumes'), NAME + '-volume')
+image.write(random.Random(1).randbytes(6 * M), M); image.flush()
+print('written', flush=True)
+sys.stdin.read()";
+    let mut writer = SOURCES
+        .command(&lab.dir, &format!("run({})", lab.request(code)))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(writer.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "written\n");
+    writer
+}
+
+/// The watch of a writer that lives stays, however often the OSD reads the object again. That of one that was killed
+/// is gone after its 30 s.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_removed_once_its_writer_is_dead_and_not_before() {
+    let lab = Lab::new();
+    let mut writer = writer_of_a_volume(&lab);
+    let (client, image) = (lab.client().await, lab.volume());
+    let busy = client.remove_image(&image).await.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+    assert!(!lab.command("rados", &["-p", "volumes", "ls"]).contains("rbd-offload.none."), "an object was made");
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    let since = Instant::now();
+    while let Err(error) = client.remove_image(&image).await {
+        assert!(error.kind() == ErrorKind::Busy && since.elapsed() < Duration::from_secs(90), "{error}");
+    }
+    assert!(client.image(&image, None).await.unwrap().is_none());
+}
+
 /// A writer was killed while it held the volume's exclusive lock. Its host is gone, so the lock is never released.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_writers_lock_does_not_block_the_daemon() {
@@ -514,23 +553,9 @@ async fn takes_a_dead_writers_lock(options: &str) {
     let dir = tempfile::tempdir().unwrap();
     let conf = dir.path().join("ceph.conf");
     std::fs::write(&conf, format!("{}\n{options}", std::fs::read_to_string(lab.conf()).unwrap())).unwrap();
-    lab.python("create('volumes', NAME + '-volume', 16 * M)");
-    let code = "
-image = rbd.Image(io('volumes'), NAME + '-volume')
-image.write(random.Random(1).randbytes(6 * M), M); image.flush()
-print('written', flush=True)
-sys.stdin.read()";
-    let mut writer = SOURCES
-        .command(&lab.dir, &format!("run({})", lab.request(code)))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(writer.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let mut writer = writer_of_a_volume(&lab);
     writer.kill().unwrap();
     writer.wait().unwrap();
-    assert_eq!(line, "written\n");
 
     let (client, source) = (Client::connect(&conf, "rbd-offload").await.unwrap(), lab.volume());
     let began = Instant::now();

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use ceph::rados::{
     rados_buffer_free, rados_cluster_fsid, rados_conf_get, rados_conf_read_file, rados_conf_set, rados_connect,
     rados_create, rados_ioctx_create, rados_ioctx_create2, rados_ioctx_destroy, rados_ioctx_get_id,
-    rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list, rados_pool_lookup,
-    rados_pool_reverse_lookup, rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
+    rados_ioctx_locator_set_key, rados_ioctx_set_namespace, rados_ioctx_t, rados_mon_command, rados_pool_list,
+    rados_pool_lookup, rados_pool_reverse_lookup, rados_shutdown, rados_stat, rados_t, rados_wait_for_latest_osdmap,
 };
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -684,6 +684,13 @@ impl IoCtx {
         // SAFETY: the ioctx is open and not in use yet; the string is copied.
         unsafe { rados_ioctx_set_namespace(self.raw, name.as_ptr()) };
         Ok(self)
+    }
+
+    /// Objects are in the placement group of the object `key`, whatever their own names.
+    pub fn beside(self, key: &CStr) -> Self {
+        // SAFETY: the ioctx is open and not in use yet; the string is copied.
+        unsafe { rados_ioctx_locator_set_key(self.raw, key.as_ptr()) };
+        self
     }
 
     pub fn raw(&self) -> rados_ioctx_t {

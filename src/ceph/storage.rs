@@ -11,7 +11,7 @@ use super::cluster::{Client, Cluster, IoCtx, c_string};
 use super::compare::compare;
 use super::copy::copy;
 use super::fill::{FillFault, fill, flatten};
-use super::objects::{Object, header_page, omap_page};
+use super::objects::{Object, header_page, omap_page, read_watches_again};
 use super::pace::{OBJECT, RateLimiter};
 use super::published::{check_rule, detach, fill_published, is_gone, sweep_objects};
 use super::rbd::{self, Access, Image, Options, find_in_trash};
@@ -626,7 +626,9 @@ fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Changed> {
         return Ok(Changed::No);
     }
     let operation = format!("purge {spec}");
-    retry_while_busy(|| ok_if(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound))
+    remove_while_busy(cluster, &spec.pool, Some(&trashed.id), &operation, || {
+        ok_if(rbd::remove_from_trash(&io, &trashed.id, false, &operation), ErrorKind::NotFound)
+    })
 }
 
 /// Renames an image. librbd writes `rbd_id.<to>`, then the directory, then removes `rbd_id.<from>`; a rename that died
@@ -674,7 +676,9 @@ pub(super) fn remove_image(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<C
     // An image that cannot be opened may still have a name or an id: a creation or a removal broke off.
     let gone = |result: Result<()>| ok_if(result, ErrorKind::NotFound);
     if let Some(name) = &name
-        && retry_while_busy(|| gone(rbd::remove(&io, name, &operation)))? == Changed::Yes
+        && remove_while_busy(cluster, &spec.pool, id.as_deref(), &operation, || {
+            gone(rbd::remove(&io, name, &operation))
+        })? == Changed::Yes
     {
         change = Changed::Yes;
     }
@@ -709,7 +713,9 @@ fn empty_trash_of(
                 && (left.removing || is_own_leftover(cluster, &in_trash, &left.name)?));
         if ours {
             prepare_removal(cluster, &in_trash, Some(&left.name))?;
-            retry_while_busy(|| ok_if(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound))?;
+            remove_while_busy(cluster, pool, Some(&left.id), operation, || {
+                ok_if(rbd::remove_from_trash(io, &left.id, true, operation), ErrorKind::NotFound)
+            })?;
             change = Changed::Yes;
         }
     }
@@ -743,6 +749,24 @@ fn is_own_leftover(cluster: &Arc<Cluster>, in_trash: &ImageSpec, name: &str) -> 
     match Image::open(cluster, in_trash, Access::ReadOnly)? {
         Some(image) => Ok(image.metadata(OWNER_KEY)?.is_some_and(|owner| is_owner_of(&owner, name))),
         None => Ok(true),
+    }
+}
+
+/// Repeats a removal that finds the image with that id busy, for a short time. Then the watches are read again, since
+/// that of a client that is dead may be left, and the removal is tried a last time.
+fn remove_while_busy<T>(
+    cluster: &Arc<Cluster>,
+    pool: &str,
+    id: Option<&str>,
+    operation: &str,
+    mut work: impl FnMut() -> Result<T>,
+) -> Result<T> {
+    match (retry_while_busy(&mut work), id) {
+        (Err(e), Some(id)) if e.kind() == ErrorKind::Busy => {
+            read_watches_again(cluster, pool, &c_string(operation, &format!("rbd_header.{id}"))?, operation)?;
+            work()
+        }
+        (result, _) => result,
     }
 }
 
