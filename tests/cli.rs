@@ -460,7 +460,7 @@ fn check_waits_for_a_service_that_has_just_started_and_says_so() {
     let begun = Instant::now();
     let checked = check(&Setup::new().with(&keystone, &format!("{}/{path}", starts_late(&keystone, usize::MAX))));
     checked.fault("Keystone", "503 Service Unavailable; attempt ", "see whether");
-    // Keystone is asked twice, and no Ceph client is there to wait for
+    // Keystone is asked twice
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
 }
 

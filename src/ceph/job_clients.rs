@@ -27,8 +27,7 @@ const FENCE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Connects a client for each run of a job.
 ///
-/// A run's client is not used again. librbd may forget to unregister a watch. The image can then not be deleted while
-/// the client is connected, and for 30 s after.
+/// A run's client is not used again, so that whatever a run leaves open ends with it.
 pub struct CephJobClients {
     /// Fences clients that are given up.
     control: Client,

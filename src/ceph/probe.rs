@@ -3,11 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use ceph::rados::rados_remove;
 
-use super::cluster::{Client, Cluster, IoCtx, c_string, check};
+use super::cluster::{Client, Cluster, IoCtx, c_string, check, unix_time};
 use super::objects::create_empty;
 use super::rbd::{self, Access, Image, Options};
 use super::storage::remove_image;
@@ -112,17 +112,13 @@ impl Client {
 
 /// `rbd-offload.check-<seconds since 1970>-<uuid>`
 fn new_name() -> String {
-    format!("{PREFIX}{}-{}", now().as_secs(), uuid::Uuid::new_v4())
+    format!("{PREFIX}{}-{}", unix_time().as_secs(), uuid::Uuid::new_v4())
 }
 
 /// Whether an image was made by a probe that has ended long ago.
 fn is_left(name: &str) -> bool {
     let made = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse().ok());
-    made.is_some_and(|made| made >= SECONDS_MIN && now().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    made.is_some_and(|made| made >= SECONDS_MIN && unix_time().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
 }
 
 /// Whether images can have their data in a pool, and this client can write it.

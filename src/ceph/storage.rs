@@ -1,13 +1,13 @@
 //! [`Storage`] over librbd: each method is one blocking closure that opens what it needs and closes it again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::cluster::{Client, Cluster, IoCtx, c_string};
+use super::cluster::{Client, Cluster, IoCtx, c_string, unix_time};
 use super::compare::compare;
 use super::copy::copy;
 use super::fill::{FillFault, fill, flatten};
@@ -615,7 +615,7 @@ fn chain(cluster: &Arc<Cluster>, image: &Image) -> Result<Vec<Link>> {
 /// before the end of the deferment.
 fn purge(cluster: &Arc<Cluster>, spec: &ImageSpec) -> Result<Changed> {
     let io = IoCtx::open(cluster, &spec.pool)?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = unix_time().as_secs();
     let Some(trashed) = find_in_trash(&io, spec)? else { return Ok(Changed::No) };
     if !trashed.by_user || trashed.deferred_until > i64::try_from(now).unwrap_or(i64::MAX) {
         return Ok(Changed::No);

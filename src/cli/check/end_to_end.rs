@@ -88,9 +88,7 @@ impl From<openstack::Error> for Failed {
 pub struct ProbeFindings {
     /// One for each route.
     pub rows: Vec<CheckResult>,
-    /// A call of Ceph was given up and still runs on a thread of its own.
-    pub stuck: bool,
-    /// What made the calls. `None` without a connection.
+    /// What made the calls on Ceph. `None` without a connection.
     pub client: Option<Client>,
 }
 
@@ -105,7 +103,7 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
         Ok(connected) => connected,
         Err(reason) => {
             let rows = routes.iter().map(|route| CheckResult::skipped(route.name(), &*reason)).collect();
-            return ProbeFindings { rows, stuck: false, client: None };
+            return ProbeFindings { rows, client: None };
         }
     };
     let mut rows = Vec::new();
@@ -115,7 +113,7 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
             false => probe(&session, &client, route, interrupted).await,
         });
     }
-    ProbeFindings { rows, stuck: client.is_busy(), client: Some(client) }
+    ProbeFindings { rows, client: Some(client) }
 }
 
 /// Where images are published at once they may also be published when copied, when something is against it.

@@ -63,13 +63,11 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     rows.extend(ceph.rows);
     rows.push(stores(&config, cloud.stores.as_deref(), ceph.fsid.as_deref()));
     rows.push(jobs_cloud(&config, cloud.cloud.as_ref(), ceph.jobs_cloud.as_ref()));
-    let mut stuck = ceph.stuck;
     let mut clients = Vec::from_iter(ceph.client);
     if args.probe {
         let is_ready = cloud.cloud.is_some() && ceph.fsid.is_some();
         let probed = end_to_end::check(&config, is_ready, &interrupted).await;
         rows.extend(probed.rows);
-        stuck |= probed.stuck;
         clients.extend(probed.client);
     } else {
         rows.extend(end_to_end::unprobed(&config));
@@ -77,7 +75,7 @@ pub async fn check(path: &Path, args: Args) -> Result<ExitCode, Failure> {
     listener.abort();
     let text = if args.json { output::json(&rows)? } else { report::table(&rows, output::colours()) };
     output::print(&text)?;
-    if stuck {
+    if ceph.stuck || clients.iter().any(Client::is_busy) {
         await_calls(&clients).await;
         crate::ceph::exit_now(1);
     }
