@@ -526,6 +526,12 @@ async fn an_image_is_removed_once_its_writer_is_dead_and_not_before() {
     let (client, image) = (lab.client().await, lab.volume());
     let busy = client.remove_image(&image).await.unwrap_err();
     assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+    let id = ImageSpec::with_id("volumes", client.image(&image, None).await.unwrap().unwrap().id);
+    for same in [&image, &id] {
+        client.forget_dead_watches(same).await.unwrap();
+        let watchers = lab.command("rbd", &["status", "--format", "json", &image.to_string()]);
+        assert!(watchers.contains("\"watchers\":[{"), "{watchers}");
+    }
     assert!(!lab.command("rados", &["-p", "volumes", "ls"]).contains("rbd-offload.none."), "an object was made");
     writer.kill().unwrap();
     writer.wait().unwrap();
@@ -534,6 +540,7 @@ async fn an_image_is_removed_once_its_writer_is_dead_and_not_before() {
         assert!(error.kind() == ErrorKind::Busy && since.elapsed() < Duration::from_secs(90), "{error}");
     }
     assert!(client.image(&image, None).await.unwrap().is_none());
+    client.forget_dead_watches(&image).await.unwrap();
 }
 
 /// A writer was killed while it held the volume's exclusive lock. Its host is gone, so the lock is never released.

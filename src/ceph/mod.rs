@@ -515,6 +515,11 @@ pub trait Storage: Send + Sync + 'static {
     /// has no snapshots. `No` otherwise. [`ErrorKind::Busy`] while another client has it open.
     async fn purge(&self, image: &ImageSpec) -> Result<Changed>;
 
+    /// Makes the OSDs look again at which clients have the image open. Without it, the watch of a client that was
+    /// killed and fenced may stay, and nothing can remove the image. Clients that live keep their watches. Nothing to
+    /// do when the image is gone.
+    async fn forget_dead_watches(&self, image: &ImageSpec) -> Result<()>;
+
     /// `None` when the key (or the image) is not there.
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>>;
 

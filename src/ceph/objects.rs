@@ -484,15 +484,16 @@ pub(super) fn create_empty(io: &IoCtx, object: &CStr, operation: &str) -> Result
 /// More objects than an OSD keeps in its cache of a placement group (osd_pg_object_context_cache_count, 64).
 const MORE_THAN_CACHED: usize = 256;
 
-/// Makes the OSD read an object and its watches again: it is asked for so many objects of the same placement group that
-/// it drops the object from its cache. They do not exist, and are not made.
+/// Makes the OSD read the header and the watches of the image with this id again: it is asked for so many objects of
+/// the same placement group that it drops the header from its cache. They do not exist, and are not made.
 ///
-/// A client that is killed while its request for a watch is on the way leaves that watch in the object. The OSD ends a
-/// watch with the client's connection, and that had ended before. When the OSD reads the object again, it drops the
+/// A client that is killed while its request for a watch is on the way leaves that watch in the header. The OSD ends a
+/// watch with the client's connection, and that had ended before. When the OSD reads the header again, it drops the
 /// watches of fenced clients, and those of others 30 s later (seen with Ceph 16: in a quiet pool the image of a killed
-/// writer could not be removed).
-pub(super) fn read_watches_again(cluster: &Arc<Cluster>, pool: &str, object: &CStr, operation: &str) -> Result<()> {
-    let io = IoCtx::open(cluster, pool)?.beside(object);
+/// writer could not be removed). While a client that lives watches the header, the OSD does not drop it.
+pub(super) fn read_watches_again(cluster: &Arc<Cluster>, pool: &str, image_id: &str, operation: &str) -> Result<()> {
+    let header = c_string(operation, &format!("rbd_header.{image_id}"))?;
+    let io = IoCtx::open(cluster, pool)?.beside(&header);
     for number in 0..MORE_THAN_CACHED {
         let name = c_string(operation, &format!("rbd-offload.none.{number}"))?;
         let op = WriteOp::new();

@@ -377,6 +377,19 @@ impl Storage for Client {
         self.run(format!("purge {image}"), move |cluster| purge(cluster, &spec)).await
     }
 
+    async fn forget_dead_watches(&self, image: &ImageSpec) -> Result<()> {
+        let (operation, spec) = (format!("forget the dead watches of {image}"), image.clone());
+        self.run(operation.clone(), move |cluster| {
+            let id = match &spec.image {
+                ImageKey::Name(name) => rbd::id_of_name(&IoCtx::open(cluster, &spec.pool)?, name, &operation)?,
+                ImageKey::Id(id) => Some(id.clone()),
+            };
+            let Some(id) = id else { return Ok(()) };
+            read_watches_again(cluster, &spec.pool, &id, &operation)
+        })
+        .await
+    }
+
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {
         let (spec, key) = (image.clone(), key.to_owned());
         self.run(format!("read metadata {key} of {image}"), move |cluster| {
@@ -763,7 +776,7 @@ fn remove_while_busy<T>(
 ) -> Result<T> {
     match (retry_while_busy(&mut work), id) {
         (Err(e), Some(id)) if e.kind() == ErrorKind::Busy => {
-            read_watches_again(cluster, pool, &c_string(operation, &format!("rbd_header.{id}"))?, operation)?;
+            read_watches_again(cluster, pool, id, operation)?;
             work()
         }
         (result, _) => result,

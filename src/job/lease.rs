@@ -39,8 +39,12 @@ impl Identity {
     }
 }
 
+/// How long a take-over waits until the OSDs have forgotten the previous owner's watches on one image.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Fences the client that the record names as its owner, where that is not the client `own`: nothing that it still has
-/// on its way is done any more. `false`: the record names no other client.
+/// on its way is done any more, and it has no image open that others may want to remove. `false`: the record names no
+/// other client.
 ///
 /// # Errors
 /// A daemon that cannot fence must not take over, since two would then work on one job:
@@ -60,6 +64,7 @@ pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> c
     match fenced {
         Ok(change) => {
             tracing::info!(%image_id, client, made = change == Changed::Yes, "fenced the previous owner");
+            forget_watches_of_owner(storage, record).await;
             Ok(true)
         }
         Err(error) => {
@@ -71,6 +76,22 @@ pub async fn fence_owner(storage: &dyn Storage, record: &Record, own: &str) -> c
             }
             Err(error)
         }
+    }
+}
+
+/// Cinder and Glance could not delete an image that a dead client still watches. The job's private images need no such
+/// care: their removal sees to it.
+async fn forget_watches_of_owner(storage: &dyn Storage, record: &Record) {
+    for image in record.images_deleted_by_others() {
+        // Without it the job goes on: nothing is wrong until the image is to be deleted.
+        let error = match tokio::time::timeout(FORGET_TIMEOUT, storage.forget_dead_watches(&image)).await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", FORGET_TIMEOUT.as_secs()),
+        };
+        tracing::warn!(image_id = %record.image_id, image = %image, error,
+            "the previous owner may still count as a client of this RBD image, which then cannot be deleted"
+        );
     }
 }
 

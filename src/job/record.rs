@@ -501,6 +501,18 @@ impl Record {
         }
     }
 
+    /// The RBD images that the job opens for writing and that Cinder, Nova or Glance deletes: its source and the
+    /// published image.
+    pub fn images_deleted_by_others(&self) -> Vec<ImageSpec> {
+        let source = self.source_image.as_ref().map(|source| ImageSpec::with_id(&source.pool, &source.image_id));
+        let published = self.dest_pool.as_ref().filter(|_| self.has(Artifact::Published));
+        let published = published.map(|pool| match &self.clone {
+            Some(clone) => ImageSpec::with_id(pool, &clone.id),
+            None => ImageSpec::named(pool, self.image_id.to_string()),
+        });
+        source.into_iter().chain(published).collect()
+    }
+
     /// Whether more than `2 * max_takeovers + 1` owners in a row have died: enough to fail the job, and as many again
     /// over its cleanup. The leftovers then stay.
     pub fn is_beyond_cleanup(&self, max_takeovers: u32) -> bool {

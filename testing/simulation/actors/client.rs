@@ -195,6 +195,11 @@ impl Storage for Lasting {
         self.run(async move { Storage::read(&handle, &image, offset, length).await }).await
     }
 
+    async fn forget_dead_watches(&self, image: &ImageSpec) -> ceph::Result<()> {
+        let (handle, image) = (self.0.clone(), image.clone());
+        self.run(async move { handle.forget_dead_watches(&image).await }).await
+    }
+
     async fn rename(&self, image: &ImageSpec, name: &str) -> ceph::Result<()> {
         let (handle, image, name) = (self.0.clone(), image.clone(), name.to_owned());
         self.run(async move { handle.rename(&image, &name).await }).await

@@ -220,8 +220,8 @@ pub fn delete_image(world: &mut World, id: &str) -> bool {
     let active = matches!(record.image.status.as_str(), "active" | "deactivated");
     world.log(|| format!("the tenant deletes image {id}, active={active}"));
     if active {
-        let clones = world.ceph.named("images", id).map(|i| i.id.clone()).is_some_and(|i| world.ceph.has_clones(&i));
-        if clones {
+        let found = world.ceph.named("images", id);
+        if found.is_some_and(|found| !found.dead_watchers.is_empty() || world.ceph.has_clones(&found.id)) {
             return false;
         }
         remove_data(world, id);

@@ -161,10 +161,19 @@ impl Handle {
                 let id = world.ceph.find_id(what, image)?;
                 promises::must_be_ours(world, what, &id);
                 world.ceph.watch(&id, &address, Instant::now() + WATCH_TIMEOUT);
+                self.opened(world, &id);
                 Ok(id)
             },
         )
         .await
+    }
+
+    /// A call opened the image for writing. If the daemon is dead by now, its connection ended before the request was
+    /// carried out.
+    pub fn opened(&self, world: &mut World, id: &str) {
+        if self.node.is_dead() {
+            world.ceph.leave_dead_watch(id, &self.node.address(), Instant::now() + WATCH_TIMEOUT);
+        }
     }
 
     /// The daemon is about to change an image's record.

@@ -123,6 +123,7 @@ impl Storage for Handle {
             || format!("create snapshot {image}@{snapshot}"),
             |world| {
                 let id = world.ceph.find_id("snapshot", image)?;
+                self.opened(world, &id);
                 let owner = world.cloud.owner_of(&world.ceph, &id, snapshot);
                 Ok(world.ceph.create_snapshot(&id, snapshot, owner))
             },
@@ -180,6 +181,7 @@ impl Storage for Handle {
                             return Ok(Some(before));
                         };
                         promises::must_be_our_snapshot(world, image, &snap);
+                        self.opened(world, &id);
                         if !world.ceph.remove_snapshot_step(image, &id, &snap, half)? {
                             return Ok(None);
                         }
@@ -493,6 +495,7 @@ impl Storage for Handle {
                             return Ok(Some(Changed::Yes));
                         }
                         promises::must_not_be_active(world, "removal", &id);
+                        world.ceph.forget_dead_watches(&id);
                         if world.ceph.is_in_use(&id) {
                             return Err(Error::new(format!("remove {image}"), ErrorKind::Busy, "is in use"));
                         }
@@ -510,6 +513,20 @@ impl Storage for Handle {
             self.break_off().await?;
         }
         Ok(Changed::Yes)
+    }
+
+    async fn forget_dead_watches(&self, image: &ImageSpec) -> Result<()> {
+        self.ceph(
+            Kind::Read,
+            || format!("forget the dead watches of {image}"),
+            |world| {
+                if let Some(id) = world.ceph.find(image).map(|found| found.id.clone()) {
+                    world.ceph.forget_dead_watches(&id);
+                }
+                Ok(())
+            },
+        )
+        .await
     }
 
     async fn metadata(&self, image: &ImageSpec, key: &str) -> Result<Option<String>> {

@@ -38,6 +38,9 @@ fn leftovers(world: &World) -> Vec<String> {
         if let Some(alias) = &image.alias {
             left.push(format!("half a rename of the image {}/{name}: {alias}", image.pool));
         }
+        for client in image.dead_watchers.keys() {
+            left.push(format!("the watch of {client} on {}/{name}", image.pool));
+        }
         for snap in image.snaps.iter().filter(|s| s.ours && !(image.ours && s.name == "snap")) {
             left.push(format!("the snapshot {}/{name}@{}", image.pool, snap.name));
         }

@@ -47,6 +47,8 @@ pub struct Rbd {
     pub ours: bool,
     /// Clients that have it open for writing.
     pub watchers: BTreeMap<String, Instant>,
+    /// Clients that died while they had it open, and whose watch stayed: until when it would have lasted.
+    pub dead_watchers: BTreeMap<String, Instant>,
     pub features: u64,
     /// From its parent, by a daemon.
     pub cut_off: Option<CutOff>,
@@ -103,6 +105,7 @@ impl Cluster {
             snapshot_tags: BTreeMap::new(),
             ours,
             watchers: BTreeMap::new(),
+            dead_watchers: BTreeMap::new(),
             features: Features::PUBLISHED.0,
             cut_off: None,
         });

@@ -73,11 +73,27 @@ impl Cluster {
         }
     }
 
-    /// Whether a client that is not fenced has the image open, or it has clones.
+    /// A client opens the image for writing that is dead by then: nothing ends its watch.
+    pub fn leave_dead_watch(&mut self, id: &str, client: &str, until: Instant) {
+        if let Some(image) = self.by_id_mut(id) {
+            image.dead_watchers.insert(client.to_owned(), until);
+        }
+    }
+
+    /// The cluster looks again at who has the image open: a fenced client has not, and any other has not in the end.
+    pub fn forget_dead_watches(&mut self, id: &str) {
+        let (fenced, now) = (&self.blocklist, Instant::now());
+        if let Some(image) = self.images.iter_mut().find(|image| image.id == id) {
+            image.dead_watchers.retain(|client, until| *until > now && !fenced.contains(client));
+        }
+    }
+
+    /// Whether a client that is not fenced has the image open, a dead one's watch stayed, or it has clones.
     pub fn is_in_use(&self, id: &str) -> bool {
         let now = Instant::now();
         let is_live = |(client, until): (&String, &Instant)| *until > now && !self.blocklist.contains(client);
-        self.by_id(id).is_some_and(|image| image.watchers.iter().any(is_live)) || self.has_clones(id)
+        let is_open = |image: &Rbd| !image.dead_watchers.is_empty() || image.watchers.iter().any(is_live);
+        self.by_id(id).is_some_and(is_open) || self.has_clones(id)
     }
 
     /// A daemon makes a snapshot of what that project owns.
