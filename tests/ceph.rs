@@ -130,23 +130,24 @@ enum Method {
 async fn transfer(client: &Client, method: Method, source: &ImageSpec, destination: &ImageSpec) -> Moved {
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     if method == Method::Copy {
-        client.create_like(source, "s", destination).await.unwrap();
+        client.create_like(source, "s", destination, Features::PUBLISHED).await.unwrap();
         let moved = client.copy(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
         assert_eq!(progress.done(), progress.total());
         return moved;
     }
-    client.clone_image(source, "s", destination, Features::PUBLISHED).await.unwrap();
-    let mut filled = Moved::default();
     if method == Method::Fill {
-        filled = client.fill(source, "s", destination, &no_limits(), &progress, &cancel).await.unwrap();
-        assert_eq!((progress.done(), filled.through_host), (progress.total(), 0));
+        return server_copy(client, source, destination).await;
     }
-    let flattened = client.flatten(destination, &no_limits(), &Progress::default(), &cancel).await.unwrap();
-    Moved {
-        bytes: filled.bytes + flattened.bytes,
-        through_host: filled.through_host + flattened.through_host,
-        objects: filled.objects + flattened.objects,
-    }
+    client.clone_image(source, "s", destination, Features::PUBLISHED).await.unwrap();
+    client.flatten(destination, &no_limits(), &progress, &cancel).await.unwrap()
+}
+
+async fn server_copy(client: &Client, source: &ImageSpec, destination: &ImageSpec) -> Moved {
+    let (progress, never) = (Progress::default(), CancellationToken::new());
+    client.create_like(source, "s", destination, Features::WITHOUT_MAPS).await.unwrap();
+    let moved = client.server_copy(source, "s", destination, &no_limits(), &progress, &never).await.unwrap();
+    assert_eq!(progress.done(), progress.total());
+    moved
 }
 
 /// Prepares a source by Python, which makes the image `volumes/NAME-volume`, and holds every method to the same bytes.
@@ -426,7 +427,7 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     let expected = lab.data(&source, Some("s"));
     let id = client.image(&source, None).await.unwrap().unwrap().id;
     let by_id = ImageSpec::with_id("volumes", id.as_str());
-    // Cloned before, filled and flattened after.
+    // Cloned before and flattened after.
     let cloned = ImageSpec::named("images", format!("{}-cloned", lab.name));
     client.clone_image(&by_id, "s", &cloned, Features::PUBLISHED).await.unwrap();
     lab.python("trash('volumes', NAME + '-volume')");
@@ -434,10 +435,12 @@ async fn a_source_in_the_trash_is_read_by_its_id() {
     let info = client.image(&by_id, Some("s")).await.unwrap().unwrap();
     assert_eq!(info.id, id);
     assert!(client.image(&cloned, None).await.unwrap().unwrap().parent.unwrap().in_trash);
-    transfer(&client, Method::Copy, &by_id, &lab.image()).await;
-    assert_eq!(lab.data(&lab.image(), None), expected);
+    for method in [Method::Copy, Method::Fill] {
+        transfer(&client, method, &by_id, &lab.image()).await;
+        assert_eq!(lab.data(&lab.image(), None), expected, "{method:?}");
+        assert_eq!(client.remove_image(&lab.image()).await.unwrap(), Changed::Yes);
+    }
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
-    client.fill(&by_id, "s", &cloned, &no_limits(), &progress, &cancel).await.unwrap();
     client.flatten(&cloned, &no_limits(), &progress, &cancel).await.unwrap();
     assert_eq!(lab.data(&cloned, None), expected);
     let again = ImageSpec::named("images", format!("{}-again", lab.name));
@@ -587,7 +590,7 @@ async fn a_copy_during_writes_equals_the_snapshot() {
     let source = lab.volume();
     client.create_snapshot(&source, "s").await.unwrap();
     let expected = lab.data(&source, Some("s"));
-    client.create_like(&source, "s", &lab.image()).await.unwrap();
+    client.create_like(&source, "s", &lab.image(), Features::PUBLISHED).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let slow = limits(8, 16 * MIB, 0);
     let began = Instant::now();
@@ -614,7 +617,7 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
     let client = lab.client().await;
     let (source, image) = (lab.volume(), lab.image());
     client.create_snapshot(&source, "s").await.unwrap();
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let slow = limits(8, 8 * MIB, 0);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let stopper = async {
@@ -628,7 +631,7 @@ async fn a_copy_stops_when_cancelled_or_dropped() {
     assert!(progress.done() > 0 && progress.done() < progress.total());
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let never = CancellationToken::new();
     let copy = client.copy(&source, "s", &image, &slow, &progress, &never);
     tokio::time::timeout(Duration::from_secs(1), copy).await.unwrap_err();
@@ -682,7 +685,7 @@ for n in range(512): write('volumes', NAME + '-volume', n * M, 4096, n)",
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_that_stopped_half_way_leaves_nothing_when_its_clone_is_removed() {
+async fn a_fill_that_stopped_half_way_leaves_nothing_when_its_image_is_removed() {
     let lab = Lab::new();
     lab.python(
         "create('volumes', NAME + '-volume', 256 * M)
@@ -692,7 +695,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     let (source, image) = (lab.volume(), lab.image());
     client.create_snapshot(&source, "s").await.unwrap();
     client.protect_snapshot(&source, "s").await.unwrap();
-    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
+    client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
     let id = client.image(&image, None).await.unwrap().unwrap().id;
     let slow = limits(8, 0, 20);
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
@@ -702,7 +705,7 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
         }
         cancel.cancel();
     };
-    let (stopped, ()) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &cancel), stopper);
+    let (stopped, ()) = tokio::join!(client.server_copy(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     let objects = |lab: &Lab| lab.command("rados", &["-p", "images", "ls"]).lines().filter(|o| o.contains(&id)).count();
     assert!(objects(&lab) > 8);
@@ -710,12 +713,11 @@ for n in range(64): write('volumes', NAME + '-volume', 4 * n * M, 4096, n)",
     assert_eq!(objects(&lab), 0);
 
     // One that goes on after having been stopped is whole.
-    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
+    client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     cancel.cancel();
-    client.fill(&source, "s", &image, &no_limits(), &progress, &cancel).await.unwrap_err();
-    client.fill(&source, "s", &image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
-    client.flatten(&image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
+    client.server_copy(&source, "s", &image, &no_limits(), &progress, &cancel).await.unwrap_err();
+    client.server_copy(&source, "s", &image, &no_limits(), &progress, &CancellationToken::new()).await.unwrap();
     let info = client.image(&image, None).await.unwrap().unwrap();
     assert!(info.features.has(Features::PUBLISHED) && info.flags == 0 && info.parent.is_none());
     assert!(lab.data(&image, None) == lab.data(&source, Some("s")));
@@ -747,7 +749,7 @@ async fn repeated_steps_find_nothing_to_do() {
     client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     for taken in [
         client.clone_image(&source, "s", &image, Features::PUBLISHED).await,
-        client.create_like(&source, "s", &image).await,
+        client.create_like(&source, "s", &image, Features::PUBLISHED).await,
     ] {
         assert_eq!(taken.unwrap_err().kind(), ErrorKind::Exists);
     }
@@ -772,7 +774,7 @@ async fn repeated_steps_find_nothing_to_do() {
     let other = format!("{}-other", lab.name);
     client.rename(&image, &other).await.unwrap();
     assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::NotFound);
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::Exists);
     let mut names = client.images("images", &lab.name).await.unwrap();
     names.sort();
@@ -858,7 +860,7 @@ async fn a_removal_is_final_where_the_pool_moves_to_the_trash() {
     // a removal that died between the move and the end is known by the tag; what another has put there is not ours
     client.clone_image(&source, "s", &copy("b"), Features::PUBLISHED).await.unwrap();
     client.set_metadata(&copy("b"), OWNERSHIP_TAG, &format!("{}-b", lab.name)).await.unwrap();
-    client.create_like(&source, "s", &copy("c")).await.unwrap();
+    client.create_like(&source, "s", &copy("c"), Features::PUBLISHED).await.unwrap();
     client.set_metadata(&copy("c"), OWNERSHIP_TAG, "inherited").await.unwrap();
     lab.python("rbd.RBD().remove(io('vms'), NAME + '-b'); rbd.RBD().remove(io('vms'), NAME + '-c')");
     assert!(trashed(&lab).contains(&format!("{}-b", lab.name)), "the pool's setting holds");
@@ -1027,7 +1029,7 @@ with rbd.Image(io('volumes'), NAME + '-volume') as image: image.metadata_set('co
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_through_an_anchor_takes_the_sources_objects() {
+async fn a_source_that_is_deleted_is_copied_from_its_anchor() {
     let lab = Lab::new();
     let client = lab.client().await;
     lab.python(
@@ -1047,11 +1049,10 @@ write('volumes', NAME + '-volume', 8 * M, 4 * M, 2); discard('volumes', NAME + '
             lab.python(DELETE_SOURCE);
         }
         let (from, snapshot) = if flattened { (&anchor, "a") } else { (&source, "s") };
-        client.clone_image(&anchor, "a", &image, Features::PUBLISHED).await.unwrap();
-        let filled = client.fill(from, snapshot, &image, &no_limits(), &progress, &never).await.unwrap();
+        client.create_like(from, snapshot, &image, Features::WITHOUT_MAPS).await.unwrap();
+        let filled = client.server_copy(from, snapshot, &image, &no_limits(), &progress, &never).await.unwrap();
         eprintln!("{filled:?}");
         assert!(filled.objects >= 5 && filled.through_host == 0, "{filled:?}");
-        client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
         assert!(lab.data(&image, None) == expected, "flattened: {flattened}");
         assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
     }
@@ -1405,7 +1406,7 @@ async fn a_fenced_client_is_refused_until_it_reconnects() {
     let (one, two) = (lab.client().await, lab.client().await);
     let (source, image) = (lab.volume(), lab.image());
     two.create_snapshot(&source, "s").await.unwrap();
-    two.create_like(&source, "s", &image).await.unwrap();
+    two.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let address = two.address().await.unwrap();
     eprintln!("address: {address}");
     assert_ne!(address, one.address().await.unwrap());
@@ -1584,7 +1585,7 @@ async fn missing_capabilities_are_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_can_be_repeated_and_is_seen_by_the_clones_own_snapshots() {
+async fn a_fill_that_was_stopped_is_made_whole_by_the_next() {
     let lab = Lab::new();
     lab.python(
         "
@@ -1596,11 +1597,9 @@ write('volumes', v, 9 * M, 2 * M, 2)",
     let client = lab.client().await;
     let (source, image) = (lab.volume(), lab.image());
     let (progress, never) = (Progress::default(), CancellationToken::new());
-    client.create_snapshot(&source, "s").await.unwrap();
-    client.protect_snapshot(&source, "s").await.unwrap();
+    snapshotted(&client, &source).await;
     let expected = lab.data(&source, Some("s"));
-    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
-    client.create_snapshot(&image, "snap").await.unwrap();
+    client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
 
     let slow = limits(1, 0, 4);
     let cancel = CancellationToken::new();
@@ -1609,42 +1608,39 @@ write('volumes', v, 9 * M, 2 * M, 2)",
         cancel.cancel();
         Instant::now()
     };
-    let (stopped, at) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &cancel), stopper);
+    let (stopped, at) = tokio::join!(client.server_copy(&source, "s", &image, &slow, &progress, &cancel), stopper);
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
     assert!(at.elapsed() < Duration::from_secs(5));
     assert!(progress.done() > 0 && progress.done() < progress.total());
-    assert!(lab.data(&image, None) == expected, "half filled");
 
-    for _ in 0..2 {
-        let moved = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap();
-        assert_eq!((moved.objects, moved.through_host), (8, 0));
-    }
-    client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
-    assert_eq!(client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap(), Moved::default());
+    let moved = client.server_copy(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap();
+    assert_eq!((moved.objects, moved.through_host), (8, 0));
     client.remove_snapshot(&source, "s").await.unwrap();
     client.remove_image(&source).await.unwrap();
     assert!(lab.data(&image, None) == expected);
-    assert!(lab.data(&image, Some("snap")) == expected);
     lab.command("rbd", &["object-map", "check", &image.to_string()]);
-    lab.command("rbd", &["object-map", "check", &format!("{image}@snap")]);
-    assert_eq!(client.image(&image, Some("snap")).await.unwrap().unwrap().flags, 0);
-    assert_eq!(client.image(&image, None).await.unwrap().unwrap().flags, 0);
+    let info = client.image(&image, None).await.unwrap().unwrap();
+    assert!(info.features.has(Features::PUBLISHED) && info.flags == 0, "{info:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_clone_of_that_snapshot_is_filled() {
+async fn only_an_image_like_the_source_without_maps_or_parent_is_filled() {
     let lab = Lab::new();
-    lab.python("create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)");
+    lab.python(
+        "create('volumes', NAME + '-volume', 8 * M); write('volumes', NAME + '-volume', 0, 8 * M, 1)
+create('images', NAME + '-small', 4 * M, features=61 - 24); create('images', NAME + '-maps', 8 * M)
+create('images', NAME + '-order', 8 * M, features=61 - 24, order=20)",
+    );
     let client = lab.client().await;
-    let (source, image) = (lab.volume(), lab.image());
-    for snapshot in ["s", "t"] {
-        client.create_snapshot(&source, snapshot).await.unwrap();
-        client.protect_snapshot(&source, snapshot).await.unwrap();
-    }
-    client.clone_image(&source, "t", &image, Features::PUBLISHED).await.unwrap();
+    let (source, clone) = (lab.volume(), ImageSpec::named("images", format!("{}-clone", lab.name)));
+    snapshotted(&client, &source).await;
+    client.clone_image(&source, "s", &clone, Features::WITHOUT_MAPS).await.unwrap();
     let (progress, never) = (Progress::default(), CancellationToken::new());
-    let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+    for name in ["small", "maps", "order", "clone"] {
+        let image = ImageSpec::named("images", format!("{}-{name}", lab.name));
+        let refused = client.server_copy(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{name}: {refused}");
+    }
 }
 
 /// Clones of format 2 keep a removed snapshot of their parent aside until they are flattened.
@@ -1690,13 +1686,11 @@ write('volumes', v, 9 * M, 2 * M, 2); write('volumes', v, 56 * M, 100, 3)",
     let expected = lab.data(&source, Some("s"));
     for fault in [FillFault::SkipEveryThird, FillFault::FailAfter(7), FillFault::StopAfter(7)] {
         let (progress, never) = (Progress::default(), CancellationToken::new());
-        client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
-        let filled = client.fill_with_fault(&source, "s", &image, &no_limits(), &progress, &never, Some(fault)).await;
-        match filled {
-            Ok(moved) => assert!(moved.objects > 0 && moved.objects < 13, "{fault:?}: {moved:?}"),
-            Err(error) => assert_eq!((fault, error.kind()), (FillFault::FailAfter(7), ErrorKind::Other), "{error}"),
-        }
-        client.flatten(&image, &no_limits(), &progress, &never).await.unwrap();
+        client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
+        let unlimited = no_limits();
+        let copy = client.server_copy_with_fault(&source, "s", &image, &unlimited, &progress, &never, Some(fault));
+        let moved = copy.await.unwrap();
+        assert!(moved.through_host > 0 && moved.through_host < 2 * expected.len() as u64, "{fault:?}: {moved:?}");
         assert!(lab.data(&image, None) == expected, "{fault:?}");
         assert_eq!(compared(&client, &source, &image, Compare::Full).await, None);
         is_published_shape(&lab, &client, &source, &image).await;
@@ -1725,12 +1719,11 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
         tokio::task::block_in_place(|| lab.python(REMOVE_BY_FORCE));
     };
     snapshotted(&client, &source).await;
-    client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
-    let (filled, ()) = tokio::join!(client.fill(&source, "s", &image, &slow, &progress, &never), removal);
+    client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
+    let (filled, ()) = tokio::join!(client.server_copy(&source, "s", &image, &slow, &progress, &never), removal);
     let error = filled.unwrap_err();
-    eprintln!("fill: {error}");
+    eprintln!("server-copy: {error}");
     assert!(!rbd_offload::transfer::is_for_another_method(&error), "{error}");
-    client.flatten(&image, &no_limits(), &progress, &never).await.unwrap_err();
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
 
     let removal = async {
@@ -1738,7 +1731,7 @@ async fn a_source_snapshot_that_is_removed_meanwhile_fails_the_transfer() {
         tokio::task::block_in_place(|| lab.python(REMOVE_BY_FORCE));
     };
     snapshotted(&client, &source).await;
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (copied, ()) = tokio::join!(client.copy(&source, "s", &image, &slow, &progress, &never), removal);
     eprintln!("copy: {}", copied.unwrap_err());
     assert_eq!(client.remove_image(&image).await.unwrap(), Changed::Yes);
@@ -2029,9 +2022,9 @@ snap('volumes', v, 's')",
             }
             client.remove_image(&image).await.unwrap();
         }
-        client.clone_image(&source, "s", &image, Features::PUBLISHED).await.unwrap();
+        client.create_like(&source, "s", &image, Features::WITHOUT_MAPS).await.unwrap();
         let (progress, never) = (Progress::default(), CancellationToken::new());
-        let refused = client.fill(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
+        let refused = client.server_copy(&source, "s", &image, &no_limits(), &progress, &never).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
         client.remove_image(&image).await.unwrap();
         pool.python("rbd.RBD().migration_abort(io(P), NAME + '-new')");
@@ -2079,7 +2072,7 @@ create(P, NAME + '-a', 64 * M); write(P, NAME + '-a', 0, 64 * M, 1); snap(P, NAM
 clone(P, NAME + '-a', 'x', 'volumes', v); snap('volumes', v, 's')",
     );
     let (client, source, image) = (&pool.client, lab.volume(), lab.image());
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let (progress, never, slow) = (Progress::default(), CancellationToken::new(), limits(1, 4 * MIB, 0));
     let migration = async {
         while progress.done() == 0 {
@@ -2108,12 +2101,12 @@ async fn transfers_share_a_rate() {
     snapshotted(&client, &source).await;
     let images = ["one", "two"].map(|name| ImageSpec::named("images", format!("{}-{name}", lab.name)));
     for image in &images {
-        client.clone_image(&source, "s", image, Features::PUBLISHED).await.unwrap();
+        client.create_like(&source, "s", image, Features::WITHOUT_MAPS).await.unwrap();
     }
     let shared = limits(8, 0, 16);
     let (progress, never) = (Progress::default(), CancellationToken::new());
     let began = Instant::now();
-    let fill = |image| client.fill(&source, "s", image, &shared, &progress, &never);
+    let fill = |image| client.server_copy(&source, "s", image, &shared, &progress, &never);
     let (one, two) = tokio::join!(fill(&images[0]), fill(&images[1]));
     assert_eq!((one.unwrap().objects, two.unwrap().objects), (24, 24));
     // 48 objects at 16 a second; each fill alone would have taken half the time.
@@ -2122,7 +2115,7 @@ async fn transfers_share_a_rate() {
     // One chunk in 49 days, until the rate is another one.
     let (crawling, began) = (limits(8, 1, 0), Instant::now());
     let image = lab.image();
-    client.create_like(&source, "s", &image).await.unwrap();
+    client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     let copy = client.copy(&source, "s", &image, &crawling, &progress, &never);
     let reload = async {
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -2485,9 +2478,8 @@ async fn early_readers(client: &Client, chains: &mut Chains, lab: &Lab, seed: u6
     if features.has(Features::OBJECT_MAP) {
         // the planted fault: a copy by the way that is only right if no other client has the image open
         let (progress, never) = (Progress::default(), CancellationToken::new());
-        let (filled, ()) = tokio::join!(client.fill(&source, "s", &early.image, &pace, &progress, &never), during);
-        filled.unwrap();
-        client.flatten(&early.image, &no_limits(), &progress, &never).await.unwrap();
+        let (flattened, ()) = tokio::join!(client.flatten(&early.image, &pace, &progress, &never), during);
+        flattened.unwrap();
     } else {
         let (first, _guard) = cancelled_after(Duration::from_millis(seed % 7 * 100));
         let (filled, ()) = tokio::join!(early.fill(client, &state, &pace, &first), during);

@@ -657,7 +657,7 @@ mod deleted {
                 Disk::of_image(&format!("rbd-offload.{id}")).facts().await.map(drop)
             })
             .await;
-            assert_eq!(anchor_of(&id).await.is_some(), method != "copy", "{method}");
+            assert_eq!(anchor_of(&id).await.is_some(), method == "clone", "{method}");
             demo.delete_volume(&volume).await;
             eprintln!("{method}: the volume is gone, the image {}", demo.image(&id).await["status"]);
             let image = demo.await_image(&id, "active").await;
@@ -701,7 +701,10 @@ mod deleted {
         // the copy must outlast Cinder's deletion, which takes ten seconds and more
         let daemon = slowly("server-copy").set("offload", "objects_per_second", "15").start().await;
         let id = demo.request(&volume).await;
-        until("its anchor", seconds(60), || anchor_of(&id)).await;
+        until("its private copy", seconds(60), || async {
+            Disk::of_image(&format!("rbd-offload.{id}")).facts().await.map(drop)
+        })
+        .await;
         demo.delete_volume(&volume).await;
         daemon.command(&["cancel", &id]).await;
         daemon.await_job(&id, "cancelled").await;
@@ -714,10 +717,11 @@ mod deleted {
         let _lab = lab_lease::alone().await;
         let demo = Account::demo().await;
         let volume = demo.long_volume(48, 1).await;
+        let snapshot = demo.create_snapshot(&volume).await;
         let expected = volume.disk.digest(None).await;
         let setup = slowly("server-copy");
         let first = setup.start().await;
-        let id = demo.request(&volume).await;
+        let id = demo.create_image(&[snapshot_tag(&snapshot)], json!({})).await;
         until("its anchor", seconds(60), || anchor_of(&id)).await;
         first.kill();
         let next = setup.start().await;
@@ -725,7 +729,7 @@ mod deleted {
         is_right(&image, &expected, 1).await;
         next.await_job(&id, "done").await;
         next.await_idle_after_kills().await;
-        source_is_as_before(&volume, 0).await;
+        source_is_as_before(&volume, 1).await;
         assert!(anchor_of(&id).await.is_none(), "the anchor is still there");
     }
 }

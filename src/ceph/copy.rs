@@ -37,7 +37,7 @@ pub(super) fn copy(
     let from = Image::open_snapshot(cluster, source, snapshot)?;
     let snap_id = from.snapshot_id(snapshot)?;
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
-    let (size, object_size) = (from.size()?, from.object_size()?);
+    let size = from.size()?;
     if to.size()? != size {
         let detail = format!("the destination has {} bytes instead of {size}", to.size()?);
         return Err(Error::new(operation, ErrorKind::Unsupported, detail));
@@ -45,16 +45,31 @@ pub(super) fn copy(
     let chain = Chain::of(cluster, &from, snap_id)?;
     let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
     let extents = data_extents(cluster, &from, snap_id, inquiry)?;
-    progress.set_total(total(&extents));
+    let moved = copy_extents(&from, &to, &extents, limits, inquiry)?;
+    // A snapshot that was removed while it was read reads as zeros from then on.
+    chain.check(cluster, source, snapshot, &operation)?;
+    Ok(moved)
+}
+
+/// Copies these bytes of one open image to another, to the disk. The images have the same layout.
+pub(super) fn copy_extents(
+    from: &Image,
+    to: &Image,
+    extents: &[Extent],
+    limits: &TransferLimits,
+    Inquiry { operation, progress, cancel, .. }: Inquiry<'_>,
+) -> Result<Moved> {
+    let object_size = from.object_size()?;
+    progress.set_total(total(extents));
     let mut run = Run {
-        queue: Queue::new(&from, &to),
+        queue: Queue::new(from, to),
         free: Vec::new(),
         moved: Moved::default(),
         objects: HashSet::new(),
         object_size,
         progress,
     };
-    for Extent { start, end } in chunks(&extents, object_size.min(MAX_CHUNK)) {
+    for Extent { start, end } in chunks(extents, object_size.min(MAX_CHUNK)) {
         let length = end - start;
         loop {
             if cancel.is_cancelled() {
@@ -87,8 +102,6 @@ pub(super) fn copy(
     moved.objects = run.objects.len() as u64;
     drop(run);
     to.flush()?;
-    // A snapshot that was removed while it was read reads as zeros from then on.
-    chain.check(cluster, source, snapshot, &operation)?;
     Ok(moved)
 }
 

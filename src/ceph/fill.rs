@@ -1,15 +1,16 @@
-//! Filling a clone inside the cluster: the OSDs copy the objects of the source and its parents by RADOS `copy_from`.
+//! Filling an image inside the cluster: the OSDs copy the objects of the source and its parents by RADOS `copy_from`.
+//! [`server_copy`] fills an empty image; `published.rs` fills a clone that others may have open.
 //!
-//! What the fill leaves out is still correct: the clone keeps its parent, and the flatten copies the rest. The fill
-//! leaves out objects that cannot be copied exactly (another object size or striping, or an overlap that ends inside
-//! the object), and objects with almost no data. `copy_from` writes holes as zeros. So the fill asks the OSD for the
+//! The fill leaves out objects that cannot be copied exactly (another object size or striping, or an overlap that ends
+//! inside the object), and objects with almost no data. librbd on this host copies those afterwards: the copy of an
+//! empty image's rest, or the flatten of a clone. `copy_from` writes holes as zeros. So the fill asks the OSD for the
 //! holes of sparse objects, and makes them sparse again.
 //!
 //! An object is taken from a parent only when every nearer layer is known not to hold it (see `layers`).
 //!
-//! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which the
-//! clone has already sees them too. librbd knows nothing of these writes, so the object map is off during the fill and
-//! rebuilt at the end: a map that knows less than there is would make a removal of the half filled clone leave objects
+//! Objects are written under an empty snapshot context, as librbd's own copy-up does, so that a snapshot which a clone
+//! has already sees them too. librbd knows nothing of these writes, so the object map is off during the fill and
+//! rebuilt at the end: a map that knows less than there is would make a removal of the half filled image leave objects
 //! behind.
 #![allow(unsafe_code)]
 
@@ -27,12 +28,13 @@ use ceph::rados::{rados_ioctx_selfmanaged_snap_set_write_ctx, rados_ioctx_t};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, cancelled, check};
+use super::copy::copy_extents;
 use super::layers::{
-    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Missing, StoredBytes, parents, refuse_migrating, sources,
-    within,
+    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Missing, ObjectSet, StoredBytes, data_extents, parents,
+    refuse_migrating, sources, within, without,
 };
 use super::pace::{OBJECT, QUESTION, RateLimiter};
-use super::rbd::{Access, Image, ParentLink};
+use super::rbd::{Access, Image};
 use super::{Error, ErrorKind, Features, ImageSpec, Moved, Progress, Result, TransferLimits, sys};
 
 /// How long to wait for a completion before looking at the cancellation again.
@@ -47,7 +49,7 @@ const SAMPLE_DENSE_PERCENT: u64 = 95;
 /// Per cent of an object's bytes that must be stored for its holes not to matter.
 const DENSE_PERCENT: u64 = 90;
 
-/// An object that stores no more than both of these is left to the flatten, which moves only its data: per cent of the
+/// An object that stores no more than both of these is left to librbd, which moves only its data: per cent of the
 /// object, and bytes.
 const SPARSE_PERCENT: u64 = 12;
 const SPARSE_MAX_BYTES: u64 = 128 << 10;
@@ -70,8 +72,9 @@ pub enum FillFault {
     StopAfter(usize),
 }
 
-/// Copies the objects of `source@snapshot` into its clone `destination`.
-pub(super) fn fill(
+/// Copies `source@snapshot` into the empty image `destination`: the OSDs copy its objects and those of its parents, and
+/// this host the rest.
+pub(super) fn server_copy(
     cluster: &Arc<Cluster>,
     source: &ImageSpec,
     snapshot: &str,
@@ -85,62 +88,52 @@ pub(super) fn fill(
     let from = Image::open_snapshot(cluster, source, snapshot)?;
     let snap_id = from.snapshot_id(snapshot)?;
     let to = Image::open_existing(cluster, destination, Access::ReadOnly)?;
-    let Some(mut link) = to.parent()? else { return Ok(Moved::default()) };
-    let is_source = |link: &ParentLink| -> Result<bool> {
-        Ok(link.pool_id == from.io().pool_id() && link.parent.image_id == from.id()? && link.snap_id == snap_id)
-    };
-    let mut overlap = to.overlap()?;
-    if !is_source(&link)? {
-        // Through an anchor. As long as that has a parent, its objects are copies of the parent's: the source has them
-        // all.
-        let anchor = Image::open_parent(cluster, &link)?;
-        let Some(above) = anchor.parent()? else { return unsupported("the destination is a clone of something else") };
-        overlap = overlap.min(anchor.overlap()?);
-        link = above;
+    let (size, layout) = (to.size()?, Layout::of(&to)?);
+    if from.size()? != size || Layout::of(&from)? != layout {
+        return unsupported("source and destination differ in size or layout");
     }
-    if !is_source(&link)? {
-        return unsupported("the destination is a clone of something else");
-    }
-    let size = to.size()?;
-    if from.size()? != size || overlap != size {
-        return unsupported("source and clone differ in size");
+    if to.parent()?.is_some() || to.features()?.has(Features::OBJECT_MAP) {
+        return unsupported("the destination has a parent or an object map");
     }
     let chain = Chain::of(cluster, &from, snap_id)?;
-    let layout = Layout::of(&to)?;
     let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
 
     let mut layers = vec![Layer::new(from, snap_id, size)?];
     layers.extend(parents(cluster, &layers[0].image)?);
     // (another snapshot in the source's place shows at the end, and the copy is removed then)
     let scan = ObjectScan::of(&layers, layout, layout.count(size), Versions::Any, inquiry)?;
-    let destination_objects = DataObjects::of(&to, None)?;
-    let data = open_to_fill(&to)?;
-    let mut maps_are_on = to.features()?.has(Features::OBJECT_MAP);
+    let (data, objects) = (open_to_fill(&to)?, DataObjects::of(&to, None)?);
     drop(to);
 
-    let mut copier = Copier::new(&data, &destination_objects, inquiry);
-    let before_copying = || {
-        if std::mem::take(&mut maps_are_on) {
-            Image::open_existing(cluster, destination, Access::ReadWrite)?.set_features(Features::MAPS, false)?;
-        }
-        Ok(())
-    };
-    let copied = copy_all(&mut copier, &scan, 0, limits.concurrency, fault, before_copying, |_, _| {});
-    let moved = copied.map(|()| copier.moved);
+    let mut copier = Copier::new(&data, &objects, inquiry);
+    let copied = copy_all(&mut copier, &scan, 0, limits.concurrency, fault, || Ok(()), |_, _| {});
+    let (filled, complete) = (copier.moved, std::mem::replace(&mut copier.complete, ObjectSet::none_of(0)));
+    // waits for the copies in flight
     drop(copier);
-    if moved.as_ref().is_err_and(|e| matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::Fenced)) {
-        return moved;
+    match copied {
+        Err(error) if matches!(error.kind(), ErrorKind::Other | ErrorKind::ReadOnly | ErrorKind::TimedOut) => {
+            tracing::warn!(image = %destination, %error, "the OSDs' copy broke off; this host copies the rest");
+        }
+        copied => copied?,
     }
-    // After an error too: the clone is right as it is, and the flatten may go on from there.
-    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
-    if !to.features()?.has(Features::MAPS) {
-        make_maps(&to, layout.count(size), inquiry)?;
-    }
-    let moved = moved?;
 
+    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+    make_maps(&to, layout.count(size), inquiry)?;
+    drop(to);
+    // The fill has shown the progress up to the end, if it copied anything: it is not shown a second time.
+    let unseen = progress.steps_only();
+    let inquiry = Inquiry { progress: if filled.objects > 0 { &unseen } else { progress }, ..inquiry };
+    let from = &layers[0].image;
+    let rest = without(&data_extents(cluster, from, snap_id, inquiry)?, &complete.extents(layout, size));
+    let rest = if rest.is_empty() {
+        Moved::default()
+    } else {
+        let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
+        copy_extents(from, &to, &rest, limits, inquiry)?
+    };
     // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
     chain.check(cluster, source, snapshot, &operation)?;
-    Ok(moved)
+    Ok(filled + rest)
 }
 
 /// Whether the layer's object of that number is, byte for byte, what the clone reads there: both have the same layout,
@@ -171,6 +164,14 @@ pub(super) struct ObjectScan<'a> {
     inquiry: Inquiry<'a>,
 }
 
+/// What to do in a stretch of objects.
+#[derive(Default)]
+struct StretchPlan {
+    copies: Vec<ObjectCopy>,
+    /// Nothing is stored in these, so they read as zeros, whatever the layers below hold.
+    zeros: Vec<u64>,
+}
+
 struct ScannedLayer<'a> {
     layer: &'a Layer,
     listing: Listing<'a>,
@@ -194,8 +195,8 @@ impl<'a> ObjectScan<'a> {
         Ok(Self { layers: layers.iter().map(open).collect::<Result<_>>()?, layout, count, versions, inquiry })
     }
 
-    /// The objects to copy in a stretch of whole sets of objects.
-    fn plan(&self, stretch: &Range<u64>) -> Result<Vec<ObjectCopy>> {
+    /// What to do in a stretch of whole sets of objects.
+    fn plan(&self, stretch: &Range<u64>) -> Result<StretchPlan> {
         let Self { layout, inquiry, .. } = *self;
         let bytes = layout.bytes_of_sets(stretch);
         // Objects that a nearer layer holds, in whole or in part. They hide the objects of the layers below.
@@ -205,7 +206,7 @@ impl<'a> ObjectScan<'a> {
                 object.checked_sub(stretch.start).and_then(|place| decided.get_mut(usize::try_from(place).ok()?));
             place.is_some_and(|decided| !std::mem::replace(decided, true))
         };
-        let mut plan = Vec::new();
+        let mut plan = StretchPlan::default();
         for ScannedLayer { layer, listing, data } in &self.layers {
             let mut objects = Vec::new();
             if layer.objects.layout == layout {
@@ -219,8 +220,11 @@ impl<'a> ObjectScan<'a> {
                 }
             }
             let holes = scan_holes(layer, &objects, inquiry)?;
+            let of_holes = |wanted| objects.iter().zip(&holes).filter(move |(_, holes)| **holes == wanted);
+            plan.zeros.extend(of_holes(Holes::All).map(|(object, _)| *object));
+            let is_copied = |holes: &Holes| !matches!(holes, Holes::NearlyAll | Holes::All);
             let (objects, holes): (Vec<_>, Vec<_>) =
-                objects.into_iter().zip(holes).filter(|(_, holes)| *holes != Holes::NearlyAll).unzip();
+                objects.into_iter().zip(holes).filter(|(_, holes)| is_copied(holes)).unzip();
             let versions = match self.versions {
                 Versions::Any => vec![Some(0); objects.len()],
                 Versions::Seen => {
@@ -229,10 +233,10 @@ impl<'a> ObjectScan<'a> {
                 }
             };
             for ((object, holes), version) in objects.into_iter().zip(holes).zip(versions) {
-                // the object map has it and the OSD has not: the flatten finds that out too
+                // the object map has it and the OSD has not: librbd finds that out too
                 let Some(version) = version else { continue };
                 let from = layer.objects.name(inquiry.operation, object)?;
-                plan.push(ObjectCopy { object, from, version, data: Rc::clone(data), holes });
+                plan.copies.push(ObjectCopy { object, from, version, data: Rc::clone(data), holes });
             }
         }
         Ok(plan)
@@ -267,13 +271,15 @@ pub(super) fn copy_all(
     // does.
     let mut unlisted = scan.upper_bound(next..count);
     let mut planned = 0;
+    copier.complete = ObjectSet::none_of(count);
     progress.set_total(unlisted * layout.object_size);
     while next < count {
         let stretch = layout.stretch(next, count);
-        let mut plan = scan.plan(&stretch)?;
+        let StretchPlan { copies: mut plan, zeros } = scan.plan(&stretch)?;
         if fault == Some(FillFault::SkipEveryThird) {
             plan.retain(|copy| copy.object % 3 != 0);
         }
+        zeros.into_iter().for_each(|object| copier.complete.insert(object));
         planned += plan.len() as u64;
         unlisted -= scan.upper_bound(stretch.clone());
         progress.set_total((planned + unlisted) * layout.object_size);
@@ -338,6 +344,8 @@ enum Holes {
     Some,
     /// There is next to nothing to copy.
     NearlyAll,
+    /// Nothing is stored.
+    All,
     /// The pool does not tell (it is erasure-coded).
     Unknown,
 }
@@ -345,8 +353,7 @@ enum Holes {
 impl Holes {
     fn of(StoredBytes { bytes, length }: StoredBytes) -> Self {
         if bytes == 0 {
-            // Nothing is stored: there is nothing to copy. The flatten reads zeros from the source.
-            Self::NearlyAll
+            Self::All
         } else if bytes * 100 >= length * DENSE_PERCENT {
             Self::Few
         } else if bytes * 100 <= length * SPARSE_PERCENT && bytes <= SPARSE_MAX_BYTES {
@@ -360,7 +367,7 @@ impl Holes {
 /// Finds out which of the layer's objects have holes: by a sample, and one by one where that says that it pays.
 fn scan_holes(layer: &Layer, objects: &[u64], inquiry: Inquiry<'_>) -> Result<Vec<Holes>> {
     let source = &layer.objects;
-    // `None`: the object map has it and the OSD has not. The copy finds that out too, and leaves it to the flatten.
+    // `None`: the object map has it and the OSD has not. The copy finds that out too, and leaves it to librbd.
     let ask = |data: &IoCtx, object| match source.stored(inquiry.operation, data, object) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         stored => stored.map(Some),
@@ -507,6 +514,8 @@ pub(super) struct Copier<'a> {
     completed: Receiver<(u64, Work, c_int)>,
     in_flight: usize,
     pub moved: Moved,
+    /// The objects that need nothing more.
+    complete: ObjectSet,
     periodic: Option<PeriodicCheck<'a>>,
     /// The destination's pool is erasure-coded and makes no holes in objects. A hole takes its space there, whichever
     /// method writes the object.
@@ -523,8 +532,18 @@ struct PeriodicCheck<'a> {
 impl<'a> Copier<'a> {
     pub fn new(data: &'a IoCtx, objects: &'a DataObjects, inquiry: Inquiry<'a>) -> Self {
         let (done, completed) = mpsc::channel();
-        let moved = Moved::default();
-        Self { data, objects, inquiry, done, completed, in_flight: 0, moved, periodic: None, keeps_no_holes: false }
+        Self {
+            data,
+            objects,
+            inquiry,
+            done,
+            completed,
+            in_flight: 0,
+            moved: Moved::default(),
+            complete: ObjectSet::none_of(0),
+            periodic: None,
+            keeps_no_holes: false,
+        }
     }
 
     /// Calls `check` so often, between two copies; its error ends the copying.
@@ -617,7 +636,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Handles the next outcome, if one comes in time. An object that the object map knows and the OSD does not is left
-    /// to the flatten.
+    /// to librbd.
     fn complete(&mut self, wait: Duration) -> Result<()> {
         let Ok((object, work, result)) = self.completed.recv_timeout(wait) else { return Ok(()) };
         self.in_flight -= 1;
@@ -633,6 +652,7 @@ impl<'a> Copier<'a> {
             if result >= 0 {
                 self.moved.objects += 1;
                 self.moved.bytes += object_size;
+                self.complete.insert(object);
                 if then_punch && !self.keeps_no_holes {
                     self.inquiry.rate.charge(OBJECT);
                     self.punch(object)?;
@@ -672,8 +692,8 @@ mod tests {
     #[test]
     fn holes_are_judged_by_what_is_stored() {
         let of = |bytes, length| Holes::of(StoredBytes { bytes, length });
-        assert_eq!(of(0, 0), Holes::NearlyAll);
-        assert_eq!(of(0, 2 << 20), Holes::NearlyAll, "an object of nothing but a hole");
+        assert_eq!(of(0, 0), Holes::All);
+        assert_eq!(of(0, 2 << 20), Holes::All, "an object of nothing but a hole");
         assert_eq!(of(4096, 4096), Holes::Few);
         assert_eq!(of(4096, 4 << 20), Holes::NearlyAll);
         assert_eq!(of(2 << 20, 4 << 20), Holes::Some);

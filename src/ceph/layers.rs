@@ -376,7 +376,7 @@ impl Listing<'_> {
         while next < end {
             let stretch = layout.stretch(next, end);
             next = stretch.end;
-            join(&mut extents, extents_of(&self.held(&stretch, inquiry)?, layout, self.end));
+            join(&mut extents, extents_of(self.held(&stretch, inquiry)?, layout, self.end));
         }
         Ok(extents)
     }
@@ -387,8 +387,8 @@ impl Listing<'_> {
             return within(std::iter::once(0..self.end).collect(), bytes);
         }
         let layout = self.objects.layout;
-        let asked: Vec<u64> = layout.sets_of(bytes).filter(|object| self.may_hold(*object)).collect();
-        within(extents_of(&asked, layout, self.end), bytes)
+        let asked = layout.sets_of(bytes).filter(|object| self.may_hold(*object));
+        within(extents_of(asked, layout, self.end), bytes)
     }
 
     /// Where in the image all of them lie.
@@ -476,9 +476,9 @@ impl Layer {
 }
 
 /// The bytes below `end` of these objects, which are in order.
-pub(super) fn extents_of(objects: &[u64], layout: Layout, end: u64) -> Vec<Extent> {
+pub(super) fn extents_of(objects: impl IntoIterator<Item = u64>, layout: Layout, end: u64) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
-    for extent in objects.iter().flat_map(|object| layout.extents(*object)) {
+    for extent in objects.into_iter().flat_map(|object| layout.extents(object)) {
         let extent = extent.start..extent.end.min(end);
         match extents.last_mut() {
             _ if extent.is_empty() => {}
@@ -646,7 +646,7 @@ impl Missing {
             if shared.is_empty() {
                 continue;
             }
-            let held = extents_of(&own.held(&stretch, inquiry)?, layout, end);
+            let held = extents_of(own.held(&stretch, inquiry)?, layout, end);
             let extents = without(&union(shared), &union(held));
             missing.bytes += total(&extents);
             if wanted {
@@ -699,12 +699,17 @@ impl ObjectSet {
         all
     }
 
-    fn insert(&mut self, object: u64) {
+    pub fn insert(&mut self, object: u64) {
         if object < self.count
             && let Some(bits) = self.bits.get_mut((object / 64) as usize)
         {
             *bits |= 1 << (object % 64);
         }
+    }
+
+    /// Where in an image of `size` bytes all of them lie.
+    pub fn extents(&self, layout: Layout, size: u64) -> Vec<Extent> {
+        union(extents_of((0..self.count).filter(|object| self.contains(*object)), layout, size))
     }
 
     pub fn contains(&self, object: u64) -> bool {
@@ -862,8 +867,7 @@ mod tests {
         #[test]
         fn objects_and_extents_agree(layout in layouts(), size in 0u64..300) {
             let count = layout.count(size);
-            let all: Vec<u64> = (0..count).collect();
-            prop_assert_eq!(union(extents_of(&all, layout, size)), clip(std::iter::once(0..size).collect(), size));
+            prop_assert_eq!(union(extents_of(0..count, layout, size)), clip(std::iter::once(0..size).collect(), size));
             for byte in 0..size {
                 let object = layout.objects(&(byte..byte + 1)).next().unwrap();
                 prop_assert!(object < count && layout.extents(object).any(|extent| extent.contains(&byte)));

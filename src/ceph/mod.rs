@@ -268,7 +268,7 @@ impl Progress {
     }
 }
 
-/// Limits of [`Storage::copy`], [`Storage::fill`] and [`Storage::flatten`].
+/// Limits of [`Storage::copy`], [`Storage::server_copy`] and [`Storage::flatten`].
 #[derive(Debug, Clone)]
 pub struct TransferLimits {
     /// Objects in flight.
@@ -305,6 +305,18 @@ pub struct Moved {
     pub through_host: u64,
     /// Objects written.
     pub objects: u64,
+}
+
+impl std::ops::Add for Moved {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            bytes: self.bytes + other.bytes,
+            through_host: self.through_host + other.through_host,
+            objects: self.objects + other.objects,
+        }
+    }
 }
 
 /// What a job does to RBD images. Every call is idempotent or tells that the thing was there already, so that a job
@@ -372,9 +384,15 @@ pub trait Storage: Send + Sync + 'static {
     /// The snapshots that `image@snapshot` reads from below its own objects, the nearest first.
     async fn chain(&self, image: &ImageSpec, snapshot: &str) -> Result<Vec<Link>>;
 
-    /// Creates an empty image with the size, object size and striping of `source@snapshot` and [`Features::PUBLISHED`].
+    /// Creates an empty image with the size, object size and striping of `source@snapshot` and these features.
     /// [`ErrorKind::Exists`] when the name is taken.
-    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()>;
+    async fn create_like(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()>;
 
     /// Copies into the clone the data that it shares with its parent, and cuts the parent off. Does nothing without a
     /// parent.
@@ -401,10 +419,11 @@ pub trait Storage: Send + Sync + 'static {
         cancel: &CancellationToken,
     ) -> Result<Moved>;
 
-    /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into the clone `destination`, then
-    /// rebuilds the object map. What it leaves out (including objects that are almost entirely holes) is for
-    /// [`flatten`](Self::flatten). [`ErrorKind::Unsupported`] where the cluster or the shape does not allow it.
-    async fn fill(
+    /// Lets the OSDs copy the objects of `source@snapshot` and of its parents into `destination`, which
+    /// [`create_like`](Self::create_like) made without object maps. Then makes the object map, and copies the rest as
+    /// [`copy`](Self::copy) does: objects that are almost entirely holes, for one. [`ErrorKind::Unsupported`] where the
+    /// cluster or the shape does not allow it.
+    async fn server_copy(
         &self,
         source: &ImageSpec,
         snapshot: &str,

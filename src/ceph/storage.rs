@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Client, Cluster, IoCtx, c_string, unix_time};
 use super::compare::compare;
 use super::copy::copy;
-use super::fill::{FillFault, fill, flatten};
+use super::fill::{FillFault, flatten, server_copy};
 use super::objects::{Object, header_page, omap_page, read_watches_again};
 use super::pace::{OBJECT, RateLimiter};
 use super::published::{check_rule, detach, fill_published, is_gone, sweep_objects};
@@ -165,13 +165,19 @@ impl Storage for Client {
         .await
     }
 
-    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+    async fn create_like(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()> {
         let operation = format!("create {destination} like {source}@{snapshot}");
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         let data_pool = self.data_pool();
         self.run(operation, move |cluster| {
             let like = Image::open_snapshot(cluster, &source, &snapshot)?;
-            let options = Options::published(&like, data_pool.as_deref())?;
+            let options = Options::with_features(&like, features, data_pool.as_deref())?;
             let io = IoCtx::open(cluster, &destination.pool)?;
             rbd::create(&io, &destination, like.size()?, &options)
         })
@@ -210,7 +216,7 @@ impl Storage for Client {
         .await
     }
 
-    async fn fill(
+    async fn server_copy(
         &self,
         source: &ImageSpec,
         snapshot: &str,
@@ -219,7 +225,7 @@ impl Storage for Client {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
-        self.fill_with_fault(source, snapshot, destination, limits, progress, cancel, None).await
+        self.server_copy_with_fault(source, snapshot, destination, limits, progress, cancel, None).await
     }
 
     async fn fill_published(
@@ -460,10 +466,10 @@ impl Storage for Client {
 }
 
 impl Client {
-    /// [`Storage::fill`] with a planted fault, for tests of the steps after it.
+    /// [`Storage::server_copy`] with a planted fault, for tests of the steps after it.
     #[doc(hidden)]
     #[allow(clippy::too_many_arguments)]
-    pub async fn fill_with_fault(
+    pub async fn server_copy_with_fault(
         &self,
         source: &ImageSpec,
         snapshot: &str,
@@ -477,7 +483,7 @@ impl Client {
         let limits = limits.clone();
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         self.run_long(operation, progress, cancel, move |cluster, progress, cancel| {
-            fill(cluster, &source, &snapshot, &destination, &limits, fault, (progress, cancel))
+            server_copy(cluster, &source, &snapshot, &destination, &limits, fault, (progress, cancel))
         })
         .await
     }

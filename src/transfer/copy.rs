@@ -4,8 +4,8 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{OWNERSHIP_TAG, Transfer, TransferRequest};
-use crate::ceph::{self, ImageInfo, Moved, Progress, Storage};
+use super::{Transfer, TransferRequest, create_tagged};
+use crate::ceph::{self, Features, ImageInfo, Moved, Progress, Storage};
 
 pub struct RbdCopy;
 
@@ -22,8 +22,7 @@ impl Transfer for RbdCopy {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> ceph::Result<Moved> {
-        storage.create_like(&request.source, &request.snapshot, &request.destination).await?;
-        storage.set_metadata(&request.destination, OWNERSHIP_TAG, &request.tag).await?;
+        create_tagged(storage, request, Features::PUBLISHED).await?;
         storage.copy(&request.source, &request.snapshot, &request.destination, &request.limits, progress, cancel).await
     }
 }

@@ -24,7 +24,7 @@ pub const OWNERSHIP_TAG: &str = ceph::OWNER_KEY;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
-    /// Clone, let the OSDs fill the clone's objects, flatten what is left.
+    /// Let the OSDs copy the objects; this host copies what they leave out.
     ServerCopy,
     /// Clone and flatten: librbd on this host reads and writes.
     Clone,
@@ -62,7 +62,7 @@ impl fmt::Display for Method {
 pub struct TransferRequest {
     pub source: ImageSpec,
     pub snapshot: String,
-    /// The anchor's snapshot, a clone of `source@snapshot`, to clone from; `None`: `source@snapshot` itself.
+    /// The anchor's snapshot, a clone of `source@snapshot`, for what clones; `None`: `source@snapshot` itself.
     pub anchor: Option<(ImageSpec, String)>,
     /// The private name, which must be free.
     pub destination: ImageSpec,
@@ -126,6 +126,12 @@ fn clone_unsupported_reason(source: &ImageInfo) -> Option<String> {
         return Some("the source is being migrated".into());
     }
     None
+}
+
+/// Creates an empty image like the source's snapshot, with these features and the ownership tag.
+async fn create_tagged(storage: &dyn Storage, request: &TransferRequest, features: Features) -> ceph::Result<()> {
+    storage.create_like(&request.source, &request.snapshot, &request.destination, features).await?;
+    storage.set_metadata(&request.destination, OWNERSHIP_TAG, &request.tag).await
 }
 
 /// Clones the anchor, or the source where there is none, with these features. The clone has the ownership tag and no

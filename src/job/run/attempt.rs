@@ -170,8 +170,8 @@ impl JobRun {
             plan,
         });
         let (plan, copy) = (copying.plan.clone(), copying.copy.clone());
-        let record = self.job.record().await;
-        for step in steps::list(publish, Some(first)).iter().rev().filter_map(|name| steps::step(*name)) {
+        let record = Record { publish, ..self.job.record().await };
+        for step in steps::list(publish).iter().rev().filter_map(|name| steps::step(*name)) {
             if step.is_needed(&attempt, &record) {
                 step.check(&self.job, &attempt).await?;
             }

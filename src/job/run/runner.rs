@@ -16,12 +16,12 @@ use crate::transfer::Method;
 
 impl JobRun {
     /// Applies the steps from the first one of the job's state on. A method that cannot do the source is followed by
-    /// the next one, with the list of that method.
+    /// the next one.
     pub(super) async fn apply_steps(&self, attempt: &mut Attempt) -> StepResult<()> {
         let mut applied = BTreeSet::new();
         loop {
             let record = self.job.record().await;
-            let list = steps::list(record.publish, record.method);
+            let list = steps::list(record.publish);
             // what was made in an earlier phase stays
             let is_over = |name: &StepName| steps::step(*name).is_some_and(|step| step.phase() < record.phase());
             let names: Vec<StepName> = list.iter().copied().skip_while(is_over).collect();
@@ -66,6 +66,10 @@ impl JobRun {
         for name in names {
             let Some(step) = steps::step(*name).filter(|_| !applied.contains(name)) else { continue };
             self.enter_phase(attempt, step.phase()).await?;
+            if !step.is_needed(attempt, &self.job.record().await) {
+                // another method may need it
+                continue;
+            }
             self.apply_step(attempt, step).await?;
             applied.insert(*name);
         }
@@ -95,9 +99,6 @@ impl JobRun {
     }
 
     async fn apply_step(&self, attempt: &mut Attempt, step: &'static dyn Step) -> StepResult<()> {
-        if !step.is_needed(attempt, &self.job.record().await) {
-            return Ok(());
-        }
         if step.is_visible() {
             self.job.before_visible_step().await?;
         }
@@ -221,9 +222,7 @@ impl JobRun {
     ) -> StepResult<()> {
         let record = self.job.record().await;
         let mut removed: BTreeSet<Artifact> = BTreeSet::new();
-        // the longest list: what another method made is among it
-        let list = steps::list(record.publish, None);
-        for name in list.iter().rev() {
+        for name in steps::list(record.publish).iter().rev() {
             if let Some(step) = steps::step(*name).filter(|step| are_chosen(*step)) {
                 step.undo(&self.job, &record, image).await?;
                 removed.extend(step.makes().filter(|artifact| record.has(*artifact)));
@@ -238,7 +237,7 @@ impl JobRun {
     /// What is due at every end: a source that was deleted meanwhile is purged.
     pub(super) async fn apply_at_end(&self) -> StepResult<()> {
         let mut attempt = Attempt::new(self.job.context.config.borrow().clone());
-        for name in steps::list(self.job.record().await.publish, None) {
+        for name in steps::list(self.job.record().await.publish) {
             if let Some(step) = steps::step(*name).filter(|step| step.needs_free_source()) {
                 step.apply(&self.job, &mut attempt).await?;
             }

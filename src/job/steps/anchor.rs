@@ -1,5 +1,5 @@
 //! The anchor: a clone of the source's snapshot in the source's pool, and the only child that Cinder ever sees
-//! (`docs/explanation/jobs.md`).
+//! (`docs/explanation/jobs.md`). A copy that clones nothing needs it only to keep a snapshot of Cinder's.
 
 use async_trait::async_trait;
 
@@ -8,10 +8,10 @@ use super::super::held::HeldJob;
 use super::super::names::{anchor_name, private_name};
 use super::super::record::{Artifact, Phase, Publish, Record};
 use super::free_name::{check_free, in_the_way};
-use super::{Attempt, Step};
+use super::{Attempt, Copying, Step};
 use crate::ceph::{ErrorKind, ImageSpec};
 use crate::openstack::Image;
-use crate::transfer;
+use crate::transfer::{self, Method};
 
 pub struct Anchor;
 
@@ -37,8 +37,16 @@ impl Step for Anchor {
         true
     }
 
-    fn is_needed(&self, attempt: &Attempt, _record: &Record) -> bool {
-        attempt.copying.as_ref().is_some_and(|copying| copying.plan.anchor)
+    fn is_needed(&self, attempt: &Attempt, record: &Record) -> bool {
+        let Some(Copying { plan, methods, .. }) = &attempt.copying else { return false };
+        let is_needed = match methods.front() {
+            _ if record.publish == Publish::AtOnce => true,
+            Some(Method::Clone) => true,
+            // Cinder can delete a snapshot of its own that has no clone. The job's snapshot keeps a volume's data.
+            Some(Method::ServerCopy) => plan.snapshot.is_some(),
+            Some(Method::Copy) | None => false,
+        };
+        is_needed && plan.anchor
     }
 
     async fn check(&self, job: &HeldJob, attempt: &Attempt) -> StepResult<()> {

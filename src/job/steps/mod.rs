@@ -37,7 +37,6 @@ use super::held::HeldJob;
 use super::record::{Artifact, Phase, Publish, Record};
 use crate::openstack::Image;
 use crate::publish::image_status::Status;
-use crate::transfer::Method;
 
 #[async_trait]
 pub(super) trait Step: Sync {
@@ -122,26 +121,10 @@ pub(super) enum StepName {
     Purge,
 }
 
-/// The image is made active when the copy is complete. The methods that clone put an anchor between.
+/// The image is made active when the copy is complete. Not every copy needs an anchor.
 const WHEN_COPIED: &[StepName] = &[
     StepName::Snapshot,
     StepName::Anchor,
-    StepName::Transfer,
-    StepName::Verify,
-    StepName::Inspect,
-    StepName::Seal,
-    StepName::Hash,
-    StepName::ReleaseSource,
-    StepName::Handover,
-    StepName::Rename,
-    StepName::Register,
-    StepName::Finish,
-    StepName::Purge,
-];
-
-/// The same for the method `copy`, which reads the snapshot itself.
-const WHEN_COPIED_BY_READING: &[StepName] = &[
-    StepName::Snapshot,
     StepName::Transfer,
     StepName::Verify,
     StepName::Inspect,
@@ -176,12 +159,11 @@ const AT_ONCE: &[StepName] = &[
     StepName::Purge,
 ];
 
-/// The steps of a job that publishes then, and whose bytes are moved by this method.
-pub(super) fn list(publish: Publish, method: Option<Method>) -> &'static [StepName] {
-    match (publish, method) {
-        (Publish::AtOnce, _) => AT_ONCE,
-        (Publish::WhenCopied, Some(Method::Copy)) => WHEN_COPIED_BY_READING,
-        (Publish::WhenCopied, Some(Method::ServerCopy | Method::Clone) | None) => WHEN_COPIED,
+/// The steps of a job that publishes then.
+pub(super) fn list(publish: Publish) -> &'static [StepName] {
+    match publish {
+        Publish::AtOnce => AT_ONCE,
+        Publish::WhenCopied => WHEN_COPIED,
     }
 }
 
@@ -217,7 +199,7 @@ mod tests {
     /// What a list must be like, whatever its order.
     #[test]
     fn every_list_makes_a_thing_once_and_goes_forward() {
-        for names in [WHEN_COPIED, WHEN_COPIED_BY_READING, AT_ONCE] {
+        for names in [WHEN_COPIED, AT_ONCE] {
             let steps: Vec<_> = names.iter().filter_map(|name| step(*name)).collect();
             let made: Vec<Artifact> = steps.iter().filter_map(|step| step.makes()).collect();
             let mut once = made.clone();

@@ -68,10 +68,16 @@ impl Storage for Lasting {
         self.run(async move { handle.clone_image(&source, &snapshot, &destination, features).await }).await
     }
 
-    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> ceph::Result<()> {
+    async fn create_like(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> ceph::Result<()> {
         let (handle, source, snapshot) = (self.0.clone(), source.clone(), snapshot.to_owned());
         let destination = destination.clone();
-        self.run(async move { handle.create_like(&source, &snapshot, &destination).await }).await
+        self.run(async move { handle.create_like(&source, &snapshot, &destination, features).await }).await
     }
 
     async fn flatten(
@@ -105,7 +111,7 @@ impl Storage for Lasting {
         .await
     }
 
-    async fn fill(
+    async fn server_copy(
         &self,
         source: &ImageSpec,
         snapshot: &str,
@@ -117,7 +123,7 @@ impl Storage for Lasting {
         let (source, snapshot, destination) = (source.clone(), snapshot.to_owned(), destination.clone());
         let limits = limits.clone();
         self.run_long(progress, cancel, |handle, progress, cancel| async move {
-            handle.fill(&source, &snapshot, &destination, &limits, &progress, &cancel).await
+            handle.server_copy(&source, &snapshot, &destination, &limits, &progress, &cancel).await
         })
         .await
     }

@@ -91,6 +91,33 @@ impl Handle {
         .await
     }
 
+    /// All bytes of the snapshot are written to an image that a daemon made, and the object maps with them.
+    async fn copied(
+        &self,
+        what: &str,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        (progress, cancel): (&Progress, &CancellationToken),
+    ) -> Result<Moved> {
+        let id = self.open(what, destination).await?;
+        self.long(what, &id, progress, cancel, true).await?;
+        let address = self.node.address();
+        self.ceph(
+            Kind::Write,
+            || format!("copied {source}@{snapshot} to {destination}"),
+            |world| {
+                let content = world.ceph.content_at(what, source, snapshot)?;
+                let rate = world.faults.spoiled;
+                let spoiled = world.dice.chance(rate);
+                world.ceph.write(&id, destination, if spoiled { 0 } else { content }, &address)?;
+                world.ceph.rebuild_maps(&id);
+                Ok(Moved { bytes: 1 << 20, through_host: 2 << 20, objects: 1 })
+            },
+        )
+        .await
+    }
+
     async fn sweep(&self, image: &ImageSpec) -> Result<u64> {
         self.ceph(
             Kind::Write,
@@ -292,14 +319,20 @@ impl Storage for Handle {
         .await
     }
 
-    async fn create_like(&self, source: &ImageSpec, snapshot: &str, destination: &ImageSpec) -> Result<()> {
+    async fn create_like(
+        &self,
+        source: &ImageSpec,
+        snapshot: &str,
+        destination: &ImageSpec,
+        features: Features,
+    ) -> Result<()> {
         self.ceph(
             Kind::Write,
             || format!("create {destination} like {source}@{snapshot}"),
             |world| {
                 let found = world.ceph.find(source).map(|found| found.id.clone());
                 let owner = found.and_then(|id| world.cloud.owner_of(&world.ceph, &id, snapshot));
-                world.ceph.create_like(source, snapshot, destination, owner)
+                world.ceph.create_like(source, snapshot, destination, owner, features)
             },
         )
         .await
@@ -335,24 +368,10 @@ impl Storage for Handle {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Moved> {
-        let id = self.open("copy", destination).await?;
-        self.long("copy", &id, progress, cancel, true).await?;
-        let address = self.node.address();
-        self.ceph(
-            Kind::Write,
-            || format!("copied {source}@{snapshot} to {destination}"),
-            |world| {
-                let content = world.ceph.content_at("copy", source, snapshot)?;
-                let rate = world.faults.spoiled;
-                let spoiled = world.dice.chance(rate);
-                world.ceph.write(&id, destination, if spoiled { 0 } else { content }, &address)?;
-                Ok(Moved { bytes: 1 << 20, through_host: 2 << 20, objects: 1 })
-            },
-        )
-        .await
+        self.copied("copy", source, snapshot, destination, (progress, cancel)).await
     }
 
-    async fn fill(
+    async fn server_copy(
         &self,
         source: &ImageSpec,
         snapshot: &str,
@@ -368,9 +387,7 @@ impl Storage for Handle {
                 return Err(Error::new(format!("fill from {source}@{snapshot}"), ErrorKind::Unsupported, "not here"));
             }
         }
-        let id = self.open("fill", destination).await?;
-        self.long("fill", &id, progress, cancel, true).await?;
-        Ok(Moved { bytes: 1 << 20, through_host: 1, objects: 1 })
+        self.copied("fill", source, snapshot, destination, (progress, cancel)).await
     }
 
     async fn fill_published(

@@ -214,6 +214,7 @@ impl Cluster {
         snapshot: &str,
         destination: &ImageSpec,
         owner: Option<String>,
+        features: Features,
     ) -> Result<()> {
         let found = self.find(source).ok_or_else(|| missing("open", source))?;
         if found.snapshot(snapshot).is_none() {
@@ -222,7 +223,8 @@ impl Cluster {
         if self.find(destination).is_some() {
             return Err(Error::new(format!("create {destination}"), ErrorKind::Exists, "exists"));
         }
-        self.create(&destination.pool, name_of("create", destination)?, 0, true).owner = owner;
+        let made = self.create(&destination.pool, name_of("create", destination)?, 0, true);
+        (made.owner, made.features) = (owner, features.0);
         Ok(())
     }
 
