@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, cancelled};
 use super::layers::{Chain, Inquiry, data_extents, total};
+use super::pace::RateLimiter;
 use super::rbd::{Access, Chunk, Completed, Extent, Image, Queue};
 use super::{Error, ErrorKind, ImageSpec, Moved, Progress, Result, TransferLimits};
 
@@ -45,28 +46,42 @@ pub(super) fn copy(
     let chain = Chain::of(cluster, &from, snap_id)?;
     let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
     let extents = data_extents(cluster, &from, snap_id, inquiry)?;
-    let moved = copy_extents(&from, &to, &extents, limits, inquiry)?;
+    progress.set_total(total(&extents));
+    let pace = HostPace { concurrency: limits.concurrency, rate: &limits.rates.bytes, cost: |length| length as f64 };
+    let moved = copy_extents(&from, &to, &extents, pace, MIN_HOLE, inquiry)?;
     // A snapshot that was removed while it was read reads as zeros from then on.
     chain.check(cluster, source, snapshot, &operation)?;
     Ok(moved)
 }
 
-/// Copies these bytes of one open image to another, to the disk. The images have the same layout.
+/// How fast this host copies.
+#[derive(Clone, Copy)]
+pub(super) struct HostPace<'a> {
+    /// Chunks in flight.
+    pub concurrency: usize,
+    pub rate: &'a RateLimiter,
+    /// What a chunk of so many bytes costs at that rate.
+    pub cost: fn(u64) -> f64,
+}
+
+/// Copies these bytes of one open image to another, to the disk. The images have the same layout. Zeros between data
+/// are not written where they are at least `min_hole` bytes.
 pub(super) fn copy_extents(
     from: &Image,
     to: &Image,
     extents: &[Extent],
-    limits: &TransferLimits,
+    pace: HostPace<'_>,
+    min_hole: usize,
     Inquiry { operation, progress, cancel, .. }: Inquiry<'_>,
 ) -> Result<Moved> {
     let object_size = from.object_size()?;
-    progress.set_total(total(extents));
     let mut run = Run {
         queue: Queue::new(from, to),
         free: Vec::new(),
         moved: Moved::default(),
         objects: HashSet::new(),
         object_size,
+        min_hole,
         progress,
     };
     for Extent { start, end } in chunks(extents, object_size.min(MAX_CHUNK)) {
@@ -76,11 +91,11 @@ pub(super) fn copy_extents(
                 // Dropping the queue waits for what is in flight.
                 return Err(cancelled(operation));
             }
-            if run.chunks_in_flight() >= limits.concurrency.max(1) {
+            if run.chunks_in_flight() >= pace.concurrency.max(1) {
                 run.complete(POLL)?;
                 continue;
             }
-            match limits.rates.bytes.start(length as f64) {
+            match pace.rate.start((pace.cost)(length)) {
                 None => break,
                 Some(wait) if run.queue.in_flight() > 0 => run.complete(wait)?,
                 Some(wait) => {
@@ -112,6 +127,7 @@ struct Run<'a> {
     moved: Moved,
     objects: HashSet<u64>,
     object_size: u64,
+    min_hole: usize,
     progress: &'a Progress,
 }
 
@@ -132,7 +148,7 @@ impl Run<'_> {
         match self.queue.next(wait)? {
             Some(Completed::Read(chunk)) => {
                 self.moved.through_host += chunk.data.len() as u64;
-                let parts = data_runs(&chunk.data);
+                let parts = data_runs(&chunk.data, self.min_hole);
                 if parts.is_empty() {
                     self.finish(chunk);
                     return Ok(());
@@ -173,8 +189,8 @@ fn chunks(extents: &[Extent], size: u64) -> impl Iterator<Item = Extent> {
     })
 }
 
-/// The parts of the data that are not zero, in pages; holes shorter than [`MIN_HOLE`] are part of them.
-fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
+/// The parts of the data that are not zero, in pages; holes shorter than `min_hole` bytes are part of them.
+fn data_runs(data: &[u8], min_hole: usize) -> Vec<std::ops::Range<usize>> {
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
     for (number, page) in data.chunks(PAGE).enumerate() {
@@ -184,7 +200,7 @@ fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
         let start = number * PAGE;
         let end = start + page.len();
         match runs.last_mut() {
-            Some(last) if start - last.end < MIN_HOLE => last.end = end,
+            Some(last) if start - last.end < min_hole => last.end = end,
             _ => runs.push(start..end),
         }
     }
@@ -204,12 +220,13 @@ mod tests {
     #[test]
     fn zeros_are_left_out() {
         let mut data = vec![0u8; 1 << 20];
-        assert!(data_runs(&data).is_empty());
+        assert!(data_runs(&data, MIN_HOLE).is_empty());
         data[5] = 1;
         data[20 << 10] = 1;
         data[(512 << 10) + 4095] = 1;
         data[(1 << 20) - 1] = 1;
-        assert_eq!(data_runs(&data), [0..24 << 10, 512 << 10..516 << 10, 1020 << 10..1024 << 10]);
-        assert_eq!(data_runs(&[1, 0, 0]), std::slice::from_ref(&(0..3)));
+        assert_eq!(data_runs(&data, MIN_HOLE), [0..24 << 10, 512 << 10..516 << 10, 1020 << 10..1024 << 10]);
+        assert_eq!(data_runs(&data, PAGE)[..2], [0..4 << 10, 20 << 10..24 << 10]);
+        assert_eq!(data_runs(&[1, 0, 0], PAGE), std::slice::from_ref(&(0..3)));
     }
 }

@@ -28,13 +28,13 @@ use ceph::rados::{rados_ioctx_selfmanaged_snap_set_write_ctx, rados_ioctx_t};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, cancelled, check};
-use super::copy::copy_extents;
+use super::copy::{HostPace, copy_extents};
 use super::layers::{
-    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Missing, ObjectSet, StoredBytes, data_extents, parents,
-    refuse_migrating, sources, within, without,
+    Chain, DataObjects, Inquiry, Layer, Layout, Listing, Missing, ObjectSet, StoredBytes, extents_of, parents,
+    refuse_migrating, sources, union, within, without,
 };
 use super::pace::{OBJECT, QUESTION, RateLimiter};
-use super::rbd::{Access, Image};
+use super::rbd::{Access, Extent, Image};
 use super::{Error, ErrorKind, Features, ImageSpec, Moved, Progress, Result, TransferLimits, sys};
 
 /// How long to wait for a completion before looking at the cancellation again.
@@ -106,6 +106,7 @@ pub(super) fn server_copy(
     drop(to);
 
     let mut copier = Copier::new(&data, &objects, inquiry);
+    copier.shows_rest = true;
     let copied = copy_all(&mut copier, &scan, 0, limits.concurrency, fault, || Ok(()), |_, _| {});
     let (filled, complete) = (copier.moved, std::mem::replace(&mut copier.complete, ObjectSet::none_of(0)));
     // waits for the copies in flight
@@ -120,23 +121,50 @@ pub(super) fn server_copy(
     let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
     make_maps(&to, layout.count(size), inquiry)?;
     drop(to);
-    // The fill has shown the progress up to the end, if it copied anything: it is not shown a second time.
-    let unseen = progress.steps_only();
-    let inquiry = Inquiry { progress: if filled.objects > 0 { &unseen } else { progress }, ..inquiry };
-    let from = &layers[0].image;
-    let rest = without(&data_extents(cluster, from, snap_id, inquiry)?, &complete.extents(layout, size));
-    let rest = if rest.is_empty() {
-        Moved::default()
-    } else {
-        let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
-        copy_extents(from, &to, &rest, limits, inquiry)?
-    };
-    // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
-    chain.check(cluster, source, snapshot, &operation)?;
+    let rest = copy_rest(cluster, (&scan, &complete), destination, size, limits.concurrency, || {
+        // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
+        chain.check(cluster, source, snapshot, &operation)
+    })?;
+    progress.set_done(progress.total());
     Ok(filled + rest)
 }
 
-/// Whether the layer's object of that number is, byte for byte, what the clone reads there: both have the same layout,
+/// Copies through this host what the OSDs left out: what the source holds outside of the `complete` objects. `check`
+/// tells whether the source is still the same. It is called at the end, and also before anything is read: a source that
+/// has lost a parent is not read in vain.
+fn copy_rest(
+    cluster: &Arc<Cluster>,
+    (scan, complete): (&ObjectScan<'_>, &ObjectSet),
+    destination: &ImageSpec,
+    size: u64,
+    concurrency: usize,
+    check: impl Fn() -> Result<()>,
+) -> Result<Moved> {
+    let ObjectScan { layout, count, inquiry, .. } = *scan;
+    let pace = HostPace { concurrency, rate: inquiry.rate, cost: |_| OBJECT };
+    let (mut moved, mut to, mut next) = (Moved::default(), None, 0);
+    while next < count {
+        let stretch = layout.stretch(next, count);
+        next = stretch.end;
+        let rest = scan.rest(&stretch, complete, size)?;
+        let Some(ScannedLayer { layer: source, .. }) = scan.layers.first().filter(|_| !rest.is_empty()) else {
+            continue;
+        };
+        let to = match &mut to {
+            Some(to) => to,
+            None => {
+                check()?;
+                to.insert(Image::open_existing(cluster, destination, Access::ReadWrite)?)
+            }
+        };
+        // these objects have little data, and keep their holes
+        moved = moved + copy_extents(&source.image, to, &rest, pace, PAGE as usize, inquiry)?;
+    }
+    check()?;
+    Ok(moved)
+}
+
+/// Whether the layer's object of that number is, byte for byte, what the image has there: both have the same layout,
 /// and the overlap does not end within the object's bytes.
 fn can_be_copied(object: u64, layer: &Layer) -> bool {
     layer.objects.layout.end_of_set(object) <= layer.end || layer.size <= layer.end
@@ -152,13 +180,12 @@ pub(super) enum Versions {
     Seen,
 }
 
-/// Finds out, a stretch at a time, which objects are to be copied into a clone, and from which of the layers that it
-/// reads from.
+/// Finds out, a stretch at a time, which objects are to be copied into an image, and from which layer.
 pub(super) struct ObjectScan<'a> {
     layers: Vec<ScannedLayer<'a>>,
-    /// Of the clone.
+    /// Of the image that is filled.
     layout: Layout,
-    /// The clone's objects.
+    /// Its objects.
     count: u64,
     versions: Versions,
     inquiry: Inquiry<'a>,
@@ -170,6 +197,8 @@ struct StretchPlan {
     copies: Vec<ObjectCopy>,
     /// Nothing is stored in these, so they read as zeros, whatever the layers below hold.
     zeros: Vec<u64>,
+    /// How many objects are held in another way, and left to librbd.
+    left: u64,
 }
 
 struct ScannedLayer<'a> {
@@ -180,7 +209,7 @@ struct ScannedLayer<'a> {
 }
 
 impl<'a> ObjectScan<'a> {
-    /// The layers are in the order in which the clone reads from them, the nearest first.
+    /// The layers are in the order in which they are read from, the nearest first.
     pub fn of(
         layers: &'a [Layer],
         layout: Layout,
@@ -239,7 +268,22 @@ impl<'a> ObjectScan<'a> {
                 plan.copies.push(ObjectCopy { object, from, version, data: Rc::clone(data), holes });
             }
         }
+        let held = decided.iter().filter(|decided| **decided).count();
+        plan.left = held.saturating_sub(plan.copies.len() + plan.zeros.len()) as u64;
         Ok(plan)
+    }
+
+    /// Where in an image of `size` bytes those bytes of a stretch lie that a layer holds and no `complete` object does.
+    fn rest(&self, stretch: &Range<u64>, complete: &ObjectSet, size: u64) -> Result<Vec<Extent>> {
+        let Self { layout, inquiry, .. } = *self;
+        let bytes = layout.bytes_of_sets(stretch);
+        let bytes = bytes.start..bytes.end.min(size);
+        let mut held = Vec::new();
+        for ScannedLayer { listing, .. } in &self.layers {
+            held.extend(within(listing.extents_near(&bytes, inquiry)?, &bytes));
+        }
+        let complete = stretch.clone().filter(|object| complete.contains(*object));
+        Ok(without(&union(held), &union(extents_of(complete, layout, size))))
     }
 
     /// How many objects of a range there may be to copy, as far as that is known without asking.
@@ -275,12 +319,12 @@ pub(super) fn copy_all(
     progress.set_total(unlisted * layout.object_size);
     while next < count {
         let stretch = layout.stretch(next, count);
-        let StretchPlan { copies: mut plan, zeros } = scan.plan(&stretch)?;
+        let StretchPlan { copies: mut plan, zeros, left } = scan.plan(&stretch)?;
         if fault == Some(FillFault::SkipEveryThird) {
             plan.retain(|copy| copy.object % 3 != 0);
         }
         zeros.into_iter().for_each(|object| copier.complete.insert(object));
-        planned += plan.len() as u64;
+        planned += plan.len() as u64 + if copier.shows_rest { left } else { 0 };
         unlisted -= scan.upper_bound(stretch.clone());
         progress.set_total((planned + unlisted) * layout.object_size);
         if !plan.is_empty() {
@@ -310,18 +354,12 @@ pub(super) fn copy_all(
     Ok(())
 }
 
-/// Rebuilds the object maps of the image, which has so many objects, and of its snapshots. librbd asks the OSDs for
-/// each object at its own pace; the rate limiter delays later questions instead.
+/// Makes the object map of the image, which has so many objects and no snapshot. librbd asks the OSDs for each object
+/// at its own pace; the rate limiter delays later questions instead.
 fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
     image.set_features(Features::MAPS, true)?;
     inquiry.rate.charge(objects as f64 * QUESTION);
-    image.rebuild_object_map(inquiry.progress, inquiry.cancel)?;
-    for snapshot in image.snapshots()? {
-        image.set_snapshot(&snapshot.name)?;
-        inquiry.rate.charge(objects as f64 * QUESTION);
-        image.rebuild_object_map(inquiry.progress, inquiry.cancel)?;
-    }
-    Ok(())
+    image.rebuild_object_map(inquiry.progress, inquiry.cancel)
 }
 
 /// An object to copy.
@@ -516,6 +554,8 @@ pub(super) struct Copier<'a> {
     pub moved: Moved,
     /// The objects that need nothing more.
     complete: ObjectSet,
+    /// What the fill leaves out is part of the same progress.
+    shows_rest: bool,
     periodic: Option<PeriodicCheck<'a>>,
     /// The destination's pool is erasure-coded and makes no holes in objects. A hole takes its space there, whichever
     /// method writes the object.
@@ -541,6 +581,7 @@ impl<'a> Copier<'a> {
             in_flight: 0,
             moved: Moved::default(),
             complete: ObjectSet::none_of(0),
+            shows_rest: false,
             periodic: None,
             keeps_no_holes: false,
         }

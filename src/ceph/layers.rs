@@ -707,11 +707,6 @@ impl ObjectSet {
         }
     }
 
-    /// Where in an image of `size` bytes all of them lie.
-    pub fn extents(&self, layout: Layout, size: u64) -> Vec<Extent> {
-        union(extents_of((0..self.count).filter(|object| self.contains(*object)), layout, size))
-    }
-
     pub fn contains(&self, object: u64) -> bool {
         let bits = self.bits.get((object / 64) as usize).copied().unwrap_or_default();
         object < self.count && bits >> (object % 64) & 1 == 1

@@ -38,7 +38,7 @@ pub use fill::FillFault;
 pub use job_clients::CephJobClients;
 pub use objects::{MAX_KEYS, MAX_OBJECT, Namespace};
 pub use pace::{RateLimiter, Rates};
-pub use probe::{Finding, Probed};
+pub use probe::{Finding, Probed, end_to_end_name};
 
 /// Key in an image's metadata that says whose it is. The first word of its value is the id of the Glance image that
 /// the RBD image is for; that id is part of the RBD image's name.
@@ -130,8 +130,8 @@ impl Features {
     /// What every published image has.
     pub const PUBLISHED: Self = Self(1 | 4 | 8 | 16 | 32);
 
-    /// What an image has that is published before all its objects are there. The rule in `published.rs` says why it
-    /// has no object map; [`Storage::detach`] adds what is missing of [`PUBLISHED`](Self::PUBLISHED).
+    /// What an image has into which the OSDs copy objects. The rule in `published.rs` says why it has no object map.
+    /// [`Storage::server_copy`] and [`Storage::detach`] add what is missing of [`PUBLISHED`](Self::PUBLISHED).
     pub const WITHOUT_MAPS: Self = Self(1 | 4 | 32);
 
     /// What an anchor has: no object map, see [`Storage::make_anchor`].

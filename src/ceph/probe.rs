@@ -39,6 +39,9 @@ const IMAGES_MAX: usize = 32;
 /// How the names of the images begin that are made to probe a pool.
 const PREFIX: &str = "rbd-offload.check-";
 
+/// The same, of those that are made to be published.
+const END_TO_END_PREFIX: &str = "rbd-offload.probe-";
+
 /// A probe whose images are older was killed. Clocks of hosts differ by less.
 const LEFT_AFTER: Duration = Duration::from_secs(3600);
 
@@ -110,14 +113,20 @@ impl Client {
     }
 }
 
-/// `rbd-offload.check-<seconds since 1970>-<uuid>`
-fn new_name() -> String {
-    format!("{PREFIX}{}-{}", unix_time().as_secs(), uuid::Uuid::new_v4())
+/// `<prefix><seconds since 1970>-<uuid>`
+fn new_name(prefix: &str) -> String {
+    format!("{prefix}{}-{}", unix_time().as_secs(), uuid::Uuid::new_v4())
+}
+
+/// A name for an image that is published to try that.
+pub fn end_to_end_name() -> String {
+    new_name(END_TO_END_PREFIX)
 }
 
 /// Whether an image was made by a probe that has ended long ago.
 fn is_left(name: &str) -> bool {
-    let made = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse().ok());
+    let rest = [PREFIX, END_TO_END_PREFIX].iter().find_map(|prefix| name.strip_prefix(prefix));
+    let made = rest.and_then(|rest| rest.split('-').next()?.parse().ok());
     made.is_some_and(|made| made >= SECONDS_MIN && unix_time().saturating_sub(Duration::from_secs(made)) > LEFT_AFTER)
 }
 
@@ -128,7 +137,7 @@ fn probe_data_pool(cluster: &Arc<Cluster>, pool: &str) -> std::result::Result<()
     let io = IoCtx::open(cluster, pool).map_err(finding("open the data pool"))?;
     io.must_hold_data(operation).map_err(finding("keep the data of images"))?;
     let try_it = || {
-        let object = c_string(operation, &new_name())?;
+        let object = c_string(operation, &new_name(PREFIX))?;
         create_empty(&io, &object, operation)?;
         // SAFETY: the ioctx is open, the name ends in NUL.
         check(operation, unsafe { rados_remove(io.raw(), object.as_ptr()) })
@@ -153,7 +162,7 @@ fn try_images(
 ) -> std::result::Result<String, (&'static str, Error)> {
     let io = IoCtx::open(cluster, pool).map_err(|e| ("open the pool", e))?;
     let images = rbd::list(&io, &format!("list the images of {pool}")).map_err(|e| ("list images", e))?;
-    let name = new_name();
+    let name = new_name(PREFIX);
     let (clone_name, renamed_name) = (format!("{name}-clone"), format!("{name}-renamed"));
     let [spec, clone, renamed] = [&name, &clone_name, &renamed_name].map(|name| ImageSpec::named(pool, name));
     let created = rbd::create_default(&io, &spec, 1 << 20, data_pool).map_err(|e| ("create an image", e));

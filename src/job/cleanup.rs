@@ -31,8 +31,8 @@ const WAIT: Duration = Duration::from_secs(10);
 /// How long the removal of one image's leftovers may take before it counts as hung.
 const LIMIT: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// Something that a job may have left. In the order in which it can be removed: a copy is a clone of the anchor, and
-/// the anchor of the temporary snapshot.
+/// Something that a job may have left. In the order in which it can be removed: a copy may be a clone of the anchor,
+/// and the anchor of the temporary snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum LeftoverKind {
     Copy,

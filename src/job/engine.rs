@@ -314,6 +314,7 @@ impl Engine {
         let are_jobs = !live.is_empty();
         self.prune_state(&live);
         self.report_detaching(&live);
+        self.report_due(&live);
         let max_jobs = self.context.config.borrow().offload.max_jobs;
         self.record_progress();
         let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
@@ -342,7 +343,9 @@ impl Engine {
                 self.start(image_id, summary, job, drain.clone());
             }
         }
-        metrics::gauge!("rbd_offload_jobs_running").set(lock(&self.running).len() as f64);
+        let load = self.load();
+        metrics::gauge!("rbd_offload_jobs_running").set((load.jobs + load.detaching) as f64);
+        metrics::gauge!("rbd_offload_jobs_detaching").set(load.detaching as f64);
         let now = self.context.clock.now();
         let is_to_be_told = |summary: &Summary| {
             let age = summary.created.map(|created| now.duration_since(created).unsigned_abs());
@@ -361,6 +364,15 @@ impl Engine {
             since.iter().min().map_or(0.0, |oldest| self.context.clock.now().duration_since(*oldest).as_secs_f64());
         metrics::gauge!("rbd_offload_images_detaching").set(since.len() as f64);
         metrics::gauge!("rbd_offload_oldest_detaching_seconds").set(age.max(0.0));
+    }
+
+    /// Shows how many jobs of the whole cluster run, or should, before their image is active. Those count too that this
+    /// daemon has just failed to claim: an alert goes by it.
+    fn report_due(&self, live: &[(Uuid, Summary)]) {
+        let now = self.context.clock.now();
+        let is_due = |summary: &Summary| summary.detaching.is_none() && is_due(summary.not_before, now, false);
+        let due = live.iter().filter(|(_, summary)| is_due(summary)).count();
+        metrics::gauge!("rbd_offload_jobs_due").set(due as f64);
     }
 
     /// The jobs that the index shows as due. They start as soon as there is room.

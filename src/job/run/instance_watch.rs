@@ -7,7 +7,7 @@
 //! so none begins and ends between two polls. Volumes need no such care: Cinder moves theirs to the trash.
 //!
 //! The time budget, in seconds: 3 until the next poll, 10 at most for Nova's answer, and the rest for ending
-//! the transfer and for removing the unfinished copy, which goes before the anchor and the snapshot.
+//! the transfer and for removing the snapshot. An unfinished clone of the snapshot goes before it.
 
 use std::time::Duration;
 

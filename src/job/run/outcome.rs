@@ -386,8 +386,11 @@ impl JobRun {
         }
         self.job.renew_lease().await?;
         // nothing is cloned from the snapshot: the disk first, since a large copy takes its time to go
-        if record.method == Some(Method::Copy) {
-            self.undo(None, Step::holds_source).await?;
+        if record.method != Some(Method::Clone)
+            && let Err(stop) = self.undo(None, Step::holds_source).await
+        {
+            // the copy of a daemon before this one may be a clone
+            tracing::debug!(image_id = %self.job.id, ?stop, "the snapshot goes after the copy");
         }
         self.undo_steps().await
     }

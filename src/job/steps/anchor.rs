@@ -59,6 +59,10 @@ impl Step for Anchor {
         let storage = job.context.storage.as_ref();
         let (anchor, snapshot) = (ImageSpec::named(&source.source.pool, anchor_name(job.id)), private_name(job.id));
         let metadata = [(transfer::OWNERSHIP_TAG.to_owned(), job.tag().await.to_string())];
+        if !job.record().await.has(Artifact::Anchor) {
+            // the method before may not have needed it, so that nothing has looked yet
+            check_free(job, &anchor).await?;
+        }
         job.will_make(Artifact::Anchor).await?;
         match storage.make_anchor(&source.source, &source.snapshot, &anchor, &snapshot, &metadata).await {
             Ok(()) => {
