@@ -54,6 +54,12 @@ const METRICS: &[(MetricKind, &str, &str)] = &[
     (MetricKind::Gauge, "rbd_offload_jobs_waiting", "Jobs of the whole cluster that wait for a daemon with room."),
     (
         MetricKind::Gauge,
+        "rbd_offload_jobs_due",
+        "Jobs of the whole cluster that run, or should, before their image is active.",
+    ),
+    (MetricKind::Gauge, "rbd_offload_jobs_detaching", "Jobs that this daemon works on behind an active image."),
+    (
+        MetricKind::Gauge,
         "rbd_offload_last_progress_timestamp_seconds",
         "When a job of this daemon last made progress, in Unix time: it was begun, bytes were copied, or a stage ended well.",
     ),
