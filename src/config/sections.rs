@@ -217,10 +217,10 @@ section! {
         /// whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the pool of
         /// the source; what cannot be published at once is published when-copied.
         publish: PublishChoice = "when-copied", OneOf(PublishChoice::NAMES);
-        /// Jobs that copy at a time on this controller. Jobs that only wait for a service come on top: twice max_jobs
-        /// in all.
+        /// Jobs that copy at a time on this controller. Jobs that wait for a service do not count: up to twice max_jobs
+        /// run in all.
         max_jobs: usize = "4", Whole { min: 1, max: 256 };
-        /// Jobs that run at a time into one destination pool. 0: no limit besides max_jobs.
+        /// Jobs of this controller that run at a time into one destination pool. 0: no limit besides max_jobs.
         max_jobs_per_pool: usize = "0", Whole { min: 0, max: 256 };
         /// Jobs on this controller that copy behind an active image at a time. They come on top of max_jobs.
         max_detach: usize = "2", Whole { min: 1, max: 256 };

@@ -321,7 +321,12 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> CheckResult 
     if reasons.is_empty() {
         return CheckResult::ok(name, listed(configured.into_iter().collect()));
     }
-    CheckResult::fault(name, reasons.join("; "), remedies.join("; "))
+    let (reasons, remedies) = (reasons.join("; "), remedies.join("; "));
+    // another deployment may have the others, in its own cluster
+    match config.offload.decline_after.is_zero() {
+        true => CheckResult::fault(name, reasons, remedies),
+        false => CheckResult::warning(name, reasons, format!("{remedies}; or leave them to another deployment")),
+    }
 }
 
 /// Only asked where something depends on it.
@@ -368,7 +373,7 @@ mod tests {
 
     #[test]
     fn sections_and_backends_are_compared() {
-        let config = config();
+        let mut config = config();
         let classify =
             |hosts: &[&str]| judge_backends("b", &config, &hosts.iter().map(ToString::to_string).collect::<Vec<_>>());
         assert_eq!(classify(&["n1@a", "n1@b", "n2@a"]).verdict, Verdict::Ok);
@@ -376,6 +381,9 @@ mod tests {
         assert_eq!(row.detail, "Cinder has backends without a section: lvm");
         assert!(row.remedy.unwrap().contains("[backend:lvm]"));
         assert_eq!(classify(&["n1@a"]).detail, "Cinder has no backend b");
+        config.offload.decline_after = std::time::Duration::from_secs(300);
+        let row = judge_backends("b", &config, &["n1@a".into(), "n1@b".into(), "east@x".into()]);
+        assert_eq!((row.verdict, row.detail.as_str()), (Verdict::Warning, "Cinder has backends without a section: x"));
     }
 
     #[test]

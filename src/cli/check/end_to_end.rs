@@ -158,7 +158,7 @@ async fn probe(
     interrupted: &CancellationToken,
 ) -> CheckResult {
     let name = route.name();
-    let source = ImageSpec::named(route.source_pool, format!("rbd-offload.probe-{}", Uuid::new_v4()));
+    let source = ImageSpec::named(route.source_pool, ceph::end_to_end_name());
     let id = match session.create_probe_image().await {
         Ok(id) => id,
         Err(error) => {
