@@ -1832,10 +1832,6 @@ impl Drop for Pools<'_> {
 /// Copies `volumes/NAME-volume`, which the Python makes in a pool `SOURCE`, by every method, and holds what is stored
 /// of the copies to what is stored of the source.
 async fn stays_thin(prepare: &str) {
-    stays_thin_by(&METHODS, prepare).await;
-}
-
-async fn stays_thin_by(methods: &[Method], prepare: &str) {
     let lab = Lab::new();
     let pools = Pools::new(&lab, &["source", "Copy", "Clone", "Fill"]);
     lab.python(&format!("SOURCE = NAME + '-source'\nv = NAME + '-volume'\n{prepare}"));
@@ -1849,7 +1845,7 @@ async fn stays_thin_by(methods: &[Method], prepare: &str) {
         let du: serde_json::Value = serde_json::from_str(&du).unwrap();
         du["images"].as_array().unwrap().iter().map(|image| image["used_size"].as_u64().unwrap()).max().unwrap()
     };
-    for &method in methods {
+    for method in METHODS {
         let destination = ImageSpec::named(format!("{}-{method:?}", lab.name), "image");
         let began = Instant::now();
         transfer(&client, method, &source, &destination).await;
@@ -1875,11 +1871,9 @@ for n in range(256): write(SOURCE, v, n * 4 * M + (n * 37 % 1024) * 4096, 4096, 
     .await;
 }
 
-/// The method `copy` writes the zeros between pieces that are so close to each other.
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_of_small_pieces_stay_thin() {
-    stays_thin_by(
-        &[Method::Clone, Method::Fill],
+    stays_thin(
         "
 create(SOURCE, v, 256 * M)
 for n in range(64):

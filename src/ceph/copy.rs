@@ -21,6 +21,9 @@ const PAGE: usize = 4096;
 /// Bytes: a shorter run of zeros between data is written along, since one write is cheaper than two.
 const MIN_HOLE: usize = 64 << 10;
 
+/// Bytes: a chunk with no more data is written without any zeros, in at most 32 pieces. It stays thin.
+const LITTLE_DATA: usize = 128 << 10;
+
 /// How long to wait for a completion before looking at the cancellation again.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -47,8 +50,8 @@ pub(super) fn copy(
     let inquiry = Inquiry { operation: &operation, rate: &limits.rates.objects, progress, cancel };
     let extents = data_extents(cluster, &from, snap_id, inquiry)?;
     progress.set_total(total(&extents));
-    let pace = HostPace { concurrency: limits.concurrency, rate: &limits.rates.bytes, cost: |length| length as f64 };
-    let moved = copy_extents(&from, &to, &extents, pace, MIN_HOLE, inquiry)?;
+    let pace = HostPace { concurrency: limits.concurrency, rate: &limits.rates.bytes, per_byte: 1.0, at_least: 0.0 };
+    let moved = copy_extents(&from, &to, &extents, pace, inquiry)?;
     // A snapshot that was removed while it was read reads as zeros from then on.
     chain.check(cluster, source, snapshot, &operation)?;
     Ok(moved)
@@ -60,18 +63,17 @@ pub(super) struct HostPace<'a> {
     /// Chunks in flight.
     pub concurrency: usize,
     pub rate: &'a RateLimiter,
-    /// What a chunk of so many bytes costs at that rate.
-    pub cost: fn(u64) -> f64,
+    /// What a chunk costs at that rate.
+    pub per_byte: f64,
+    pub at_least: f64,
 }
 
-/// Copies these bytes of one open image to another, to the disk. The images have the same layout. Zeros between data
-/// are not written where they are at least `min_hole` bytes.
+/// Copies these bytes of one open image to another, to the disk. The images have the same layout.
 pub(super) fn copy_extents(
     from: &Image,
     to: &Image,
     extents: &[Extent],
     pace: HostPace<'_>,
-    min_hole: usize,
     Inquiry { operation, progress, cancel, .. }: Inquiry<'_>,
 ) -> Result<Moved> {
     let object_size = from.object_size()?;
@@ -81,7 +83,6 @@ pub(super) fn copy_extents(
         moved: Moved::default(),
         objects: HashSet::new(),
         object_size,
-        min_hole,
         progress,
     };
     for Extent { start, end } in chunks(extents, object_size.min(MAX_CHUNK)) {
@@ -95,7 +96,7 @@ pub(super) fn copy_extents(
                 run.complete(POLL)?;
                 continue;
             }
-            match pace.rate.start((pace.cost)(length)) {
+            match pace.rate.start((length as f64 * pace.per_byte).max(pace.at_least)) {
                 None => break,
                 Some(wait) if run.queue.in_flight() > 0 => run.complete(wait)?,
                 Some(wait) => {
@@ -127,7 +128,6 @@ struct Run<'a> {
     moved: Moved,
     objects: HashSet<u64>,
     object_size: u64,
-    min_hole: usize,
     progress: &'a Progress,
 }
 
@@ -148,7 +148,7 @@ impl Run<'_> {
         match self.queue.next(wait)? {
             Some(Completed::Read(chunk)) => {
                 self.moved.through_host += chunk.data.len() as u64;
-                let parts = data_runs(&chunk.data, self.min_hole);
+                let parts = data_runs(&chunk.data);
                 if parts.is_empty() {
                     self.finish(chunk);
                     return Ok(());
@@ -189,8 +189,17 @@ fn chunks(extents: &[Extent], size: u64) -> impl Iterator<Item = Extent> {
     })
 }
 
-/// The parts of the data that are not zero, in pages; holes shorter than `min_hole` bytes are part of them.
-fn data_runs(data: &[u8], min_hole: usize) -> Vec<std::ops::Range<usize>> {
+/// The parts of the data that are not zero, in pages. Holes shorter than [`MIN_HOLE`] are part of them, unless there is
+/// little data.
+fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let exact = runs_between_holes(data, PAGE);
+    if exact.iter().map(|run| run.len()).sum::<usize>() <= LITTLE_DATA {
+        return exact;
+    }
+    runs_between_holes(data, MIN_HOLE)
+}
+
+fn runs_between_holes(data: &[u8], min_hole: usize) -> Vec<std::ops::Range<usize>> {
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
     for (number, page) in data.chunks(PAGE).enumerate() {
@@ -220,13 +229,14 @@ mod tests {
     #[test]
     fn zeros_are_left_out() {
         let mut data = vec![0u8; 1 << 20];
-        assert!(data_runs(&data, MIN_HOLE).is_empty());
+        assert!(data_runs(&data).is_empty());
         data[5] = 1;
         data[20 << 10] = 1;
         data[(512 << 10) + 4095] = 1;
         data[(1 << 20) - 1] = 1;
-        assert_eq!(data_runs(&data, MIN_HOLE), [0..24 << 10, 512 << 10..516 << 10, 1020 << 10..1024 << 10]);
-        assert_eq!(data_runs(&data, PAGE)[..2], [0..4 << 10, 20 << 10..24 << 10]);
-        assert_eq!(data_runs(&[1, 0, 0], PAGE), std::slice::from_ref(&(0..3)));
+        assert_eq!(data_runs(&data)[..2], [0..4 << 10, 20 << 10..24 << 10]);
+        data[256 << 10..384 << 10].fill(1);
+        assert_eq!(data_runs(&data)[..2], [0..24 << 10, 256 << 10..384 << 10], "one write is cheaper than two");
+        assert_eq!(data_runs(&[1, 0, 0]), std::slice::from_ref(&(0..3)));
     }
 }

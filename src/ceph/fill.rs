@@ -141,7 +141,8 @@ fn copy_rest(
     check: impl Fn() -> Result<()>,
 ) -> Result<Moved> {
     let ObjectScan { layout, count, inquiry, .. } = *scan;
-    let pace = HostPace { concurrency, rate: inquiry.rate, cost: |_| OBJECT };
+    let per_byte = OBJECT / layout.object_size as f64;
+    let pace = HostPace { concurrency, rate: inquiry.rate, per_byte, at_least: QUESTION };
     let (mut moved, mut to, mut next) = (Moved::default(), None, 0);
     while next < count {
         let stretch = layout.stretch(next, count);
@@ -157,8 +158,7 @@ fn copy_rest(
                 to.insert(Image::open_existing(cluster, destination, Access::ReadWrite)?)
             }
         };
-        // these objects have little data, and keep their holes
-        moved = moved + copy_extents(&source.image, to, &rest, pace, PAGE as usize, inquiry)?;
+        moved = moved + copy_extents(&source.image, to, &rest, pace, inquiry)?;
     }
     check()?;
     Ok(moved)
@@ -286,13 +286,31 @@ impl<'a> ObjectScan<'a> {
         Ok(without(&union(held), &union(extents_of(complete, layout, size))))
     }
 
-    /// How many objects of a range there may be to copy, as far as that is known without asking.
-    fn upper_bound(&self, range: Range<u64>) -> u64 {
-        let may_be_copied = |object: &u64| {
-            let mut alike = self.layers.iter().filter(|scanned| scanned.layer.objects.layout == self.layout);
-            alike.any(|scanned| scanned.listing.may_hold(*object))
-        };
-        range.filter(may_be_copied).count() as u64
+    /// How many objects of a range, from the first of a set on, there may be to copy, as far as that is known without
+    /// asking. `with_rest`: also those that only librbd can copy, since they lie in a layer with another layout.
+    fn upper_bound(&self, range: Range<u64>, with_rest: bool) -> u64 {
+        let (mut sum, mut next) = (0, range.start);
+        while next < range.end {
+            let stretch = self.layout.stretch(next, range.end);
+            next = stretch.end;
+            let mut may_be_copied = vec![false; usize::try_from(stretch.end - stretch.start).unwrap_or_default()];
+            let mut mark = |object: u64| {
+                let place = object.checked_sub(stretch.start).and_then(|place| usize::try_from(place).ok());
+                if let Some(mark) = place.and_then(|place| may_be_copied.get_mut(place)) {
+                    *mark = true;
+                }
+            };
+            for ScannedLayer { layer, listing, .. } in &self.layers {
+                if layer.objects.layout == self.layout {
+                    stretch.clone().filter(|object| listing.may_hold(*object)).for_each(&mut mark);
+                } else if with_rest {
+                    let extents = listing.extents_asked_for(&self.layout.bytes_of_sets(&stretch));
+                    extents.iter().flat_map(|extent| self.layout.objects(extent)).for_each(&mut mark);
+                }
+            }
+            sum += may_be_copied.into_iter().filter(|mark| *mark).count() as u64;
+        }
+        sum
     }
 }
 
@@ -313,7 +331,7 @@ pub(super) fn copy_all(
     let mut next = layout.start_of_set(first.min(count));
     // Objects that are not listed yet count with their upper bound. So the total may shrink, but the progress never
     // does.
-    let mut unlisted = scan.upper_bound(next..count);
+    let mut unlisted = scan.upper_bound(next..count, copier.shows_rest);
     let mut planned = 0;
     copier.complete = ObjectSet::none_of(count);
     progress.set_total(unlisted * layout.object_size);
@@ -325,7 +343,7 @@ pub(super) fn copy_all(
         }
         zeros.into_iter().for_each(|object| copier.complete.insert(object));
         planned += plan.len() as u64 + if copier.shows_rest { left } else { 0 };
-        unlisted -= scan.upper_bound(stretch.clone());
+        unlisted -= scan.upper_bound(stretch.clone(), copier.shows_rest);
         progress.set_total((planned + unlisted) * layout.object_size);
         if !plan.is_empty() {
             before_copying()?;

@@ -833,8 +833,8 @@ fn snapshots(
         page.looked_at += 1;
         match read_header_tags(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
             Ok(()) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::PermissionDenied) => return Err(error),
-            // one image keeps no other from being looked at
+            Err(error) if error.kind() == ErrorKind::Fenced => return Err(error),
+            // one image keeps no other from being looked at: its parent may be in a pool that is not ours to read
             Err(error) => page.failed.push(error),
         }
     }

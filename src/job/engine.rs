@@ -234,6 +234,7 @@ impl Engine {
     pub async fn run(self: Arc<Self>, stop: CancellationToken, drain: CancellationToken) {
         while !stop.is_cancelled() {
             self.send_heartbeat();
+            self.report_load();
             let mut pause = POLL_INTERVAL;
             match tokio::time::timeout(POLL_TIMEOUT, self.poll_jobs(&drain)).await {
                 Ok(Ok(are_jobs)) if !self.context.clients.is_fenced() => {
@@ -246,7 +247,11 @@ impl Engine {
                 Ok(Err(Error::Ceph(error))) if error.kind() == ErrorKind::Fenced => self.reconnect_after_fence().await,
                 _ if self.context.clients.is_fenced() => self.reconnect_after_fence().await,
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "could not poll for jobs; the engine retries"),
+                Ok(Err(error)) => {
+                    // what this daemon knew of the cluster's jobs may have changed
+                    metrics::gauge!("rbd_offload_jobs_due").set(0.0);
+                    tracing::warn!(%error, "could not poll for jobs; the engine retries");
+                }
                 Err(_) => tracing::warn!(seconds = POLL_TIMEOUT.as_secs(), "Ceph does not answer; the engine retries"),
             }
             lock(&self.status).last_turn = Instant::now();
@@ -343,9 +348,7 @@ impl Engine {
                 self.start(image_id, summary, job, drain.clone());
             }
         }
-        let load = self.load();
-        metrics::gauge!("rbd_offload_jobs_running").set((load.jobs + load.detaching) as f64);
-        metrics::gauge!("rbd_offload_jobs_detaching").set(load.detaching as f64);
+        self.report_load();
         let now = self.context.clock.now();
         let is_to_be_told = |summary: &Summary| {
             let age = summary.created.map(|created| now.duration_since(created).unsigned_abs());
@@ -354,6 +357,13 @@ impl Engine {
         let waiting = waiting.iter().chain(&without_room).filter(|(_, summary)| is_to_be_told(summary));
         self.acknowledge(waiting.map(|(id, _)| *id), drain).await?;
         Ok(are_jobs)
+    }
+
+    /// Shows how many jobs run here.
+    fn report_load(&self) {
+        let load = self.load();
+        metrics::gauge!("rbd_offload_jobs_running").set((load.jobs + load.detaching) as f64);
+        metrics::gauge!("rbd_offload_jobs_detaching").set(load.detaching as f64);
     }
 
     /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest

@@ -303,6 +303,7 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> CheckResult 
     let unknown: Vec<&str> = configured.difference(&running).copied().collect();
     let unserved: Vec<&str> = running.difference(&configured).copied().collect();
     let (mut reasons, mut remedies) = (Vec::new(), Vec::new());
+    let is_each_section_known = unknown.is_empty();
     if !unserved.is_empty() {
         reasons.push(format!("Cinder has backends without a section: {}", listed(unserved.clone())));
         let sections: Vec<String> = unserved.iter().map(|name| format!("[backend:{name}]")).collect();
@@ -323,10 +324,10 @@ fn judge_backends(name: &str, config: &Config, hosts: &[String]) -> CheckResult 
     }
     let (reasons, remedies) = (reasons.join("; "), remedies.join("; "));
     // another deployment may have the others, in its own cluster
-    match config.offload.decline_after.is_zero() {
-        true => CheckResult::fault(name, reasons, remedies),
-        false => CheckResult::warning(name, reasons, format!("{remedies}; or leave them to another deployment")),
+    if is_each_section_known && !config.offload.decline_after.is_zero() {
+        return CheckResult::warning(name, reasons, format!("{remedies}; or leave them to another deployment"));
     }
+    CheckResult::fault(name, reasons, remedies)
 }
 
 /// Only asked where something depends on it.
@@ -384,6 +385,7 @@ mod tests {
         config.offload.decline_after = std::time::Duration::from_secs(300);
         let row = judge_backends("b", &config, &["n1@a".into(), "n1@b".into(), "east@x".into()]);
         assert_eq!((row.verdict, row.detail.as_str()), (Verdict::Warning, "Cinder has backends without a section: x"));
+        assert_eq!(judge_backends("b", &config, &["n1@a".into(), "n1@x".into()]).verdict, Verdict::Fault);
     }
 
     #[test]

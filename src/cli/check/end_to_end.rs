@@ -110,7 +110,7 @@ pub async fn check(config: &Config, is_ready: bool, interrupted: &CancellationTo
     for route in &routes {
         rows.push(match interrupted.is_cancelled() {
             true => CheckResult::skipped(route.name(), INTERRUPTED),
-            false => probe(&session, &client, route, interrupted).await,
+            false => probe_again(&session, &client, route, interrupted).await,
         });
     }
     ProbeFindings { rows, client: Some(client) }
@@ -148,6 +148,23 @@ async fn connect(config: &Config) -> Result<(Session, Client), String> {
     let session = Session::connect(&config.keystone, &config.glance).map_err(|e| e.to_string())?;
     let client = Client::open(client_options(config)).await.map_err(|e| e.to_string())?;
     Ok((session, client))
+}
+
+/// Goes one route, and once more after a transient fault of Glance.
+async fn probe_again(
+    session: &Session,
+    client: &Client,
+    route: &PublishRoute<'_>,
+    interrupted: &CancellationToken,
+) -> CheckResult {
+    let begun = Instant::now();
+    let row = probe(session, client, route, interrupted).await;
+    if !row.transient {
+        return row;
+    }
+    let mut row = probe(session, client, route, interrupted).await;
+    row.detail.push_str(&format!("; attempt 2, after {} s", begun.elapsed().as_secs()));
+    row
 }
 
 /// Goes one route, and removes what was made on it however it ended.
@@ -272,7 +289,10 @@ fn judge(name: &str, route: &PublishRoute<'_>, failed: Failed) -> CheckResult {
         ),
         Failed::Interrupted => CheckResult::skipped(name, INTERRUPTED),
         Failed::Ceph(error) => CheckResult::fault(name, error.to_string(), "see the rows of the Ceph pools above"),
-        failed => CheckResult::fault(name, failed.to_string(), "see Glance's log"),
+        failed => {
+            let transient = matches!(&failed, Failed::Glance(error) if error.kind() == ErrorKind::Unavailable);
+            CheckResult::fault(name, failed.to_string(), "see Glance's log").transient_if(transient)
+        }
     }
 }
 
