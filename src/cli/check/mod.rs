@@ -94,7 +94,7 @@ async fn await_calls(clients: &[Client]) {
     };
     if !are_back {
         output::eprint_line(
-            "images rbd-offload.check-… may be left; a check that runs an hour from now, or later, removes them",
+            "images rbd-offload.check-… and rbd-offload.probe-… may be left; a check an hour from now removes them",
         );
     }
 }
