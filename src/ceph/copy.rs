@@ -1,6 +1,7 @@
 //! Copying a snapshot through this host: librbd reads at the snapshot, what is not zero is written to the destination.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -191,29 +192,26 @@ fn chunks(extents: &[Extent], size: u64) -> impl Iterator<Item = Extent> {
 
 /// The parts of the data that are not zero, in pages. Holes shorter than [`MIN_HOLE`] are part of them, unless there is
 /// little data.
-fn data_runs(data: &[u8]) -> Vec<std::ops::Range<usize>> {
-    let exact = runs_between_holes(data, PAGE);
-    if exact.iter().map(|run| run.len()).sum::<usize>() <= LITTLE_DATA {
+fn data_runs(data: &[u8]) -> Vec<Range<usize>> {
+    static ZEROS: [u8; PAGE] = [0; PAGE];
+    let pages = data.chunks(PAGE).enumerate().filter(|(_, page)| *page != &ZEROS[..page.len()]);
+    let exact = joined(pages.map(|(number, page)| number * PAGE..number * PAGE + page.len()), PAGE);
+    if exact.iter().map(ExactSizeIterator::len).sum::<usize>() <= LITTLE_DATA {
         return exact;
     }
-    runs_between_holes(data, MIN_HOLE)
+    joined(exact.into_iter(), MIN_HOLE)
 }
 
-fn runs_between_holes(data: &[u8], min_hole: usize) -> Vec<std::ops::Range<usize>> {
-    static ZEROS: [u8; PAGE] = [0; PAGE];
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    for (number, page) in data.chunks(PAGE).enumerate() {
-        if page == &ZEROS[..page.len()] {
-            continue;
-        }
-        let start = number * PAGE;
-        let end = start + page.len();
-        match runs.last_mut() {
-            Some(last) if start - last.end < min_hole => last.end = end,
-            _ => runs.push(start..end),
+/// Joins those with a hole of less than `min_hole` between them.
+fn joined(runs: impl Iterator<Item = Range<usize>>, min_hole: usize) -> Vec<Range<usize>> {
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if run.start - last.end < min_hole => last.end = run.end,
+            _ => joined.push(run),
         }
     }
-    runs
+    joined
 }
 
 #[cfg(test)]

@@ -118,9 +118,9 @@ pub(super) fn server_copy(
         copied => copied?,
     }
 
-    let to = Image::open_existing(cluster, destination, Access::ReadWrite)?;
-    make_maps(&to, layout.count(size), inquiry)?;
-    drop(to);
+    // librbd asks the OSDs for each object at its own pace: the rate limiter delays later questions instead
+    inquiry.rate.charge(layout.count(size) as f64 * QUESTION);
+    Image::open_existing(cluster, destination, Access::ReadWrite)?.rebuild_as_published(progress, cancel)?;
     let rest = copy_rest(cluster, (&scan, &complete), destination, size, limits.concurrency, || {
         // What was copied must still be the snapshot's: a snapshot of the same name could have taken its place.
         chain.check(cluster, source, snapshot, &operation)
@@ -370,14 +370,6 @@ pub(super) fn copy_all(
         done(next, copier.moved);
     }
     Ok(())
-}
-
-/// Makes the object map of the image, which has so many objects and no snapshot. librbd asks the OSDs for each object
-/// at its own pace; the rate limiter delays later questions instead.
-fn make_maps(image: &Image, objects: u64, inquiry: Inquiry<'_>) -> Result<()> {
-    image.set_features(Features::MAPS, true)?;
-    inquiry.rate.charge(objects as f64 * QUESTION);
-    image.rebuild_object_map(inquiry.progress, inquiry.cancel)
 }
 
 /// An object to copy.

@@ -505,11 +505,8 @@ impl Record {
     /// published image.
     pub fn images_deleted_by_others(&self) -> Vec<ImageSpec> {
         let source = self.source_image.as_ref().map(|source| ImageSpec::with_id(&source.pool, &source.image_id));
-        let published = self.dest_pool.as_ref().filter(|_| self.has(Artifact::Published));
-        let published = published.map(|pool| match &self.clone {
-            Some(clone) => ImageSpec::with_id(pool, &clone.id),
-            None => ImageSpec::named(pool, self.image_id.to_string()),
-        });
+        let by_name = || Some(ImageSpec::named(self.dest_pool.as_ref()?, self.image_id.to_string()));
+        let published = self.published_by_id().or_else(by_name).filter(|_| self.has(Artifact::Published));
         source.into_iter().chain(published).collect()
     }
 

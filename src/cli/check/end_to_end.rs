@@ -163,7 +163,7 @@ async fn probe_again(
         return row;
     }
     let mut row = probe(session, client, route, interrupted).await;
-    row.detail.push_str(&format!("; attempt 2, after {} s", begun.elapsed().as_secs()));
+    row.note_attempt(2, begun.elapsed());
     row
 }
 

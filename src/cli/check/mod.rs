@@ -205,8 +205,7 @@ async fn attempts(
         attempts += 1;
     };
     if attempts > 1 {
-        let separator = if row.detail.is_empty() { "" } else { "; " };
-        row.detail.push_str(&format!("{separator}attempt {attempts}, after {} s", begun.elapsed().as_secs()));
+        row.note_attempt(attempts, begun.elapsed());
     }
     row
 }

@@ -1,5 +1,7 @@
 //! What `check` found, as a table or as JSON.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use crate::cli::output::{self, Colour};
@@ -69,6 +71,12 @@ impl CheckResult {
     fn new(check: String, verdict: Verdict, detail: String, remedy: Option<String>) -> Self {
         // services' own words end up here
         Self { check, verdict, detail: output::line(&detail), remedy, transient: false }
+    }
+
+    /// Says that the answer came at the attempt of this number, so long after the first one began.
+    pub fn note_attempt(&mut self, number: u32, after: Duration) {
+        let separator = if self.detail.is_empty() { "" } else { "; " };
+        self.detail.push_str(&format!("{separator}attempt {number}, after {} s", after.as_secs()));
     }
 
     /// Says of a fault whether it is worth another attempt.
