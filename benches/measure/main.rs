@@ -63,6 +63,7 @@ async fn main() {
             "memory" => memory::measure(env_number("BENCH_QUEUED", 1000)).await,
             "gentle" => gentle::measure(&env("BENCH_GENTLE", "4g/1g"), rounds).await,
             "uploads" => uploads::measure(&env("BENCH_UPLOAD", "4g/1g"), rounds).await,
+            "snapshots" => uploads::snapshots(&env("BENCH_UPLOAD", "4g/1g"), rounds).await,
             other => panic!("BENCH_PARTS: no such part: {other}"),
         };
         println!("{}", json!({ part: &result }));

@@ -1,5 +1,8 @@
-//! Memory of a daemon that has nothing to do, and of one with many jobs that wait.
+//! Memory of a daemon that has nothing to do, of one with many jobs that wait, and of a C program with the same
+//! handles.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +22,8 @@ pub async fn measure(jobs: usize) -> Value {
     let daemon = setup("auto").start().await;
     pause(Duration::from_secs(15)).await;
     let (idle, threads) = (meter::rss(&[daemon.pid()]), threads(daemon.pid()));
-    let idle_own = meter::own_memory(daemon.pid());
+    let (idle_own, idle_heap) = (meter::own_memory(daemon.pid()), meter::anonymous_memory(daemon.pid()));
+    let handles = handles();
     let quiet = cpu_a_minute(daemon.pid()).await;
 
     // Jobs that wait for their next attempt, for as long as a job may.
@@ -40,14 +44,40 @@ pub async fn measure(jobs: usize) -> Value {
     let written = disk::jobs(&daemon.namespace).await.len();
     pause(Duration::from_secs(20)).await;
     let (queued, queued_own) = (meter::rss(&[daemon.pid()]), meter::own_memory(daemon.pid()));
+    let queued_heap = meter::anonymous_memory(daemon.pid());
     let busy = cpu_a_minute(daemon.pid()).await;
     let waiting = daemon.health().await.map(|(_, body)| body["jobs_waiting"].clone());
     let namespace = daemon.namespace.clone();
     daemon.stop();
     disk::forget(&namespace).await;
     eprintln!("idle {} KiB, with {written} jobs {} KiB", idle >> 10, queued >> 10);
-    json!({"idle": idle, "idle_own": idle_own, "queued_own": queued_own, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued, "queued_jobs": written,
-           "queued_cpu_a_minute": busy, "waiting": waiting})
+    json!({"idle": idle, "idle_own": idle_own, "idle_heap": idle_heap, "handles_heap": handles, "queued_own": queued_own,
+           "queued_heap": queued_heap, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued,
+           "queued_jobs": written, "queued_cpu_a_minute": busy, "waiting": waiting})
+}
+
+/// Bytes of anonymous memory of `handles.c`.
+fn handles() -> u64 {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, program) = (dir.path().join("handles.c"), dir.path().join("handles"));
+    std::fs::write(&source, include_str!("handles.c")).unwrap();
+    let built = Command::new("cc").arg("-O2").arg(&source).arg("-o").arg(&program).args(["-lrbd", "-lrados"]).status();
+    assert!(built.unwrap().success());
+    let mut child = Command::new(&program)
+        .arg(lab().ceph_conf())
+        .args(["rbd-offload", "images", "volumes", "volumes2"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "ready");
+    std::thread::sleep(Duration::from_secs(5));
+    let bytes = meter::anonymous_memory(child.id());
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+    bytes
 }
 
 fn threads(pid: u32) -> usize {

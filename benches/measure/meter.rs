@@ -14,9 +14,10 @@ const TICKS: f64 = 100.0;
 
 /// Processes of the lab that are accounted for, by the names of their files in `run/`, and what they are called in
 /// results.
-const SERVICES: [(&str, &str); 13] = [
+const SERVICES: [(&str, &str); 14] = [
     ("glance", "glance"),
     ("cinder-volume", "cinder-volume"),
+    ("nova-compute", "nova-compute"),
     ("cinder-api", "other OpenStack"),
     ("cinder-scheduler", "other OpenStack"),
     ("keystone", "other OpenStack"),
@@ -96,6 +97,11 @@ pub fn own_memory(pid: u32) -> u64 {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let private = rollup.lines().filter(|line| line.starts_with("Private_"));
     private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>() << 10
+}
+
+/// Bytes of memory that no file backs: heap and stacks.
+pub fn anonymous_memory(pid: u32) -> u64 {
+    status(pid, "RssAnon")
 }
 
 pub fn peak_rss(pids: &[u32]) -> u64 {
