@@ -8,7 +8,7 @@ LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
 .PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-long test-packages test-container \
-	test-nova bench lint clean
+	test-nova test-modern bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -79,6 +79,11 @@ test-container: container
 test-nova:
 	tests/run --nova
 
+# every test on the Ceph, the RabbitMQ and the compiler of newer Debian releases, in trees of them; as root
+test-modern:
+	tests/modern trixie
+	tests/modern forky
+
 bench:
 	benches/run
 
@@ -88,7 +93,7 @@ lint: deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --lib
 	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
-		tests/run tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
+		tests/run tests/modern tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
 		packaging/container/build packaging/container/healthcheck packaging/container/test lint/words
 	lint/words
 	lint/imports

@@ -6,9 +6,10 @@ ceph_() { timeout 60 ceph --connect-timeout 20 "$@"; }
 
 # --- the processes ---------------------------------------------------------------------------------------------------
 
-launch_mon() { launch mon ceph-mon -f -c "$CEPH_CONF" -i a; }
-launch_mgr() { launch mgr ceph-mgr -f -c "$CEPH_CONF" -i x; }
-launch_osd() { launch "osd.$1" ceph-osd -f -c "$CEPH_CONF" -i "$1" --osd-data "$DIR/ceph/osd.$1"; }
+# In /: Debian's Ceph 20 looks for the classes of its OSDs in a relative directory.
+launch_mon() { launch mon env -C / ceph-mon -f -c "$CEPH_CONF" -i a; }
+launch_mgr() { launch mgr env -C / ceph-mgr -f -c "$CEPH_CONF" -i x; }
+launch_osd() { launch "osd.$1" env -C / ceph-osd -f -c "$CEPH_CONF" -i "$1" --osd-data "$DIR/ceph/osd.$1"; }
 
 # The daemons are asked themselves, through their admin sockets: the cluster notices a death only after a while.
 ask_daemon() { timeout 20 ceph --admin-daemon "$DIR/run/$1.$2.asok" "$3"; }
