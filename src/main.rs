@@ -1,5 +1,6 @@
 //! The command line of rbd-offload: parses it, calls the command, maps its error to an exit status.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -19,11 +20,13 @@ fn main() -> ExitCode {
             return ExitCode::from(Failure::USAGE);
         }
     };
-    match cli.run() {
-        Ok(code) => code,
-        Err(failure) => {
+    match catch_unwind(AssertUnwindSafe(|| cli.run())) {
+        Ok(Ok(code)) => code,
+        Ok(Err(failure)) => {
             eprint_line(&failure.to_string());
             ExitCode::from(failure.code)
         }
+        // the message was printed when it panicked
+        Err(_) => ExitCode::from(Failure::SOFTWARE),
     }
 }

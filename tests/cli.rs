@@ -994,7 +994,9 @@ fn request_without_credentials_says_what_to_set() {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("OS_")) {
         command.env_remove(name);
     }
-    Ran::of(command.output().unwrap()).failed(UNAVAILABLE, "OS_CLOUD");
+    Ran::of(command.output().unwrap()).failed(CONFIG, "OS_CLOUD");
+    let mut command = request(&["--name", "n", "--volume", &id, "--os-cloud", "nosuch"]);
+    Ran::of(command.output().unwrap()).failed(CONFIG, "clouds.yaml");
     let mut command = request(&["--name", "n", "--volume", &id]);
     let ran = Ran::of(command.env("OS_PASSWORD", "Wr0ng").output().unwrap());
     ran.failed(77, "401");

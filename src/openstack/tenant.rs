@@ -158,7 +158,7 @@ impl Tenant {
 
 fn from_file(name: &str, clouds: Option<PathBuf>) -> Result<CloudConfig> {
     let failed = |error: &dyn fmt::Display| {
-        Error::new(CALL, ErrorKind::Refused, format!("clouds.yaml: {}", shorten(&error.to_string())))
+        Error::new(CALL, ErrorKind::Misconfigured, format!("clouds.yaml: {}", shorten(&error.to_string())))
     };
     ConfigFile::new_with_user_specified_configs(clouds, None::<PathBuf>)
         .map_err(|error| failed(&error))?
@@ -189,7 +189,7 @@ fn from_variables(var: &impl Fn(&str) -> Option<String>) -> Result<CloudConfig> 
     if auth.auth_url.is_none() {
         return Err(Error::new(
             CALL,
-            ErrorKind::Refused,
+            ErrorKind::Misconfigured,
             "neither OS_CLOUD nor OS_AUTH_URL is set; source an openrc file or name a cloud of clouds.yaml",
         ));
     }

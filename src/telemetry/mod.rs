@@ -8,7 +8,7 @@ mod known;
 mod log;
 mod metrics;
 #[cfg(test)]
-mod sources;
+pub(crate) mod sources;
 pub mod systemd;
 
 use std::io;

@@ -9,27 +9,8 @@ use std::process::ExitCode;
 use clap::{Arg, Command};
 use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
 
+use super::failure::STATUSES;
 use super::{Failure, output};
-
-/// sysexits(3), as the commands use them.
-const STATUSES: [(&str, &str); 12] = [
-    ("0", "All went well."),
-    ("1", "check: at least one check failed."),
-    ("64", "The command line is wrong."),
-    ("65", "A record or a line of the input cannot be read."),
-    ("66", "A file cannot be read, or there is no such job."),
-    (
-        "69",
-        "A service does not answer, the request was declined or failed (with --dry-run: would be declined), or the job \
-         has ended another way.",
-    ),
-    ("70", "A fault of the program."),
-    ("71", "The operating system refused something."),
-    ("74", "The output cannot be written."),
-    ("75", "A transient error: try again. request --wait: the time was up."),
-    ("77", "Ceph or Keystone refused us."),
-    ("78", "The configuration is wrong."),
-];
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -122,7 +103,7 @@ fn rest() -> Roff {
     roff.control("SH", ["EXIT STATUS"]);
     for (status, meaning) in STATUSES {
         roff.control("TP", []);
-        roff.text([bold(status)]);
+        roff.text([bold(status.to_string())]);
         roff.text([roman(meaning)]);
     }
     roff.control("SH", ["FILES"]);
@@ -163,6 +144,9 @@ mod tests {
         for (status, meaning) in STATUSES {
             assert!(reference.contains(&format!("| `{status}` | {meaning} |\n")), "{status}");
         }
+        let (_, table) = reference.split_once("\n## Exit statuses\n").unwrap();
+        let (table, _) = table.split_once("\n## ").unwrap();
+        assert_eq!(table.lines().filter(|line| line.starts_with("| `")).count(), STATUSES.len());
         let mut program = Cli::command();
         program.build();
         let jobs = program.find_subcommand("jobs").unwrap();
