@@ -557,6 +557,14 @@ mod meanwhile {
         let expected = volume.disk.digest(None).await;
         let id = demo.request(&volume).await;
         await_copying(&daemon, &id).await;
+        // the operator sees which stage runs
+        let running = until("the stage that runs", seconds(20), || async {
+            let job: Value = serde_json::from_str(&daemon.command(&["show", &id, "--json"]).await).unwrap();
+            let stages = job["stages"].as_array().unwrap();
+            stages.iter().find(|stage| stage["seconds"].is_null()).map(|stage| stage["name"].clone())
+        })
+        .await;
+        assert_eq!(running, "transfer");
         // the guest goes on writing
         volume.disk.write(3, &[(0, 2 * MIB), (30 * MIB, MIB), (62 * MIB, MIB)]).await;
         let seen = Mutex::new(Vec::new());
@@ -571,7 +579,8 @@ mod meanwhile {
         .await;
         let mut seen = seen.into_inner().unwrap();
         is_right(&image, &expected, 1).await;
-        daemon.await_job(&id, "done").await;
+        let job = daemon.await_job(&id, "done").await;
+        assert!(job["stages"].as_array().unwrap().iter().all(|stage| stage["seconds"].is_number()), "{job:#}");
         seen.dedup();
         assert!(seen.iter().any(|(status, progress)| status == "copying" && (1..100).contains(progress)), "{seen:?}");
         assert!(seen.is_sorted_by_key(|(_, progress)| *progress), "{seen:?}");

@@ -55,15 +55,29 @@ pub(super) struct HeldJob {
     uncancellable: AtomicBool,
     /// Glance lets the daemon write or remove no status on the image record.
     status_refused: AtomicBool,
-    /// Of the latest attempts, one of each name.
+    /// Of the latest attempts, one of each name. Those that run have no `seconds`.
     stages: std::sync::Mutex<Vec<Stage>>,
+}
+
+/// A stage that runs. One that is broken off is in no record.
+struct RunningStage<'a> {
+    job: &'a HeldJob,
+    name: &'static str,
+}
+
+impl Drop for RunningStage<'_> {
+    fn drop(&mut self) {
+        self.job.stages().retain(|stage| stage.name != self.name || stage.seconds.is_some());
+    }
 }
 
 impl HeldJob {
     /// `stored` was read after the lease was taken.
     pub fn new(context: Context, lease: Lease, stored: Stored) -> Self {
         let id = stored.record.image_id;
-        let (request_id, stages) = (stored.record.request_id, stored.record.stages.clone());
+        let (request_id, mut stages) = (stored.record.request_id, stored.record.stages.clone());
+        // an owner that died was at them
+        stages.retain(|stage| stage.seconds.is_some());
         Self {
             context,
             lease,
@@ -232,11 +246,14 @@ impl HeldJob {
         self.uncancellable.load(Ordering::SeqCst)
     }
 
-    /// Runs a stage, and notes how long it took.
+    /// Runs a stage, and notes that it runs and how long it took. Both go into the record with its next change.
     pub async fn stage<T>(&self, name: &'static str, work: impl Future<Output = StepResult<T>>) -> StepResult<T> {
         let started = Instant::now();
         let started_at = self.context.clock.now();
+        self.note_stage(Stage { name: name.to_owned(), started_at, seconds: None });
+        let running = RunningStage { job: self, name };
         let result = work.await;
+        drop(running);
         let seconds = started.elapsed().as_secs_f64();
         metrics::histogram!("rbd_offload_stage_duration_seconds", "stage" => name).record(seconds);
         tracing::debug!(image_id = %self.id, job_stage = name, seconds, ok = result.is_ok(), "stage over");
@@ -244,11 +261,14 @@ impl HeldJob {
             metrics::gauge!("rbd_offload_last_progress_timestamp_seconds").set(unix_time());
             self.progress.step();
         }
-        // goes into the record with its next change
-        let mut stages = self.stages();
-        stages.retain(|stage| stage.name != name);
-        stages.push(Stage { name: name.to_owned(), started_at, seconds: Some(seconds) });
+        self.note_stage(Stage { name: name.to_owned(), started_at, seconds: Some(seconds) });
         result
+    }
+
+    fn note_stage(&self, stage: Stage) {
+        let mut stages = self.stages();
+        stages.retain(|other| other.name != stage.name);
+        stages.push(stage);
     }
 
     fn stages(&self) -> std::sync::MutexGuard<'_, Vec<Stage>> {
