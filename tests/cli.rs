@@ -27,6 +27,7 @@ use rbd_offload::request::{Source, Trigger};
 use rbd_offload::transfer::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use unicode_width::UnicodeWidthChar;
 use uuid::Uuid;
 
 use env::lab_var;
@@ -39,6 +40,7 @@ const USAGE: i32 = 64;
 const DATA: i32 = 65;
 const NO_INPUT: i32 = 66;
 const UNAVAILABLE: i32 = 69;
+const IO: i32 = 74;
 const TEMPORARY: i32 = 75;
 const CONFIG: i32 = 78;
 
@@ -725,6 +727,9 @@ fn jobs_and_show_print_what_is_stored() {
     let of_p1 = setup.run(&["jobs", "--json", "--project", "p1"]).json();
     assert_eq!(ids(&of_p1), [copying.image_id.to_string()]);
     assert_eq!(setup.run(&["jobs", "--json", "--project", "p2"]).json(), json!([]));
+    let none = setup.run(&["jobs", "--project", "p2"]);
+    assert_eq!((none.code, none.out.as_str()), (Some(0), ""), "{none:?}");
+    assert!(none.err.contains("no such jobs; --all"), "{none:?}");
     let columns = setup.run(&["jobs", "--state", "copying", "--format", "image,state,size,reason"]);
     assert_eq!(
         columns.out.lines().next().unwrap().split_whitespace().collect::<Vec<_>>().join(" "),
@@ -737,13 +742,6 @@ fn jobs_and_show_print_what_is_stored() {
     let id = copying.image_id.to_string();
     let shown = setup.run(&["show", &id, "--json"]).json();
     assert_eq!(shown, live[0]);
-    let mut names: Vec<&String> = shown.as_object().unwrap().keys().collect();
-    names.sort();
-    assert_eq!(
-        names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(" "),
-        "attempts bytes_done bytes_total created_at ended_at image_id method owner progress project_id reason source \
-         stages state trigger updated_at"
-    );
     assert_eq!(shown["source"], json!({"kind": "volume", "id": volume}));
     assert_eq!(shown["stages"][0]["seconds"], 0.5);
     let text = setup.run(&["show", &id]);
@@ -752,6 +750,67 @@ fn jobs_and_show_print_what_is_stored() {
     setup.run(&["show", &Uuid::new_v4().to_string()]).failed(NO_INPUT, "there is no job");
     setup.run(&["show", &newer.to_string()]).failed(DATA, "newer version");
     setup.run(&["retry", &broken.to_string()]).failed(DATA, "not a job record");
+}
+
+/// What a terminal of this size gets from a command.
+fn on_a_terminal(setup: &Setup, (columns, rows): (u16, u16), environment: &[(&str, &str)], command: &str) -> String {
+    let program = env!("CARGO_BIN_EXE_rbd-offload");
+    let config = setup.path("rbd-offload.conf");
+    let line = format!(
+        "stty cols {columns} rows {rows}; {}",
+        command.replace("rbd-offload", &format!("{program} --config {}", config.display()))
+    );
+    let mut script = Command::new("script");
+    script.args(["-qec", &line, "/dev/null"]).env_remove("NO_COLOR").env("TERM", "xterm").stdin(Stdio::null());
+    let ran = Ran::of(script.envs(environment.iter().copied()).output().unwrap());
+    assert!(!ran.out.contains("stty"), "{ran:?}");
+    ran.out.replace('\r', "")
+}
+
+#[test]
+fn a_terminal_gets_colours_and_lines_that_fit_and_a_pipe_gets_neither() {
+    let setup = Setup::new();
+    let failed = block_on(async {
+        let store = setup.store().await;
+        for _ in 0..8 {
+            put(&store, |_| {}).await;
+        }
+        put(&store, |record| {
+            ended(State::Failed)(record);
+            record.reason = Some("日本語の理由".repeat(20));
+        })
+        .await
+    });
+    let width = |line: &str| line.chars().filter_map(UnicodeWidthChar::width).sum::<usize>();
+    let plain = [("NO_COLOR", "1")];
+    let shown = on_a_terminal(&setup, (90, 24), &plain, "rbd-offload jobs --all");
+    assert_eq!(shown.lines().count(), 10, "{shown}");
+    assert!(shown.lines().all(|line| width(line) <= 90) && shown.contains("日本") && shown.contains('…'), "{shown}");
+    let image = failed.image_id.to_string();
+    for command in ["rbd-offload jobs --state failed".to_owned(), format!("rbd-offload show {image}")] {
+        let coloured = on_a_terminal(&setup, (90, 24), &[("NO_COLOR", "")], &command);
+        assert!(coloured.contains("\x1b[1;31mfailed\x1b[0m"), "{coloured:?}");
+        for environment in [plain, [("TERM", "dumb")]] {
+            let shown = on_a_terminal(&setup, (90, 24), &environment, &command);
+            assert!(shown.contains("failed") && !shown.contains('\x1b'), "{shown:?}");
+        }
+    }
+    let piped = setup.run(&["jobs", "--state", "failed"]);
+    assert!(piped.out.contains(&"日本語の理由".repeat(20)) && !piped.out.contains('\x1b'), "{piped:?}");
+
+    let watched = on_a_terminal(&setup, (90, 5), &plain, "timeout --foreground -s INT 8 rbd-offload jobs --watch");
+    assert!(watched.matches("\x1b[HIMAGE").count() >= 2 && watched.contains("… 6 more lines"), "{watched:?}");
+    assert!(watched.matches("\x1b[2J").count() == 1 && !watched.contains("\x1b[3J"), "{watched:?}");
+    let dumb =
+        on_a_terminal(&setup, (90, 5), &[("TERM", "dumb")], "timeout --foreground -s INT 8 rbd-offload jobs --watch");
+    assert!(dumb.matches("IMAGE").count() >= 2 && !dumb.contains('\x1b'), "{dumb:?}");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rbd-offload"));
+    Ran::of(command.arg("man").stdout(full).output().unwrap()).failed(IO, "No space left");
 }
 
 #[test]
@@ -822,7 +881,8 @@ fn jobs_are_watched_until_interrupted() {
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let ran = Ran::of(child.wait_with_output().unwrap());
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert!(ran.out.matches("no jobs; --all").count() >= 2, "{ran:?}");
+    // no data: a reader of the pipe gets nothing
+    assert!(ran.out.is_empty() && ran.err.matches("rbd-offload: no jobs; --all").count() >= 2, "{ran:?}");
 }
 
 /// A record of a test, deleted at its end.

@@ -210,7 +210,7 @@ async fn twenty_requests_survive_daemons_that_are_killed_at_any_moment() {
         };
         let (requests, ()) = tokio::join!(tenant.request(20), kill);
         tenant.gets_after_kills(&daemons[0], &requests).await;
-        assert!(daemons[0].command(&["jobs"]).await.starts_with("no jobs"));
+        assert!(daemons[0].command(&["jobs"]).await.is_empty());
         kills += killed.len();
         for request in &requests {
             at_once += usize::from(daemons[0].job(&request.id).await.unwrap()["publish"] == "at-once");

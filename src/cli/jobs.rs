@@ -1,7 +1,6 @@
 //! `jobs`: the jobs of the whole cluster, read from RADOS.
 
 use std::collections::BTreeSet;
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,9 +10,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::output::{Cell, Colour};
+use super::output::{Cell, Colour, Screen};
 use super::setup::connect_store;
-use super::show::document;
+use super::show::{document, state_colour};
 use super::{Failure, output};
 use crate::job::record::State;
 use crate::job::signal::Signal;
@@ -26,7 +25,7 @@ const MAX_CONCURRENT_READS: usize = 32;
 const REFRESH: Duration = Duration::from_secs(2);
 
 /// State of a record that cannot be read, in the table and in JSON.
-const UNREADABLE: &str = "unreadable";
+pub(super) const UNREADABLE: &str = "unreadable";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -60,6 +59,16 @@ impl Args {
         let ends =
             |state: &String| state == UNREADABLE || State::ALL.iter().any(|s| s.is_ended() && s.as_str() == state);
         self.all || self.states.iter().any(ends)
+    }
+
+    /// What is said where there is no job to list.
+    fn nothing(&self) -> &'static str {
+        match (self.states.is_empty() && self.project.is_none(), self.includes_ended()) {
+            (true, true) => "no jobs",
+            (true, false) => "no jobs; --all shows those that ended",
+            (false, true) => "no such jobs",
+            (false, false) => "no such jobs; --all looks at those that ended too",
+        }
     }
 
     fn selects(&self, entry: &Entry) -> bool {
@@ -139,17 +148,34 @@ enum Entry {
 pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let store = connect_store(config).await?;
     if !args.watch {
-        return output::print(&render(&store, &args).await?).map(|_| ExitCode::SUCCESS);
+        match render(&store, &args).await? {
+            Some(text) => {
+                output::print(&text)?;
+            }
+            None => output::eprint_line(args.nothing()),
+        }
+        return Ok(ExitCode::SUCCESS);
     }
-    let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J\x1b[3J" } else { "" };
+    let mut screen = Screen::of_terminal();
     let watch = async {
         loop {
-            let text = match render(&store, &args).await {
-                Ok(text) => text,
+            let (text, said) = match render(&store, &args).await {
+                Ok(Some(text)) => (text, None),
+                Ok(None) => (String::new(), Some(args.nothing().to_owned())),
                 // a transient error
-                Err(failure) => format!("{failure}\n"),
+                Err(failure) => (String::new(), Some(failure.to_string())),
             };
-            if !output::print(&format!("{clear}{text}"))? {
+            let shown = match (&mut screen, said) {
+                (Some(screen), Some(said)) => screen.replace(&said),
+                (Some(screen), None) => screen.replace(&text),
+                // data and messages are for different readers
+                (None, Some(said)) => {
+                    output::eprint_line(&said);
+                    text
+                }
+                (None, None) => text,
+            };
+            if !output::print(&shown)? {
                 return Ok(ExitCode::SUCCESS);
             }
             tokio::time::sleep(REFRESH).await;
@@ -161,18 +187,15 @@ pub async fn jobs(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     }
 }
 
-async fn render(store: &Store, args: &Args) -> Result<String, Failure> {
-    let all = args.includes_ended();
-    let mut entries = read(store, all).await?;
+/// The table or the JSON. `None`: there is no job for the table.
+async fn render(store: &Store, args: &Args) -> Result<Option<String>, Failure> {
+    let mut entries = read(store, args.includes_ended()).await?;
     entries.retain(|entry| args.selects(entry));
     if args.json {
-        return output::json(&entries.iter().map(Entry::document).collect::<Vec<_>>());
-    }
-    if entries.is_empty() {
-        return Ok(if all { "no jobs\n" } else { "no jobs; --all shows those that ended\n" }.to_owned());
+        return output::json(&entries.iter().map(Entry::document).collect::<Vec<_>>()).map(Some);
     }
     let style = TableStyle { now: Timestamp::now(), width: output::width(), colours: output::colours() };
-    Ok(table(&entries, &args.format, style))
+    Ok((!entries.is_empty()).then(|| table(&entries, &args.format, style)))
 }
 
 /// The jobs, the oldest first; what cannot be read comes last.
@@ -237,12 +260,7 @@ impl Entry {
     fn colour(&self) -> Option<Colour> {
         match self {
             Self::Unreadable { .. } => Some(Colour::Red),
-            Self::Job(stored) => match stored.record.state {
-                State::Done => Some(Colour::Green),
-                State::Declined | State::Cancelled => Some(Colour::Yellow),
-                State::Failed => Some(Colour::Red),
-                State::Accepted | State::Copying | State::Publishing | State::Detaching => None,
-            },
+            Self::Job(stored) => state_colour(stored.record.state),
         }
     }
 
@@ -434,6 +452,10 @@ mod tests {
         assert_eq!(chosen("--project 123"), (false, false, false));
         assert!(args("--state broken").is_err() && args("--format image,nosuch").is_err());
         assert!(args("--format image --json").is_err(), "JSON has all fields");
+        assert_eq!(args("--watch").unwrap().nothing(), "no jobs; --all shows those that ended");
+        assert_eq!(args("--all").unwrap().nothing(), "no jobs");
+        assert!(args("--project 1").unwrap().nothing().starts_with("no such jobs; --all"));
+        assert_eq!(args("--state failed").unwrap().nothing(), "no such jobs");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 
 use jiff::{SignedDuration, Timestamp};
+use unicode_width::UnicodeWidthChar;
 use uuid::Uuid;
 
 use super::Failure;
@@ -11,7 +12,7 @@ use crate::text::is_unsafe;
 /// Between two columns.
 const GAP: &str = "  ";
 
-/// A last column is not cut below this many characters, however narrow the terminal is.
+/// A last cell is not cut below this width, however narrow the terminal is.
 pub const LAST_COLUMN: usize = 14;
 
 /// Writes to standard output. `false`: the reader of the pipe has ended (`… | head`), which is no failure.
@@ -39,16 +40,58 @@ pub fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
 
 /// Columns of the terminal that standard output is; `None` when it is none, and nothing is to be cut.
 pub fn width() -> Option<usize> {
+    size().map(|(width, _)| width)
+}
+
+/// Columns and lines of the terminal that standard output is.
+fn size() -> Option<(usize, usize)> {
     if !io::stdout().is_terminal() {
         return None;
     }
-    terminal_size::terminal_size().map(|(width, _)| usize::from(width.0))
+    terminal_size::terminal_size().map(|(width, height)| (usize::from(width.0), usize::from(height.0)))
+}
+
+/// Whether standard output is a terminal that acts upon escape sequences.
+fn takes_sequences() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// Whether standard output is a terminal that is asked to be colourful (<https://no-color.org/>).
 pub fn colours() -> bool {
-    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    io::stdout().is_terminal() && !is_set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+    takes_sequences() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// A terminal on which a text is replaced by a newer one. What was on it before can still be scrolled to.
+pub struct Screen {
+    is_new: bool,
+}
+
+impl Screen {
+    /// `None`: standard output is not such a terminal, and one text follows the other.
+    pub fn of_terminal() -> Option<Self> {
+        takes_sequences().then_some(Self { is_new: true })
+    }
+
+    /// What shows `text` in place of the one before.
+    pub fn replace(&mut self, text: &str) -> String {
+        let clear = if std::mem::take(&mut self.is_new) { "\x1b[2J" } else { "" };
+        format!("{clear}{}", frame(text, size().map_or(usize::MAX, |(_, height)| height)))
+    }
+}
+
+/// `text` from the first line of a terminal on, without what was there. Of a text that is higher than the terminal, the
+/// first lines: else it would scroll away.
+fn frame(text: &str, height: usize) -> String {
+    let lines = text.lines().count();
+    // the cursor stands on the line after the last one
+    let room = height.saturating_sub(1).max(1);
+    let mut shown: Vec<String> =
+        text.lines().take(if lines > room { room - 1 } else { room }).map(str::to_owned).collect();
+    if lines > shown.len() {
+        shown.push(format!("… {} more lines", lines - shown.len()));
+    }
+    let lines: String = shown.iter().map(|line| format!("{line}\x1b[K\n")).collect();
+    format!("\x1b[H{lines}\x1b[J")
 }
 
 /// A colour of text, for what a person should see first.
@@ -70,7 +113,7 @@ impl Colour {
     }
 }
 
-/// Characters of a text from outside that are printed. Our own sentences are shorter.
+/// Width of a text from outside that is printed. Our own sentences are shorter.
 const LINE: usize = 2000;
 
 /// Text from outside on one line: nothing of it moves the cursor, and it has an end.
@@ -83,14 +126,37 @@ pub fn line(text: &str) -> String {
     cut(&text, LINE)
 }
 
-/// At most `length` characters, the last an ellipsis where some were left out.
-pub fn cut(text: &str, length: usize) -> String {
-    if text.chars().count() <= length {
+/// Columns of a terminal that a text takes: a Chinese character takes two, an accent that is added to a letter none.
+fn width_of(text: &str) -> usize {
+    text.chars().filter_map(UnicodeWidthChar::width).sum()
+}
+
+/// At most `width` columns, the last an ellipsis where some were left out.
+pub fn cut(text: &str, width: usize) -> String {
+    if width_of(text) <= width {
         return text.to_owned();
     }
-    let mut text: String = text.chars().take(length.saturating_sub(1)).collect();
+    let mut left = width.saturating_sub(1);
+    let fits = |c: &char| match left.checked_sub(c.width().unwrap_or(0)) {
+        Some(rest) => {
+            left = rest;
+            true
+        }
+        None => false,
+    };
+    let mut text: String = text.chars().take_while(fits).collect();
     text.push('…');
     text
+}
+
+/// With as many spaces after it as it needs to take `width` columns.
+pub fn padded(text: &str, width: usize) -> String {
+    format!("{text}{}", " ".repeat(width.saturating_sub(width_of(text))))
+}
+
+/// The width of the widest text.
+pub fn widest<'a>(texts: impl Iterator<Item = &'a str>) -> usize {
+    texts.map(width_of).max().unwrap_or(0)
 }
 
 /// A cell of a table. Its colour is for those who see it alone.
@@ -104,22 +170,18 @@ impl Cell {
     pub fn plain(text: impl Into<String>) -> Self {
         Self { text: text.into(), colour: None }
     }
-
-    fn length(&self) -> usize {
-        self.text.chars().count()
-    }
 }
 
-/// Characters that each column takes.
+/// Width of each column.
 pub fn widths(headings: &[&str], rows: &[Vec<Cell>]) -> Vec<usize> {
     let of = |(index, heading): (usize, &&str)| {
-        let cells = rows.iter().filter_map(|row| row.get(index)).map(Cell::length);
-        cells.max().unwrap_or(0).max(heading.chars().count())
+        let cells = rows.iter().filter_map(|row| row.get(index)).map(|cell| cell.text.as_str());
+        widest(cells.chain([*heading]))
     };
     headings.iter().enumerate().map(of).collect()
 }
 
-/// Characters before the last of the columns.
+/// Width of what is before the last of the columns.
 pub fn indent(widths: &[usize]) -> usize {
     widths.split_last().map_or(0, |(_, before)| before.iter().map(|width| width + GAP.len()).sum())
 }
@@ -137,9 +199,10 @@ pub fn table(headings: &[&str], rows: &[Vec<Cell>], width: Option<usize>) -> Str
                 Some(last) if is_last => cut(&cell.text, last),
                 _ => cell.text.clone(),
             };
-            let padding = if is_last { 0 } else { width.saturating_sub(cell.length()) + GAP.len() };
             line.push_str(&cell.colour.map_or_else(|| shown.clone(), |colour| colour.paint(&shown)));
-            line.push_str(&" ".repeat(padding));
+            if !is_last {
+                line.push_str(&padded("", width.saturating_sub(width_of(&cell.text)) + GAP.len()));
+            }
         }
         text.push_str(line.trim_end());
         text.push('\n');
@@ -189,6 +252,31 @@ mod tests {
         // a colour takes no room
         rows[0][0] = red;
         assert!(table(&columns, &rows, None).contains("\n\x1b[1;31ma\x1b[0m       xxx"));
+    }
+
+    #[test]
+    fn wide_characters_take_two_columns() {
+        let rows = [
+            vec![Cell::plain("映像"), Cell::plain("日本語の理由がここに")],
+            vec![Cell::plain("e\u{301}te\u{301}"), Cell::plain("x")],
+        ];
+        assert_eq!(
+            table(&["ID", "REASON"], &rows, Some(20)),
+            "ID    REASON\n映像  日本語の理由…\ne\u{301}te\u{301}   x\n"
+        );
+        assert_eq!(cut("日本語", 4), "日…");
+        assert_eq!(cut("日本語", 6), "日本語");
+        assert_eq!(padded("日", 3), "日 ");
+    }
+
+    #[test]
+    fn a_text_is_replaced_and_fits_into_the_terminal() {
+        assert_eq!(frame("a\nb\n", 3), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+        assert_eq!(frame("a\nb\nc\n", 3), "\x1b[Ha\x1b[K\n… 2 more lines\x1b[K\n\x1b[J");
+        let mut screen = Screen { is_new: true };
+        assert!(screen.replace("a\n").starts_with("\x1b[2J\x1b[Ha") && screen.replace("a\n").starts_with("\x1b[Ha"));
+        // this one empties what can be scrolled to
+        assert!(!frame("a\n", 3).contains("\x1b[3J"));
     }
 
     #[test]

@@ -217,7 +217,6 @@ impl RequestProgress {
             (Some(status), _) if self.message.is_empty() => status.to_owned(),
             (Some(status), _) => format!("{status}: {}", self.message),
             (None, Some("active")) if self.copying => "active; the copy goes on in the background".to_owned(),
-            // taken off before the location is registered, or not yet there
             (None, Some("queued")) => "queued".to_owned(),
             (None, other) => other.unwrap_or("deleted").to_owned(),
         }
@@ -229,6 +228,8 @@ struct Display {
     bar: Option<ProgressBar>,
     last: String,
     percent: u64,
+    /// The record has had a status.
+    was_at_work: bool,
 }
 
 impl Display {
@@ -241,13 +242,18 @@ impl Display {
             bar.enable_steady_tick(Duration::from_millis(500));
             bar
         });
-        Self { bar, last: String::new(), percent: 0 }
+        Self { bar, last: String::new(), percent: 0, was_at_work: false }
     }
 
     fn show(&mut self, seen: &RequestProgress, quiet: bool) {
         // the properties are taken off before the end: the bar does not fall back
         self.percent = self.percent.max(seen.percent);
-        let mut line = seen.line();
+        self.was_at_work |= seen.status.is_some();
+        let mut line = match seen.image_status.as_deref() {
+            // they are taken off right before the location is registered
+            Some("queued") if self.was_at_work && seen.status.is_none() => "the image is being registered".to_owned(),
+            _ => seen.line(),
+        };
         if quiet {
             line.push_str(": no daemon has taken the request up yet");
         }
@@ -257,7 +263,7 @@ impl Display {
                 bar.set_message(line);
             }
             None => {
-                let line = if seen.status.is_some() { format!("{:>3} % {line}", self.percent) } else { line };
+                let line = if self.was_at_work { format!("{:>3} % {line}", self.percent) } else { line };
                 if line != self.last {
                     output::eprint_line(&line);
                     self.last = line;

@@ -7,9 +7,10 @@ use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::output::Colour;
 use super::setup::{connect_store, image_id, no_such_job};
 use super::{Failure, output};
-use crate::job::record::{Publish, Record, Stage};
+use crate::job::record::{Publish, Record, Stage, State};
 use crate::job::signal::Signal;
 use crate::job::store::Stored;
 
@@ -26,7 +27,10 @@ pub struct Args {
 pub async fn show(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     let store = connect_store(config).await?;
     let stored = store.load(args.image).await?.ok_or_else(|| no_such_job(args.image))?;
-    let text = if args.json { output::json(&document(&stored.record))? } else { describe(&stored, Timestamp::now()) };
+    let text = match args.json {
+        true => output::json(&document(&stored.record))?,
+        false => describe(&stored, Timestamp::now(), output::colours()),
+    };
     output::print(&text).map(|_| ExitCode::SUCCESS)
 }
 
@@ -56,11 +60,26 @@ fn stage(stage: &Stage) -> Value {
     json!({ "name": stage.name, "started_at": stage.started_at, "seconds": stage.seconds })
 }
 
-fn state(stored: &Stored) -> String {
-    match stored.record.state {
-        state if stored.is_to_be_cancelled() => format!("{state}, to be cancelled"),
-        state if stored.signals.has(Signal::Retry) => format!("{state}, to be retried"),
-        state => state.to_string(),
+/// How a state is shown on a terminal: an end catches the eye.
+pub fn state_colour(state: State) -> Option<Colour> {
+    match state {
+        State::Done => Some(Colour::Green),
+        State::Declined | State::Cancelled => Some(Colour::Yellow),
+        State::Failed => Some(Colour::Red),
+        State::Accepted | State::Copying | State::Publishing | State::Detaching => None,
+    }
+}
+
+fn state(stored: &Stored, colours: bool) -> String {
+    let name = stored.record.state.as_str();
+    let state = match state_colour(stored.record.state).filter(|_| colours) {
+        Some(colour) => colour.paint(name),
+        None => name.to_owned(),
+    };
+    match stored {
+        stored if stored.is_to_be_cancelled() => format!("{state}, to be cancelled"),
+        stored if stored.signals.has(Signal::Retry) => format!("{state}, to be retried"),
+        _ => state,
     }
 }
 
@@ -83,7 +102,7 @@ fn describe(stored: &Stored, now: Timestamp) -> String {
         ("source", record.source.map(|source| source.to_string()).unwrap_or_else(|| "not understood".to_owned())),
         ("trigger", record.trigger.as_str().to_owned()),
         ("project", line(&record.project_id)),
-        ("state", state(stored)),
+        ("state", state(stored, colours)),
         ("reason", line(&record.reason)),
         ("progress", progress),
         ("method", record.method.map(|method| method.as_str().to_owned()).unwrap_or_default()),
@@ -182,7 +201,8 @@ mod tests {
     fn the_text_shows_the_fields_that_have_a_value() {
         let mut stored = Stored { record: job(), signals: Signals::default(), version: Version(1) };
         stored.record.not_before = Some(Timestamp::from_second(1_000_150).unwrap());
-        let text = describe(&stored, Timestamp::from_second(1_000_030).unwrap());
+        let now = Timestamp::from_second(1_000_030).unwrap();
+        let text = describe(&stored, now, true);
         for part in [
             "source        snapshot 11111111-2222-4333-8444-555555555555\n",
             "progress      50 %, 2.00 GiB of 4.00 GiB\n",
@@ -194,4 +214,7 @@ mod tests {
         }
         assert!(!text.contains("ended") && !text.contains("reason"), "{text}");
     }
+        stored.record.state = State::Failed;
+        assert!(describe(&stored, now, true).contains("\nstate         \x1b[1;31mfailed\x1b[0m\n"));
+        assert!(describe(&stored, now, false).contains("\nstate         failed\n"));
 }

@@ -106,12 +106,12 @@ pub fn table(rows: &[CheckResult], colours: bool) -> String {
 /// A line a check, and one more for its remedy. Lines are not broken: commands are copied from them.
 pub fn lines(rows: &[CheckResult], colours: bool) -> String {
     const VERDICT: usize = 7;
-    let name = rows.iter().map(|row| row.check.chars().count()).max().unwrap_or(0);
+    let name = output::widest(rows.iter().map(|row| row.check.as_str()));
     let mut text = String::new();
     for row in rows {
         let verdict = format!("{:VERDICT$}", row.verdict.as_str());
         let verdict = if colours { row.verdict.colour().paint(&verdict) } else { verdict };
-        text.push_str(format!("{:name$}  {verdict}  {}", row.check, row.detail).trim_end());
+        text.push_str(format!("{}  {verdict}  {}", output::padded(&row.check, name), row.detail).trim_end());
         text.push('\n');
         if let Some(remedy) = &row.remedy {
             text.push_str(&format!("{:name$}  {:VERDICT$}  → {remedy}\n", "", ""));
@@ -136,6 +136,12 @@ mod tests {
     }
 
     #[test]
+    #[test]
+    fn names_of_wide_characters_are_aligned() {
+        let rows = [CheckResult::ok("RabbitMQ exchange 雲", "there"), CheckResult::ok("RabbitMQ exchange a", "there")];
+        assert_eq!(lines(&rows, false), "RabbitMQ exchange 雲  ok       there\nRabbitMQ exchange a   ok       there\n");
+    }
+
     fn json_has_the_four_fields() {
         assert_eq!(
             serde_json::to_value(CheckResult::ok("Nova", "answers")).unwrap(),
