@@ -3,6 +3,10 @@
 
 #[path = "common/env.rs"]
 mod env;
+#[path = "common/python.rs"]
+mod python;
+#[path = "common/schemas.rs"]
+mod schemas;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -101,7 +105,11 @@ impl Setup {
     }
 
     fn run(&self, arguments: &[&str]) -> Ran {
-        Ran::of(self.command(arguments).output().unwrap())
+        let ran = Ran::of(self.command(arguments).output().unwrap());
+        if !ran.out.is_empty() {
+            schemas::validate_output(arguments, &ran.out);
+        }
+        ran
     }
 
     async fn objects(&self) -> Arc<dyn Objects> {
@@ -752,6 +760,123 @@ fn jobs_and_show_print_what_is_stored() {
     setup.run(&["retry", &broken.to_string()]).failed(DATA, "not a job record");
 }
 
+/// The same document, once without each of its fields, once with each of them of another type, and with a field more
+/// in each of its objects.
+fn changed(document: &Value) -> Vec<Value> {
+    let mut pointers = vec![String::new()];
+    let mut seen = 0;
+    while let Some(at) = pointers.get(seen).cloned() {
+        seen += 1;
+        match document.pointer(&at).unwrap() {
+            Value::Object(fields) => pointers.extend(fields.keys().map(|name| format!("{at}/{name}"))),
+            Value::Array(items) => pointers.extend((0..items.len()).map(|index| format!("{at}/{index}"))),
+            _ => {}
+        }
+    }
+    let mut all = Vec::new();
+    for at in &pointers {
+        let with = |change: &dyn Fn(&mut Value)| {
+            let mut document = document.clone();
+            change(document.pointer_mut(at).unwrap());
+            document
+        };
+        all.push(with(&|value| *value = json!({"other": [1.5]})));
+        for name in document.pointer(at).unwrap().as_object().into_iter().flat_map(|fields| fields.keys()) {
+            all.push(with(&|value| drop(value.as_object_mut().unwrap().remove(name))));
+        }
+        if document.pointer(at).unwrap().is_object() {
+            all.push(with(&|value| value["other"] = Value::Null));
+        }
+    }
+    all
+}
+
+#[test]
+fn the_schemas_take_what_is_printed_and_nothing_else() {
+    let setup = Setup::new();
+    let (job, unreadable) = block_on(async {
+        let store = setup.store().await;
+        let stage = Stage { name: "transfer".into(), started_at: Timestamp::now(), seconds: None };
+        let job = put(&store, |record| record.stages = vec![stage]).await;
+        let unreadable = Uuid::new_v4();
+        store.objects().create(&Store::object(unreadable), b"not a record").await.unwrap();
+        (job, unreadable)
+    });
+    let shown = setup.run(&["show", &job.image_id.to_string(), "--json"]).json();
+    let listed = setup.run(&["jobs", "--all", "--json"]).json();
+    assert_eq!((&listed[0], &listed[1]["image_id"]), (&shown, &json!(unreadable.to_string())));
+    let checks = json!([
+        {"check": "Nova", "result": "ok", "detail": "", "remedy": null},
+        {"check": "Nova", "result": "warning", "detail": "is old", "remedy": "renew it"},
+    ]);
+    let source = json!({"kind": "volume", "id": unreadable});
+    let forecast = json!({"source": source, "outcome": "taken", "reason": null, "checks": checks});
+    for (schema, document) in
+        [("job.json", &shown), ("jobs.json", &listed), ("check.json", &checks), ("dry-run.json", &forecast)]
+    {
+        assert_eq!(schemas::objections(schema, std::slice::from_ref(document)), [Vec::<String>::new()], "{document:#}");
+        let changed = changed(document);
+        assert!(changed.len() > 10);
+        for (document, objections) in changed.iter().zip(schemas::objections(schema, &changed)) {
+            assert!(!objections.is_empty(), "{schema} takes this too: {document:#}");
+        }
+    }
+
+    let refused = |schema: &str, document: &Value, changes: &[(&str, Value)]| {
+        let with = |(pointer, value): &(&str, Value)| {
+            let mut document = document.clone();
+            *document.pointer_mut(pointer).unwrap() = value.clone();
+            document
+        };
+        let changed: Vec<Value> = changes.iter().map(with).collect();
+        for (change, objections) in changes.iter().zip(schemas::objections(schema, &changed)) {
+            assert!(!objections.is_empty(), "{schema} takes this too: {change:?}");
+        }
+    };
+    let changes = [
+        ("/state", json!("other")),
+        ("/state", json!("unreadable")),
+        ("/state", json!("done")),
+        ("/ended_at", shown["created_at"].clone()),
+        ("/created_at", json!("2026-01-01 00:00:00")),
+        ("/created_at", json!("2026-01-01T00:00:00+01:00")),
+        ("/image_id", json!("1234")),
+        ("/progress", json!(101)),
+        ("/progress", json!(-1)),
+        ("/bytes_done", json!(0.5)),
+        ("/owner", json!("ctl1")),
+        ("/stages/0/name", json!("other")),
+        ("/stages/0/seconds", json!(-0.5)),
+        ("/source/kind", json!("image")),
+    ];
+    refused("job.json", &shown, &changes);
+    let mut declined = shown.clone();
+    (declined["state"], declined["ended_at"]) = (json!("declined"), shown["created_at"].clone());
+    declined["reason"] = json!("there is no volume");
+    assert_eq!(schemas::objections("job.json", std::slice::from_ref(&declined)), [Vec::<String>::new()]);
+    refused("job.json", &declined, &[("/reason", Value::Null), ("/ended_at", Value::Null)]);
+    let changes =
+        [("/0/remedy", json!("renew it")), ("/1/remedy", Value::Null), ("/1/detail", json!("")), ("", json!([]))];
+    refused("check.json", &checks, &changes);
+    refused("dry-run.json", &forecast, &[("/reason", json!("no")), ("/outcome", json!("declined"))]);
+}
+
+/// Each example under a heading of the reference is by the schema that is linked there.
+#[test]
+fn the_examples_in_the_reference_are_by_the_schemas() {
+    let reference = include_str!("../docs/reference/json.md");
+    let mut seen = Vec::new();
+    for section in reference.split("\n## ").skip(1) {
+        let Some((_, example)) = section.split_once("```json\n") else { continue };
+        let (_, schema) = section.split_once("](schemas/").unwrap();
+        let schema = schema.split(')').next().unwrap();
+        let example: Value = serde_json::from_str(example.split_once("\n```").unwrap().0).unwrap();
+        assert_eq!(schemas::objections(schema, &[example]), [Vec::<String>::new()], "{schema}");
+        seen.push(schema);
+    }
+    assert_eq!(seen, ["job.json", "jobs.json", "check.json", "dry-run.json"]);
+}
+
 /// What a terminal of this size gets from a command.
 fn on_a_terminal(setup: &Setup, (columns, rows): (u16, u16), environment: &[(&str, &str)], command: &str) -> String {
     let program = env!("CARGO_BIN_EXE_rbd-offload");
@@ -975,7 +1100,9 @@ fn a_dry_run_judges_the_source_and_creates_nothing() {
     }
     let dry_run = |id: &str, more: &[&str]| {
         let arguments = ["--dry-run", "--name", &name, "--volume", id];
-        Ran::of(request(&arguments).args(more).output().unwrap())
+        let ran = Ran::of(request(&arguments).args(more).output().unwrap());
+        schemas::validate_output(&[&["request"][..], more].concat(), &ran.out);
+        ran
     };
 
     let taken = dry_run(volume, &["--json"]).json();

@@ -20,8 +20,9 @@ const NOT_VISIBLE: &str = "not visible to a tenant";
 
 /// What is known by now of how a request would end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "lowercase")]
-enum ForecastOutcome {
+pub(super) enum ForecastOutcome {
     /// Nothing that a tenant can see speaks against it.
     Taken,
     /// It depends on the daemon's configuration.
@@ -235,6 +236,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::cli::schemas;
 
     const SOURCE: Source = Source::Volume(Uuid::nil());
 
@@ -304,8 +306,8 @@ mod tests {
     #[test]
     fn the_document_has_the_promised_names_and_no_others() {
         let document = serde_json::to_value(of(&volume(json!({})))).unwrap();
-        let names: Vec<&String> = document.as_object().unwrap().keys().collect();
-        assert_eq!(names, ["checks", "outcome", "reason", "source"]);
+        assert_eq!(schemas::names_in(&document), ["checks", "outcome", "reason", "source"]);
+        assert_eq!(schemas::names_of(&schemas::dry_run()), ["checks", "outcome", "reason", "source"]);
         assert_eq!(document["outcome"], "taken");
     }
 }

@@ -14,6 +14,8 @@ mod replay;
 mod request;
 mod retry;
 mod run;
+#[cfg(test)]
+mod schemas;
 mod setup;
 mod show;
 

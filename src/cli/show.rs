@@ -34,7 +34,8 @@ pub async fn show(config: &Path, args: Args) -> Result<ExitCode, Failure> {
     output::print(&text).map(|_| ExitCode::SUCCESS)
 }
 
-/// A job as other programs read it. The names are a promise; the record's own other fields are not shown.
+/// A job as other programs read it. The names are a promise (`docs/reference/schemas/job.json`); the record's own other
+/// fields are not shown.
 pub fn document(record: &Record) -> Value {
     json!({
         "image_id": record.image_id,
@@ -84,7 +85,7 @@ fn state(stored: &Stored, colours: bool) -> String {
 }
 
 /// Empty lines are left out.
-fn describe(stored: &Stored, now: Timestamp) -> String {
+fn describe(stored: &Stored, now: Timestamp, colours: bool) -> String {
     let record = &stored.record;
     let time = |at: Timestamp| {
         let seconds = at.round(Unit::Second).unwrap_or(at);
@@ -131,7 +132,7 @@ fn describe(stored: &Stored, now: Timestamp) -> String {
 mod tests {
     use super::*;
     use crate::ceph::Version;
-    use crate::job::record::State;
+    use crate::cli::schemas;
     use crate::job::signal::Signals;
     use crate::request::{Source, Trigger};
     use crate::transfer::Method;
@@ -155,8 +156,7 @@ mod tests {
     #[test]
     fn the_document_has_the_promised_names_and_no_others() {
         let document = document(&job());
-        let mut names: Vec<&str> = document.as_object().unwrap().keys().map(String::as_str).collect();
-        names.sort_unstable();
+        let names = schemas::names_in(&document);
         assert_eq!(
             names,
             [
@@ -178,9 +178,10 @@ mod tests {
                 "updated_at"
             ]
         );
-        let reference = include_str!("../../docs/reference/commands.md");
-        let (_, documented) = reference.split_once("### A job\n").unwrap();
-        let (documented, _) = documented.split_once("\n### ").unwrap();
+        assert_eq!(schemas::names_of(&schemas::job()), names);
+        let reference = include_str!("../../docs/reference/json.md");
+        let (_, documented) = reference.split_once("## A job\n").unwrap();
+        let (documented, _) = documented.split_once("\n## ").unwrap();
         for name in names {
             assert!(documented.contains(&format!("`{name}`")), "{name} is not in the reference");
         }
@@ -213,8 +214,8 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         assert!(!text.contains("ended") && !text.contains("reason"), "{text}");
-    }
         stored.record.state = State::Failed;
         assert!(describe(&stored, now, true).contains("\nstate         \x1b[1;31mfailed\x1b[0m\n"));
         assert!(describe(&stored, now, false).contains("\nstate         failed\n"));
+    }
 }

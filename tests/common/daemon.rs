@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::cloud::PATIENCE;
-use super::{disk, lab, pause, run, seconds, unique, until};
+use super::{disk, lab, pause, run, schemas, seconds, unique, until};
 
 /// The program under test.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rbd-offload");
@@ -297,11 +297,17 @@ impl Daemon {
         self.await_log(&["stage over", image, &format!("job_stage=\"{stage}\"")], PATIENCE).await;
     }
 
-    /// Runs a command with the daemon's configuration; what it said, which must be a success.
+    /// Runs a command with the daemon's configuration; what it said. It must be a success, and JSON by its schema.
     pub async fn command(&self, arguments: &[&str]) -> String {
         let (well, said) = run(command(&self.dir.join("rbd-offload.conf")).args(arguments)).await;
         assert!(well, "rbd-offload {arguments:?}: {said}");
+        tokio::task::block_in_place(|| schemas::validate_output(arguments, &said));
         said
+    }
+
+    /// Whatever became of its jobs, programs can read them.
+    pub async fn jobs_are_readable(&self) {
+        self.command(&["jobs", "--all", "--json"]).await;
     }
 
     /// Starts a command; its output is discarded.
@@ -346,6 +352,7 @@ impl Daemon {
             (!states.values().any(alive)).then_some(())
         })
         .await;
+        self.jobs_are_readable().await;
     }
 
     /// The record ends a moment before the lease is given back. The reconciler's own comes and goes.

@@ -135,6 +135,7 @@ impl Drop for LabLease {
 async fn close(daemon: Option<Arc<Daemon>>) {
     let leases = match &daemon {
         Some(daemon) => {
+            daemon.jobs_are_readable().await;
             daemon.stop();
             disk::leases(&daemon.namespace).await
         }

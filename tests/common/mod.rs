@@ -11,6 +11,7 @@ pub mod inventory;
 pub mod lab_lease;
 pub mod published;
 pub mod python;
+pub mod schemas;
 pub mod tcp_proxy;
 
 use std::path::PathBuf;

@@ -1,7 +1,9 @@
-//! Python with Debian's own bindings of Ceph, so that what the daemon made is judged by other code than the daemon's.
+//! Python with Debian's own bindings of Ceph, or with what the lab's services need, so that what the daemon made is
+//! judged by other code than the daemon's.
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
@@ -10,6 +12,8 @@ use serde_json::Value;
 /// A script that begins with `serve.py` and defines `run(request)`. Its processes are kept for the next request.
 pub struct Script {
     text: &'static str,
+    /// In the Python environment of the lab's services.
+    in_lab: bool,
     idle: Mutex<Vec<Server>>,
 }
 
@@ -22,12 +26,18 @@ struct Server {
 
 impl Script {
     pub const fn new(text: &'static str) -> Self {
-        Self { text, idle: Mutex::new(Vec::new()) }
+        Self { text, in_lab: false, idle: Mutex::new(Vec::new()) }
+    }
+
+    /// One that imports what the lab's services need.
+    pub const fn in_lab(text: &'static str) -> Self {
+        Self { text, in_lab: true, idle: Mutex::new(Vec::new()) }
     }
 
     /// A command that runs the script, and then `code`, as the administrator of the lab in this folder.
     pub fn command(&self, lab: &Path, code: &str) -> Command {
-        let mut command = Command::new("/usr/bin/python3");
+        let python = if self.in_lab { lab.join("venv/bin/python") } else { PathBuf::from("/usr/bin/python3") };
+        let mut command = Command::new(python);
         command.args(["-c", &format!("{}\n{code}", self.text)]);
         command.args([lab.join("ceph/ceph.conf"), lab.join("ceph/client.admin.keyring")]);
         command

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::cli::output::{self, Colour};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     Ok,
@@ -136,12 +137,12 @@ mod tests {
     }
 
     #[test]
-    #[test]
     fn names_of_wide_characters_are_aligned() {
         let rows = [CheckResult::ok("RabbitMQ exchange 雲", "there"), CheckResult::ok("RabbitMQ exchange a", "there")];
         assert_eq!(lines(&rows, false), "RabbitMQ exchange 雲  ok       there\nRabbitMQ exchange a   ok       there\n");
     }
 
+    #[test]
     fn json_has_the_four_fields() {
         assert_eq!(
             serde_json::to_value(CheckResult::ok("Nova", "answers")).unwrap(),

@@ -194,6 +194,8 @@ pub(super) fn step(name: StepName) -> Option<&'static dyn Step> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     /// What a list must be like, whatever its order.
@@ -214,6 +216,24 @@ mod tests {
             assert!(!names[release..].iter().any(holds) && !names[..release].iter().any(needs));
         }
     }
+
+    /// What `show --json` can have as the name of a stage.
+    #[test]
+    fn the_schema_of_a_job_lists_every_stage() {
+        let steps = WHEN_COPIED.iter().chain(AT_ONCE).filter_map(|name| step(*name));
+        let mut stages: BTreeSet<String> = steps.map(|step| step.name().to_owned()).collect();
+        // those that are no steps
+        for (_, text) in crate::telemetry::sources::all() {
+            let others = text.split(".stage(\"").skip(1).filter_map(|rest| rest.split('"').next());
+            stages.extend(others.map(str::to_owned));
+        }
+        let schema = include_str!("../../../docs/reference/schemas/job.json");
+        let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+        let listed = schema.pointer("/$defs/stage/properties/name/enum").and_then(|names| names.as_array()).unwrap();
+        let listed: BTreeSet<String> = listed.iter().map(|name| name.as_str().unwrap().to_owned()).collect();
+        assert_eq!(listed, stages);
+    }
+
     /// An active image cannot be undone. The snapshot and the anchor must stay until the image has no parent.
     #[test]
     fn at_once_nothing_is_made_behind_the_active_image_and_the_source_is_held_to_the_end() {
