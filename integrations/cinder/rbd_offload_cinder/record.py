@@ -25,6 +25,8 @@ class ImageRecord(glance_record.ImageRecord):
 
     def _own_login(self):
         login = None
-        if getattr(cfg.CONF.glance, 'auth_type', None):
+        # Cinder before 27 (2025.2) has no such section
+        section = getattr(cfg.CONF, 'glance', None)
+        if getattr(section, 'auth_type', None):
             login = loading.load_auth_from_conf_options(cfg.CONF, 'glance')
         return login or service_auth.get_service_auth_plugin()
