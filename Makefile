@@ -8,7 +8,7 @@ LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
 .PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-long test-packages test-container \
-	test-nova test-modern bench lint clean
+	test-nova test-modern test-versions bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -83,6 +83,10 @@ test-nova:
 test-modern:
 	tests/modern trixie
 	tests/modern forky
+
+# the integrations, and the daemon's calls on Glance, in the OpenStack releases 2024.1 to 2026.2; installs them from PyPI
+test-versions:
+	integrations/test-versions
 
 bench:
 	benches/run
