@@ -744,6 +744,24 @@ async fn sigterm_ends_a_daemon_that_waits_for_a_glance_that_says_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_check_leaves_no_record_where_glance_answers_late() {
+    let _lab = lab_lease::alone().await;
+    let service = Account::service().await;
+    let before = service.image_ids().await;
+    let gate = gate_to_glance().await;
+    let daemon = through(&gate, telling("clone")).start().await;
+    gate.hold_answers();
+    let mut checking = daemon.spawn_command(&["check"]);
+    // check gives its first calls up after 10 s, and Glance has carried them out
+    pause(seconds(12)).await;
+    gate.open();
+    tokio::task::block_in_place(|| checking.wait()).unwrap();
+    pause(seconds(2)).await;
+    assert_eq!(service.image_ids().await, before);
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn cancelling_a_job_while_glance_is_silent_fences_no_daemon() {
     let _lab = lab_lease::alone().await;
     let tenant = Tenant::with_small_volumes(2).await;

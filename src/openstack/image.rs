@@ -316,19 +316,20 @@ impl Session {
     }
 
     /// Whether Glance lets us write this property on image records and remove it again. Tried on a record of our own
-    /// without data, which is deleted again. `None`: we may not create one.
-    pub async fn may_write_property(&self, property: &str) -> Result<Option<bool>> {
-        let id = match self.create_probe_image().await {
+    /// without data, which the caller deletes, also after an error. `None`: we may not create one.
+    pub async fn may_write_property(&self, id: &str, property: &str) -> Result<Option<bool>> {
+        match self.create_probe_image(id).await {
             Err(error) if error.kind() == ErrorKind::Forbidden => return Ok(None),
-            id => id?,
-        };
+            // by an earlier call, whose answer did not come in time
+            Err(error) if error.kind() == ErrorKind::Conflict => {}
+            created => created?,
+        }
         let property = property.to_owned();
         let set = ImageChange::Set { property: property.clone(), value: "1".into() };
-        let mut written = self.patch_image(&id, &[set]).await;
+        let mut written = self.patch_image(id, &[set]).await;
         if written.is_ok() {
-            written = self.patch_image(&id, &[ImageChange::Remove { property }]).await;
+            written = self.patch_image(id, &[ImageChange::Remove { property }]).await;
         }
-        self.delete_probe_image(&id).await?;
         match written {
             Ok(_) => Ok(Some(true)),
             Err(error) if error.kind() == ErrorKind::Forbidden => Ok(Some(false)),
@@ -336,17 +337,18 @@ impl Session {
         }
     }
 
-    /// Creates a record without data in our own project, and returns its id.
-    pub async fn create_probe_image(&self) -> Result<String> {
+    /// Creates a record without data in our own project. The caller chooses its id: it can delete the record also when
+    /// no answer comes. [`ErrorKind::Conflict`]: there is one already.
+    pub async fn create_probe_image(&self, id: &str) -> Result<()> {
         let record = json!({
+            "id": id,
             "name": "rbd-offload check",
             "visibility": "private",
             "disk_format": "raw",
             "container_format": "bare",
         });
-        let request = Request::send(Method::POST, Service::Image, "create an image record", &["images"]);
-        let Named { id } = self.wire.send(request.body(JSON, record)).await?.read()?;
-        Ok(id)
+        let request = Request::send(Method::POST, Service::Image, format!("create image record {id}"), &["images"]);
+        self.wire.send(request.body(JSON, record)).await?.success().map(drop)
     }
 
     /// The data of an image of ours, of at most 16 MiB.
@@ -356,12 +358,12 @@ impl Session {
         self.wire.send(request).await?.into_body()
     }
 
-    /// Deletes an image of ours, which may be gone already. [`ErrorKind::Conflict`]: Glance still uses it.
-    pub async fn delete_probe_image(&self, id: &str) -> Result<()> {
+    /// Deletes an image of ours. False: there is none. [`ErrorKind::Conflict`]: Glance still uses it.
+    pub async fn delete_probe_image(&self, id: &str) -> Result<bool> {
         let path = ["images", id];
         let request = Request::send(Method::DELETE, Service::Image, format!("delete image {id}"), &path);
         let answer = self.wire.send(request).await?;
-        if answer.status == StatusCode::NOT_FOUND { Ok(()) } else { answer.success().map(drop) }
+        if answer.status == StatusCode::NOT_FOUND { Ok(false) } else { answer.success().map(|_| true) }
     }
 
     /// Whether Glance answers us: the cheapest call that takes a token.

@@ -11,6 +11,8 @@ enum State {
     Shut,
     /// Connections stay and new ones are accepted, and nothing passes.
     Frozen,
+    /// Requests pass, and answers do not.
+    Mute,
 }
 
 pub struct TcpProxy {
@@ -34,8 +36,8 @@ impl TcpProxy {
                     let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
                     let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
                     tokio::select! {
-                        () = pass(near_read, far_write, state.clone()) => {}
-                        () = pass(far_read, near_write, state.clone()) => {}
+                        () = pass(near_read, far_write, state.clone(), &[State::Frozen]) => {}
+                        () = pass(far_read, near_write, state.clone(), &[State::Frozen, State::Mute]) => {}
                         _ = state.wait_for(|state| *state == State::Shut) => {}
                     }
                 });
@@ -52,20 +54,25 @@ impl TcpProxy {
         self.state.send_replace(State::Frozen);
     }
 
+    pub fn hold_answers(&self) {
+        self.state.send_replace(State::Mute);
+    }
+
     pub fn open(&self) {
         self.state.send_replace(State::Open);
     }
 }
 
-/// Hands on what comes, while the gate is not frozen, until the connection ends.
+/// Hands on what comes, but in these states, until the connection ends.
 async fn pass(
     mut from: impl AsyncReadExt + Unpin + Send,
     mut to: impl AsyncWriteExt + Unpin + Send,
     mut state: watch::Receiver<State>,
+    held_in: &[State],
 ) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
-        let open = state.wait_for(|state| *state != State::Frozen).await.is_ok();
+        let open = state.wait_for(|state| !held_in.contains(state)).await.is_ok();
         if !open || to.write_all(&buffer[..length]).await.is_err() {
             return;
         }

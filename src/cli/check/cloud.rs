@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::time::{Instant, sleep, timeout};
+use uuid::Uuid;
 
-use super::report::CheckResult;
-use super::within;
+use super::report::{CheckResult, Verdict};
+use super::{LIMIT, PAUSE, within};
 use crate::config::{Config, Credentials, Keystone, Register};
 use crate::openstack::{self, Cloud, ErrorKind, Session};
 
@@ -238,8 +240,9 @@ fn judge_location_api(name: &str, register: Register, there: bool) -> CheckResul
 /// Whether property protections leave tenants without the status of their requests.
 async fn status(session: &Session) -> CheckResult {
     const NAME: &str = "Glance status";
-    within(NAME, "see whether Glance runs, and its log", async || {
-        match session.may_write_property("rbd_offload_status").await {
+    let id = Uuid::new_v4().to_string();
+    let row = within(NAME, "see whether Glance runs, and its log", async || {
+        match session.may_write_property(&id, "rbd_offload_status").await {
             Ok(Some(true)) => CheckResult::ok(NAME, "can be written on image records"),
             Ok(Some(false)) => CheckResult::warning(
                 NAME,
@@ -251,7 +254,32 @@ async fn status(session: &Session) -> CheckResult {
             Err(error) => failed(NAME, "Glance", &error),
         }
     })
-    .await
+    .await;
+    // a request whose answer did not come may still be carried out
+    let may_come_late = row.verdict == Verdict::Fault;
+    match timeout(LIMIT, delete_record(session, &id, may_come_late)).await {
+        Ok(Ok(())) => row,
+        left => {
+            let why = left.map_or_else(
+                |_| format!("no answer within {} s", LIMIT.as_secs()),
+                |left| left.err().map_or_else(String::new, |error| error.to_string()),
+            );
+            CheckResult::fault(
+                NAME,
+                format!("{}; and the record that it was tried on was not deleted: {why}", row.detail),
+                format!("if there is one, delete it: `openstack image delete {id}`"),
+            )
+        }
+    }
+}
+
+/// Deletes a record that a check has created or may have. `may_come_late`: one that is not there yet is waited for.
+async fn delete_record(session: &Session, id: &str, may_come_late: bool) -> openstack::Result<()> {
+    let begun = Instant::now();
+    while !session.delete_probe_image(id).await? && may_come_late && begun.elapsed() + PAUSE < LIMIT {
+        sleep(PAUSE).await;
+    }
+    Ok(())
 }
 
 /// The stores of Glance, which are compared with Ceph's fsid later. A row only if Glance did not answer.

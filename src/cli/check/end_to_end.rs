@@ -176,12 +176,12 @@ async fn probe(
 ) -> CheckResult {
     let name = route.name();
     let source = ImageSpec::named(route.source_pool, ceph::end_to_end_name());
-    let id = match session.create_probe_image().await {
-        Ok(id) => id,
-        Err(error) => {
-            return CheckResult::fault(name, error.to_string(), "let the daemon's user create images in Glance");
-        }
-    };
+    let id = Uuid::new_v4().to_string();
+    if let Err(error) = session.create_probe_image(&id).await {
+        // Glance may have created it all the same
+        let _ = timeout(LIMIT, session.delete_probe_image(&id)).await;
+        return CheckResult::fault(name, error.to_string(), "let the daemon's user create images in Glance");
+    }
     let image = ImageSpec::named(route.dest_pool, id.clone());
     let begun = Instant::now();
     let made = tokio::select! {
@@ -319,7 +319,7 @@ async fn remove(
     loop {
         match session.delete_probe_image(id).await {
             Err(error) if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Unavailable) => sleep(PAUSE).await,
-            deleted => break deleted?,
+            deleted => break deleted.map(drop)?,
         }
     }
     client.remove_image(image).await?;
