@@ -52,9 +52,14 @@ pub(super) async fn serve(reply: impl Fn(&str) -> Reply + Send + Sync + 'static)
 }
 
 pub(super) fn token(base: &str, name: &str) -> Reply {
+    token_of(base, name, &["admin"])
+}
+
+pub(super) fn token_of(base: &str, name: &str, roles: &[&str]) -> Reply {
+    let roles: Vec<_> = roles.iter().map(|role| json!({"id": role, "name": role})).collect();
     let body = json!({"token": {
         "expires_at": "2999-01-01T00:00:00.000000Z", "user": {"id": "u", "name": "u"},
-        "project": {"id": "p", "name": "p"}, "roles": [{"id": "r", "name": "admin"}],
+        "project": {"id": "p", "name": "p"}, "roles": roles,
         "catalog": [
             {"type": "image", "name": "glance", "endpoints":
                 [{"id": "e", "interface": "internal", "region": "R", "url": format!("{base}/image")}]},

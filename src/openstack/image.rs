@@ -102,8 +102,9 @@ impl Session {
             body["validation_data"] = validation_data(validation);
         }
         let path = ["images", id, "locations"];
-        let request =
-            Request::send(Method::POST, Service::Image, format!("add location to image {id}"), &path).body(JSON, body);
+        let request = Request::send(Method::POST, Service::Image, format!("add location to image {id}"), &path)
+            .body(JSON, body)
+            .with_service_token();
         let answer = self.wire.send(request).await?;
         match answer.status {
             StatusCode::CONFLICT => Ok(Some(LocationAnswer::Conflict)),
@@ -157,7 +158,7 @@ impl Session {
     pub(super) async fn list_locations(&self, id: &str) -> Result<Option<Vec<String>>> {
         let what = || format!("locations of image {id}");
         let path = ["images", id, "locations"];
-        let answer = self.wire.send(Request::get(Service::Image, what(), &path)).await?;
+        let answer = self.wire.send(Request::get(Service::Image, what(), &path).with_service_token()).await?;
         match answer.status {
             StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
                 let path = ["images", id];
@@ -566,7 +567,7 @@ fn stores(answer: Stores) -> Vec<GlanceStore> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::fake::{base_of, serve, token, wire};
+    use super::super::fake::{base_of, serve, token, token_of, wire};
     use super::super::json::hostile;
     use super::*;
 
@@ -714,6 +715,37 @@ mod tests {
         assert_eq!(stores[0].fsid.as_deref(), Some("f"));
         assert!(stores[0].default && !stores[1].default);
         assert_eq!(stores[1].pool, None);
+    }
+
+    /// The policies of Glance 30 and 31 (`service_api`) look for the role in the service token alone.
+    #[tokio::test]
+    async fn the_location_api_gets_the_token_as_a_services_too() {
+        for (roles, answer) in
+            [(["admin", "service"], Ok(Some(LocationAnswer::Accepted))), (["admin", "member"], Err(()))]
+        {
+            let url = serve(move |head| {
+                let status = |code, body: &str| Some((code, String::new(), body.to_owned()));
+                let as_service = head.contains("x-service-token: t");
+                if head.starts_with("POST /v3/auth/tokens") {
+                    token_of(&base_of(head), "t", &roles)
+                } else if head.contains("/images/1/locations ") {
+                    match (as_service, head.starts_with("POST")) {
+                        (false, _) => status(403, "You are not authorized to complete add_image_location action."),
+                        (true, true) => status(202, ""),
+                        (true, false) => status(200, r#"[{"url": "rbd://f/p/1/snap", "metadata": {}}]"#),
+                    }
+                } else {
+                    assert!(!as_service, "{head}");
+                    status(200, r#"{"id": "1", "status": "queued"}"#)
+                }
+            })
+            .await;
+            let session = Session::new(wire(&url, std::time::Duration::from_secs(5)), Register::Auto);
+            let registered = session.register_location("1", "rbd://f/p/1/snap", None).await;
+            assert_eq!(registered.map_err(|error| assert_eq!(error.kind(), ErrorKind::Forbidden)), answer);
+            let shown = answer.is_ok().then(|| vec!["rbd://f/p/1/snap".to_owned()]);
+            assert_eq!(session.list_locations("1").await.unwrap(), shown);
+        }
     }
 
     /// A Glance before 2024.2: no location API, and one image `1`, which is queued.
