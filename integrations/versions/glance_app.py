@@ -29,6 +29,9 @@ class Identified:
         user, project, roles = TOKENS[token]
         environ.update(HTTP_X_IDENTITY_STATUS='Confirmed', HTTP_X_USER_ID=user, HTTP_X_PROJECT_ID=project,
                        HTTP_X_ROLES=roles)
+        service_token = environ.get('HTTP_X_SERVICE_TOKEN')
+        if service_token in TOKENS:
+            environ['HTTP_X_SERVICE_ROLES'] = TOKENS[service_token][2]
         return self._application(environ, start_response)
 
     @staticmethod

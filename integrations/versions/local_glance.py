@@ -159,12 +159,15 @@ class Glance:
     def renew_tokens(self):
         self._write('ended-tokens', '')
 
-    def call(self, method, path, body=None, token=SERVICE, kind='application/json'):
+    def call(self, method, path, body=None, token=SERVICE, kind='application/json', as_service=False):
+        """`as_service`: with the token as that of a service too."""
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
         connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=PATIENCE)
         try:
             headers = {'X-Auth-Token': token}
+            if as_service:
+                headers['X-Service-Token'] = token
             if body is not None:
                 headers['Content-Type'] = kind
             connection.request(method, path, body, headers)

@@ -48,8 +48,8 @@ class GlanceTest(unittest.TestCase):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         cls.location = 'http://127.0.0.1:%s/disk' % server.server_port
 
-    def call(self, method, path, body=None):
-        return self.glance.call(method, '/v2/' + path, body)
+    def call(self, method, path, body=None, **options):
+        return self.glance.call(method, '/v2/' + path, body, **options)
 
     def image(self):
         return self.glance.create_image(container_format='bare', disk_format='raw')
@@ -72,14 +72,20 @@ class TestCalls(GlanceTest):
     @unittest.skipUnless(HAS_LOCATION_API, 'this Glance has no location API')
     def test_the_location_api_makes_an_image_active(self):
         image = self.image()
-        self.glance.must(202, self.call('POST', 'images/%s/locations' % image, {'url': self.location}))
+        path = 'images/%s/locations' % image
+        self.glance.must(202, self.call('POST', path, {'url': self.location}, as_service=True))
         self.assert_active(image)
         self.assertEqual([self.location], [one['url'] for one in self.glance.must(
-            200, self.call('GET', 'images/%s/locations' % image)).json])
+            200, self.call('GET', path, as_service=True)).json])
         tasks = self.glance.must(200, self.call('GET', 'images/%s/tasks' % image)).json['tasks']
         self.assertEqual(['location_import'], [task['type'] for task in tasks])
-        again = self.call('POST', 'images/%s/locations' % image, {'url': self.location})
-        self.assertEqual(409, again.status)
+        self.assertEqual(409, self.call('POST', path, {'url': self.location}, as_service=True).status)
+
+    @unittest.skipUnless(HAS_LOCATION_API, 'this Glance has no location API')
+    def test_the_role_service_counts_in_the_service_token_alone_with_some(self):
+        path = 'images/%s/locations' % self.image()
+        answer = self.call('POST', path, {'url': self.location})
+        self.assertEqual(403 if RELEASE in (30, 31) else 202, answer.status)
 
     @unittest.skipIf(HAS_LOCATION_API, 'this Glance has the location API')
     def test_a_location_api_that_is_missing_answers_as_for_a_missing_image(self):
