@@ -86,6 +86,7 @@ test-modern:
 
 # the integrations, and the daemon's calls on Glance, in the OpenStack releases 2024.1 to 2026.2; installs them from PyPI
 test-versions:
+	@! command -v apt-get >/dev/null || lab/lib/install-packages python3-venv python3-rados python3-rbd python3-libvirt
 	integrations/test-versions
 
 bench:
