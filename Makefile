@@ -97,7 +97,7 @@ lint: deps
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --lib
 	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
-	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/nova/own-libvirt \
+	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/lib/debian-mirror lab/nova/own-libvirt \
 		tests/run tests/modern tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
 		packaging/container/build packaging/container/healthcheck packaging/container/test lint/words
 	lint/words

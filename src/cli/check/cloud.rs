@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::report::{CheckResult, Verdict};
-use super::{LIMIT, PAUSE, within};
+use super::{LIMIT, NO_ANSWER, PAUSE, within};
 use crate::config::{Config, Credentials, Keystone, Register};
 use crate::openstack::{self, Cloud, ErrorKind, Session};
 
@@ -257,20 +257,16 @@ async fn status(session: &Session) -> CheckResult {
     .await;
     // a request whose answer did not come may still be carried out
     let may_come_late = row.verdict == Verdict::Fault;
-    match timeout(LIMIT, delete_record(session, &id, may_come_late)).await {
-        Ok(Ok(())) => row,
-        left => {
-            let why = left.map_or_else(
-                |_| format!("no answer within {} s", LIMIT.as_secs()),
-                |left| left.err().map_or_else(String::new, |error| error.to_string()),
-            );
-            CheckResult::fault(
-                NAME,
-                format!("{}; and the record that it was tried on was not deleted: {why}", row.detail),
-                format!("if there is one, delete it: `openstack image delete {id}`"),
-            )
-        }
-    }
+    let why = match timeout(LIMIT, delete_record(session, &id, may_come_late)).await {
+        Ok(Ok(())) => return row,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("{NO_ANSWER} {} s", LIMIT.as_secs()),
+    };
+    CheckResult::fault(
+        NAME,
+        format!("{}; and the record that it was tried on was not deleted: {why}", row.detail),
+        format!("if there is one, delete it: `openstack image delete {id}`"),
+    )
 }
 
 /// Deletes a record that a check has created or may have. `may_come_late`: one that is not there yet is waited for.
