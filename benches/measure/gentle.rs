@@ -66,14 +66,15 @@ pub async fn measure(shape: &str, rounds: usize) -> Value {
     }
     results.insert("no transfer".into(), middle(&quiet));
     let server = |concurrency: &str| setup("server-copy").set("offload", "concurrency", concurrency);
-    let kinds: [(&str, Option<Setup>); 8] = [
+    let kinds: [(&str, Option<Setup>); 9] = [
         ("stock", None),
         ("copy", Some(setup("copy"))),
         ("clone", Some(setup("clone"))),
-        ("server-copy, concurrency 32", Some(server("32"))),
         ("server-copy, concurrency 16", Some(server("16"))),
-        ("server-copy, concurrency 8", Some(server("8"))),
+        ("server-copy, concurrency 4", Some(server("4"))),
         ("server-copy, concurrency 2", Some(server("2"))),
+        ("server-copy, concurrency 1", Some(server("1"))),
+        ("server-copy, 60 objects a second", Some(server("16").set("offload", "objects_per_second", "60"))),
         ("server-copy, 20 objects a second", Some(server("16").set("offload", "objects_per_second", "20"))),
     ];
     for (name, kind) in kinds {

@@ -2,6 +2,7 @@
 //! handles.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +19,19 @@ use crate::common::{disk, lab, pause};
 use crate::lab::setup;
 use crate::meter;
 
+/// How the unit sets glibc's allocator.
+const UNIT_ENVIRONMENT: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
+
 pub async fn measure(jobs: usize) -> Value {
-    let daemon = setup("auto").start().await;
+    // as in the unit
+    let daemon =
+        UNIT_ENVIRONMENT.iter().fold(setup("auto"), |setup, (name, value)| setup.with_variable(name, Path::new(value)));
+    let daemon = daemon.start().await;
     pause(Duration::from_secs(15)).await;
     let (idle, threads) = (meter::rss(&[daemon.pid()]), threads(daemon.pid()));
     let (idle_own, idle_heap) = (meter::own_memory(daemon.pid()), meter::anonymous_memory(daemon.pid()));
-    let handles = handles();
+    let clients = clients(daemon.pid());
+    let handles = handles(clients);
     let quiet = cpu_a_minute(daemon.pid()).await;
 
     // Jobs that wait for their next attempt, for as long as a job may.
@@ -51,13 +59,19 @@ pub async fn measure(jobs: usize) -> Value {
     daemon.stop();
     disk::forget(&namespace).await;
     eprintln!("idle {} KiB, with {written} jobs {} KiB", idle >> 10, queued >> 10);
-    json!({"idle": idle, "idle_own": idle_own, "idle_heap": idle_heap, "handles_heap": handles, "queued_own": queued_own,
+    json!({"idle": idle, "idle_own": idle_own, "idle_heap": idle_heap, "handles_heap": handles, "clients": clients, "queued_own": queued_own,
            "queued_heap": queued_heap, "threads": threads, "idle_cpu_a_minute": quiet, "queued": queued,
            "queued_jobs": written, "queued_cpu_a_minute": busy, "waiting": waiting})
 }
 
-/// Bytes of anonymous memory of `handles.c`.
-fn handles() -> u64 {
+/// The librados clients of a process: each has a thread of this name.
+fn clients(pid: u32) -> usize {
+    let names = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    names.filter(|task| std::fs::read(task.path().join("comm")).is_ok_and(|name| name == b"msgr-worker-0\n")).count()
+}
+
+/// Bytes of anonymous memory of `handles.c` with so many clients.
+fn handles(clients: usize) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let (source, program) = (dir.path().join("handles.c"), dir.path().join("handles"));
     std::fs::write(&source, include_str!("handles.c")).unwrap();
@@ -65,7 +79,8 @@ fn handles() -> u64 {
     assert!(built.unwrap().success());
     let mut child = Command::new(&program)
         .arg(lab().ceph_conf())
-        .args(["rbd-offload", "images", "volumes", "volumes2"])
+        .args(["rbd-offload", &clients.to_string(), "images", "volumes", "volumes2"])
+        .envs(UNIT_ENVIRONMENT)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

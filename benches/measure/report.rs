@@ -373,8 +373,8 @@ fn method(text: &mut String) {
          - Active: Glance's own notification. Polling would cost CPU.\n\
          - Stored: what the pool's `bytes_used` grew by. Memory: `VmHWM`, reset before each run; *its own*: \
          memory that no other process shares (`Private_*`), without librados and librbd if other programs use them; *heap and \
-         stacks*: memory that no file backs (`RssAnon`). The C program (`benches/measure/handles.c`) opens one librados client \
-         and the pools, as an idle daemon does.\n\
+         stacks*: memory that no file backs (`RssAnon`). The C program (`benches/measure/handles.c`) opens as many \
+         librados clients as the idle daemon has, and the pools with each, with the unit's settings of the allocator.\n\
          - `rbd cp` of a clone's snapshot is not a correct copy (it loses what only the parent has); its time is shown all the same.\n",
     );
 }

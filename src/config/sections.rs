@@ -213,9 +213,9 @@ section! {
         /// How the bytes get to the image: server-copy lets the OSDs copy, clone flattens a clone, copy reads and
         /// writes through this host. auto takes the first that can do the source.
         method: MethodChoice = "auto", OneOf(MethodChoice::NAMES);
-        /// When an image becomes active: when-copied waits for its copy; at-once makes it active in a second or two,
-        /// whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the pool of
-        /// the source; what cannot be published at once is published when-copied.
+        /// When an image becomes active: when-copied waits for its copy; at-once makes it active after some three
+        /// seconds, whatever its size, and copies behind it. at-once needs Glance's cephx user to be able to read the
+        /// pool of the source; what cannot be published at once is published when-copied.
         publish: PublishChoice = "when-copied", OneOf(PublishChoice::NAMES);
         /// Jobs that copy at a time on this controller. Jobs that wait for a service do not count: up to twice max_jobs
         /// run in all.
