@@ -790,6 +790,65 @@ async fn the_next_host_is_tried_when_one_is_away() {
     .await;
 }
 
+/// The broker's `consumer_timeout` of 15 s for channels that are opened from now on, until it is dropped. Other tests
+/// hold a delivery for less.
+struct ShortConsumerTimeout;
+
+impl ShortConsumerTimeout {
+    async fn set() -> Self {
+        let settings = "application:set_env(rabbit, consumer_timeout, 15000), \
+                        application:set_env(rabbit, channel_tick_interval, 1000).";
+        tokio::task::spawn_blocking(|| rabbitmqctl(&["-q", "eval", settings])).await.unwrap();
+        Self
+    }
+}
+
+impl Drop for ShortConsumerTimeout {
+    fn drop(&mut self) {
+        let defaults = "application:set_env(rabbit, consumer_timeout, 1800000), \
+                        application:set_env(rabbit, channel_tick_interval, 60000).";
+        rabbitmqctl(&["-q", "eval", defaults]);
+    }
+}
+
+async fn hold_beyond_the_consumer_timeout(queue_type: QueueType) {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        store.hang.store(true, Ordering::SeqCst);
+        let running = Running::bound(Messaging { queue_type, ..broker.config() }, &store).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("the sink has it", async || store.calls.load(Ordering::SeqCst) == 1).await;
+        // a broker of version 4.3 or later has no such limit for classic queues
+        if queue_type == QueueType::Quorum {
+            eventually("the broker ends the consumer, and the sink has it again", async || {
+                store.calls.load(Ordering::SeqCst) >= 2
+            })
+            .await;
+        } else {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+        }
+        store.hang.store(false, Ordering::SeqCst);
+        eventually("it is stored", async || store.images().contains(&image)).await;
+        let next = Uuid::new_v4();
+        broker.publish(&deletion(next)).await;
+        eventually("the next one is stored", async || store.images().contains(&next)).await;
+        running.stop().await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delivery_that_was_held_too_long_comes_again_and_the_listener_goes_on() {
+    let _short = ShortConsumerTimeout::set().await;
+    tokio::join!(
+        hold_beyond_the_consumer_timeout(QueueType::Quorum),
+        hold_beyond_the_consumer_timeout(QueueType::Classic)
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_is_declared_again() {
     with_both_types(|broker, config| async move {
