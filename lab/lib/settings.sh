@@ -63,6 +63,14 @@ use_ports() {
   PORT_CEPH_MAX=$((BASE + 299))
 }
 
+# The kernel gives ports of this range to connections, so a service may find its own port taken.
+warn_of_taken_ports() {
+  local first last
+  read -r first last </proc/sys/net/ipv4/ip_local_port_range
+  [ "$PORT_CEPH_MAX" -lt "$first" ] || [ "$BASE" -gt "$last" ] ||
+    say "RBDLAB_BASE=$BASE: connections take ports from $first to $last; where a service does not start, take a lower base"
+}
+
 # All of it listens on loopback only. The daemon's own passwords are unusual on purpose: a log can be searched for them,
 # and the broker's does not survive a URL unless it is percent-encoded.
 use_secrets() {
