@@ -16,6 +16,9 @@ build: deps
 release: deps
 	$(CARGO) build --locked --release
 
+# What packages are made of lies in target/, wherever other builds go.
+deb rpm container test-packages test-container: export CARGO_TARGET_DIR = $(CURDIR)/target
+
 # the packages, in target/debian and target/generate-rpm
 deb: release
 	packaging/tools cargo-deb
