@@ -84,7 +84,8 @@ impl Lab {
                 "user": {"name": user, "domain": {"id": "default"}, "password": password}}},
             "scope": {"project": {"name": project, "domain": {"id": "default"}}},
         }});
-        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        // a new connection for each call: a service closes an idle one at any moment
+        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap();
         let answer = http
             .post(format!("{}/auth/tokens", self.keystone))
             .body(body.to_string())
