@@ -648,6 +648,24 @@ async fn an_event_is_acknowledged_only_when_it_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stored_event_is_acknowledged_though_nothing_follows_it() {
+    with_broker(|broker| async move {
+        broker.declare_exchange().await;
+        let store = Arc::new(Store::default());
+        let running = Running::bound(broker.config(), &store).await;
+        let image = Uuid::new_v4();
+        broker.publish(&deletion(image)).await;
+        eventually("the event is stored", async || store.images().contains(&image)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        // Gone without a word: what was not acknowledged comes back.
+        drop(running);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(broker.ready(&broker.queue()).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_waits_for_what_is_being_stored() {
     with_broker(|broker| async move {
         broker.declare_exchange().await;

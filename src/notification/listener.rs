@@ -778,7 +778,7 @@ impl Session<'_> {
         let batch = usize::from(self.listener.config.prefetch / 2).max(1);
         let mut flush_at = tokio::time::Instant::now();
         loop {
-            let waiting = self.acks.waiting();
+            let was_waiting = self.acks.waiting() > 0;
             let result = tokio::select! {
                 biased;
                 Some(stored) = self.stores.join_next(), if !self.stores.is_empty() => {
@@ -802,15 +802,19 @@ impl Session<'_> {
                         }
                         next = consumer.next().now_or_never();
                     }
-                    if waiting == 0 {
-                        flush_at = tokio::time::Instant::now() + ACK_DELAY;
-                    }
-                    if self.acks.waiting() >= batch { self.flush().await } else { Ok(()) }
+                    Ok(())
                 }
-                () = sleep_until(flush_at), if waiting > 0 => self.flush().await,
+                () = sleep_until(flush_at), if was_waiting => self.flush().await,
+            };
+            let result = match result {
+                Ok(()) if self.acks.waiting() >= batch => self.flush().await,
+                other => other,
             };
             if let Err(error) = result {
                 return self.lost(error);
+            }
+            if !was_waiting {
+                flush_at = tokio::time::Instant::now() + ACK_DELAY;
             }
         }
     }
@@ -861,8 +865,9 @@ impl Session<'_> {
                 return self.channel.basic_nack(tag, options).await;
             }
         }
+        // Together with others: each frame wakes lapin's thread, and makes the broker send one message by itself.
         self.acks.done(tag);
-        self.flush().await
+        Ok(())
     }
 
     async fn flush(&mut self) -> lapin::Result<()> {
@@ -883,9 +888,10 @@ impl Session<'_> {
         }
         let drain = async {
             while let Some(stored) = self.stores.join_next().await {
+                // Acknowledged one by one: the next may not be done in time.
                 if let Ok(stored) = stored
                     && open
-                    && self.settle(stored).await.is_err()
+                    && (self.settle(stored).await.is_err() || self.flush().await.is_err())
                 {
                     break;
                 }
