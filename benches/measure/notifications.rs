@@ -1,9 +1,11 @@
-//! Irrelevant notifications: what each costs the daemon, and what it costs a Python listener on the same broker.
+//! Irrelevant notifications: what each costs the daemon, and what it costs a Python listener on the same broker. Then
+//! all that was captured, with the deletions and snapshots for which the daemon looks for a job.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rbd_offload::notification::Notification;
 use serde_json::{Value, json};
 
 use crate::common::broker::Broker;
@@ -11,6 +13,11 @@ use crate::common::daemon::Daemon;
 use crate::common::{lab, pause, unique};
 use crate::lab::setup;
 use crate::{median, meter};
+
+/// Whether the listener drops it without asking for a job.
+fn is_irrelevant(body: &[u8]) -> bool {
+    matches!(Notification::read(body, Some("utf-8")), Ok(Notification::Irrelevant(_)))
+}
 
 /// The bodies of the captured notifications, as the broker delivers them to `notifications.info`.
 fn bodies() -> Vec<Vec<u8>> {
@@ -65,7 +72,8 @@ fn result(kind: &str, count: usize, runs: &[(f64, f64)]) -> Value {
 }
 
 pub async fn measure(count: usize, rounds: usize) -> Value {
-    let bodies = bodies();
+    let all = bodies();
+    let bodies: Vec<_> = all.iter().filter(|body| is_irrelevant(body)).cloned().collect();
     let broker = Broker::connect().await;
     let exchange = format!("bench-{}", unique());
     broker.exchange(&exchange).await;
@@ -78,6 +86,11 @@ pub async fn measure(count: usize, rounds: usize) -> Value {
         runs.push(drain(&broker, &exchange, &bodies, count, daemon.pid(), &seen).await);
     }
     let ours = result("daemon", count, &runs);
+    let mut runs = Vec::new();
+    for _ in 0..rounds {
+        runs.push(drain(&broker, &exchange, &all, count, daemon.pid(), &seen).await);
+    }
+    let mixed = result("daemon, all that was captured", count, &runs);
     let queue = daemon.queue.clone();
     daemon.stop();
     broker.delete(&queue).await;
@@ -94,7 +107,8 @@ pub async fn measure(count: usize, rounds: usize) -> Value {
     drop(listener);
     broker.delete(&queue).await;
     let ratio = ours["cpu_each"].as_f64().unwrap() / python["cpu_each"].as_f64().unwrap();
-    json!({"daemon": ours, "python": python, "cpu_ratio": ratio})
+    let share = (all.len() - bodies.len()) as f64 / all.len() as f64;
+    json!({"daemon": ours, "mixed": mixed, "relevant_share": share, "python": python, "cpu_ratio": ratio})
 }
 
 /// The daemon binds its queue once the exchange is there: send one until it arrives.

@@ -329,10 +329,12 @@ fn notifications(text: &mut String, part: &Value) {
     let _ = writeln!(
         text,
         "## Irrelevant notifications\n\nReal notifications of Glance, Cinder and Nova (`tests/data/notifications`), {} of them waiting in the \
-         queue, beside a listener of oslo.messaging with one endpoint that looks at the event type.\n",
-        part["daemon"]["count"]
+         queue, beside a listener of oslo.messaging with one endpoint that looks at the event type. *All*: with the {:.0} % \
+         that are deletions of images and starts of snapshots, for which the daemon looks for a job.\n",
+        part["daemon"]["count"],
+        number(&part["relevant_share"]) * 100.0
     );
-    let rows: Vec<_> = [("the daemon", "daemon"), ("oslo.messaging", "python")]
+    let rows: Vec<_> = [("the daemon", "daemon"), ("the daemon, all", "mixed"), ("oslo.messaging", "python")]
         .iter()
         .map(|(name, key)| {
             let m = &part[*key];
