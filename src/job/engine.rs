@@ -2,13 +2,17 @@
 //!
 //! Any number of daemons do the same over the same jobs; the lease decides. Each picks the oldest job of the project
 //! that has the fewest jobs running here, so that one tenant's five hundred requests do not starve another's one.
+//!
+//! A poll costs by what has changed, not by what waits: it goes by a copy of the index (`index_copy.rs`). Only a daemon
+//! that has a place asks for the lease of a job to run it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -19,21 +23,23 @@ use uuid::Uuid;
 use super::backoff::is_due;
 use super::context::Context;
 use super::daemons::{self, DaemonEntry, HEARTBEAT};
-use super::lease::Lease;
+use super::index_copy::{IndexCopy, SINGLE_READS_MAX, ToRead};
+use super::lease::{Asked, Lease};
 use super::record::State;
 use super::run::{Acknowledged, JobRun, RunResult};
 use super::slots::PoolSlots;
 use super::store::{Error, Summary};
 use crate::ceph::{self, ErrorKind, Progress};
+use crate::config::Config;
 use crate::publish::image_status::SHOWN_AFTER;
 use crate::telemetry::unix_time;
 
 /// How often the engine looks for jobs that other daemons stored, or whose lease ran out.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// The same while there was no job at the last poll: ten idle daemons read twice a second. A job that this daemon's own
-/// intake stores wakes it.
-const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(5);
+/// The same while there was no job at the last poll. A job that this daemon's own intake stores wakes it; what a
+/// command asks of an ended job waits so long.
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(8);
 
 /// How long one poll may take. A job that was claimed by a poll that is given up is given up with it.
 const POLL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -65,9 +71,15 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 /// nothing changes on the image record for two minutes.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How much later a daemon may send a heartbeat, in seconds: they do not all try at the same moment.
+const HEARTBEAT_SPREAD: u64 = 10;
+
 /// Maximum number of concurrent acknowledgements. A client service waits ten seconds for its first one, then falls back
 /// to its native path.
 const MAX_CONCURRENT_ACKS: usize = 8;
+
+/// The oldest jobs to be acknowledged, in an order that is another one for each daemon: they meet rarely.
+const ACK_WINDOW: usize = 512;
 
 /// What the engine does at the moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,6 +179,15 @@ struct ProgressTracker {
     at: Option<Instant>,
 }
 
+/// What is known of an acknowledgement.
+#[derive(Debug)]
+struct Told {
+    /// What the index said of it.
+    at: Option<Timestamp>,
+    /// When a client service is to be told again. `None`: the requester was told, once.
+    again: Option<Instant>,
+}
+
 pub struct Engine {
     context: Context,
     pools: PoolSlots,
@@ -174,10 +195,15 @@ pub struct Engine {
     progress: Mutex<ProgressTracker>,
     /// Jobs that are left alone until then.
     backoff_until: Mutex<HashMap<Uuid, Instant>>,
-    /// Queued jobs that were acknowledged, and when the next heartbeat is due.
-    acknowledged: Mutex<HashMap<Uuid, Option<Instant>>>,
+    /// Queued jobs that were acknowledged, by this daemon or another one.
+    acknowledged: Mutex<HashMap<Uuid, Told>>,
+    /// Queued jobs to be acknowledged next.
+    to_acknowledge: Mutex<VecDeque<Uuid>>,
     /// Queued jobs that are being acknowledged.
     acknowledging: Mutex<HashSet<Uuid>>,
+    index: Mutex<IndexCopy>,
+    /// Jobs that something happened to here: their index entries are wanted soon.
+    touched: Mutex<BTreeSet<Uuid>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
     /// The entry that this daemon last sent to the others, and when.
@@ -200,7 +226,10 @@ impl Engine {
             progress: Mutex::default(),
             backoff_until: Mutex::default(),
             acknowledged: Mutex::default(),
+            to_acknowledge: Mutex::default(),
             acknowledging: Mutex::default(),
+            index: Mutex::default(),
+            touched: Mutex::default(),
             orphans: Mutex::default(),
             told: Mutex::default(),
             status: Mutex::new(EngineStatus {
@@ -227,7 +256,22 @@ impl Engine {
     /// There may be something new for this job: look now, also if it was left alone.
     pub fn wake(&self, image_id: Uuid) {
         lock(&self.backoff_until).remove(&image_id);
+        self.touch(image_id);
         self.wake.notify_one();
+    }
+
+    /// The index entry of this job is wanted at the next poll.
+    fn touch(&self, image_id: Uuid) {
+        let mut touched = lock(&self.touched);
+        // of more than that the next read of the whole index tells
+        if touched.len() <= SINGLE_READS_MAX {
+            touched.insert(image_id);
+        }
+    }
+
+    /// Whether the index had a job of this image that had not ended, at the latest look.
+    pub fn knows(&self, image_id: &Uuid) -> bool {
+        lock(&self.index).entries().contains_key(image_id)
     }
 
     /// Runs jobs until `stop` fires; those that run then may end until `drain` fires, and are released after that.
@@ -261,6 +305,7 @@ impl Engine {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        lock(&self.to_acknowledge).clear();
         self.tasks.close();
         self.tasks.wait().await;
         self.leave().await;
@@ -315,48 +360,123 @@ impl Engine {
 
     /// Polls once: starts as many of the waiting jobs as there is room for. `false`: there is no job at all.
     async fn poll_jobs(self: &Arc<Self>, drain: &CancellationToken) -> Result<bool, Error> {
-        let live = self.context.store.live().await?;
-        let are_jobs = !live.is_empty();
-        self.prune_state(&live);
-        self.report_detaching(&live);
-        self.report_due(&live);
-        let max_jobs = self.context.config.borrow().offload.max_jobs;
+        let config = self.context.config.borrow().clone();
+        let (max_jobs, max_detach) = (config.offload.max_jobs, config.offload.max_detach);
+        let (per_project, per_pool) = (config.offload.max_jobs_per_project, config.offload.max_jobs_per_pool);
         self.record_progress();
-        let per_pool = self.context.config.borrow().offload.max_jobs_per_pool;
+        self.refresh_index(&config).await?;
+        let (are_jobs, to_try) = {
+            let index = lock(&self.index);
+            self.report_detaching(&index);
+            self.report_due(&index);
+            (!index.entries().is_empty(), index.to_try(self.context.identity.instance, config.jobs.lease))
+        };
+        // those that are acknowledged now are left out; the next ones are chosen below
+        lock(&self.to_acknowledge).clear();
         let has_room = |(_, summary): &(Uuid, Summary)| {
             summary.pool.as_deref().is_none_or(|pool| !self.pools.is_full(pool, per_pool))
         };
         let (mut detaching, due): (Vec<_>, Vec<_>) =
-            self.due(live).into_iter().partition(|(_, summary)| summary.detaching.is_some());
+            self.due(to_try).into_iter().partition(|(_, summary)| summary.detaching.is_some());
         let (mut waiting, without_room): (Vec<_>, Vec<_>) = due.into_iter().partition(has_room);
         lock(&self.status).waiting = waiting.len();
         metrics::gauge!("rbd_offload_jobs_waiting").set(waiting.len() as f64);
-        let per_project = self.context.config.borrow().offload.max_jobs_per_project;
+        let mut single_reads = 0;
         loop {
             let load = self.load();
             if !load.has_room(max_jobs) {
                 break;
             }
             let Some((image_id, summary)) = load.take_fairest(&mut waiting, per_project, max_jobs) else { break };
-            if let Some(job) = self.try_claim(image_id).await? {
-                self.start(image_id, summary, job, drain.clone());
+            if !self.try_start(image_id, summary, &mut single_reads, drain).await? {
+                break;
             }
         }
-        let max_detach = self.context.config.borrow().offload.max_detach;
         while let Some((image_id, summary)) = self.load().take_detaching(&mut detaching, max_detach) {
-            if let Some(job) = self.try_claim(image_id).await? {
-                self.start(image_id, summary, job, drain.clone());
+            if !self.try_start(image_id, summary, &mut single_reads, drain).await? {
+                break;
             }
         }
         self.report_load();
-        let now = self.context.clock.now();
-        let is_to_be_told = |summary: &Summary| {
-            let age = summary.created.map(|created| now.duration_since(created).unsigned_abs());
-            summary.handover || age.is_none_or(|age| age >= SHOWN_AFTER)
-        };
-        let waiting = waiting.iter().chain(&without_room).filter(|(_, summary)| is_to_be_told(summary));
-        self.acknowledge(waiting.map(|(id, _)| *id), drain).await?;
+        self.queue_acknowledgements(waiting.into_iter().chain(without_room));
+        self.acknowledge_next(drain);
         Ok(are_jobs)
+    }
+
+    /// Brings the copy of the index up to date, as far as that is worth its reads.
+    async fn refresh_index(&self, config: &Config) -> Result<(), Error> {
+        let store = &self.context.store;
+        // before the version: what happened to them is in it
+        let touched = lock(&self.touched).clone();
+        let version = store.live_version().await?;
+        let load = self.load();
+        let detaches = |index: &IndexCopy| index.entries().values().any(|summary| summary.detaching.is_some());
+        let has_room = load.has_room(config.offload.max_jobs)
+            || load.detaching < config.offload.max_detach && detaches(&lock(&self.index));
+        let to_read = lock(&self.index).plan_read(version, has_room, touched.len());
+        match to_read {
+            ToRead::Nothing => {}
+            ToRead::All => {
+                let live = store.live().await?;
+                self.prune_state(&live);
+                lock(&self.index).replace(live, version);
+            }
+            ToRead::Single => {
+                for image_id in touched.iter().take(SINGLE_READS_MAX) {
+                    let entry = store.live_entry(*image_id).await?;
+                    lock(&self.index).set(*image_id, entry);
+                }
+            }
+        }
+        // those that came meanwhile stay
+        lock(&self.touched).retain(|image_id| !touched.contains(image_id));
+        Ok(())
+    }
+
+    /// Claims a job and starts it. `false`: the copy of the index is too old to go on by it.
+    async fn try_start(
+        self: &Arc<Self>,
+        image_id: Uuid,
+        summary: Summary,
+        single_reads: &mut usize,
+        drain: &CancellationToken,
+    ) -> Result<bool, Error> {
+        if lock(&self.acknowledging).contains(&image_id) {
+            return Ok(true);
+        }
+        let Some(summary) = self.confirm(image_id, summary, single_reads).await? else {
+            return Ok(*single_reads <= SINGLE_READS_MAX);
+        };
+        if let Some(job) = self.try_claim(image_id).await? {
+            self.start(image_id, summary, job, drain.clone());
+        }
+        Ok(true)
+    }
+
+    /// The entry of a job that is about to be claimed, as it is now. `None`: another daemon was quicker, or the job is
+    /// not due any more.
+    async fn confirm(
+        &self,
+        image_id: Uuid,
+        summary: Summary,
+        single_reads: &mut usize,
+    ) -> Result<Option<Summary>, Error> {
+        if lock(&self.index).is_current() {
+            return Ok(Some(summary));
+        }
+        *single_reads += 1;
+        if *single_reads > SINGLE_READS_MAX {
+            return Ok(None);
+        }
+        let entry = self.context.store.live_entry(image_id).await?;
+        lock(&self.index).set(image_id, entry.clone());
+        if entry.as_ref() == Some(&summary) {
+            return Ok(Some(summary));
+        }
+        let lease = self.context.config.borrow().jobs.lease;
+        let may_try = lock(&self.index).may_try(&image_id, self.context.identity.instance, lease);
+        let entry = entry.filter(|entry| may_try && entry.detaching.is_some() == summary.detaching.is_some());
+        Ok(self.due(entry.into_iter().map(|entry| (image_id, entry)).collect()).pop().map(|(_, entry)| entry))
     }
 
     /// Shows how many jobs run here.
@@ -368,8 +488,8 @@ impl Engine {
 
     /// Shows how many images of the whole cluster are active and depend on their source, and since when the oldest
     /// does.
-    fn report_detaching(&self, live: &[(Uuid, Summary)]) {
-        let since: Vec<_> = live.iter().filter_map(|(_, summary)| summary.detaching).collect();
+    fn report_detaching(&self, index: &IndexCopy) {
+        let since: Vec<_> = index.entries().values().filter_map(|summary| summary.detaching).collect();
         let age =
             since.iter().min().map_or(0.0, |oldest| self.context.clock.now().duration_since(*oldest).as_secs_f64());
         metrics::gauge!("rbd_offload_images_detaching").set(since.len() as f64);
@@ -378,10 +498,10 @@ impl Engine {
 
     /// Shows how many jobs of the whole cluster run, or should, before their image is active. Those count too that this
     /// daemon has just failed to claim: an alert goes by it.
-    fn report_due(&self, live: &[(Uuid, Summary)]) {
+    fn report_due(&self, index: &IndexCopy) {
         let now = self.context.clock.now();
-        let is_due = |summary: &Summary| summary.detaching.is_none() && is_due(summary.not_before, now, false);
-        let due = live.iter().filter(|(_, summary)| is_due(summary)).count();
+        let is_due = |summary: &&Summary| summary.detaching.is_none() && is_due(summary.not_before, now, false);
+        let due = index.entries().values().filter(is_due).count();
         metrics::gauge!("rbd_offload_jobs_due").set(due as f64);
     }
 
@@ -452,8 +572,17 @@ impl Engine {
     async fn claim(&self, image_id: Uuid) -> Result<Option<JobRun>, Error> {
         let objects = self.context.store.objects().clone();
         let duration = self.context.config.borrow().jobs.lease;
-        let Some(lease) = Lease::take(objects.as_ref(), image_id, &self.context.identity, duration).await? else {
-            return self.on_claim_failed(image_id, duration).await.map(|()| None);
+        lock(&self.index).note_try(&image_id);
+        let lease = match Lease::ask(objects.as_ref(), image_id, &self.context.identity, duration).await? {
+            Asked::Taken(lease) => lease,
+            Asked::Held => {
+                if !lock(&self.index).note_held(&image_id) {
+                    // look again when it may have run out
+                    self.defer(image_id, (duration / 3).max(POLL_INTERVAL));
+                }
+                return Ok(None);
+            }
+            Asked::NoJob => return self.forget_orphan(image_id).await.map(|()| None),
         };
         let stored = match self.context.store.load(image_id).await {
             Ok(Some(stored)) => stored,
@@ -469,9 +598,14 @@ impl Engine {
                 return Err(error);
             }
         };
+        if let Some((_, owner)) = stored.record.owner_instance() {
+            // it did not release this one: its other jobs wait as well
+            lock(&self.index).note_gone(owner);
+        }
         if stored.is_settled() {
             lease.release(objects.as_ref()).await;
             self.context.store.index(&stored).await?;
+            lock(&self.index).set(image_id, None);
             return Ok(None);
         }
         if !stored.is_urgent()
@@ -479,26 +613,22 @@ impl Engine {
         {
             lease.release(objects.as_ref()).await;
             self.context.store.index(&stored).await?;
+            lock(&self.index).set(image_id, Some(Summary::from(&stored)));
             return Ok(None);
         }
         Ok(Some(JobRun::new(self.context.clone(), lease, stored, self.pools.clone())))
     }
 
-    async fn on_claim_failed(&self, image_id: Uuid, lease: Duration) -> Result<(), Error> {
-        // held by another daemon: look again when it may have run out; or there is no such object
-        self.defer(image_id, (lease / 3).max(POLL_INTERVAL));
-        match self.context.store.load(image_id).await {
-            Ok(Some(_)) | Err(Error::Unreadable { .. }) => Ok(()),
-            Ok(None) if lock(&self.orphans).insert(image_id) => {
-                self.defer(image_id, ORPHAN_PAUSE);
-                Ok(())
-            }
-            Ok(None) => {
-                lock(&self.orphans).remove(&image_id);
-                self.context.store.forget(image_id).await
-            }
-            Err(error) => Err(error),
+    /// An index entry without a record: it may be about to be written, or the entry goes.
+    async fn forget_orphan(&self, image_id: Uuid) -> Result<(), Error> {
+        if lock(&self.orphans).insert(image_id) {
+            self.defer(image_id, ORPHAN_PAUSE);
+            return Ok(());
         }
+        lock(&self.orphans).remove(&image_id);
+        self.context.store.forget(image_id).await?;
+        lock(&self.index).set(image_id, None);
+        Ok(())
     }
 
     fn defer(&self, image_id: Uuid, pause: Duration) {
@@ -524,6 +654,8 @@ impl Engine {
                 RunResult::Ended(_) => lock(&engine.progress).ended += 1,
                 RunResult::Released => {}
             }
+            // the run has written another entry, or removed it
+            engine.touch(image_id);
             lock(&engine.running).remove(&image_id);
             engine.wake.notify_one();
         };
@@ -544,45 +676,123 @@ impl Engine {
         lock(&self.progress).at.is_some_and(|at| at.elapsed() < HEARTBEAT_INTERVAL)
     }
 
-    /// Acknowledges queued jobs: once to the requester, and as a periodic heartbeat to a client service. Runs in the
-    /// background, at most [`MAX_CONCURRENT_ACKS`] at a time.
-    async fn acknowledge(
-        self: &Arc<Self>,
-        mut waiting: impl Iterator<Item = Uuid>,
-        drain: &CancellationToken,
-    ) -> Result<(), Error> {
+    /// Chooses the queued jobs to be acknowledged next: once to the requester, and as a periodic heartbeat to a client
+    /// service. An acknowledgement stands in the index, so that the other daemons leave that job out.
+    fn queue_acknowledgements(&self, waiting: impl Iterator<Item = (Uuid, Summary)>) {
+        let now = self.context.clock.now();
+        let is_to_be_told = |summary: &Summary| {
+            let age = summary.created.map(|created| now.duration_since(created).unsigned_abs());
+            summary.handover || age.is_none_or(|age| age >= SHOWN_AFTER)
+        };
         let is_progressing = self.is_progressing();
-        while lock(&self.acknowledging).len() < MAX_CONCURRENT_ACKS {
-            let next = waiting.find(|id| match lock(&self.acknowledged).get(id) {
-                None => true,
-                Some(again) => is_progressing && again.is_some_and(|again| again <= Instant::now()),
+        let mut queue: Vec<(Uuid, Summary)> = waiting
+            .filter(|(_, summary)| is_to_be_told(summary))
+            .filter(|(id, summary)| self.is_unacknowledged(id, summary, is_progressing))
+            .collect();
+        // a service waits ten seconds for its first one
+        let order = |(id, summary): &(Uuid, Summary)| (!summary.handover, summary.created, *id);
+        if queue.len() > ACK_WINDOW {
+            queue.select_nth_unstable_by_key(ACK_WINDOW, order);
+            queue.truncate(ACK_WINDOW);
+        }
+        queue.sort_by_key(|(id, summary)| (!summary.handover, self.own_hash(id)));
+        *lock(&self.to_acknowledge) = queue.into_iter().map(|(id, _)| id).collect();
+    }
+
+    /// Another number for each daemon and job.
+    fn own_hash(&self, image_id: &Uuid) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.context.identity.instance, image_id).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn is_unacknowledged(&self, image_id: &Uuid, summary: &Summary, is_progressing: bool) -> bool {
+        let now = Instant::now();
+        let next = || now + HEARTBEAT_INTERVAL + Duration::from_secs(self.own_hash(image_id) % HEARTBEAT_SPREAD);
+        let mut acknowledged = lock(&self.acknowledged);
+        match acknowledged.get_mut(image_id) {
+            None if summary.told.is_none() => true,
+            None => {
+                let again = summary.handover.then(next);
+                acknowledged.insert(*image_id, Told { at: summary.told, again });
+                false
+            }
+            // begun again since
+            Some(told) if summary.told.is_none() && told.at.is_some() => {
+                (told.at, told.again) = (None, None);
+                true
+            }
+            // a daemon has told, perhaps this one
+            Some(told) if summary.told.is_some() && summary.told != told.at => {
+                (told.at, told.again) = (summary.told, summary.handover.then(next));
+                false
+            }
+            Some(told) => is_progressing && told.again.is_some_and(|again| again <= now),
+        }
+    }
+
+    /// Acknowledges in the background the jobs that were chosen, at most [`MAX_CONCURRENT_ACKS`] at a time.
+    fn acknowledge_next(self: &Arc<Self>, drain: &CancellationToken) {
+        loop {
+            let Some(image_id) = lock(&self.to_acknowledge).pop_front() else { return };
+            let is_running = lock(&self.running).contains_key(&image_id);
+            let mut acknowledging = lock(&self.acknowledging);
+            if acknowledging.len() >= MAX_CONCURRENT_ACKS {
+                drop(acknowledging);
+                return lock(&self.to_acknowledge).push_front(image_id);
+            }
+            if is_running || !acknowledging.insert(image_id) {
+                continue;
+            }
+            drop(acknowledging);
+            let (engine, drain) = (Arc::clone(self), drain.clone());
+            self.tasks.spawn(async move {
+                engine.acknowledge(image_id, &drain).await;
+                lock(&engine.acknowledging).remove(&image_id);
+                engine.acknowledge_next(&drain);
             });
-            let Some(image_id) = next else { break };
-            lock(&self.acknowledged).insert(image_id, Some(Instant::now() + HEARTBEAT_INTERVAL));
-            let Some(job) = self.try_claim(image_id).await? else {
+        }
+    }
+
+    async fn acknowledge(&self, image_id: Uuid, drain: &CancellationToken) {
+        // another daemon may have done it since the index was read
+        let Ok(entry) = self.context.store.live_entry(image_id).await else { return };
+        lock(&self.index).set(image_id, entry.clone());
+        let is_due = |entry: &Summary| self.is_unacknowledged(&image_id, entry, self.is_progressing());
+        if !entry.is_some_and(|entry| entry.holder.is_none() && is_due(&entry)) {
+            return;
+        }
+        lock(&self.acknowledged)
+            .entry(image_id)
+            .or_insert(Told { at: None, again: None })
+            .again
+            .replace(Instant::now() + HEARTBEAT_INTERVAL);
+        let job = match self.try_claim(image_id).await {
+            Ok(Some(job)) => job,
+            Ok(None) | Err(_) => {
                 // its record may be about to be written
                 lock(&self.acknowledged).remove(&image_id);
-                continue;
-            };
-            lock(&self.acknowledging).insert(image_id);
-            let (engine, drain, span) = (Arc::clone(self), drain.clone(), job.span());
-            let work = async move {
-                match job.acknowledge(drain).await {
-                    Acknowledged::Requester => drop(lock(&engine.acknowledged).insert(image_id, None)),
-                    // again after the interval that was set above
-                    Acknowledged::Service | Acknowledged::Later => {}
-                    Acknowledged::NotYet => {
-                        lock(&engine.acknowledged).remove(&image_id);
-                        engine.defer(image_id, POLL_INTERVAL);
-                    }
+                return;
+            }
+        };
+        let span = job.span();
+        match job.acknowledge(drain.clone()).instrument(span).await {
+            Acknowledged::Requester => {
+                if let Some(told) = lock(&self.acknowledged).get_mut(&image_id) {
+                    told.again = None;
                 }
-                lock(&engine.acknowledging).remove(&image_id);
-                // there may be more, or room for this one
-                engine.wake.notify_one();
-            };
-            self.tasks.spawn(work.instrument(span));
+            }
+            // again after the interval that was set above
+            Acknowledged::Service | Acknowledged::Later => {}
+            Acknowledged::NotYet => {
+                lock(&self.acknowledged).remove(&image_id);
+                self.defer(image_id, POLL_INTERVAL);
+            }
         }
-        Ok(())
+        if self.load().has_room(self.context.config.borrow().offload.max_jobs) {
+            // there is room for this one by now
+            self.wake.notify_one();
+        }
     }
 
     /// Forgets jobs that are over.

@@ -106,6 +106,14 @@ pub struct Lease {
     lost: AtomicBool,
 }
 
+/// What became of asking for a lease.
+pub enum Asked {
+    Taken(Lease),
+    /// Another daemon holds it.
+    Held,
+    NoJob,
+}
+
 impl Lease {
     /// Takes the lease on a job. `None` when another daemon holds it, or there is no such job.
     pub async fn take(
@@ -114,6 +122,19 @@ impl Lease {
         identity: &Identity,
         duration: Duration,
     ) -> ceph::Result<Option<Self>> {
+        match Self::ask(objects, image_id, identity, duration).await? {
+            Asked::Taken(lease) => Ok(Some(lease)),
+            Asked::Held | Asked::NoJob => Ok(None),
+        }
+    }
+
+    /// Asks for the lease on a job.
+    pub async fn ask(
+        objects: &dyn Objects,
+        image_id: Uuid,
+        identity: &Identity,
+        duration: Duration,
+    ) -> ceph::Result<Asked> {
         let lease = Self {
             object: Store::object(image_id),
             // a cookie for each taking: a lease that this very daemon lost is not mistaken for the one it took since
@@ -124,8 +145,9 @@ impl Lease {
             lost: AtomicBool::new(false),
         };
         match objects.lock(&lease.object, &lease.key, &lease.description, duration).await? {
-            Locked::Acquired => Ok(Some(lease)),
-            Locked::Held | Locked::NoObject => Ok(None),
+            Locked::Acquired => Ok(Asked::Taken(lease)),
+            Locked::Held => Ok(Asked::Held),
+            Locked::NoObject => Ok(Asked::NoJob),
         }
     }
 
@@ -210,5 +232,25 @@ impl Lease {
 
     fn lost_error(&self) -> Error {
         Error::new(format!("keep the lease on {}", self.object), ErrorKind::NotLocked, "it was lost")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn an_owner_is_read_from_a_record_as_it_is_written() {
+        let identity = Identity { instance: Uuid::new_v4(), host: "a:b".into(), pid: 7 };
+        let mut record = Record::placeholder(Uuid::new_v4(), Timestamp::UNIX_EPOCH);
+        assert_eq!(record.owner_instance(), None);
+        record.owner = Some(identity.owner());
+        assert_eq!(record.owner_instance(), Some(("a:b", identity.instance)));
+        for other in ["", "host", "host:1", "host:1:another", &format!("host:{}", identity.instance)] {
+            record.owner = Some(other.to_owned());
+            assert_eq!(record.owner_instance(), None, "{other}");
+        }
     }
 }

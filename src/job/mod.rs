@@ -15,6 +15,7 @@ pub mod deployment;
 pub mod engine;
 mod error;
 mod held;
+mod index_copy;
 pub mod intake;
 pub mod lease;
 mod lost_record;

@@ -484,6 +484,13 @@ impl Record {
         }
     }
 
+    /// Host and instance of the daemon that is the owner (`host:pid:instance`).
+    pub fn owner_instance(&self) -> Option<(&str, Uuid)> {
+        let (host, instance) = self.owner.as_deref()?.rsplit_once(':')?;
+        let (host, _pid) = host.rsplit_once(':')?;
+        Some((host, Uuid::try_parse(instance).ok()?))
+    }
+
     /// Cuts the texts that a record can do with less of.
     pub fn shorten(&mut self) {
         let outcome = self.outcome.as_mut().map(|outcome| &mut outcome.reason);

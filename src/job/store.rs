@@ -25,7 +25,7 @@ const ENDED: &str = "index.ended";
 const RECHECK: &str = "index.recheck";
 
 /// Entries read from an index with one operation.
-const PAGE: usize = 1000;
+pub const INDEX_PAGE: usize = 1000;
 
 /// How long a job that was left to another deployment is not begun again for a request that it knows.
 const ELSEWHERE_PAUSE: SignedDuration = SignedDuration::from_secs(60);
@@ -115,6 +115,31 @@ pub struct Summary {
     pub detaching: Option<Timestamp>,
     /// The daemon by whose clock the image's source is kept for a while.
     pub grace_by: Option<Uuid>,
+    /// Who holds the lease. An entry that an older version wrote names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+    /// Its requester was told that it waits; when that was last written, by its writer's clock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub told: Option<Timestamp>,
+}
+
+/// The daemon that has a job, as its record says. It stands in the index so that others do not try the lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// One life of that daemon.
+    pub instance: Uuid,
+    /// For people.
+    pub host: String,
+    /// When the record had last been written by then, by the holder's clock. It tells one entry from another.
+    pub at: Timestamp,
+}
+
+impl Holder {
+    /// From a record that has not ended: the owner of an ended one removes what the job left.
+    fn of(record: &Record) -> Option<Self> {
+        let (host, instance) = record.owner_instance().filter(|_| !record.state.is_ended())?;
+        Some(Self { instance, host: host.to_owned(), at: record.updated_at })
+    }
 }
 
 impl From<&Stored> for Summary {
@@ -138,6 +163,8 @@ impl From<&Record> for Summary {
             backend: record.needs_backend.clone(),
             grace_by: record.detached.map(|detached| detached.by),
             detaching: record.detaching_since.filter(|_| record.state == State::Detaching),
+            holder: Holder::of(record),
+            told: record.acknowledged.then_some(record.updated_at),
         }
     }
 }
@@ -319,6 +346,14 @@ impl Store {
         }
     }
 
+    /// Says in the index who holds a job that has not ended.
+    pub async fn index_holder(&self, stored: &Stored) -> Result<()> {
+        if stored.is_settled() {
+            return Ok(());
+        }
+        self.index_live(stored.record.image_id, &Summary::from(stored)).await
+    }
+
     async fn index_live(&self, image_id: Uuid, summary: &Summary) -> Result<()> {
         let summary = serde_json::to_vec(summary).unwrap_or_default();
         Ok(self.objects.set_omap(LIVE, &[(image_id.to_string(), summary)]).await?)
@@ -327,7 +362,26 @@ impl Store {
     /// The jobs that a daemon has to work on, in the order of their ids.
     pub async fn live(&self) -> Result<Vec<(Uuid, Summary)>> {
         let entries = self.entries(LIVE).await?;
-        Ok(entries.into_iter().map(|(id, value)| (id, serde_json::from_slice(&value).unwrap_or_default())).collect())
+        Ok(entries.into_iter().map(|(id, value)| (id, read_summary(&value))).collect())
+    }
+
+    /// The version of the index of these jobs: the same as long as no entry of it was written. `None`: there is none.
+    pub async fn live_version(&self) -> Result<Option<Version>> {
+        Ok(self.objects.read(LIVE).await?.map(|(_, version)| version))
+    }
+
+    /// One entry of that index.
+    pub async fn live_entry(&self, image_id: Uuid) -> Result<Option<Summary>> {
+        let key = image_id.to_string();
+        // what begins like this is read from there: a dozen keys differ in nothing but the last digit
+        let mut after = key.split_at(key.len() - 1).0.to_owned();
+        loop {
+            match self.objects.omap(LIVE, &after, 1).await?.pop() {
+                Some((found, value)) if found == key => return Ok(Some(read_summary(&value))),
+                Some((found, _)) if found < key => after = found,
+                _ => return Ok(None),
+            }
+        }
     }
 
     /// The ended jobs whose records are kept, and when each ended.
@@ -367,10 +421,14 @@ impl Store {
         let mut all = BTreeMap::new();
         let mut after = String::new();
         loop {
-            let page = self.objects.omap(index, &after, PAGE).await?;
+            let page = self.objects.omap(index, &after, INDEX_PAGE).await?;
+            let is_last = page.len() < INDEX_PAGE;
             let Some((last, _)) = page.last() else { return Ok(all) };
             after.clone_from(last);
             all.extend(page.into_iter().filter_map(|(key, value)| Some((Uuid::try_parse(&key).ok()?, value))));
+            if is_last {
+                return Ok(all);
+            }
         }
     }
 
@@ -467,6 +525,11 @@ impl Store {
         self.index(&stored).await?;
         Ok(Some(outcome))
     }
+}
+
+/// An entry that is not what it should be tells nothing: its record does.
+fn read_summary(value: &[u8]) -> Summary {
+    serde_json::from_slice(value).unwrap_or_default()
 }
 
 fn encode(record: &Record) -> Result<Vec<u8>> {

@@ -34,6 +34,9 @@ pub(super) const HASHED_PER_SECOND: u64 = 20 << 20;
 /// Pause before a change of the record whose outcome is unknown is retried.
 const UPDATE_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long a job waits until the index says who holds it.
+const INDEX_WITHIN: Duration = Duration::from_secs(5);
+
 /// Pauses (of at most [`BACKOFF_MAX`]) that a job leaves to another service: to a Glance
 /// task that seems to be at work still, or to Cinder's deletion of the source.
 const SERVICE_PAUSES: u32 = 20;
@@ -214,6 +217,16 @@ impl HeldJob {
     pub async fn index(&self) -> StepResult<()> {
         let stored = self.stored.lock().await.clone();
         Ok(self.context.store.index(&stored).await?)
+    }
+
+    /// Says in the index that this daemon holds the job. Where that fails, other daemons find it out by the lease.
+    pub async fn index_holder(&self) {
+        let stored = self.stored.lock().await.clone();
+        match tokio::time::timeout(INDEX_WITHIN, self.context.store.index_holder(&stored)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(image_id = %self.id, %error, "the index does not say who holds the job"),
+            Err(_) => tracing::debug!(image_id = %self.id, "the index may not say who holds the job"),
+        }
     }
 
     pub async fn renew_lease(&self) -> StepResult<()> {

@@ -33,8 +33,11 @@ impl JobRun {
         if self.job.signals().await.has(Signal::Cancel) && !record.state.is_ended() && record.phase() < Phase::Detach {
             return end(State::Cancelled, "cancelled by the operator");
         }
-        if record.state.is_ended() && !self.restart_if_rerequested().await? {
-            return Ok(self.job.record().await.state);
+        if record.state.is_ended() {
+            if !self.restart_if_rerequested().await? {
+                return Ok(self.job.record().await.state);
+            }
+            self.job.index_holder().await;
         }
         let config = self.job.context.config.borrow().clone();
         let record = self.job.record().await;

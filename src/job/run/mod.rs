@@ -416,6 +416,9 @@ impl JobRun {
             metrics::counter!("rbd_offload_takeovers_total").increment(1);
             // the index tells every engine that this job is a suspect
             self.job.index().await?;
+        } else if purpose == TakeOverPurpose::Attempt {
+            // a report is over before another daemon has read who holds the job
+            self.job.index_holder().await;
         }
         Ok(())
     }

@@ -21,6 +21,11 @@ use crate::job::simulation::faults::world::Shared;
 use crate::job::simulation::state::DEPLOYMENT;
 use crate::job::store::Store;
 
+/// When the world began, by a clock that is right.
+pub fn epoch() -> Timestamp {
+    Timestamp::UNIX_EPOCH + SignedDuration::from_hours(24 * 365 * 50)
+}
+
 /// A running daemon.
 pub struct Daemon {
     pub node: Arc<Node>,
@@ -38,10 +43,10 @@ impl Daemon {
         let (instance, wrong) = {
             let mut world = world.lock();
             let wrong = SignedDuration::from_secs(i64::try_from(world.dice.below(600)).unwrap() - 300);
-            (world.dice.uuid(), wrong)
+            (world.dice.uuid(), if world.right_clocks { SignedDuration::ZERO } else { wrong })
         };
         let began = world.lock().began;
-        let start = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(24 * 365 * 50) + wrong;
+        let start = epoch() + wrong;
         let clock = Clock::Tokio { start, origin: began };
         let handle = Handle { node: Arc::clone(&node) };
         let clients = Arc::new(handle.clone());

@@ -122,7 +122,8 @@ impl Objects for Handle {
     }
 
     async fn omap(&self, object: &str, after: &str, max: usize) -> Result<Vec<(String, Vec<u8>)>> {
-        self.ceph(Kind::Read, || format!("omap {object}"), |world| Ok(world.ceph.keys(object, after, max))).await
+        let what = if max == 1 { "entry of" } else { "omap" };
+        self.ceph(Kind::Read, || format!("{what} {object}"), |world| Ok(world.ceph.keys(object, after, max))).await
     }
 
     async fn set_omap(&self, object: &str, entries: &[(String, Vec<u8>)]) -> Result<()> {

@@ -116,16 +116,22 @@ impl Cloud for Handle {
     }
 
     async fn queued_images(&self, cursor: &ListCursor, limit: usize) -> Result<ImagePage> {
-        // small pages, so that the marker is followed
-        let limit = limit.min(2);
         let marker = cursor.marker.as_deref();
+        if cursor.hidden {
+            // none is
+            return self
+                .glance(Kind::Read, || "glance hidden queued images".into(), |_| Ok(ImagePage::default()))
+                .await;
+        }
         self.glance(
             Kind::Read,
             || format!("glance queued images after {marker:?}"),
             |world| {
+                let limit = if world.small_pages { 2 } else { limit };
                 let images = world.cloud.queued_images(marker, limit);
-                let marker = images.last().map(|image| image.id.clone());
-                let next = marker.map(|marker| ListCursor { marker: Some(marker), ..ListCursor::default() });
+                let is_last = images.len() < limit;
+                let marker = images.last().filter(|_| !is_last).map(|image| image.id.clone());
+                let next = Some(ListCursor { hidden: is_last, marker, ..ListCursor::default() });
                 Ok(ImagePage { images, skipped: Vec::new(), next })
             },
         )

@@ -34,6 +34,10 @@ pub struct World {
     /// Until then the monitors refuse to fence any client.
     pub fences_refused_until: Option<Instant>,
     pub trouble: Vec<Trouble>,
+    /// Lists come in pages of one or two, so that their cursors are followed.
+    pub small_pages: bool,
+    /// The daemons' clocks are right. Otherwise each is wrong by some minutes.
+    pub right_clocks: bool,
     /// What kills the daemon that does it: an image's id, and the beginning of the call.
     pub killer: Option<Killer>,
 }
@@ -47,6 +51,8 @@ pub struct History {
     pub stricken: BTreeSet<String>,
     /// Clients that their own daemon wanted to be fenced: it has given up the calls that hang there.
     pub given_up: BTreeSet<String>,
+    /// Image headers that sweeps have read.
+    pub headers: usize,
 }
 
 /// A call for one image that kills its daemon each time.
@@ -73,6 +79,8 @@ impl World {
             ceph_slow_until: None,
             fences_refused_until: None,
             trouble,
+            small_pages: true,
+            right_clocks: false,
             killer: None,
             history: History::default(),
             script: None,

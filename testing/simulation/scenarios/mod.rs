@@ -4,6 +4,8 @@ mod at_once;
 mod changed_images;
 mod copies;
 mod custody;
+mod holders;
+mod large_cloud;
 mod leftovers;
 mod one_image;
 mod planted;

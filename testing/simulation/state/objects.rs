@@ -1,5 +1,6 @@
 //! The rules of RADOS objects: versions, `cls_lock` locks with a time limit, keys.
 
+use std::ops::Bound;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -150,7 +151,7 @@ impl Cluster {
     /// A page of the keys after that one.
     pub fn keys(&self, object: &str, after: &str, max: usize) -> Vec<(String, Vec<u8>)> {
         let Some(found) = self.objects.get(object) else { return Vec::new() };
-        let entries = found.omap.iter().filter(|(key, _)| key.as_str() > after).take(max);
+        let entries = found.omap.range::<str, _>((Bound::Excluded(after), Bound::Unbounded)).take(max);
         entries.map(|(key, value)| (key.clone(), value.clone())).collect()
     }
 
