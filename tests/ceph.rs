@@ -776,7 +776,7 @@ async fn repeated_steps_find_nothing_to_do() {
     assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::NotFound);
     client.create_like(&source, "s", &image, Features::PUBLISHED).await.unwrap();
     assert_eq!(client.rename(&image, &other).await.unwrap_err().kind(), ErrorKind::Exists);
-    let mut names = client.images("images", &lab.name).await.unwrap();
+    let mut names = client.images("images", &lab.name, None, 10).await.unwrap().entries;
     names.sort();
     assert_eq!(names, [format!("{}-image", lab.name), other.clone()]);
 
@@ -1183,6 +1183,75 @@ trash('vms', NAME + '-c')",
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lists_go_on_where_the_page_before_ended() {
+    let lab = Lab::new();
+    lab.python(
+        "for n in 'abcde':
+    create('vms', NAME + '-' + n, M)
+    with rbd.Image(io('vms'), NAME + '-' + n) as image: image.create_snap(NAME + '-s')
+for n in 'de': trash('vms', NAME + '-' + n)",
+    );
+    let client = lab.client().await;
+    let (mut names, mut after) = (Vec::new(), None);
+    loop {
+        let page = client.images("vms", &lab.name, after.as_deref(), 2).await.unwrap();
+        assert!(page.entries.len() <= 2, "{page:?}");
+        names.extend(page.entries);
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(names, ["a", "b", "c"].map(|n| format!("{}-{n}", lab.name)));
+    let mut trashed = Vec::new();
+    loop {
+        let page = client.trash("vms", after.as_deref(), 1).await.unwrap();
+        assert!(page.entries.len() <= 1, "{page:?}");
+        trashed.extend(page.entries.into_iter().filter(|trashed| trashed.name.starts_with(&lab.name)));
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    for image in &trashed {
+        let found = client.trashed(&ImageSpec::with_id("vms", image.id.as_str())).await.unwrap();
+        assert_eq!(found.as_ref(), Some(image));
+    }
+    let mut names: Vec<String> = trashed.into_iter().map(|trashed| trashed.name).collect();
+    names.sort();
+    assert_eq!(names, ["d", "e"].map(|n| format!("{}-{n}", lab.name)));
+    let mut found = Vec::new();
+    loop {
+        let page = client.snapshots("vms", &lab.name, 0, after.as_deref(), 2).await.unwrap();
+        assert!(page.looked_at <= 2, "{page:?}");
+        found.extend(page.found);
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(found.len(), 5, "{found:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_version_of_an_object_changes_with_its_keys_and_stays_when_they_are_read() {
+    let lab = Lab::new();
+    let objects = lab.client().await.objects("images", &lab.name).unwrap();
+    let version = async || objects.read("index").await.unwrap().map(|(_, version)| version);
+    assert_eq!(version().await, None);
+    let mut seen = Vec::new();
+    for value in ["1", "1", "2"] {
+        objects.set_omap("index", &[("key".into(), value.into())]).await.unwrap();
+        seen.push(version().await);
+        objects.omap("index", "", 10).await.unwrap();
+        assert_eq!(version().await, seen.last().copied().flatten());
+    }
+    objects.remove_omap("index", &["key".into()]).await.unwrap();
+    seen.push(version().await);
+    assert!(seen.windows(2).all(|pair| pair[0].is_some() && pair[0] != pair[1]), "{seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn headers_tell_the_tags_of_snapshots_that_are_gone_and_the_owners_of_images() {
     let lab = Lab::new();
     lab.python("for n in 'abc': create('vms', NAME + '-' + n, M)");
@@ -1202,7 +1271,7 @@ async fn headers_tell_the_tags_of_snapshots_that_are_gone_and_the_owners_of_imag
     client.create_snapshot(&tagged, &snapshot).await.unwrap();
     let id = client.image(&trashed, None).await.unwrap().unwrap().id;
     lab.python("trash('vms', NAME + '-c')");
-    let in_trash = client.trash("vms").await.unwrap();
+    let in_trash = client.trash("vms", None, usize::MAX).await.unwrap().entries;
     let name = in_trash.iter().find(|trashed| trashed.id == id).map(|trashed| trashed.name.clone());
     assert_eq!(name, Some(format!("{}-c", lab.name)));
 
@@ -1473,7 +1542,7 @@ async fn every_kind_of_call_tells_a_fenced_client_so() {
             0 => two.image(&source, Some("s")).await.map(drop),
             1 => two.create_snapshot(&source, "t").await.map(drop),
             2 => two.clone_image(&source, "s", &image, Features::PUBLISHED).await,
-            3 => two.images("volumes", "").await.map(drop),
+            3 => two.images("volumes", "", None, 1).await.map(drop),
             4 => two.rename(&source, "x").await,
             5 => two.remove_image(&source).await.map(drop),
             _ => two.objects("images", &lab.name).unwrap().create("x", b"").await.map(drop),
@@ -1552,7 +1621,7 @@ async fn images_of_a_killed_probe_are_removed_an_hour_later() {
     let (parent, child) = (format!("vms/{old}@check"), format!("vms/{clone}"));
     lab.command("rbd", &["clone", "--rbd-default-clone-format", "1", &parent, &child]);
     assert!(matches!(client.probe_pool("vms", None).await.unwrap(), Probed::All { .. }));
-    let left = client.images("vms", "rbd-offload.check-").await.unwrap();
+    let left = client.images("vms", "rbd-offload.check-", None, 1000).await.unwrap().entries;
     for image in [&young, &foreign] {
         client.remove_image(&ImageSpec::named("vms", image)).await.unwrap();
     }
@@ -1567,7 +1636,7 @@ async fn missing_capabilities_are_found() {
     for pool in ["images", "volumes"] {
         assert!(matches!(client.probe_pool(pool, None).await.unwrap(), Probed::All { data_pool } if data_pool == pool));
     }
-    assert!(client.images("volumes", "rbd-offload.check-").await.unwrap().is_empty());
+    assert!(client.images("volumes", "rbd-offload.check-", None, 1).await.unwrap().entries.is_empty());
     let lacks = async |client: &Client, pool: &str, data_pool| match client.probe_pool(pool, data_pool).await.unwrap() {
         Probed::Lacks(finding) => finding,
         all => panic!("{all:?}"),

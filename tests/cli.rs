@@ -276,7 +276,7 @@ async fn leftovers() -> Vec<String> {
     let client = Client::connect(&ceph, "rbd-offload").await.unwrap();
     let mut images = Vec::new();
     for pool in ["images", "volumes", "volumes2", "vms"] {
-        images.extend(client.images(pool, "rbd-offload.check-").await.unwrap());
+        images.extend(client.images(pool, "rbd-offload.check-", None, 1000).await.unwrap().entries);
     }
     images
 }

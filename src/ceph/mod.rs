@@ -188,6 +188,14 @@ pub struct SnapshotPage {
     pub next: Option<String>,
 }
 
+/// A page of a list, in the order of the list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Page<T> {
+    pub entries: Vec<T>,
+    /// Cursor of the next page; `None` at the end of the list.
+    pub next: Option<String>,
+}
+
 /// An image in the trash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trashed {
@@ -524,11 +532,16 @@ pub trait Storage: Send + Sync + 'static {
     /// now is left alone. `No` when there is nothing to finish.
     async fn finish_removal(&self, image: &ImageSpec) -> Result<Changed>;
 
-    /// What lies in the pool's trash.
-    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>>;
+    /// What lies in the pool's trash, at most `most` images from the cursor `after` on.
+    async fn trash(&self, pool: &str, after: Option<&str>, most: usize) -> Result<Page<Trashed>>;
+
+    /// An image that lies in the trash, given by its id. `None`: it does not.
+    async fn trashed(&self, image: &ImageSpec) -> Result<Option<Trashed>>;
 
     /// Whether an image, given by its id, lies in the trash.
-    async fn in_trash(&self, image: &ImageSpec) -> Result<bool>;
+    async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
+        Ok(self.trashed(image).await?.is_some())
+    }
 
     /// Removes an image, given by its id, that a user or a service moved to the trash, if its deferment is over and it
     /// has no snapshots. `No` otherwise. [`ErrorKind::Busy`] while another client has it open.
@@ -550,12 +563,14 @@ pub trait Storage: Send + Sync + 'static {
 
     async fn remove_metadata(&self, image: &ImageSpec, key: &str) -> Result<Changed>;
 
-    /// Names of all images of the pool that start with `prefix`.
-    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>>;
+    /// Names of images of the pool that start with `prefix`, at most `most`, from the cursor `after` on. Other names
+    /// cost nothing, and images of format 1 are left out.
+    async fn images(&self, pool: &str, prefix: &str, after: Option<&str>, most: usize) -> Result<Page<String>>;
 
-    /// Snapshots whose name starts with `prefix`, of the pool's images, those in the trash (by id) included, and the
+    /// Snapshots whose name starts with `prefix`, of the pool's images, then of those in the trash (by id), and the
     /// images' owners. Read from the image headers without opening the images; `pace` bounds the headers read a second
-    /// (0: not at all). One call looks at `most` images, from the cursor `after` on.
+    /// (0: not at all). One call looks at `most` images, from the cursor `after` on. Images of format 1 are left out:
+    /// no job makes a snapshot of one.
     async fn snapshots(
         &self,
         pool: &str,

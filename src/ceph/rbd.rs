@@ -15,7 +15,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Cluster, IoCtx, c_string, cancelled, check, until_nul};
 use super::objects::omap_page;
-use super::{Error, ErrorKind, Features, ImageKey, ImageSpec, Parent, Progress, Result, Snapshot, sys};
+use super::{Error, ErrorKind, Features, ImageKey, ImageSpec, Page, Parent, Progress, Result, Snapshot, Trashed, sys};
+
+/// The objects whose omaps list a pool's images, and what lies in its trash.
+const DIRECTORY: &CStr = c"rbd_directory";
+const TRASH: &CStr = c"rbd_trash";
+
+/// Their keys that are asked for in one operation: an OSD returns no more (`osd_max_omap_entries_per_request`).
+const DIRECTORY_PAGE: usize = 1024;
 
 /// Whether an image is opened for changes. Opening read-only sets no watch and never takes the image's lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -758,7 +765,7 @@ pub(super) fn id_of_name(io: &IoCtx, name: &str, operation: &str) -> Result<Opti
 /// The name that the pool's directory lists an internal id under.
 pub(super) fn name_in_directory(io: &IoCtx, id: &str, operation: &str) -> Result<Option<String>> {
     let key = c_string(operation, &format!("id_{id}"))?;
-    let (entries, _) = omap_page(io, c"rbd_directory", c"", &key, 1, operation)?;
+    let (entries, _) = omap_page(io, DIRECTORY, c"", &key, 1, operation)?;
     Ok(entries.into_iter().find(|(found, _)| *found == key).and_then(|(_, value)| decode_text(&value)))
 }
 
@@ -819,6 +826,72 @@ pub(super) fn list(io: &IoCtx, operation: &str) -> Result<Vec<Listed>> {
         unsafe { sys::rbd_image_spec_list_cleanup(specs.as_mut_ptr(), count) };
         return Ok(listed);
     }
+}
+
+/// Keys of an object's omap that start with this and with `prefix`, without `start`: at most `most`, after the one that
+/// is `start` and `after`. Nothing when there is no object.
+fn keyed_page<T>(
+    (io, object): (&IoCtx, &CStr),
+    (start, prefix): (&str, &str),
+    after: Option<&str>,
+    most: usize,
+    read: impl Fn(&str, &[u8]) -> Option<T>,
+    operation: &str,
+) -> Result<Page<T>> {
+    let prefix = c_string(operation, &format!("{start}{prefix}"))?;
+    let mut last = c_string(operation, &after.map(|after| format!("{start}{after}")).unwrap_or_default())?;
+    let mut page = Page { entries: Vec::new(), next: None };
+    let mut left = most.max(1);
+    loop {
+        let (found, more) = omap_page(io, object, &last, &prefix, left.min(DIRECTORY_PAGE), operation)?;
+        left = left.saturating_sub(found.len());
+        for (key, value) in &found {
+            let key = key.to_string_lossy();
+            page.entries.extend(key.strip_prefix(start).and_then(|key| read(key, value)));
+        }
+        let Some((key, _)) = found.into_iter().next_back().filter(|_| more) else { return Ok(page) };
+        if left == 0 {
+            page.next = key.to_string_lossy().strip_prefix(start).map(str::to_owned);
+            return Ok(page);
+        }
+        last = key;
+    }
+}
+
+/// Images of format 2 whose names start with `prefix`, in the order of their names.
+pub(super) fn names(
+    io: &IoCtx,
+    prefix: &str,
+    after: Option<&str>,
+    most: usize,
+    operation: &str,
+) -> Result<Page<String>> {
+    keyed_page((io, DIRECTORY), ("name_", prefix), after, most, |name, _| Some(name.to_owned()), operation)
+}
+
+/// Images of format 2, in the order of their internal ids.
+pub(super) fn list_page(io: &IoCtx, after: Option<&str>, most: usize, operation: &str) -> Result<Page<Listed>> {
+    let listed = |id: &str, value: &[u8]| Some(Listed { id: id.to_owned(), name: decode_text(value)? });
+    keyed_page((io, DIRECTORY), ("id_", ""), after, most, listed, operation)
+}
+
+/// Images in the trash, in the order of their internal ids.
+pub(super) fn trash_page(io: &IoCtx, after: Option<&str>, most: usize, operation: &str) -> Result<Page<Trashed>> {
+    let trashed = |id: &str, value: &[u8]| Some(Trashed { id: id.to_owned(), name: decode_trashed(value)? });
+    keyed_page((io, TRASH), ("id_", ""), after, most, trashed, operation)
+}
+
+/// The image of this internal id, if it lies in the trash.
+pub(super) fn trashed(io: &IoCtx, id: &str, operation: &str) -> Result<Option<Trashed>> {
+    let trashed = |id: &str, value: &[u8]| Some(Trashed { id: id.to_owned(), name: decode_trashed(value)? });
+    let page = keyed_page((io, TRASH), ("id_", id), None, 1, trashed, operation)?;
+    Ok(page.entries.into_iter().find(|trashed| trashed.id == id))
+}
+
+/// The name in a `cls::rbd::TrashImageSpec` of Ceph's src/cls/rbd/cls_rbd_types.h: version, oldest version that can
+/// read it, and length; the source in one byte; the name.
+fn decode_trashed(data: &[u8]) -> Option<String> {
+    decode_text(data.get(2 + 4 + 1..)?)
 }
 
 /// An image in the trash.

@@ -17,7 +17,7 @@ use super::published::{check_rule, detach, fill_published, is_gone, sweep_object
 use super::rbd::{self, Access, Image, Options, find_in_trash};
 use super::{
     Changed, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
-    Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed, is_owner_of,
+    Page, Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed, is_owner_of,
 };
 
 /// How long a call on a busy image is repeated before it fails: a watch that was just given up ends within that.
@@ -26,6 +26,10 @@ const BUSY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How often a fill tells its caller how far it got.
 const SAVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What cursors of [`Storage::snapshots`] begin with: the last image was listed in the directory, or in the trash.
+const IN_DIRECTORY: &str = "directory ";
+const IN_TRASH: &str = "trash ";
 
 /// A longer chain of parents is taken for a circle.
 const MAX_CHAIN: usize = 64;
@@ -360,20 +364,20 @@ impl Storage for Client {
         .await
     }
 
-    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>> {
+    async fn trash(&self, pool: &str, after: Option<&str>, most: usize) -> Result<Page<Trashed>> {
         let operation = format!("list the trash of {pool}");
-        let pool = pool.to_owned();
+        let (pool, after) = (pool.to_owned(), after.map(str::to_owned));
         self.run(operation.clone(), move |cluster| {
-            let trash = rbd::trash(&IoCtx::open(cluster, &pool)?, &operation)?;
-            Ok(trash.into_iter().map(|trashed| Trashed { id: trashed.id, name: trashed.name }).collect())
+            rbd::trash_page(&IoCtx::open(cluster, &pool)?, after.as_deref(), most, &operation)
         })
         .await
     }
 
-    async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
-        let spec = image.clone();
-        self.run(format!("look for {image} in the trash"), move |cluster| {
-            Ok(find_in_trash(&IoCtx::open(cluster, &spec.pool)?, &spec)?.is_some())
+    async fn trashed(&self, image: &ImageSpec) -> Result<Option<Trashed>> {
+        let (operation, spec) = (format!("look for {image} in the trash"), image.clone());
+        self.run(operation.clone(), move |cluster| {
+            let ImageKey::Id(id) = &spec.image else { return Ok(None) };
+            rbd::trashed(&IoCtx::open(cluster, &spec.pool)?, id, &operation)
         })
         .await
     }
@@ -424,12 +428,11 @@ impl Storage for Client {
         .await
     }
 
-    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>> {
+    async fn images(&self, pool: &str, prefix: &str, after: Option<&str>, most: usize) -> Result<Page<String>> {
         let operation = format!("list the images of {pool}");
-        let (pool, prefix) = (pool.to_owned(), prefix.to_owned());
+        let (pool, prefix, after) = (pool.to_owned(), prefix.to_owned(), after.map(str::to_owned));
         self.run(operation.clone(), move |cluster| {
-            let images = rbd::list(&IoCtx::open(cluster, &pool)?, &operation)?;
-            Ok(images.into_iter().map(|image| image.name).filter(|name| name.starts_with(&prefix)).collect())
+            rbd::names(&IoCtx::open(cluster, &pool)?, &prefix, after.as_deref(), most, &operation)
         })
         .await
     }
@@ -809,26 +812,30 @@ fn snapshots(
 ) -> Result<SnapshotPage> {
     let operation = format!("list the snapshots of {pool}");
     let io = IoCtx::open(cluster, pool)?;
-    let mut candidates: Vec<(ImageSpec, String)> =
-        rbd::list(&io, &operation)?.into_iter().map(|image| (ImageSpec::named(pool, image.name), image.id)).collect();
-    candidates.extend(
-        rbd::trash(&io, &operation)?
-            .into_iter()
-            .map(|trashed| (ImageSpec::with_id(pool, trashed.id.as_str()), trashed.id)),
-    );
-    // an image of format 1 has no id
-    let cursor_of = |(spec, id): &(ImageSpec, String)| match &spec.image {
-        ImageKey::Name(name) if id.is_empty() => name.clone(),
-        _ => id.clone(),
-    };
-    let mut candidates: Vec<_> = candidates.into_iter().map(|candidate| (cursor_of(&candidate), candidate)).collect();
-    candidates.retain(|(cursor, _)| after.is_none_or(|after| cursor.as_str() > after));
-    candidates.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let next = (candidates.len() > most).then(|| candidates.get(most.saturating_sub(1))).flatten();
-    let next = next.map(|(cursor, _)| cursor.clone());
+    let most = most.max(1);
+    // the trash comes last: an image is moved there, and seldom back
+    let (mut candidates, mut next) = (Vec::new(), None);
+    let mut in_trash = after.map_or(Some(None), |after| after.strip_prefix(IN_TRASH).map(Some));
+    if let Some(after) = after.map_or(Some(None), |after| after.strip_prefix(IN_DIRECTORY).map(Some)) {
+        let listed = rbd::list_page(&io, after, most, &operation)?;
+        candidates.extend(listed.entries.into_iter().map(|image| (ImageSpec::named(pool, image.name), image.id)));
+        next = listed.next.map(|id| format!("{IN_DIRECTORY}{id}"));
+        in_trash = Some(None);
+    }
+    if let (None, Some(after)) = (&next, in_trash) {
+        let left = most.saturating_sub(candidates.len());
+        if left == 0 {
+            next = Some(IN_TRASH.to_owned());
+        } else {
+            let trash = rbd::trash_page(&io, after.filter(|after| !after.is_empty()), left, &operation)?;
+            let trashed = trash.entries.into_iter();
+            candidates.extend(trashed.map(|trashed| (ImageSpec::with_id(pool, trashed.id.as_str()), trashed.id)));
+            next = trash.next.map(|id| format!("{IN_TRASH}{id}"));
+        }
+    }
     let pace = RateLimiter::new(u64::from(pace));
     let mut page = SnapshotPage { next, ..SnapshotPage::default() };
-    for (_, (spec, id)) in candidates.into_iter().take(most.max(1)) {
+    for (spec, id) in candidates {
         pace.wait(OBJECT, &operation, (&Progress::default(), stop))?;
         page.looked_at += 1;
         match read_header_tags(cluster, &io, (&spec, &id), prefix, &mut page, &operation) {
@@ -851,23 +858,20 @@ fn read_header_tags(
     operation: &str,
 ) -> Result<()> {
     const RECORDS: usize = 512;
-    let mut tags = Vec::new();
-    // Format 1 has another header; its images are few and old.
-    let mut mentioned = id.is_empty();
-    if !mentioned {
-        let header = c_string(operation, &format!("rbd_header.{id}"))?;
-        let owner_key = c_string(operation, &format!("metadata_{OWNER_KEY}"))?;
-        let first = header_page(io, &header, c"snapshot_", &owner_key, RECORDS, operation)?;
-        tags.extend(first.xattrs.into_iter().filter(|name| name.starts_with(prefix)));
-        let owner = first.owner.into_iter().find(|(key, _)| *key == owner_key);
-        page.owned.extend(owner.map(|(_, owner)| (spec.clone(), String::from_utf8_lossy(&owner).into_owned())));
-        let (mut records, mut more) = (first.records, first.more);
-        loop {
-            mentioned = records.iter().any(|(_, value)| contains(value, prefix.as_bytes()));
-            let Some((last, _)) = records.last().filter(|_| more && !mentioned) else { break };
-            (records, more) = omap_page(io, &header, last, c"snapshot_", RECORDS, operation)?;
+    let header = c_string(operation, &format!("rbd_header.{id}"))?;
+    let owner_key = c_string(operation, &format!("metadata_{OWNER_KEY}"))?;
+    let first = header_page(io, &header, c"snapshot_", &owner_key, RECORDS, operation)?;
+    let mut tags: Vec<String> = first.xattrs.into_iter().filter(|name| name.starts_with(prefix)).collect();
+    let owner = first.owner.into_iter().find(|(key, _)| *key == owner_key);
+    page.owned.extend(owner.map(|(_, owner)| (spec.clone(), String::from_utf8_lossy(&owner).into_owned())));
+    let (mut records, mut more) = (first.records, first.more);
+    let mentioned = loop {
+        if records.iter().any(|(_, value)| contains(value, prefix.as_bytes())) {
+            break true;
         }
-    }
+        let Some((last, _)) = records.last().filter(|_| more) else { break false };
+        (records, more) = omap_page(io, &header, last, c"snapshot_", RECORDS, operation)?;
+    };
     if mentioned && let Some(image) = Image::open(cluster, spec, Access::ReadOnly)? {
         let discarded = image.discarded_snapshots()?.into_iter().map(|(_, name)| name);
         let names = image.snapshots()?.into_iter().map(|snapshot| snapshot.name).chain(discarded);

@@ -304,9 +304,7 @@ impl Cleaner {
     /// the volume, not before the end of a deferment, and not while another snapshot needs it. `false`: Cinder is still
     /// at work on the volume.
     async fn purge(&self, image_id: Uuid, image: &ImageSpec) -> Result<bool, CallError> {
-        let ImageKey::Id(id) = &image.image else { return Ok(true) };
-        let trash = self.storage.trash(&image.pool).await?;
-        let Some(trashed) = trash.into_iter().find(|trashed| trashed.id == *id) else { return Ok(true) };
+        let Some(trashed) = self.storage.trashed(image).await? else { return Ok(true) };
         let Some(volume) = self.volume_of(image_id, image, &trashed.name).await? else { return Ok(true) };
         let found = self.context().cloud.volume(&volume.to_string()).await?;
         match VolumeDeletion::of(found.as_ref()) {

@@ -6,9 +6,10 @@
 //! all (`turn.rs`). Jobs whose daemon died need no reconciler: the engine takes them when their lease runs out.
 //!
 //! A round is a list of parts. Each stands alone: an error in one keeps no other from running. A part that can be long
-//! has its time, and goes on in the next round where it stopped. An object, a record or a request that cannot be read
-//! is named and passed over. Whatever is removed is removed in custody, by tasks that a round does not wait for when
-//! they take long (`cleanup.rs`).
+//! has its time and its number of reads, and goes on in the next round where it stopped: a round costs the same in a
+//! cloud of any size. What is old is told by the index, and nothing lists a whole pool. An object, a record or a
+//! request that cannot be read is named and passed over. Whatever is removed is removed in custody, by tasks that a
+//! round does not wait for when they take long (`cleanup.rs`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use super::names::{PRIVATE_PREFIX, Private, parse_private};
 use super::outcome_message::outcome_message;
 use super::record::{Record, State};
 use super::signal::Signal;
-use super::store::Error;
+use super::store::{Error, INDEX_PAGE};
 use super::turn::{Tried, Turn};
 use crate::ceph::{self, ErrorKind, ImageKey, ImageSpec, LockKey, Locked, Storage, Trashed};
 use crate::openstack::{self, ListCursor};
@@ -49,9 +50,45 @@ const PAGE: usize = 200;
 /// Image headers read a second when looking for snapshots.
 const HEADERS_PER_SECOND: u32 = 500;
 
-/// Image headers read in a round of a minute or less; longer ones read more. A sweep over 100,000 images takes three
-/// hours.
-const HEADERS_PER_ROUND: usize = 600;
+/// How much a sweep reads in a round of a minute or less; longer ones read more. The first sweep after the start is
+/// quicker: what a daemon left that died is found soon.
+struct Pace {
+    first: usize,
+    then: usize,
+}
+
+/// Image headers. The first sweep over 100,000 images takes three hours, the next ones a day.
+const HEADERS: Pace = Pace { first: 600, then: 60 };
+
+/// Records of ended jobs that no other rule reads.
+const OLD_RECORDS: Pace = Pace { first: 600, then: 6 };
+
+/// Pages of the index of ended jobs that a round looks through for jobs that have just ended, and for old ones.
+const ENDED_PAGES: usize = 2;
+const EXPIRED_PAGES: usize = 1;
+
+/// Records that a round reads because they were read before, or because that was asked for.
+const CHECKS_PER_ROUND: usize = 600;
+
+/// How long after its end a job is checked again and again.
+const YOUNG: SignedDuration = SignedDuration::from_hours(1);
+
+/// Ended jobs whose next check is kept in mind: those that need one, and others. The rest is read in its turn.
+const CHECKS_MAX: usize = 10_000;
+const OTHER_CHECKS_MAX: usize = 200;
+
+/// Names that are read at a time from the list of private images, and images from the trash.
+const NAMES: usize = 1_000;
+const TRASHED: usize = 200;
+
+/// Pages of each of these lists that a round reads.
+const LIST_PAGES: usize = 5;
+
+/// How often the entries of daemons that are gone are looked for.
+const DEAD_DAEMONS_INTERVAL: Duration = Duration::from_secs(10 * 60);
+
+/// Published images of jobs that ended without one, to be removed.
+const PUBLISHED_MAX: usize = 1_000;
 
 /// How often a page is read again whose leftovers were not all removed: a snapshot may be in use for a moment.
 const PAGE_TRIES: u32 = 3;
@@ -138,22 +175,42 @@ impl HeaderSweep {
     }
 }
 
+impl Pace {
+    /// What may be read in one round.
+    fn of_round(&self, is_first: bool, interval: Duration) -> usize {
+        let number = if is_first { self.first } else { self.then };
+        number.max(usize::try_from(interval.as_secs()).unwrap_or(0) * number / 60)
+    }
+}
+
 /// What the record of an ended job says.
 struct EndedFindings {
-    made_image: bool,
+    ended_at: Timestamp,
     /// Whether each round reads it.
     again: bool,
+    /// Whether another writer may change the image record after the end.
+    needs_repair: bool,
 }
 
 /// The latest check of an ended job.
 struct EndedCheck {
     /// Of which end: a job that was begun again ends once more.
     ended_at: Option<Timestamp>,
-    made_image: bool,
-    /// An image under the Glance image's id that does not bear this deployment's tag: another writer's upload.
-    others_image: Option<ImageSpec>,
     /// When the record is read again.
     next: Instant,
+}
+
+/// Where the lists of a pool go on.
+#[derive(Default)]
+struct ListCursors {
+    names: Option<String>,
+    trash: Option<String>,
+}
+
+/// A sweep over all records of ended jobs.
+struct RecordSweep {
+    after: Option<String>,
+    is_first: bool,
 }
 
 pub struct Reconciler {
@@ -168,10 +225,18 @@ pub struct Reconciler {
     unindexed: Option<Vec<Uuid>>,
     /// Where the list of queued images goes on.
     requests: ListCursor,
-    /// Ended jobs that were checked, and the last one of them.
+    /// Ended jobs that are checked again.
     ended: HashMap<Uuid, EndedCheck>,
-    ended_after: Option<Uuid>,
+    /// Where the index of ended jobs is looked through next, for young ones and for old ones.
+    ended_after: Option<String>,
+    expired_after: Option<String>,
+    records: RecordSweep,
+    /// Published images that jobs left which ended without one.
+    published: Vec<Leftover>,
+    lists: HashMap<String, ListCursors>,
     sweep: Option<HeaderSweep>,
+    is_first_sweep: bool,
+    dead_daemons_removed: Option<Instant>,
     turn: Turn,
     /// Whether no part of this round failed or ran out of time.
     is_complete: bool,
@@ -184,9 +249,8 @@ pub struct Reconciler {
 
 /// How long an ended job is not checked again: late changes of another writer on the image record come soon, or
 /// after a hash that takes hours. It is a tenth of the time since the job's end.
-fn pause_after(ended_at: Option<Timestamp>, now: Timestamp) -> Duration {
-    ended_at
-        .map_or(Duration::ZERO, |ended_at| Duration::try_from(now.duration_since(ended_at) / 10).unwrap_or_default())
+fn pause_after(ended_at: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(ended_at) / 10).unwrap_or_default()
 }
 
 impl Reconciler {
@@ -204,7 +268,13 @@ impl Reconciler {
             requests: ListCursor::default(),
             ended: HashMap::new(),
             ended_after: None,
+            expired_after: None,
+            records: RecordSweep { after: None, is_first: true },
+            published: Vec::new(),
+            lists: HashMap::new(),
             sweep: None,
+            is_first_sweep: true,
+            dead_daemons_removed: None,
             turn: Turn::new(),
             is_complete: false,
             took_custody: false,
@@ -396,7 +466,6 @@ impl Reconciler {
 
     /// Queued images that ask for something, and that no live job is for.
     async fn find_requests(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
-        let live: HashSet<Uuid> = self.context().store.live().await?.into_iter().map(|(id, _)| id).collect();
         let mut failures = Failures::default();
         loop {
             // on an error the list begins again: the image where it was to go on may be gone
@@ -410,10 +479,11 @@ impl Reconciler {
             }
             for image in page.images {
                 let Some(image_id) = request::parse_uuid(&image.id) else { continue };
-                if !self.intake.takes(&image.tags) {
+                // what has a job that waits or runs is not read: thousands may wait
+                if !self.intake.takes(&image.tags) || self.engine.knows(&image_id) {
                     continue;
                 }
-                match self.find_request(&image, image_id, &live, report).await {
+                match self.find_request(&image, image_id, report).await {
                     Ok(()) => failures.end(),
                     Err(error) => {
                         tracing::warn!(%image_id, %error, "a request was not taken up; the next round tries again");
@@ -429,20 +499,14 @@ impl Reconciler {
         }
     }
 
-    async fn find_request(
-        &self,
-        image: &openstack::Image,
-        image_id: Uuid,
-        live: &HashSet<Uuid>,
-        report: &mut RoundReport,
-    ) -> Result<()> {
+    async fn find_request(&self, image: &openstack::Image, image_id: Uuid, report: &mut RoundReport) -> Result<()> {
         let tags = request::parse_request_tags(&image.tags);
         let asks = !matches!(tags, TagRequest::Absent);
         let asked = if let TagRequest::Source(source) = tags { Some(source) } else { None };
         let dry_run = self.context().config.borrow().offload.dry_run;
         let known = match self.context().store.load(image_id).await {
             Ok(Some(stored)) if !stored.record.state.is_ended() => {
-                if !live.contains(&image_id) {
+                if self.context().store.live_entry(image_id).await?.is_none() {
                     // stored, and the daemon that did it died or was not answered before the index said so
                     self.context().store.index(&stored).await?;
                     report.records += 1;
@@ -462,54 +526,112 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Goes through the ended jobs. Indexes those that were begun again, repairs image records, and notes which jobs
-    /// ended without an image.
+    /// Reads records of ended jobs: those that were asked for, those that are to be checked again, those of jobs that
+    /// have just ended, and a few others in their turn. Indexes those that were begun again, repairs image records, and
+    /// finds published images of jobs that ended without one.
     async fn check_ended_jobs(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
-        let ended: BTreeMap<_, _> = self.context().store.ended().await?.into_iter().collect();
-        self.ended.retain(|id, look| ended.get(id) == Some(&look.ended_at));
-        let asked_for = self.context().store.requested_rechecks().await?;
-        for gone in asked_for.iter().filter(|id| !ended.contains_key(id)) {
-            self.context().store.remove_recheck(*gone).await?;
-        }
-        // those behind the last one of the round before come first: a few that are slow do not keep the others waiting
-        let after = self.ended_after.take();
-        let (mut order, first): (Vec<_>, Vec<_>) =
-            ended.into_iter().partition(|(id, _)| after.is_none_or(|at| *id > at));
-        order.extend(first);
-        for (image_id, ended_at) in order {
-            let now = Instant::now();
-            let is_asked_for = asked_for.contains(&image_id);
-            if !is_asked_for && self.ended.get(&image_id).is_some_and(|check| check.next > now) {
-                continue;
-            }
-            if now >= until {
+        let store = self.context().store.clone();
+        let mut left = CHECKS_PER_ROUND;
+        for image_id in store.requested_rechecks().await? {
+            if left == 0 || Instant::now() >= until {
                 self.is_complete = false;
                 return Ok(());
             }
-            self.ended_after = Some(image_id);
-            if is_asked_for {
-                // before the record is read: a request that comes meanwhile is not lost
-                self.context().store.remove_recheck(image_id).await?;
+            left -= 1;
+            // before the record is read: a request that comes meanwhile is not lost
+            store.remove_recheck(image_id).await?;
+            self.check(image_id, &own, report).await;
+        }
+        let now = Instant::now();
+        let mut due: Vec<_> = self.ended.iter().filter(|(_, check)| check.next <= now).collect();
+        // a few that are slow do not keep the others waiting
+        due.sort_by_key(|(id, check)| (check.next, **id));
+        let due: Vec<Uuid> = due.into_iter().map(|(id, _)| *id).take(left).collect();
+        for image_id in due {
+            if Instant::now() >= until {
+                self.is_complete = false;
+                return Ok(());
             }
-            match self.check_ended(image_id, &own, report).await {
-                Ok(Some(EndedFindings { made_image, again })) => {
-                    let pause = if again { Duration::ZERO } else { pause_after(ended_at, self.context().clock.now()) };
-                    let next = now + pause;
-                    let others_image = self.ended.remove(&image_id).and_then(|check| check.others_image);
-                    self.ended.insert(image_id, EndedCheck { ended_at, made_image, others_image, next });
+            left -= 1;
+            self.check(image_id, &own, report).await;
+        }
+        for _ in 0..ENDED_PAGES {
+            let page = store.ended_page(self.ended_after.as_deref(), INDEX_PAGE).await?;
+            let now = self.context().clock.now();
+            let is_young = |ended_at: &Option<Timestamp>| ended_at.is_none_or(|at| now.duration_since(at) < YOUNG);
+            for (image_id, ended_at) in page.entries.into_iter().filter(|(_, ended_at)| is_young(ended_at)) {
+                if self.ended.get(&image_id).is_some_and(|check| check.ended_at == ended_at) {
+                    continue;
                 }
-                Ok(None) => drop(self.ended.remove(&image_id)),
-                Err(error) => {
+                // the cursor stays: the next round goes on with the same page
+                if left == 0 || Instant::now() >= until {
                     self.is_complete = false;
-                    if let Some(check) = self.ended.get_mut(&image_id) {
-                        check.next = now;
-                    }
-                    tracing::warn!(%image_id, %error, "an ended job could not be checked; the next round tries again");
+                    return Ok(());
                 }
+                left -= 1;
+                self.check(image_id, &own, report).await;
+            }
+            self.ended_after = page.next;
+            if self.ended_after.is_none() {
+                break;
             }
         }
+        self.check_old_records(&own, report, until).await
+    }
+
+    /// The next records of the sweep over all of them. Those whose next check is known are left out.
+    async fn check_old_records(&mut self, own: &str, report: &mut RoundReport, until: Instant) -> Result<()> {
+        let interval = self.context().config.borrow().offload.reconcile_interval;
+        let most = OLD_RECORDS.of_round(self.records.is_first, interval).min(INDEX_PAGE);
+        let page = self.context().store.ended_page(self.records.after.as_deref(), most).await?;
+        for (image_id, ended_at) in page.entries {
+            if self.ended.get(&image_id).is_some_and(|check| check.ended_at == ended_at) {
+                continue;
+            }
+            if Instant::now() >= until {
+                self.is_complete = false;
+                return Ok(());
+            }
+            self.check(image_id, own, report).await;
+            self.records.after = Some(image_id.to_string());
+        }
+        self.records.is_first &= page.next.is_some();
+        self.records.after = page.next;
         Ok(())
+    }
+
+    /// Checks an ended job, and notes when to do so again.
+    async fn check(&mut self, image_id: Uuid, own: &str, report: &mut RoundReport) {
+        let begun = Instant::now();
+        let now = self.context().clock.now();
+        match self.check_ended(image_id, own, report).await {
+            Ok(Some(EndedFindings { ended_at, again, needs_repair })) => {
+                let is_needed = again || needs_repair || now.duration_since(ended_at) < YOUNG;
+                let most = if is_needed { CHECKS_MAX } else { OTHER_CHECKS_MAX };
+                self.ended.remove(&image_id);
+                if self.ended.len() < most {
+                    let pause = if again { Duration::ZERO } else { pause_after(ended_at, now) };
+                    self.ended.insert(image_id, EndedCheck { ended_at: Some(ended_at), next: begun + pause });
+                }
+            }
+            Ok(None) => drop(self.ended.remove(&image_id)),
+            Err(error) => {
+                self.is_complete = false;
+                self.check_soon(image_id);
+                tracing::warn!(%image_id, %error, "an ended job could not be checked; the next round tries again");
+            }
+        }
+    }
+
+    /// The next round reads the record of this ended job.
+    fn check_soon(&mut self, image_id: Uuid) {
+        let next = Instant::now();
+        if let Some(check) = self.ended.get_mut(&image_id) {
+            check.next = next;
+        } else if self.ended.len() < CHECKS_MAX {
+            self.ended.insert(image_id, EndedCheck { ended_at: None, next });
+        }
     }
 
     /// `None`: there is no ended job that can be read.
@@ -547,7 +669,44 @@ impl Reconciler {
                 custody.release(false).await;
             }
         }
-        Ok(Some(EndedFindings { made_image: record.state == State::Done, again }))
+        let (ended_at, needs_repair) = (record.ended_at.unwrap_or(record.updated_at), record.needs_repair);
+        if record.state != State::Done {
+            let pool = record.dest_pool.clone();
+            self.find_published(image_id, pool).await?;
+        }
+        Ok(Some(EndedFindings { ended_at, again, needs_repair }))
+    }
+
+    /// The published image of a job that ended without one. It lay in that pool, if that is known.
+    async fn find_published(&mut self, image_id: Uuid, pool: Option<String>) -> Result<()> {
+        let pools = {
+            let config = self.context().config.borrow();
+            let destinations = config.backends.values().map(|backend| backend.dest_pool.clone());
+            match pool {
+                Some(pool) => BTreeSet::from([pool]),
+                None => destinations.chain([config.glance.pool.clone()]).collect(),
+            }
+        };
+        for pool in pools {
+            if self.published.len() >= PUBLISHED_MAX {
+                return Ok(());
+            }
+            if self.unusable.contains(&pool) {
+                continue;
+            }
+            let image = ImageSpec::named(&pool, image_id.to_string());
+            let tag = match tag_of(self.storage.as_ref(), &image).await {
+                Err(error) if error.kind() == ErrorKind::Fenced => return Err(error.into()),
+                read => self.of_pool(&pool, read).flatten(),
+            };
+            let is_ours = |tag: &OwnershipTag| tag.is_of_deployment(image_id, self.context().deployment);
+            let is_known = self.published.iter().any(|other| other.image == image);
+            if let Some(tag) = tag.filter(|tag| is_ours(tag) && !is_known) {
+                let tag = Some(tag);
+                self.published.push(Leftover { image_id, kind: LeftoverKind::Published, image, tag });
+            }
+        }
+        Ok(())
     }
 
     /// Repairs the image record of an ended job. A daemon that was frozen, or another client's upload, can restore what
@@ -659,50 +818,42 @@ impl Reconciler {
     /// those in the trash, where a removal that broke off leaves them.
     async fn remove_images(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let time = until.saturating_duration_since(Instant::now());
-        let (mut found, mut published) = (Vec::new(), Vec::new());
+        let mut found = Vec::new();
         for pool in self.pools() {
-            let names = self.storage.images(&pool, "").await;
-            let Some(names) = self.of_pool(&pool, names) else { continue };
-            let trash = self.storage.trash(&pool).await;
-            let trash = self.of_pool(&pool, trash).unwrap_or_default();
-            for name in names {
-                let Some((image_id, kind)) = named_as(&name) else { continue };
-                let image = ImageSpec::named(&pool, &name);
-                if kind == LeftoverKind::Published {
-                    published.push((image_id, image));
-                } else {
+            for _ in 0..LIST_PAGES {
+                let after = self.lists.entry(pool.clone()).or_default().names.take();
+                let names = self.storage.images(&pool, PRIVATE_PREFIX, after.as_deref(), NAMES).await;
+                let Some(names) = self.of_pool(&pool, names) else { break };
+                for name in names.entries {
+                    let Some((image_id, kind)) = named_as(&name) else { continue };
+                    let image = ImageSpec::named(&pool, &name);
                     found.extend(self.tagged_as_ours(image_id, kind, image).await?.flatten());
                 }
+                let is_last = names.next.is_none();
+                self.lists.entry(pool.clone()).or_default().names = names.next;
+                if is_last {
+                    break;
+                }
             }
-            for trashed in trash {
+            if self.unusable.contains(&pool) {
+                continue;
+            }
+            let after = self.lists.entry(pool.clone()).or_default().trash.take();
+            let trash = self.storage.trash(&pool, after.as_deref(), TRASHED).await;
+            let Some(trash) = self.of_pool(&pool, trash) else { continue };
+            for trashed in trash.entries {
                 found.extend(self.leftover_in_trash(&pool, &trashed).await?);
             }
+            self.lists.entry(pool).or_default().trash = trash.next;
         }
-        // the lists may have taken longer than that time, and the next round reads all of them again
+        // the lists may have taken longer than that time, and the next round reads them again
         let now = Instant::now();
         let (half, until) = (now + time / 2, now + time);
         self.remove_orphans(found, report, half).await?;
-        let mut found = Vec::new();
-        for (image_id, image) in published {
-            let is_candidate = |check: &EndedCheck| !check.made_image && check.others_image.as_ref() != Some(&image);
-            if !self.ended.get(&image_id).is_some_and(is_candidate) {
-                continue;
-            }
-            if Instant::now() >= until {
-                self.is_complete = false;
-                break;
-            }
-            match self.tagged_as_ours(image_id, LeftoverKind::Published, image.clone()).await? {
-                Some(Some(leftover)) => found.push(leftover),
-                Some(None) => {
-                    if let Some(check) = self.ended.get_mut(&image_id) {
-                        check.others_image = Some(image);
-                    }
-                }
-                None => {}
-            }
-        }
-        self.remove_orphans(found, report, until).await.map(drop)
+        let published = std::mem::take(&mut self.published);
+        // those that stay are found by their records again
+        published.iter().for_each(|leftover| self.check_soon(leftover.image_id));
+        self.remove_orphans(published, report, until).await.map(drop)
     }
 
     /// The image as a leftover where it bears this deployment's tag. `None`: its tag could not be read now.
@@ -751,7 +902,7 @@ impl Reconciler {
     /// image's id that bear our tag: a record that would tell of them may have expired.
     async fn remove_snapshots(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let interval = self.context().config.borrow().offload.reconcile_interval;
-        let mut left = HEADERS_PER_ROUND.max(usize::try_from(interval.as_secs()).unwrap_or(0) * HEADERS_PER_ROUND / 60);
+        let mut left = HEADERS.of_round(self.is_first_sweep, interval);
         let mut sweep = self.sweep.clone().unwrap_or_else(|| HeaderSweep::over(self.pools()));
         while let Some((pool, after)) = sweep.pools.front().cloned() {
             // where this part breaks off, the next round goes on from here
@@ -809,7 +960,7 @@ impl Reconciler {
             }
             sweep.go_on(page.next);
         }
-        self.sweep = None;
+        (self.sweep, self.is_first_sweep) = (None, false);
         Ok(())
     }
 
@@ -912,9 +1063,7 @@ impl Reconciler {
                 break;
             }
             // the next round sees whether this daemon is still in the record
-            if let Some(check) = self.ended.get_mut(&image_id) {
-                check.next = Instant::now();
-            }
+            self.check_soon(image_id);
             self.took_custody = true;
             begun.push(image_id);
         }
@@ -935,44 +1084,61 @@ impl Reconciler {
     /// Removes ended records that are older than `[jobs] retention`.
     async fn expire(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let store = self.context().store.clone();
-        if let Err(error) = daemons::remove_dead(store.objects().as_ref(), self.context().clock.now()).await {
-            tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
+        if self.dead_daemons_removed.is_none_or(|at| at.elapsed() >= DEAD_DAEMONS_INTERVAL) {
+            match daemons::remove_dead(store.objects().as_ref(), self.context().clock.now()).await {
+                Ok(_) => self.dead_daemons_removed = Some(Instant::now()),
+                Err(error) => {
+                    tracing::debug!(%error, "entries of daemons that are gone stay; the next round tries again");
+                }
+            }
         }
         let retention =
             SignedDuration::try_from(self.context().config.borrow().jobs.retention).unwrap_or(SignedDuration::MAX);
         let now = self.context().clock.now();
-        for (image_id, ended_at) in store.ended().await? {
-            if ended_at.is_some_and(|ended_at| now.duration_since(ended_at) < retention) {
-                continue;
-            }
-            if Instant::now() >= until {
-                return Ok(());
-            }
-            let expired = match store.load(image_id).await {
-                // it removes what the job left, or froze over that: the record names the client that is to be fenced
-                Ok(Some(stored)) if stored.is_settled() && stored.record.owner_address.is_some() => {
-                    match self.custody(image_id).await {
-                        Ok(Some(custody)) => custody.release(false).await,
-                        Ok(None) => {}
-                        Err(error) => {
-                            tracing::warn!(%image_id, %error, "an old record stays; the next round tries again")
-                        }
-                    }
-                    Ok(0)
+        for _ in 0..EXPIRED_PAGES {
+            let page = store.ended_page(self.expired_after.as_deref(), INDEX_PAGE).await?;
+            let is_old = |at: &Option<Timestamp>| at.is_none_or(|at| now.duration_since(at) >= retention);
+            for (image_id, _) in page.entries.into_iter().filter(|(_, ended_at)| is_old(ended_at)) {
+                // the cursor stays: the next round goes on with the same page
+                if Instant::now() >= until {
+                    return Ok(());
                 }
-                Ok(Some(stored)) if stored.is_settled() => store.remove(&stored).await.map(|()| 1),
-                // it lives again; its index entry is stale
-                Ok(Some(stored)) => store.index(&stored).await.map(|()| 0),
-                Ok(None) => store.forget(image_id).await.map(|()| 0),
-                Err(Error::Unreadable { .. }) => Ok(0),
-                Err(error) => Err(error),
-            };
-            match expired {
-                Ok(count) => report.expired += count,
-                Err(error) => tracing::warn!(%image_id, %error, "an old record stays; the next round tries again"),
+                self.expire_one(image_id, report).await;
+            }
+            self.expired_after = page.next;
+            if self.expired_after.is_none() {
+                break;
             }
         }
         Ok(())
+    }
+
+    /// Removes the record of a job that ended long ago.
+    async fn expire_one(&mut self, image_id: Uuid, report: &mut RoundReport) {
+        let store = self.context().store.clone();
+        let expired = match store.load(image_id).await {
+            // it removes what the job left, or froze over that: the record names the client that is to be fenced
+            Ok(Some(stored)) if stored.is_settled() && stored.record.owner_address.is_some() => {
+                match self.custody(image_id).await {
+                    Ok(Some(custody)) => custody.release(false).await,
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(%image_id, %error, "an old record stays; the next round tries again")
+                    }
+                }
+                Ok(0)
+            }
+            Ok(Some(stored)) if stored.is_settled() => store.remove(&stored).await.map(|()| 1),
+            // it lives again; its index entry is stale
+            Ok(Some(stored)) => store.index(&stored).await.map(|()| 0),
+            Ok(None) => store.forget(image_id).await.map(|()| 0),
+            Err(Error::Unreadable { .. }) => Ok(0),
+            Err(error) => Err(error),
+        };
+        match expired {
+            Ok(count) => report.expired += count,
+            Err(error) => tracing::warn!(%image_id, %error, "an old record stays; the next round tries again"),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::clock::Clock;
 use super::record::{HandoverState, IllegalTransition, Record, State, Unreadable};
 use super::signal::{self, Signal, Signals};
-use crate::ceph::{self, ErrorKind, KeyedObject, LockKey, MAX_OBJECT, Objects, Version};
+use crate::ceph::{self, ErrorKind, KeyedObject, LockKey, MAX_OBJECT, Objects, Page, Version};
 use crate::request::{Source, Trigger};
 
 const LIVE: &str = "index.live";
@@ -384,13 +384,18 @@ impl Store {
         }
     }
 
+    /// A page of the ended jobs whose records are kept, and when each ended: at most `most` from the cursor `after` on.
+    pub async fn ended_page(&self, after: Option<&str>, most: usize) -> Result<Page<(Uuid, Option<Timestamp>)>> {
+        let entries = self.objects.omap(ENDED, after.unwrap_or_default(), most).await?;
+        let next = entries.last().filter(|_| entries.len() >= most).map(|(key, _)| key.clone());
+        let read = |(key, value): (String, Vec<u8>)| Some((Uuid::try_parse(&key).ok()?, read_time(&value)));
+        Ok(Page { entries: entries.into_iter().filter_map(read).collect(), next })
+    }
+
     /// The ended jobs whose records are kept, and when each ended.
     pub async fn ended(&self) -> Result<Vec<(Uuid, Option<Timestamp>)>> {
         let entries = self.entries(ENDED).await?;
-        Ok(entries
-            .into_iter()
-            .map(|(id, value)| (id, std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok())))
-            .collect())
+        Ok(entries.into_iter().map(|(id, value)| (id, read_time(&value))).collect())
     }
 
     /// Asks the reconciler to read the record of an ended job in its next round. Without that it reads old ones rarely.
@@ -398,9 +403,10 @@ impl Store {
         Ok(self.objects.set_omap(RECHECK, &[(image_id.to_string(), Vec::new())]).await?)
     }
 
-    /// The jobs that [`request_recheck`](Self::request_recheck) was called for.
+    /// Jobs that [`request_recheck`](Self::request_recheck) was called for: the first page of them.
     pub async fn requested_rechecks(&self) -> Result<BTreeSet<Uuid>> {
-        Ok(self.entries(RECHECK).await?.into_keys().collect())
+        let page = self.objects.omap(RECHECK, "", INDEX_PAGE).await?;
+        Ok(page.into_iter().filter_map(|(key, _)| Uuid::try_parse(&key).ok()).collect())
     }
 
     pub async fn remove_recheck(&self, image_id: Uuid) -> Result<()> {
@@ -525,6 +531,10 @@ impl Store {
         self.index(&stored).await?;
         Ok(Some(outcome))
     }
+}
+
+fn read_time(value: &[u8]) -> Option<Timestamp> {
+    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok())
 }
 
 /// An entry that is not what it should be tells nothing: its record does.

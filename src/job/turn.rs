@@ -100,7 +100,7 @@ impl Turn {
             if left.is_zero() {
                 return;
             }
-            sleep(left.min(interval / 4)).await;
+            sleep(left.min(interval / 2)).await;
             self.follow(&config.borrow());
             match objects.omap(object, PREFIX, PAGE).await {
                 Ok(entries) => {

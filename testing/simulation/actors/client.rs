@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ceph::{
     self, Changed, Compare, Features, FillState, ImageInfo, ImageSpec, KeyedObject, Link, LockKey, Locked, Moved,
-    Objects, Progress, SnapshotPage, Storage, TransferLimits, Trashed, Version,
+    Objects, Page, Progress, SnapshotPage, Storage, TransferLimits, Trashed, Version,
 };
 use crate::job::simulation::faults::lasting::Lasting;
 use crate::openstack::{
@@ -233,12 +233,12 @@ impl Storage for Lasting {
         self.run(async move { handle.finish_removal(&image).await }).await
     }
 
-    async fn trash(&self, pool: &str) -> ceph::Result<Vec<Trashed>> {
-        self.0.trash(pool).await
+    async fn trash(&self, pool: &str, after: Option<&str>, most: usize) -> ceph::Result<Page<Trashed>> {
+        self.0.trash(pool, after, most).await
     }
 
-    async fn in_trash(&self, image: &ImageSpec) -> ceph::Result<bool> {
-        self.0.in_trash(image).await
+    async fn trashed(&self, image: &ImageSpec) -> ceph::Result<Option<Trashed>> {
+        self.0.trashed(image).await
     }
 
     async fn purge(&self, image: &ImageSpec) -> ceph::Result<Changed> {
@@ -271,8 +271,8 @@ impl Storage for Lasting {
         self.run(async move { handle.remove_metadata(&image, &key).await }).await
     }
 
-    async fn images(&self, pool: &str, prefix: &str) -> ceph::Result<Vec<String>> {
-        self.0.images(pool, prefix).await
+    async fn images(&self, pool: &str, prefix: &str, after: Option<&str>, most: usize) -> ceph::Result<Page<String>> {
+        self.0.images(pool, prefix, after, most).await
     }
 
     async fn snapshots(

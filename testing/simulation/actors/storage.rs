@@ -8,10 +8,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ceph::{
     Changed, Compare, Error, ErrorKind, Features, FillState, ImageInfo, ImageKey, ImageSpec, Link, Moved, OWNER_KEY,
-    Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed,
+    Page, Progress, Result, SnapshotPage, Storage, TransferLimits, Trashed,
 };
 use crate::job::simulation::faults::gate::{Handle, Kind};
 use crate::job::simulation::faults::trouble::Trouble;
+use crate::job::simulation::faults::world::World;
 use crate::job::simulation::invariants::{promises, readers};
 use crate::job::simulation::state::at_once::OBJECTS;
 use crate::job::simulation::state::cluster::{FSID, Rbd, missing};
@@ -132,6 +133,23 @@ impl Handle {
         )
         .await
     }
+}
+
+/// The first of these. Where pages are small, a few.
+fn page_of(mut rest: Vec<String>, most: usize, small: bool) -> Page<String> {
+    const FEW: usize = 3;
+    let most = if small { most.min(FEW) } else { most };
+    rest.sort();
+    let next = rest.get(most.saturating_sub(1)).filter(|_| rest.len() > most).cloned();
+    rest.truncate(most);
+    Page { entries: rest, next }
+}
+
+/// As the trash tells of an image. `None`: it is not there.
+fn trashed_as(world: &World, image: &Rbd) -> Option<Trashed> {
+    let disk = || world.cloud.disks.values().find(|disk| disk.rbd == image.id);
+    let name = || image.removing.clone().or_else(|| disk().map(|disk| format!("volume-{}", disk.volume.id)));
+    image.name.is_none().then(|| Trashed { id: image.id.clone(), name: name().unwrap_or_default() })
 }
 
 #[async_trait]
@@ -279,27 +297,26 @@ impl Storage for Handle {
         .await
     }
 
-    async fn trash(&self, pool: &str) -> Result<Vec<Trashed>> {
+    async fn trash(&self, pool: &str, after: Option<&str>, most: usize) -> Result<Page<Trashed>> {
         self.ceph(
             Kind::Read,
             || format!("trash of {pool}"),
             |world| {
-                let name_of = |image: &Rbd| {
-                    let disk = world.cloud.disks.values().find(|disk| disk.rbd == image.id);
-                    image.removing.clone().or_else(|| disk.map(|disk| format!("volume-{}", disk.volume.id)))
-                };
                 let trashed = world.ceph.images.iter().filter(|i| i.pool == pool && i.name.is_none());
-                Ok(trashed.map(|i| Trashed { id: i.id.clone(), name: name_of(i).unwrap_or_default() }).collect())
+                let rest = trashed.filter(|i| after.is_none_or(|after| i.id.as_str() > after)).map(|i| i.id.clone());
+                let page = page_of(rest.collect(), most, world.small_pages);
+                let entries = page.entries.iter().filter_map(|id| trashed_as(world, world.ceph.by_id(id)?));
+                Ok(Page { entries: entries.collect(), next: page.next })
             },
         )
         .await
     }
 
-    async fn in_trash(&self, image: &ImageSpec) -> Result<bool> {
+    async fn trashed(&self, image: &ImageSpec) -> Result<Option<Trashed>> {
         self.ceph(
             Kind::Read,
             || format!("is {image} in the trash"),
-            |world| Ok(world.ceph.find(image).is_some_and(|found| found.name.is_none())),
+            |world| Ok(world.ceph.find(image).and_then(|found| trashed_as(world, found))),
         )
         .await
     }
@@ -604,14 +621,16 @@ impl Storage for Handle {
         .await
     }
 
-    async fn images(&self, pool: &str, prefix: &str) -> Result<Vec<String>> {
+    async fn images(&self, pool: &str, prefix: &str, after: Option<&str>, most: usize) -> Result<Page<String>> {
         self.list_slowly().await;
         self.ceph(
             Kind::Read,
-            || format!("images of {pool}"),
+            || format!("images of {pool} after {after:?}"),
             |world| {
-                let names = world.ceph.images.iter().filter(|i| i.pool == pool).filter_map(|i| i.name.clone());
-                Ok(names.filter(|name| name.starts_with(prefix)).collect())
+                let names = world.ceph.images.iter().filter(|i| i.pool == pool).filter_map(|i| i.name.as_ref());
+                let rest = names.filter(|name| name.starts_with(prefix));
+                let rest = rest.filter(|name| after.is_none_or(|after| name.as_str() > after)).cloned();
+                Ok(page_of(rest.collect(), most, world.small_pages))
             },
         )
         .await
@@ -623,20 +642,26 @@ impl Storage for Handle {
         prefix: &str,
         _pace: u32,
         after: Option<&str>,
-        _most: usize,
+        most: usize,
     ) -> Result<SnapshotPage> {
         self.list_slowly().await;
-        // one image at a time, so that the cursor is followed
         self.ceph(
             Kind::Read,
             || format!("snapshots of {pool}"),
             |world| {
                 let (mut found, mut owned) = (Vec::new(), Vec::new());
+                let most = if world.small_pages { 1 } else { most.max(1) };
                 let images = world.ceph.images.iter().filter(|i| i.pool == pool);
-                let rest = images.filter(|i| after.is_none_or(|after| i.id.as_str() > after));
-                let first = rest.min_by(|one, other| one.id.cmp(&other.id));
-                let (next, looked_at) = (first.map(|image| image.id.clone()), usize::from(first.is_some()));
-                if let Some(image) = first {
+                let mut rest: Vec<&Rbd> = images.filter(|i| after.is_none_or(|after| i.id.as_str() > after)).collect();
+                let is_last = rest.len() < most;
+                if rest.len() > most {
+                    rest.select_nth_unstable_by(most, |one, other| one.id.cmp(&other.id));
+                    rest.truncate(most);
+                }
+                rest.sort_by(|one, other| one.id.cmp(&other.id));
+                let next = rest.last().filter(|_| !is_last).map(|image| image.id.clone());
+                let looked_at = rest.len();
+                for image in rest {
                     let spec = match &image.name {
                         Some(name) => ImageSpec::named(pool, name),
                         None => ImageSpec::with_id(pool, &image.id),
@@ -646,6 +671,7 @@ impl Storage for Handle {
                     found.extend(names.into_iter().map(|name| (spec.clone(), name.clone())));
                     owned.extend(image.metadata.get(OWNER_KEY).map(|owner| (spec, owner.clone())));
                 }
+                world.history.headers += looked_at;
                 Ok(SnapshotPage { found, owned, failed: Vec::new(), looked_at, next })
             },
         )

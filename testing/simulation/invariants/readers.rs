@@ -25,6 +25,9 @@ pub fn published(world: &mut World, image: &Rbd) {
 /// object that the image lacks is read as a hole.
 pub fn watch(world: &mut World) {
     let mut broken = Vec::new();
+    if world.ceph.at_once.contents.is_empty() {
+        return;
+    }
     for image in &world.ceph.images {
         let Some(right) = world.ceph.at_once.contents.get(&image.id) else { continue };
         if image.removing.is_some() {
