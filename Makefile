@@ -8,7 +8,7 @@ LAB_BASE ?= 24000
 export LAB_DIR LAB_BASE
 
 .PHONY: build release deps deb rpm container lab-up lab-down demo check fuzz test test-long test-packages test-container \
-	test-nova test-modern test-versions bench lint clean
+	test-nova test-tempest test-modern test-versions bench lint clean
 
 build: deps
 	$(CARGO) build --locked
@@ -82,6 +82,10 @@ test-container: container
 test-nova:
 	tests/run --nova
 
+# OpenStack's Tempest on a lab with Nova, with stock and with rbd-offload, and what differs; as root
+test-tempest:
+	tests/tempest/run
+
 # every test on the Ceph, the RabbitMQ and the compiler of newer Debian releases, in trees of them; as root
 test-modern:
 	tests/modern trixie
@@ -101,7 +105,7 @@ lint: deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --lib
 	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/lib/debian-mirror lab/nova/own-libvirt \
-		tests/run tests/modern tests/packages benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
+		tests/run tests/modern tests/packages tests/tempest/run benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
 		packaging/container/build packaging/container/healthcheck packaging/container/test lint/words
 	lint/words
 	lint/imports
