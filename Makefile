@@ -105,7 +105,7 @@ lint: deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --lib
 	@command -v shellcheck >/dev/null || lab/lib/install-packages shellcheck
 	shellcheck -x lab/up lab/nova-up lab/down lab/env lab/logs lab/svc lab/demo lab/lib/*.sh lab/lib/debian-mirror lab/nova/own-libvirt \
-		tests/run tests/modern tests/packages tests/tempest/run benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
+		tests/run tests/modern tests/packages tests/tempest/run dev/picture benches/run .ci/run packaging/integrations packaging/prepare packaging/test packaging/tools packaging/deb/* packaging/rpm/* \
 		packaging/container/build packaging/container/healthcheck packaging/container/test lint/words
 	lint/words
 	lint/imports
