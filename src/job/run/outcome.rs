@@ -81,6 +81,7 @@ impl JobRun {
     pub(super) async fn handle_stop(&self, stop: StepError) -> RunResult {
         let has_ended = self.job.record().await.state.is_ended();
         let only_goes_forward = self.only_goes_forward().await;
+        let lease_was_lost = matches!(stop, StepError::LeaseLost | StepError::Interrupted);
         let result = match stop {
             StepError::Later(after) => self.continue_later(after).await,
             StepError::End(Outcome { reason, .. }) | StepError::Retry(reason) if only_goes_forward => {
@@ -108,11 +109,7 @@ impl JobRun {
                 let released = self.release_ownership(|record| record.takeovers = 0).await;
                 released.map_or(RunResult::Abandoned, |()| RunResult::Released)
             }
-            StepError::LeaseLost | StepError::Interrupted => {
-                metrics::counter!("rbd_offload_leases_lost_total").increment(1);
-                tracing::warn!(image_id = %self.job.id, "the lease was lost; another daemon goes on with the job");
-                RunResult::Abandoned
-            }
+            StepError::LeaseLost | StepError::Interrupted => RunResult::Abandoned,
             StepError::PoolClosed(reason) => self.wait_for_pool(&reason).await,
             // the runner takes the next one, or says what was wrong with the last
             StepError::NextMethod(_) => self.schedule_retry("no method was left", CountsAttempt::Yes).await,
@@ -122,6 +119,10 @@ impl JobRun {
         };
         if result != RunResult::Abandoned {
             self.job.release_lease().await;
+        } else if lease_was_lost || self.job.lease.is_over() {
+            // a call that failed for the same reason may have been noticed first
+            metrics::counter!("rbd_offload_leases_lost_total").increment(1);
+            tracing::warn!(image_id = %self.job.id, "the lease was lost; another daemon goes on with the job");
         }
         result
     }
