@@ -6,7 +6,7 @@
 //! A poll costs by what has changed, not by what waits: it goes by a copy of the index (`index_copy.rs`). Only a daemon
 //! that has a place asks for the lease of a job to run it.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -202,8 +202,8 @@ pub struct Engine {
     /// Queued jobs that are being acknowledged.
     acknowledging: Mutex<HashSet<Uuid>>,
     index: Mutex<IndexCopy>,
-    /// Jobs that something happened to here: their index entries are wanted soon.
-    touched: Mutex<BTreeSet<Uuid>>,
+    /// Jobs that something happened to here, and how often: their index entries are wanted soon.
+    touched: Mutex<BTreeMap<Uuid, u64>>,
     /// Index entries whose record was not there.
     orphans: Mutex<HashSet<Uuid>>,
     /// The entry that this daemon last sent to the others, and when.
@@ -264,8 +264,8 @@ impl Engine {
     fn touch(&self, image_id: Uuid) {
         let mut touched = lock(&self.touched);
         // of more than that the next read of the whole index tells
-        if touched.len() <= SINGLE_READS_MAX {
-            touched.insert(image_id);
+        if touched.len() < SINGLE_READS_MAX || touched.contains_key(&image_id) {
+            *touched.entry(image_id).or_default() += 1;
         }
     }
 
@@ -422,14 +422,14 @@ impl Engine {
                 lock(&self.index).replace(live, version);
             }
             ToRead::Single => {
-                for image_id in touched.iter().take(SINGLE_READS_MAX) {
+                for image_id in touched.keys() {
                     let entry = store.live_entry(*image_id).await?;
                     lock(&self.index).set(*image_id, entry);
                 }
             }
         }
         // those that came meanwhile stay
-        lock(&self.touched).retain(|image_id| !touched.contains(image_id));
+        lock(&self.touched).retain(|image_id, times| touched.get(image_id) != Some(times));
         Ok(())
     }
 
@@ -756,10 +756,22 @@ impl Engine {
 
     async fn acknowledge(&self, image_id: Uuid, drain: &CancellationToken) {
         // another daemon may have done it since the index was read
-        let Ok(entry) = self.context.store.live_entry(image_id).await else { return };
-        lock(&self.index).set(image_id, entry.clone());
+        let read = tokio::time::timeout(CLAIM_WITHIN, self.context.store.live_entry(image_id));
+        let Ok(Ok(entry)) = read.await else { return };
+        let lease = self.context.config.borrow().jobs.lease;
+        let may_try = {
+            let mut index = lock(&self.index);
+            index.set(image_id, entry.clone());
+            let may_try = index.may_try(&image_id, self.context.identity.instance, lease);
+            if !may_try {
+                // its holder is at work: not again at the next poll
+                index.note_try(&image_id);
+            }
+            may_try
+        };
+        // that of a daemon that died too: its client service waits for a sign
         let is_due = |entry: &Summary| self.is_unacknowledged(&image_id, entry, self.is_progressing());
-        if !entry.is_some_and(|entry| entry.holder.is_none() && is_due(&entry)) {
+        if !entry.is_some_and(|entry| may_try && is_due(&entry)) {
             return;
         }
         lock(&self.acknowledged)

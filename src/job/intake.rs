@@ -140,13 +140,14 @@ impl Intake {
     /// job had ended without an image, or a change reached Glance late. Later images would inherit these properties, so
     /// the reconciler is told to remove them.
     pub async fn image_active(&self, image_id: Uuid) -> Result<()> {
-        let mut is_sent = false;
+        let mut is_ended = false;
         let choose = |stored: &Stored| {
             let known = stored.record.needs_repair || stored.signals.has(Signal::NeedsRepair);
-            is_sent = stored.record.state.is_ended() && !known && !stored.record.is_elsewhere();
-            if is_sent { vec![Signal::NeedsRepair] } else { vec![] }
+            is_ended = stored.record.state.is_ended() && !stored.record.is_elsewhere();
+            if is_ended && !known { vec![Signal::NeedsRepair] } else { vec![] }
         };
-        if self.store.signal(image_id, choose).await?.is_some() && is_sent {
+        // also where it was known: the daemon that was told of it may be gone
+        if self.store.signal(image_id, choose).await?.is_some() && is_ended {
             self.store.request_recheck(image_id).await?;
         }
         Ok(())

@@ -63,12 +63,17 @@ const HEADERS: Pace = Pace { first: 600, then: 60 };
 /// Records of ended jobs that no other rule reads.
 const OLD_RECORDS: Pace = Pace { first: 600, then: 6 };
 
-/// Pages of the index of ended jobs that a round looks through for jobs that have just ended, and for old ones.
+/// Pages of the index of ended jobs that a round of a minute or less looks through for jobs that have just ended, and
+/// for old ones.
 const ENDED_PAGES: usize = 2;
 const EXPIRED_PAGES: usize = 1;
 
-/// Records that a round reads because they were read before, or because that was asked for.
+/// Records that such a round reads because they were read before, because their jobs have just ended, or because that
+/// was asked for.
 const CHECKS_PER_ROUND: usize = 600;
+
+/// How long the sweep over old records may take when the time of its part is over.
+const OLD_RECORDS_TIME: Duration = Duration::from_secs(5);
 
 /// How long after its end a job is checked again and again.
 const YOUNG: SignedDuration = SignedDuration::from_hours(1);
@@ -178,9 +183,13 @@ impl HeaderSweep {
 impl Pace {
     /// What may be read in one round.
     fn of_round(&self, is_first: bool, interval: Duration) -> usize {
-        let number = if is_first { self.first } else { self.then };
-        number.max(usize::try_from(interval.as_secs()).unwrap_or(0) * number / 60)
+        per_round(if is_first { self.first } else { self.then }, interval)
     }
+}
+
+/// What is `number` for a round of a minute or less.
+fn per_round(number: usize, interval: Duration) -> usize {
+    number.max(usize::try_from(interval.as_secs()).unwrap_or(0).saturating_mul(number) / 60)
 }
 
 /// What the record of an ended job says.
@@ -531,32 +540,49 @@ impl Reconciler {
     /// finds published images of jobs that ended without one.
     async fn check_ended_jobs(&mut self, report: &mut RoundReport, until: Instant) -> Result<()> {
         let own = self.storage.address().await?;
+        let interval = self.context().config.borrow().offload.reconcile_interval;
+        self.check_known_jobs(&own, interval, report, until).await?;
+        // however many others there are
+        self.check_old_records(&own, report, until.max(Instant::now() + OLD_RECORDS_TIME)).await
+    }
+
+    /// Those that were asked for, those that are to be checked again, and those that have just ended.
+    async fn check_known_jobs(
+        &mut self,
+        own: &str,
+        interval: Duration,
+        report: &mut RoundReport,
+        until: Instant,
+    ) -> Result<()> {
         let store = self.context().store.clone();
-        let mut left = CHECKS_PER_ROUND;
+        let mut left = per_round(CHECKS_PER_ROUND, interval);
         for image_id in store.requested_rechecks().await? {
-            if left == 0 || Instant::now() >= until {
+            if Instant::now() >= until {
                 self.is_complete = false;
+                return Ok(());
+            }
+            if left == 0 {
                 return Ok(());
             }
             left -= 1;
             // before the record is read: a request that comes meanwhile is not lost
             store.remove_recheck(image_id).await?;
-            self.check(image_id, &own, report).await;
+            self.check(image_id, own, report).await;
         }
         let now = Instant::now();
         let mut due: Vec<_> = self.ended.iter().filter(|(_, check)| check.next <= now).collect();
-        // a few that are slow do not keep the others waiting
+        // a few that are slow do not keep the others waiting, and many do not keep those that have just ended waiting
         due.sort_by_key(|(id, check)| (check.next, **id));
-        let due: Vec<Uuid> = due.into_iter().map(|(id, _)| *id).take(left).collect();
+        let due: Vec<Uuid> = due.into_iter().map(|(id, _)| *id).take(left.div_ceil(2)).collect();
         for image_id in due {
             if Instant::now() >= until {
                 self.is_complete = false;
                 return Ok(());
             }
             left -= 1;
-            self.check(image_id, &own, report).await;
+            self.check(image_id, own, report).await;
         }
-        for _ in 0..ENDED_PAGES {
+        for _ in 0..per_round(ENDED_PAGES, interval) {
             let page = store.ended_page(self.ended_after.as_deref(), INDEX_PAGE).await?;
             let now = self.context().clock.now();
             let is_young = |ended_at: &Option<Timestamp>| ended_at.is_none_or(|at| now.duration_since(at) < YOUNG);
@@ -564,20 +590,24 @@ impl Reconciler {
                 if self.ended.get(&image_id).is_some_and(|check| check.ended_at == ended_at) {
                     continue;
                 }
-                // the cursor stays: the next round goes on with the same page
-                if left == 0 || Instant::now() >= until {
+                if Instant::now() >= until {
                     self.is_complete = false;
                     return Ok(());
                 }
+                if left == 0 {
+                    return Ok(());
+                }
                 left -= 1;
-                self.check(image_id, &own, report).await;
+                self.check(image_id, own, report).await;
+                // where this breaks off, the next round goes on behind it
+                self.ended_after = Some(image_id.to_string());
             }
             self.ended_after = page.next;
             if self.ended_after.is_none() {
                 break;
             }
         }
-        self.check_old_records(&own, report, until).await
+        Ok(())
     }
 
     /// The next records of the sweep over all of them. Those whose next check is known are left out.
@@ -655,7 +685,8 @@ impl Reconciler {
         }
         let mut again = record.deactivated;
         let is_own = record.owner_address.as_deref() == Some(own);
-        if !is_own && !record.is_elsewhere() && (record.needs_repair || stored.signals.has(Signal::NeedsRepair)) {
+        let needs_repair = record.needs_repair || stored.signals.has(Signal::NeedsRepair);
+        if !is_own && !record.is_elsewhere() && needs_repair {
             match self.repair(image_id, record, report).await {
                 Err(CallError::OpenStack(error)) if error.kind() == openstack::ErrorKind::TooLarge => {
                     tracing::debug!(%image_id, %error, "the image record is not repaired");
@@ -669,7 +700,7 @@ impl Reconciler {
                 custody.release(false).await;
             }
         }
-        let (ended_at, needs_repair) = (record.ended_at.unwrap_or(record.updated_at), record.needs_repair);
+        let ended_at = record.ended_at.unwrap_or(record.updated_at);
         if record.state != State::Done {
             let pool = record.dest_pool.clone();
             self.find_published(image_id, pool).await?;
@@ -916,9 +947,9 @@ impl Reconciler {
                     sweep.go_on(None);
                     continue;
                 }
-                // the other pools first
+                // the other pools first; where there is none, the next sweep tries this one again
                 sweep.pools.rotate_left(1);
-                self.sweep = Some(sweep);
+                self.sweep = Some(sweep).filter(|sweep| sweep.pools.len() > 1);
                 return Ok(());
             };
             for error in page.failed {
@@ -1095,7 +1126,8 @@ impl Reconciler {
         let retention =
             SignedDuration::try_from(self.context().config.borrow().jobs.retention).unwrap_or(SignedDuration::MAX);
         let now = self.context().clock.now();
-        for _ in 0..EXPIRED_PAGES {
+        let interval = self.context().config.borrow().offload.reconcile_interval;
+        for _ in 0..per_round(EXPIRED_PAGES, interval) {
             let page = store.ended_page(self.expired_after.as_deref(), INDEX_PAGE).await?;
             let is_old = |at: &Option<Timestamp>| at.is_none_or(|at| now.duration_since(at) >= retention);
             for (image_id, _) in page.entries.into_iter().filter(|(_, ended_at)| is_old(ended_at)) {
