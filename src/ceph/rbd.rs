@@ -877,21 +877,19 @@ pub(super) fn list_page(io: &IoCtx, after: Option<&str>, most: usize, operation:
 
 /// Images in the trash, in the order of their internal ids.
 pub(super) fn trash_page(io: &IoCtx, after: Option<&str>, most: usize, operation: &str) -> Result<Page<Trashed>> {
-    let trashed = |id: &str, value: &[u8]| Some(Trashed { id: id.to_owned(), name: decode_trashed(value)? });
-    keyed_page((io, TRASH), ("id_", ""), after, most, trashed, operation)
+    keyed_page((io, TRASH), ("id_", ""), after, most, decode_trashed, operation)
 }
 
 /// The image of this internal id, if it lies in the trash.
 pub(super) fn trashed(io: &IoCtx, id: &str, operation: &str) -> Result<Option<Trashed>> {
-    let trashed = |id: &str, value: &[u8]| Some(Trashed { id: id.to_owned(), name: decode_trashed(value)? });
-    let page = keyed_page((io, TRASH), ("id_", id), None, 1, trashed, operation)?;
+    let page = keyed_page((io, TRASH), ("id_", id), None, 1, decode_trashed, operation)?;
     Ok(page.entries.into_iter().find(|trashed| trashed.id == id))
 }
 
-/// The name in a `cls::rbd::TrashImageSpec` of Ceph's src/cls/rbd/cls_rbd_types.h: version, oldest version that can
-/// read it, and length; the source in one byte; the name.
-fn decode_trashed(data: &[u8]) -> Option<String> {
-    decode_text(data.get(2 + 4 + 1..)?)
+/// An image from its id and its `cls::rbd::TrashImageSpec` of Ceph's src/cls/rbd/cls_rbd_types.h: version, oldest
+/// version that can read it, and length; the source in one byte; the name.
+fn decode_trashed(id: &str, data: &[u8]) -> Option<Trashed> {
+    Some(Trashed { id: id.to_owned(), name: decode_text(data.get(2 + 4 + 1..)?)? })
 }
 
 /// An image in the trash.

@@ -557,11 +557,7 @@ impl Reconciler {
         let store = self.context().store.clone();
         let mut left = per_round(CHECKS_PER_ROUND, interval);
         for image_id in store.requested_rechecks().await? {
-            if Instant::now() >= until {
-                self.is_complete = false;
-                return Ok(());
-            }
-            if left == 0 {
+            if !self.has_time(until) || left == 0 {
                 return Ok(());
             }
             left -= 1;
@@ -575,8 +571,7 @@ impl Reconciler {
         due.sort_by_key(|(id, check)| (check.next, **id));
         let due: Vec<Uuid> = due.into_iter().map(|(id, _)| *id).take(left.div_ceil(2)).collect();
         for image_id in due {
-            if Instant::now() >= until {
-                self.is_complete = false;
+            if !self.has_time(until) {
                 return Ok(());
             }
             left -= 1;
@@ -590,11 +585,7 @@ impl Reconciler {
                 if self.ended.get(&image_id).is_some_and(|check| check.ended_at == ended_at) {
                     continue;
                 }
-                if Instant::now() >= until {
-                    self.is_complete = false;
-                    return Ok(());
-                }
-                if left == 0 {
+                if !self.has_time(until) || left == 0 {
                     return Ok(());
                 }
                 left -= 1;
@@ -619,8 +610,7 @@ impl Reconciler {
             if self.ended.get(&image_id).is_some_and(|check| check.ended_at == ended_at) {
                 continue;
             }
-            if Instant::now() >= until {
-                self.is_complete = false;
+            if !self.has_time(until) {
                 return Ok(());
             }
             self.check(image_id, own, report).await;
@@ -629,6 +619,13 @@ impl Reconciler {
         self.records.is_first &= page.next.is_some();
         self.records.after = page.next;
         Ok(())
+    }
+
+    /// `false`: a part's time is over, so this round is not complete.
+    fn has_time(&mut self, until: Instant) -> bool {
+        let has_time = Instant::now() < until;
+        self.is_complete &= has_time;
+        has_time
     }
 
     /// Checks an ended job, and notes when to do so again.
